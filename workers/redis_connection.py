@@ -1,0 +1,302 @@
+"""One pipelined connection to Redis: bytes out, replies in, first in first out.
+
+`redis_client.Client` and `redis_subscriber.Subscriber` open these and own what happens when one ends.
+A connection never reconnects, never retries, and must never run a blocking command (BLPOP and kin):
+everything behind it in the pipeline would wait too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hiredis
+
+MAX_WRITE_BUFFER_BYTES: Final = 32 << 20  # beyond this the kernel is not taking our bytes: refuse new calls
+REFUSED_FOR_NOW: Final = frozenset({"LOADING", "READONLY", "MASTERDOWN", "BUSY"})  # nothing ran: retryable
+_NO_REPLY: Final = object()  # hiredis: "not enough data"; None is a legitimate reply
+
+
+# None: nobody waits. A callable is given the reply or the RedisError.
+Waiter = asyncio.Future[Any] | Callable[[Any], None] | None
+
+pack: Callable[[tuple[Any, ...]], bytes] = hiredis.pack_command  # TypeError unless str, bytes, int or float
+
+
+class RedisError(Exception):
+    """Base of everything this client raises."""
+
+
+class ResponseError(RedisError):
+    """Redis answered, and the answer is an error. `code` is its first word (NOSCRIPT, NOPERM, OOM, …)."""
+
+    @property
+    def code(self) -> str:
+        return str(self).partition(" ")[0]
+
+
+class RedisUnavailable(RedisError):  # noqa: N818 - a state of the world, retryable; not a mistake
+    """No answer: not connected, connection lost, or the deadline passed. Safe to retry later.
+
+    `maybe_applied`: the command left this process, so Redis may have executed it.
+    """
+
+    def __init__(self, message: str, *, maybe_applied: bool = False) -> None:
+        super().__init__(message)
+        self.maybe_applied = maybe_applied
+
+
+class RedisOverloaded(RedisUnavailable):
+    """The pipeline is full (calls or bytes); nothing was sent. Shed load, do not retry at once."""
+
+
+class Script:
+    """A Lua script known by its digest, so that a call sends 40 characters instead of its source."""
+
+    __slots__ = ("name", "sha", "source")
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Script:
+        return cls(path.stem, path.read_text(encoding="utf-8"))
+
+    def __repr__(self) -> str:
+        return f"Script({self.name!r}, sha={self.sha[:8]})"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where Redis is and who we are there. The password never shows in a repr or a log line."""
+
+    host: str
+    port: int
+    path: str | None
+    db: int
+    username: str | None
+    password: str | None = field(repr=False)
+    tls: ssl.SSLContext | None = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
+
+
+def parse_url(url: str) -> Address:
+    """`redis://`, `rediss://` (TLS, verified) or `unix://` → Address; ValueError names the part at fault.
+
+    rediss:// takes `?ssl_ca_certs=`, `ssl_certfile=` and `ssl_keyfile=` (paths); unix:// takes `?db=`.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(f"Redis URL: scheme is {parts.scheme!r}; use redis://, rediss:// or unix://")
+    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+    db_text = query.get("db", "") if parts.scheme == "unix" else parts.path.strip("/") or query.get("db", "")
+    if db_text and not db_text.isdigit():
+        raise ValueError(f"Redis URL: database is {db_text!r}; it must be a number such as /0")
+    tls = None
+    if parts.scheme == "rediss":
+        tls = ssl.create_default_context(cafile=query.get("ssl_ca_certs"))
+        if "ssl_certfile" in query:
+            tls.load_cert_chain(query["ssl_certfile"], query.get("ssl_keyfile"))
+    return Address(
+        host=parts.hostname or "127.0.0.1",
+        port=parts.port or 6379,
+        path=unquote(parts.path) if parts.scheme == "unix" else None,
+        db=int(db_text or 0),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        tls=tls,
+    )
+
+
+def backoff_s(n_failures: int, *, first_s: float = 0.05, max_s: float = 2.0) -> float:
+    """How long to wait before the next connect: doubles, bounded, with jitter so that clients spread out."""
+    ceiling_s: float = min(max_s, first_s * 2.0 ** min(n_failures, 16))
+    return ceiling_s * random.uniform(0.5, 1.0)
+
+
+class Connection(asyncio.Protocol):
+    """The FIFO of one socket. Every `send` owes exactly one reply, handed to its `waiter`.
+
+    Errors that nobody waits for go to `on_orphan_error`.
+    With `on_push`, the connection is a subscriber: replies belong to nobody and go to `on_push`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_orphan_error: Callable[[ResponseError], None],
+        on_push: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.fifo: deque[Waiter] = deque()
+        self.choked = False
+        self.n_received = 0  # reads, not replies: a sign of life
+        self._loop = loop
+        self._reader = hiredis.Reader(replyError=ResponseError, notEnoughData=_NO_REPLY)
+        self._out: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self._on_orphan_error = on_orphan_error
+        self._on_push = on_push
+
+    # -- sending
+
+    def send(self, packed: bytes, waiter: Waiter) -> None:
+        """Queue one packed command; all commands of a loop pass leave in one write."""
+        self.fifo.append(waiter)
+        self.push(packed)
+
+    def push(self, packed: bytes) -> None:
+        """Queue bytes whose replies nobody owes (a subscriber's commands)."""
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out.append(packed)
+
+    def _flush(self) -> None:
+        out = self._out
+        if out and self._transport is not None:
+            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
+
+    def abort(self) -> None:
+        """Drop the connection now; everything in flight fails from connection_lost."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without being a subclass
+        self._transport.set_write_buffer_limits(high=MAX_WRITE_BUFFER_BYTES)
+
+    def pause_writing(self) -> None:
+        self.choked = True
+
+    def resume_writing(self) -> None:
+        self.choked = False
+
+    def data_received(self, data: bytes) -> None:
+        self.n_received += 1
+        self._reader.feed(data)
+        gets = self._reader.gets
+        try:
+            if self._on_push is not None:
+                while (reply := gets()) is not _NO_REPLY:
+                    self._on_push(reply)
+                return
+            next_waiter = self.fifo.popleft
+            while (reply := gets()) is not _NO_REPLY:
+                self._settle(next_waiter(), reply)
+        except (hiredis.ProtocolError, IndexError):  # not Redis, or a reply nobody asked for
+            self.abort()
+
+    def _settle(self, waiter: Waiter, reply: Any) -> None:
+        if isinstance(reply, ResponseError):
+            self._settle_error(waiter, reply)
+        elif isinstance(waiter, asyncio.Future):
+            if not waiter.done():  # else the caller was cancelled meanwhile
+                waiter.set_result(reply)
+        elif waiter is not None:
+            waiter(reply)
+
+    def _settle_error(self, waiter: Waiter, error: ResponseError) -> None:
+        code = error.code
+        failure: RedisError = error
+        if code in REFUSED_FOR_NOW:
+            failure = RedisUnavailable(str(error))
+        if waiter is None:
+            self._on_orphan_error(error)
+        elif isinstance(waiter, asyncio.Future):
+            if not waiter.done():
+                waiter.set_exception(failure)
+        else:
+            waiter(failure)
+        if code == "READONLY":  # a fail-over left us with the old primary: resolve the name again
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        n_sent = len(self.fifo) - (0 if self._on_push else len(self._out))
+        self._out.clear()
+        for index, waiter in enumerate(self.fifo):
+            lost = RedisUnavailable("connection to Redis lost", maybe_applied=index < n_sent)
+            if waiter is None:
+                continue
+            if isinstance(waiter, asyncio.Future):
+                if not waiter.done():
+                    waiter.set_exception(lost)
+            else:
+                waiter(lost)
+        self.fifo.clear()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+async def open_connection(
+    address: Address,
+    *,
+    client_name: str,
+    timeout_s: float,
+    scripts: Iterable[Script] = (),
+    on_orphan_error: Callable[[ResponseError], None],
+    on_push: Callable[[Any], None] | None = None,
+) -> Connection:
+    """Connect, authenticate, select, load scripts; raises RedisUnavailable or ResponseError if it cannot."""
+    loop = asyncio.get_running_loop()
+    connection = Connection(loop, on_orphan_error=on_orphan_error)
+
+    def factory() -> Connection:
+        return connection
+
+    try:
+        async with asyncio.timeout(timeout_s):
+            if address.path:
+                await loop.create_unix_connection(factory, address.path)
+            else:
+                await loop.create_connection(factory, address.host, address.port, ssl=address.tls)
+            await _handshake(connection, address, client_name, scripts)
+    except (OSError, TimeoutError) as exc:
+        connection.abort()
+        raise RedisUnavailable(f"cannot reach Redis at {address}: {exc!r}") from exc
+    except BaseException:
+        connection.abort()
+        raise
+    connection._on_push = on_push  # from here on replies are pushes
+    return connection
+
+
+async def _handshake(
+    connection: Connection, address: Address, client_name: str, scripts: Iterable[Script]
+) -> None:
+    """One round trip. PING proves that Redis serves (not LOADING); a user may lack PING or SETNAME."""
+    commands: list[tuple[str | int, ...]] = []
+    if address.password is not None:
+        commands.append(("AUTH", *([address.username] if address.username else []), address.password))
+    if address.db:
+        commands.append(("SELECT", address.db))
+    commands += [("CLIENT", "SETNAME", client_name), ("PING",)]
+    commands += [("SCRIPT", "LOAD", script.source) for script in scripts]
+    loop = asyncio.get_running_loop()
+    waiters: list[asyncio.Future[Any]] = []
+    for command in commands:
+        waiters.append(loop.create_future())
+        connection.send(pack(command), waiters[-1])
+    replies = await asyncio.gather(*waiters, return_exceptions=True)
+    for command, reply in zip(commands, replies, strict=True):
+        optional = command[0] in ("CLIENT", "PING")
+        if isinstance(reply, ResponseError) and optional and reply.code == "NOPERM":
+            continue
+        if isinstance(reply, BaseException):
+            raise reply
