@@ -1,0 +1,313 @@
+"""The wire between gateway, control and replica: versioned structures and the Celery message.
+
+Called by both sides; holds no I/O. The rule that keeps N and N-1 talking: add fields with defaults, never reuse a
+name or a position, never remove one that the other side still reads. Bodies travel as `RequestEnvelope` under
+`body:<id>`; the Celery message carries ids only.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from workers.keys import WIRE_VERSION
+
+SERVE_TASK: Final = "corral.serve"
+
+
+class FinishReason(str, enum.Enum):
+    """Why a generation ended. The first two are OpenAI's; the rest are ours."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    BUDGET = "budget"
+
+
+class Endpoint(str, enum.Enum):
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+
+
+class ReplicaPhase(str, enum.Enum):
+    """Life of a replica as its agent reports it."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sampling parameters after validation; `max_tokens` is the lesser of what was asked and what is held."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[str, float] = {}  # noqa: RUF012 - msgspec copies mutable defaults
+
+
+class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a replica needs to serve a request. `payload` is the client's JSON body, verbatim and already valid."""
+
+    id: str
+    org: str
+    project: str
+    key: str
+    deployment: str
+    model: str
+    endpoint: Endpoint
+    payload: bytes
+    sampling: Sampling
+    price_version: str
+    admitted_at_ms: int
+    stream: bool = False
+    # True when max_tokens was cut by the money or tokens left: such an end is `budget`, not `length`.
+    budget_bound: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    zero_retention: bool = False
+    # The client set no max_tokens: the engine may use the whole context that is left.
+    open_ended: bool = False
+    v: int = WIRE_VERSION
+
+
+class WireError(msgspec.Struct, frozen=True, array_like=True):
+    """A refusal or failure decided on the worker: HTTP status, OpenAI error code, sentence, offending field."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+class End(msgspec.Struct, frozen=True, array_like=True):
+    """Last frame entry of a request: reason and exact counts."""
+
+    reason: FinishReason
+    n_prompt: int
+    n_cached: int
+    n_completion: int
+    error: WireError | None = None
+    # Attempts so far: 1 for a request served by the first replica it was bound to.
+    attempts: int = 1
+
+
+class FrameEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One step of one stream inside a frame. `offset` counts tokens from 0; `n` tokens are covered by `text`.
+
+    A frame is a msgpack array of entries; the script that accepts them writes the array header, so a frame holds
+    exactly what the journal holds. `stream` is a number chosen by the gateway that awaits it.
+    """
+
+    stream: int
+    choice: int
+    offset: int
+    n: int
+    text: str
+    end: End | None = None
+    logprobs: list[object] | None = None
+
+
+class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One accepted step: enough to resume the generation elsewhere and to refill a client's gap."""
+
+    choice: int
+    offset: int
+    token_ids: list[int]
+    text: str
+    end: End | None = None
+    logprobs: list[object] | None = None
+
+
+class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request consumed; one per request, however many attempts served it. Counts come from the journal."""
+
+    request_id: str
+    org: str
+    project: str
+    key: str
+    deployment: str
+    replica: str
+    machine: str
+    model: str
+    endpoint: Endpoint
+    n_prompt: int
+    n_cached: int
+    n_completion: int
+    attempts: int
+    finish_reason: FinishReason
+    # HTTP status the client was (or would have been) given.
+    status: int
+    admitted_at_ms: int
+    # Milliseconds from admission; None when no token was produced.
+    first_token_ms: int | None
+    duration_ms: int
+    price_version: str
+    v: int = WIRE_VERSION
+
+
+class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """State of a replica (or of an agent, with `replica` empty). `seq` grows by one per beat: observers judge
+    staleness by its change on their own clock, so a machine with a wrong clock neither lives nor dies by it."""
+
+    machine: str
+    seq: int
+    at_ms: int
+    replica: str = ""
+    deployment: str = ""
+    phase: ReplicaPhase = ReplicaPhase.STARTING
+    reason: str = ""
+    slots: int = 0
+    n_running: int = 0
+    n_waiting: int = 0
+    kv_used_ratio: float = 0.0
+    step_ms: float = 0.0
+    n_tokens_total: int = 0
+    n_requests_total: int = 0
+    max_model_len: int = 0
+    spool_full: bool = False
+    v: int = WIRE_VERSION
+
+
+class ReplicaSpec(msgspec.Struct, kw_only=True):
+    """Field of `desired`: a replica that the agent should be running. Absent from the hash = stop it."""
+
+    replica: str
+    deployment: str
+    model_digest: str
+    # Where the agent's model cache may fetch the version from (file:// or s3://); empty for the toy engine.
+    model_source: str
+    # EngineProfile as JSON (workers/engine/base.py).
+    profile: dict[str, object]
+    slots: int
+    # True: finish or hand off what runs, take nothing new, then stop.
+    drain: bool = False
+    grace_s: float = 10.0
+    v: int = WIRE_VERSION
+
+
+class ReplicaStatus(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Field of `actual`, also published on the machine's event channel when it changes."""
+
+    replica: str
+    phase: ReplicaPhase
+    deployment: str = ""
+    # Stable code for a failure (`bad_weights`, `out_of_memory`, `engine_died`, `start_timeout`, …) and a sentence.
+    code: str = ""
+    message: str = ""
+    slots: int = 0
+    max_model_len: int = 0
+    pid: int = 0
+    # Milliseconds spent per start stage, e.g. {"fetch": 12, "fork": 40, "load": 610}.
+    stages_ms: dict[str, int] = {}  # noqa: RUF012
+    v: int = WIRE_VERSION
+
+
+class Stage(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What waiting clients are told about a deployment. `failed` ends their wait with a 503 and the message."""
+
+    deployment: str
+    stage: str  # waking | launching_machine | starting_replica | loading_model | ready | failed
+    eta_ms: int | None = None
+    code: str = ""
+    message: str = ""
+    # Set with `failed`: when a retry may help.
+    retry_after_s: int | None = None
+    at_ms: int = 0
+    v: int = WIRE_VERSION
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """Trusted word to a gateway that a request ended without a replica (poison, deployment removed)."""
+
+    request: str
+    error: WireError
+    v: int = WIRE_VERSION
+
+
+class ClaimVerdict(str, enum.Enum):
+    """Answer of the claim script."""
+
+    OK = "ok"
+    HELD = "held"  # this epoch is already being served: a duplicate delivery
+    STALE = "stale"  # a newer epoch exists, or the request was moved away
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+class FlushVerdict(str, enum.Enum):
+    """Answer of the flush script per entry, one character each."""
+
+    ACCEPTED = "a"
+    STALE = "s"  # epoch or lease gone: stop generating
+    DUPLICATE = "d"  # offset already journaled
+    GAP = "g"  # offset beyond the journal: a bug or a lost flush; stop and let the reaper resume
+    CANCELLED = "c"  # accepted, and the client has gone: end the generation
+    BUDGET = "b"  # tokens beyond the hold: refused
+
+
+_MESSAGE_BODY: Final = r"[[\"%s\", %d], {}, {\"callbacks\": null, \"errbacks\": null, \"chain\": null, \"chord\": null}]"
+
+# Filled by Python % and by Lua string.format alike, with: id, epoch, tag, id, replica id, tag.
+# body_encoding is left unset: the body is JSON text inside the JSON message, and no script needs base64.
+MESSAGE_TEMPLATE: Final = (
+    '{"body": "' + _MESSAGE_BODY + '", "content-encoding": "utf-8", "content-type": "application/json", '
+    '"headers": {"lang": "py", "task": "' + SERVE_TASK + '", "id": "%s", "shadow": null, "eta": null, '
+    '"expires": null, "group": null, "group_index": null, "retries": 0, "timelimit": [null, null], '
+    '"root_id": "%s", "parent_id": null, "argsrepr": "", "kwargsrepr": "", "origin": "corral", '
+    '"ignore_result": true}, "properties": {"correlation_id": "", "delivery_mode": 2, '
+    '"delivery_info": {"exchange": "", "routing_key": "replica.%s"}, "priority": 0, "delivery_tag": "%s"}}'
+)
+
+
+def celery_message(request_id: str, epoch: int, replica_id: str) -> bytes:
+    """The Celery (protocol 2) message that asks a replica to serve one attempt of a request: ids only.
+
+    `delivery_tag` is `<id>.<epoch>`, unique per attempt. The bind script builds the same bytes.
+    """
+    tag = f"{request_id}.{epoch}"
+    return (MESSAGE_TEMPLATE % (request_id, epoch, tag, request_id, replica_id, tag)).encode()
+
+
+_frame_encoder = msgspec.msgpack.Encoder()
+_frame_decoder = msgspec.msgpack.Decoder(list[FrameEntry])
+_journal_decoder = msgspec.msgpack.Decoder(JournalEntry)
+_envelope_decoder = msgspec.msgpack.Decoder(RequestEnvelope)
+_usage_decoder = msgspec.msgpack.Decoder(UsageEvent)
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """msgpack bytes of any structure of this module."""
+    return _frame_encoder.encode(value)
+
+
+def decode_frame(payload: bytes) -> list[FrameEntry]:
+    """Entries of one frame; raises msgspec.DecodeError on anything else."""
+    return _frame_decoder.decode(payload)
+
+
+def decode_journal_entry(payload: bytes) -> JournalEntry:
+    return _journal_decoder.decode(payload)
+
+
+def decode_envelope(payload: bytes) -> RequestEnvelope:
+    return _envelope_decoder.decode(payload)
+
+
+def decode_usage(payload: bytes) -> UsageEvent:
+    return _usage_decoder.decode(payload)

@@ -1,0 +1,212 @@
+"""Every Redis key and channel of a cell: its name, type, owner and life.
+
+Both sides of the wire import this module and nothing else builds key names. A cell is one Redis primary; all of
+its keys start with the cell's name. Keys under `<cell>:m:<machine>:` are the only ones that a machine's Redis
+user may touch (`acl_rules`); everything else belongs to the trusted side (gateways, control worker, intake).
+
+| key after the cell | type | owner | life |
+|---|---|---|---|
+| `req:<id>` | hash | trusted | request record: admission until settle + 15 min |
+| `body:<id>`, `jrn:<id>` | string, list | trusted | body and journal while no replica holds the request |
+| `dep:<dep>:q` | zset of request ids | trusted | the deployment's fair queue, bounded at admission |
+| `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
+| `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail |
+| `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used |
+| `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
+| `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
+| `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, owner, offset, hold |
+| `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
+| `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
+| `m:<mid>:usage` | stream | machine | finished requests, until intake has booked them |
+| `m:<mid>:ack` | list | machine | request ids that intake has booked: the spool may forget them |
+| `m:<mid>:hb:<rid>` | string | machine | heartbeat (JSON) of a replica; `m:<mid>:hb` of the agent |
+| `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
+| `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+WIRE_VERSION: Final = 1
+DEFAULT_CELL: Final = "c0"
+
+# Garbage collection only; expiry that matters is a stored field compared with now_ms.
+RETENTION_MS: Final = 15 * 60 * 1000
+LEASE_GC_MS: Final = 6 * 60 * 60 * 1000
+USAGE_STREAM_MAX: Final = 200_000
+
+SCOPES: Final = ("key", "prj", "org")
+
+# Commands a machine's Redis user may run: what the consumer, the journal, the heartbeat and the agent need.
+MACHINE_COMMANDS: Final = (
+    "+ping +hello +auth +client|setname +client|setinfo +client|id +select +info +time +command +quit +reset "
+    "+eval +evalsha +script|load +script|exists +multi +exec +discard +watch +unwatch "
+    "+get +set +mget +del +unlink +exists +expire +pexpire +rename +type "
+    "+hget +hset +hsetnx +hmget +hgetall +hdel +hincrby +hlen +hexists "
+    "+lpush +rpush +lpop +rpop +brpop +blpop +blmove +lmove +lrange +llen +ltrim +lrem "
+    "+sadd +srem +smembers +scard +sismember "
+    "+zadd +zrem +zrevrangebyscore +zrangebyscore +zrange +zscore +zcard "
+    "+xadd +xlen +xrange +xtrim "
+    "+publish +subscribe +unsubscribe +psubscribe +punsubscribe"
+)
+
+
+class CellKeys:
+    """Key names of the trusted side of one cell."""
+
+    __slots__ = ("cell", "prefix")
+
+    def __init__(self, cell: str = DEFAULT_CELL) -> None:
+        if not cell or ":" in cell or "*" in cell:
+            raise ValueError(f"cell: {cell!r} must be a non-empty name without ':' or '*'")
+        self.cell = cell
+        self.prefix = f"{cell}:"
+
+    def machine(self, machine_id: str) -> MachineKeys:
+        return MachineKeys(self.cell, machine_id)
+
+    def request(self, request_id: str) -> str:
+        return f"{self.prefix}req:{request_id}"
+
+    def body(self, request_id: str) -> str:
+        return f"{self.prefix}body:{request_id}"
+
+    def queue(self, deployment_id: str) -> str:
+        return f"{self.prefix}dep:{deployment_id}:q"
+
+    def replicas(self, deployment_id: str) -> str:
+        return f"{self.prefix}dep:{deployment_id}:reps"
+
+    def stage(self, deployment_id: str) -> str:
+        return f"{self.prefix}dep:{deployment_id}:stage"
+
+    def replica(self, replica_id: str) -> str:
+        return f"{self.prefix}rep:{replica_id}"
+
+    def replica_live(self, replica_id: str) -> str:
+        return f"{self.prefix}rep:{replica_id}:live"
+
+    def limits(self, scope: str, scope_id: str) -> str:
+        if scope not in SCOPES:
+            raise ValueError(f"scope: {scope!r} is none of {SCOPES}")
+        return f"{self.prefix}lim:{scope}:{scope_id}"
+
+    @property
+    def wake_channel(self) -> str:
+        """PUBLISH of a deployment id: requests wait and nothing serves them."""
+        return f"{self.prefix}wake"
+
+    @property
+    def route_channel(self) -> str:
+        """PUBLISH of a deployment id: its set of replicas changed."""
+        return f"{self.prefix}route"
+
+    @property
+    def stage_channel(self) -> str:
+        """PUBLISH of `Stage` (JSON): what to tell clients that wait for a deployment."""
+        return f"{self.prefix}stage"
+
+    @property
+    def invalidate_channel(self) -> str:
+        """PUBLISH of `key:<lookup>`, `dep:<id>`, `prj:<id>` or `org:<id>`: forget what was cached of it."""
+        return f"{self.prefix}inval"
+
+    def notice_channel(self, gateway_id: str) -> str:
+        """PUBLISH of `Notice` (msgpack) by the trusted side: a request of this gateway ended without a replica."""
+        return f"{self.prefix}g:{gateway_id}"
+
+    def gateway_pattern(self, gateway_id: str) -> str:
+        """Pattern of the channels on which machines send frames to this gateway."""
+        return f"{self.prefix}m:*:g:{gateway_id}"
+
+    @property
+    def event_pattern(self) -> str:
+        """Pattern of the channels on which agents and replicas announce a change of phase."""
+        return f"{self.prefix}m:*:event"
+
+    def machine_of_channel(self, channel: bytes) -> str:
+        """Machine id in a channel matched by one of the patterns above; `''` if it has another shape."""
+        parts = channel.decode("ascii", "replace").split(":")
+        return parts[2] if len(parts) >= 4 and parts[0] == self.cell and parts[1] == "m" else ""
+
+
+class MachineKeys:
+    """Key names under one machine's prefix, the only ones its Redis user reaches."""
+
+    __slots__ = ("cell", "machine_id", "prefix")
+
+    def __init__(self, cell: str, machine_id: str) -> None:
+        if not machine_id or ":" in machine_id or "*" in machine_id:
+            raise ValueError(f"machine_id: {machine_id!r} must be a non-empty id without ':' or '*'")
+        self.cell = cell
+        self.machine_id = machine_id
+        self.prefix = f"{cell}:m:{machine_id}:"
+
+    @property
+    def redis_user(self) -> str:
+        return f"m-{self.machine_id}"
+
+    @staticmethod
+    def queue_name(replica_id: str) -> str:
+        """Celery queue of a replica; its Redis key is `prefix + queue_name`."""
+        return f"replica.{replica_id}"
+
+    def lease(self, request_id: str) -> str:
+        return f"{self.prefix}req:{request_id}"
+
+    def body(self, request_id: str) -> str:
+        return f"{self.prefix}body:{request_id}"
+
+    def journal(self, request_id: str) -> str:
+        return f"{self.prefix}jrn:{request_id}"
+
+    @property
+    def usage(self) -> str:
+        return f"{self.prefix}usage"
+
+    @property
+    def ack(self) -> str:
+        return f"{self.prefix}ack"
+
+    def heartbeat(self, replica_id: str | None = None) -> str:
+        return f"{self.prefix}hb:{replica_id}" if replica_id else f"{self.prefix}hb"
+
+    @property
+    def desired(self) -> str:
+        return f"{self.prefix}desired"
+
+    @property
+    def bell(self) -> str:
+        return f"{self.prefix}bell"
+
+    @property
+    def actual(self) -> str:
+        return f"{self.prefix}actual"
+
+    @property
+    def event_channel(self) -> str:
+        return f"{self.prefix}event"
+
+    def gateway_channel(self, gateway_id: str) -> str:
+        return f"{self.prefix}g:{gateway_id}"
+
+    def control_channel(self, replica_id: str) -> str:
+        """PUBLISH of a request id by the trusted side: cancel it."""
+        return f"{self.prefix}ctl:{replica_id}"
+
+    def acl_rules(self, password_sha256_hex: str) -> list[str]:
+        """Arguments of ACL SETUSER for this machine: its own keys and channels, and a command list.
+
+        `password_sha256_hex` is the digest, so that the password itself is stored nowhere on the trusted side.
+        """
+        return [
+            "reset",
+            "on",
+            f"#{password_sha256_hex}",
+            f"~{self.prefix}*",
+            "resetchannels",
+            f"&{self.prefix}*",
+            "-@all",
+            *MACHINE_COMMANDS.split(),
+        ]

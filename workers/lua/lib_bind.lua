@@ -1,0 +1,81 @@
+-- Included by every trusted script that hands a request to a replica. P is the cell prefix, e.g. "c0:".
+-- A bound request's body, journal and lease live under its machine's prefix and nowhere else, so that a machine
+-- that lost the request can neither read nor write it. The message carries ids and the epoch only.
+
+local LEASE_GC_MS = 21600000
+
+-- True when the replica takes new work and has a free slot.
+local function has_slot(P, rid)
+  local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots')
+  return r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0')
+end
+
+-- Binds an admitted request (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
+-- the body is gone (expired or deleted: nothing to serve).
+local function bind(P, id, rid, now_ms)
+  local rec_key = P .. 'req:' .. id
+  local mid = redis.call('HGET', P .. 'rep:' .. rid, 'mid')
+  local M = P .. 'm:' .. mid .. ':'
+  if redis.call('EXISTS', P .. 'body:' .. id) == 0 then return nil end
+  redis.call('RENAME', P .. 'body:' .. id, M .. 'body:' .. id)
+  if redis.call('EXISTS', P .. 'jrn:' .. id) == 1 then
+    redis.call('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id)
+  end
+  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt')
+  local epoch = redis.call('HINCRBY', rec_key, 'epoch', 1)
+  redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms)
+  redis.call('HINCRBY', rec_key, 'attempt', 1)
+  local lease = M .. 'req:' .. id
+  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'rid', rid, 'gw', rec[1], 'stream', rec[2],
+             'n', rec[3] or 0, 'hold', rec[4] or 0, 'attempt', (tonumber(rec[5] or '0')) + 1)
+  redis.call('PEXPIRE', lease, LEASE_GC_MS)
+  redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', 1)
+  redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)
+  local tag = id .. '.' .. epoch
+  redis.call('LPUSH', M .. 'replica.' .. rid, string.format(MESSAGE_TEMPLATE, id, epoch, tag, id, rid, tag))
+  return epoch
+end
+
+-- Takes a request off its replica: the slot is freed once, whoever asks, and journal and body come back to the
+-- trusted side when keep is true, else they are deleted. The lease is deleted, so the old holder is fenced out.
+local function unbind(P, id, keep)
+  local rec_key = P .. 'req:' .. id
+  local rec = redis.call('HMGET', rec_key, 'rid', 'mid')
+  local rid, mid = rec[1], rec[2]
+  if not rid or rid == '' then return end
+  local M = P .. 'm:' .. mid .. ':'
+  if redis.call('SREM', P .. 'rep:' .. rid .. ':live', id) == 1 then
+    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', -1) < 0 then
+      redis.call('HSET', P .. 'rep:' .. rid, 'used', 0)
+    end
+  end
+  if keep then
+    local n = redis.call('HGET', M .. 'req:' .. id, 'n')
+    local hold = redis.call('HGET', M .. 'req:' .. id, 'hold')
+    if n then redis.call('HSET', rec_key, 'n', n) end
+    if hold then redis.call('HSET', rec_key, 'hold_out', hold) end
+    if redis.call('EXISTS', M .. 'body:' .. id) == 1 then redis.call('RENAME', M .. 'body:' .. id, P .. 'body:' .. id) end
+    if redis.call('EXISTS', M .. 'jrn:' .. id) == 1 then redis.call('RENAME', M .. 'jrn:' .. id, P .. 'jrn:' .. id) end
+    redis.call('DEL', M .. 'req:' .. id)
+  else
+    redis.call('DEL', M .. 'body:' .. id)
+  end
+  redis.call('HSET', rec_key, 'rid', '', 'mid', '')
+end
+
+-- Binds queued requests to free slots of the deployment's replicas; returns how many. Bounded per call.
+local function pump(P, did, now_ms)
+  local q = P .. 'dep:' .. did .. ':q'
+  local n_bound = 0
+  if redis.call('ZCARD', q) == 0 then return 0 end
+  for _, rid in ipairs(redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')) do
+    while n_bound < 256 and has_slot(P, rid) do
+      local head = redis.call('ZPOPMIN', q)
+      if not head[1] then return n_bound end
+      if redis.call('HGET', P .. 'req:' .. head[1], 'state') == 'queued' and bind(P, head[1], rid, now_ms) then
+        n_bound = n_bound + 1
+      end
+    end
+  end
+  return n_bound
+end

@@ -1,0 +1,32 @@
+-- Ends a request once, whoever calls first (gateway at the last frame, intake after booking, reaper for the dead):
+-- holds go back, actual use is charged, the slot is freed and the fair queue pumped. Later calls change nothing.
+--
+-- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms.
+-- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
+local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local rec_key = P .. 'req:' .. id
+local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps')
+if not r[1] or r[1] == 'done' then return {0} end
+local did = r[2]
+local caps = {}
+for c in string.gmatch(r[9], '[^,]+') do caps[#caps + 1] = tonumber(c) end
+local SCOPE = {'key', 'prj', 'org'}
+for s = 1, 3 do
+  local h = P .. 'lim:' .. SCOPE[s] .. ':' .. r[s + 2]
+  local itpm, otpm, budget = caps[s * 3 - 2], caps[s * 3 - 1], caps[s * 3]
+  if itpm >= 0 then put_level(h, 'in', math.min(level(h, 'in', itpm, now) + tonumber(r[6]) - tonumber(ARGV[4]), itpm), now) end
+  if otpm >= 0 then put_level(h, 'out', math.min(level(h, 'out', otpm, now) + tonumber(r[7]) - tonumber(ARGV[5]), otpm), now) end
+  if redis.call('HINCRBY', h, 'conc', -1) < 0 then redis.call('HSET', h, 'conc', 0) end
+  if budget >= 0 then redis.call('HINCRBY', h, 'held', '-' .. r[8]) end
+  -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
+  if redis.call('HEXISTS', h, 'spent') == 1 then redis.call('HINCRBY', h, 'spent', ARGV[6]) end
+end
+if r[1] == 'queued' then
+  redis.call('ZREM', P .. 'dep:' .. did .. ':q', id)
+  redis.call('DEL', P .. 'body:' .. id)
+  redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
+end
+unbind(P, id, false)
+redis.call('HSET', rec_key, 'state', 'done')
+redis.call('PEXPIRE', rec_key, ARGV[7])
+return {1, pump(P, did, now)}

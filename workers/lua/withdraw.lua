@@ -1,0 +1,49 @@
+-- A replica takes no new work. With mode 'drain' what it runs goes on; with 'dead' every request bound to it goes
+-- back to the fair queue, ahead of those that never ran, its journal with it, under a lease that fences the old
+-- holder out. A request whose deaths exceed the bound is poison: it is failed, not tried again.
+--
+-- ARGV: 1 cell prefix, 2 now_ms, 3 replica, 4 'drain' | 'dead', 5 deaths allowed.
+-- Returns {n_requeued, n_left_running, poison ids...}. Bounded: 512 requests a call; call again while
+-- n_left_running > 0 with 'dead'.
+local P, now, rid, mode = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+local rk = P .. 'rep:' .. rid
+local r = redis.call('HMGET', rk, 'dep', 'mid')
+if not r[1] then return {0, 0} end
+local did, M = r[1], P .. 'm:' .. r[2] .. ':'
+redis.call('SREM', P .. 'dep:' .. did .. ':reps', rid)
+redis.call('HSET', rk, 'state', mode == 'dead' and 'dead' or 'draining')
+redis.call('PUBLISH', P .. 'route', did)
+local out = {0, 0}
+if mode == 'dead' then
+  redis.call('DEL', M .. 'replica.' .. rid)
+  for i, id in ipairs(redis.call('SRANDMEMBER', rk .. ':live', 512)) do
+    local lease_state = redis.call('HGET', M .. 'req:' .. id, 'state')
+    if redis.call('HGET', P .. 'req:' .. id, 'state') ~= 'bound' then
+      redis.call('SREM', rk .. ':live', id)
+    elseif lease_state == 'done' then
+      -- Finished before it died; its usage is in the stream or the spool and will be settled by intake.
+      unbind(P, id, false)
+    else
+      unbind(P, id, true)
+      local deaths = 0
+      -- A death counts only against a request that was being served, not one that lay in the dead queue.
+      if lease_state == 'claimed' then deaths = redis.call('HINCRBY', P .. 'req:' .. id, 'crashes', 1) end
+      redis.call('HSET', P .. 'req:' .. id, 'state', 'queued')
+      if deaths > tonumber(ARGV[5]) then
+        out[#out + 1] = id
+      else
+        -- Resumed work goes first: score below any admission instant, oldest admission first.
+        local adm = tonumber(redis.call('HGET', P .. 'req:' .. id, 'adm_ms') or '0')
+        redis.call('ZADD', P .. 'dep:' .. did .. ':q', string.format('%.0f', adm - 1e13), id)
+        out[1] = out[1] + 1
+      end
+    end
+  end
+  if redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
+  if out[1] > 0 then
+    pump(P, did, now)
+    if redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0 then redis.call('PUBLISH', P .. 'wake', did) end
+  end
+end
+out[2] = redis.call('SCARD', rk .. ':live')
+return out

@@ -1,0 +1,49 @@
+"""The Lua scripts of a cell, assembled once: includes first, the Celery message template as a constant.
+
+Trusted scripts may touch any key of the cell; `CLAIM` and `FLUSH` run as a machine's Redis user and touch only keys
+under its prefix (Redis checks every call a script makes against the caller's ACL). Scripts take now_ms from the
+caller, so that a test may run them on a virtual clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from workers.contract import MESSAGE_TEMPLATE
+
+_LUA = Path(__file__).parent / "lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's source and the SHA-1 by which EVALSHA names it."""
+
+    name: str
+    source: str
+    sha: str
+
+
+@cache
+def load(name: str, *includes: str) -> Script:
+    """Script `lua/<name>.lua` with its includes in front; the same object on every call."""
+    parts = [f"local MESSAGE_TEMPLATE = [==[{MESSAGE_TEMPLATE}]==]"] if includes else []
+    parts += [(_LUA / f"{include}.lua").read_text() for include in includes]
+    parts.append((_LUA / f"{name}.lua").read_text())
+    source = "\n".join(parts)
+    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+ADMIT = load("admit", "lib_bind", "lib_limits")
+SETTLE = load("settle", "lib_bind", "lib_limits")
+SEED = load("seed")
+CANCEL = load("cancel")
+ENROL = load("enrol", "lib_bind")
+WITHDRAW = load("withdraw", "lib_bind")
+CLAIM = load("claim")
+FLUSH = load("flush")
+
+TRUSTED_SCRIPTS = (ADMIT, SETTLE, SEED, CANCEL, ENROL, WITHDRAW)
+MACHINE_SCRIPTS = (CLAIM, FLUSH)
