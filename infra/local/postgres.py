@@ -1,0 +1,292 @@
+"""An embedded PostgreSQL 18: the server of a PyPI package, run the way a server should be.
+
+SCRAM for everybody, TCP on loopback only, no socket, fsync on, an unprivileged account under root; data,
+passwords and roles survive restarts, kill -9 and reboots. Called by stack.py and the tests. Must never trust
+a connection, log a statement, or end a process that is not this data directory's.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections import deque
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from infra.local import roles
+from infra.local.pghome import PostgresHome, make_traversable, remove_home, resolve_home
+from infra.local.ports import free_port
+from infra.local.privatefile import read_json, write_private_json
+from infra.local.process import Account, identity_of, is_alive, pids_working_in, spawn, unprivileged_account
+
+SUPERUSER = "postgres"
+HOST = "127.0.0.1"
+
+_SETTINGS = {
+    "listen_addresses": HOST,
+    "unix_socket_directories": "",
+    "password_encryption": "scram-sha-256",
+    "max_connections": "200",  # 2 gateways, web threads, control threads, a human with psql
+    "superuser_reserved_connections": "5",
+    "shared_buffers": "64MB",
+    "huge_pages": "off",
+    "io_method": "sync",  # the default keeps three worker processes for a load this server never sees
+    "jit": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "max_logical_replication_workers": "0",
+    "min_wal_size": "32MB",
+    "max_wal_size": "256MB",
+    "synchronous_commit": "on",  # the ledger lives here: a commit that was answered is on disk
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "lc_messages": "C",
+    "log_checkpoints": "off",
+    "log_line_prefix": "%m [%p] %q%u@%d ",
+    "log_min_error_statement": "panic",  # statements hold values
+    "log_error_verbosity": "terse",  # and so do DETAIL lines
+}
+_NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
+_HBA = f"# Written at every start: no socket, no trust, loopback only\nhost all all {HOST}/32 scram-sha-256\n"
+# (signal, seconds to wait): fast, immediate, last resort
+_STOP_STEPS = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
+
+
+class EmbeddedPostgres:
+    """One server over one data directory.
+
+    `data_dir` is ours alone (created if missing). `port` None takes a free one. `durable` False turns fsync
+    off and lets corral_owner create databases: for throwaway test servers only.
+    """
+
+    def __init__(self, data_dir: Path, port: int | None = None, *, durable: bool = True) -> None:
+        self.base = data_dir.absolute()
+        self.port = port or free_port()
+        self.durable = durable
+        self.log_path = self.base / "server.log"
+        self.account: Account | None = unprivileged_account()
+        self._credentials_path = self.base / "credentials.json"
+        self._home: PostgresHome | None = None
+        self._lock_fd: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Prepare and launch; returns before the server answers (`wait_ready`). Call from the main thread."""
+        self.prepare()
+        self._process = spawn(
+            self.argv(),
+            env=self.env(),
+            log_path=self.log_path,
+            account=self.account,
+            death_signal=signal.SIGINT,
+        )
+
+    def prepare(self) -> None:
+        """All but the launch: lock, place, initdb when empty, end leftovers, write the configuration.
+
+        Raises RuntimeError with the remedy: running already, data of another user, no place for it.
+        """
+        self._take_lock()
+        self._home = resolve_home(self.base, self.account)
+        if not (self._home.data / "PG_VERSION").exists():
+            self._initdb(self._home)
+        self._end_leftovers(self._home.data)
+        settings = {**_SETTINGS, **({} if self.durable else _NOT_DURABLE), "port": str(self.port)}
+        lines = [f"{name} = '{value}'" for name, value in settings.items()]
+        self._write_for_server("postgresql.conf", "# Written at every start.\n" + "\n".join(lines) + "\n")
+        self._write_for_server("pg_hba.conf", _HBA)
+
+    def argv(self) -> list[str]:
+        """Command of the server, once prepared; the data directory in it marks the process as this one's."""
+        home = self._prepared()
+        return [str(home.bin / "postgres"), "-D", str(home.data)]
+
+    def env(self) -> dict[str, str]:
+        """Environment of the server: nothing of ours, in particular no secret."""
+        return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+
+    def is_ready(self) -> bool:
+        """Whether a query is answered now."""
+        try:
+            with self.connect(timeout_s=2) as connection:
+                return connection.execute("SELECT 1").fetchone() == (1,)
+        except psycopg.OperationalError:
+            return False
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Block until a query is answered. RuntimeError with the end of the log if it dies or is too slow."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if self._process is not None and self._process.poll() is not None:
+                raise RuntimeError(f"PostgreSQL ended with {self._process.returncode}:\n{self._log_tail()}")
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"PostgreSQL not ready after {timeout_s:g} s:\n{self._log_tail()}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Fast shutdown; harder after 10 s. Does nothing when not running."""
+        process, self._process = self._process, None
+        if process is not None:
+            for stop_signal, grace_s in _STOP_STEPS:
+                if process.poll() is None:
+                    process.send_signal(stop_signal)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace_s)
+                    break
+        self.release()
+
+    def release(self) -> None:
+        """Give up the lock on the data directory (after whoever ran `argv` has ended it)."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def destroy(self) -> None:
+        """Stop and delete the data for good."""
+        self.stop()
+        remove_home(self.base)
+
+    # -- databases and roles ---------------------------------------------------------------------------------
+
+    def bootstrap(self) -> None:
+        """Roles, database `corral`, ownership of its schema; safe to repeat."""
+        with self.connect() as superuser:
+            roles.ensure_roles(superuser, self._credentials(), owner_creates_databases=not self.durable)
+        self.create_database(roles.DATABASE)
+
+    def create_database(self, name: str, template: str | None = None) -> None:
+        """A database beside `corral`, set up like it; `template` (idle, without connections) is copied."""
+        with self.connect() as superuser:
+            roles.ensure_database(superuser, name, template)
+        with self.connect(name) as in_database:
+            roles.ensure_schema(in_database)
+
+    def drop_database(self, name: str) -> None:
+        """Drop it if it exists, ending its connections."""
+        with self.connect() as superuser:
+            superuser.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def dsn(self, role: str, database: str = roles.DATABASE) -> str:
+        """postgresql:// URL of `owner`, `app`, `operator` or `superuser`. Holds a password: never log it."""
+        user = SUPERUSER if role == "superuser" else f"corral_{role}"
+        passwords = self._credentials()
+        if user not in passwords:
+            raise ValueError(f"role {role!r}: must be owner, app, operator or superuser")
+        return f"postgresql://{user}:{passwords[user]}@{HOST}:{self.port}/{database}"
+
+    def connect(self, database: str = "postgres", timeout_s: int = 5) -> psycopg.Connection:
+        """A superuser connection in autocommit, for set-up only."""
+        dsn = self.dsn("superuser", database)
+        return psycopg.connect(dsn, autocommit=True, connect_timeout=timeout_s, sslmode="disable")
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _prepared(self) -> PostgresHome:
+        if self._home is None:
+            raise RuntimeError("prepare() or start() first")
+        return self._home
+
+    def _take_lock(self) -> None:
+        if self._lock_fd is not None:
+            return
+        make_traversable(self.base)
+        lock_fd = os.open(self.base / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_fd)
+            raise RuntimeError(f"another process already runs the PostgreSQL of {self.base}") from None
+        self._lock_fd = lock_fd
+
+    def _credentials(self) -> dict[str, str]:
+        """Role → password, made up on first use. URL-safe characters, so they need no quoting in a DSN."""
+        stored = read_json(self._credentials_path)
+        if stored is None:
+            if self._home is not None and (self._home.data / "PG_VERSION").exists():
+                raise RuntimeError(f"{self._credentials_path} is gone: restore it, or remove {self.base}")
+            stored = {role: secrets.token_urlsafe(24) for role in (SUPERUSER, *roles.ROLES)}
+            write_private_json(self._credentials_path, stored)
+        return dict(stored)
+
+    def _initdb(self, home: PostgresHome) -> None:
+        """Initialise beside the final place and rename: a half-made directory never counts."""
+        fresh, password_file = home.root / "data.new", home.root / "data.password"
+        if fresh.exists():
+            subprocess.run(["/bin/rm", "-rf", str(fresh)], check=True, timeout=60)
+        fresh.mkdir(mode=0o700)
+        password_file.unlink(missing_ok=True)
+        descriptor = os.open(password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self._credentials()[SUPERUSER] + "\n")
+        if self.account:
+            os.chown(fresh, self.account.uid, self.account.gid)
+            os.chown(password_file, self.account.uid, self.account.gid)
+        try:
+            made = subprocess.run(
+                [
+                    str(home.bin / "initdb"),
+                    f"--pgdata={fresh}",
+                    f"--username={SUPERUSER}",
+                    f"--pwfile={password_file}",
+                    "--auth=scram-sha-256",
+                    "--encoding=UTF8",
+                    "--locale-provider=builtin",
+                    "--locale=C.UTF-8",  # the same order on every machine, none of its locales needed
+                    "--no-instructions",
+                    *([] if self.durable else ["--no-sync"]),
+                ],
+                cwd="/",
+                env=self.env(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+                user=self.account.uid if self.account else None,
+                group=self.account.gid if self.account else None,
+                extra_groups=[] if self.account else None,
+            )
+        finally:
+            password_file.unlink(missing_ok=True)
+        if made.returncode != 0:
+            raise RuntimeError(f"initdb failed in {fresh}:\n{made.stdout}{made.stderr}")
+        fresh.rename(home.data)
+
+    def _end_leftovers(self, data: Path) -> None:
+        """End servers of an earlier run still living in `data`, then drop a stale postmaster.pid.
+
+        PostgreSQL itself refuses to start when the stale file's pid is now anybody's process, which after a
+        container's restart it usually is.
+        """
+        for stop_signal, grace_s in _STOP_STEPS:
+            leftovers = [identity for pid in pids_working_in(data) if (identity := identity_of(pid))]
+            for identity in leftovers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(identity.pid, stop_signal)
+            deadline = time.monotonic() + grace_s
+            while any(map(is_alive, leftovers)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        (data / "postmaster.pid").unlink(missing_ok=True)
+
+    def _write_for_server(self, name: str, text: str) -> None:
+        path = self._prepared().data / name
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        if self.account:
+            os.chown(path, self.account.uid, self.account.gid)
+
+    def _log_tail(self, n_lines: int = 15) -> str:
+        try:
+            with self.log_path.open(encoding="utf-8", errors="replace") as file:
+                return "".join(deque(file, maxlen=n_lines)).rstrip()
+        except FileNotFoundError:
+            return "(no log)"

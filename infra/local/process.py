@@ -1,0 +1,190 @@
+"""Starting, recognising and ending processes of this machine.
+
+A pid alone names nobody: it is reused. Everything here speaks of a process by pid AND start time (field 22 of
+/proc/<pid>/stat), so that a record left by an earlier run can never end a stranger. Called by the embedded
+servers, the supervisor and the local provider. Linux only (/proc, prctl).
+"""
+
+import contextlib
+import ctypes
+import os
+import pwd
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.local.privatefile import write_private_text
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be imported between fork and exec
+
+
+@dataclass(frozen=True)
+class Account:
+    """The operating-system user a process is started as."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """One process for good: `start_ticks` are clock ticks since boot at which it started."""
+
+    pid: int
+    start_ticks: int
+
+
+def unprivileged_account() -> Account | None:
+    """Who servers run as: `nobody` when we are root (PostgreSQL refuses root), ourselves (None) otherwise."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        entry = pwd.getpwnam("nobody")
+    except KeyError:
+        raise RuntimeError(
+            "running as root, and this system has no user `nobody` to run PostgreSQL as: "
+            "run as an ordinary user, or add the account"
+        ) from None
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    log_path: Path | None,
+    cwd: Path = Path("/"),
+    account: Account | None = None,
+    death_signal: signal.Signals = signal.SIGKILL,
+) -> subprocess.Popen[bytes]:
+    """Start `argv` in its own session, output appended to `log_path` (mode 600; None: thrown away).
+
+    The kernel sends it `death_signal` when the calling THREAD ends, however: call from the main thread.
+    Raises OSError when it cannot be started.
+    """
+    parent_pid = os.getpid()
+
+    def _tie_to_parent() -> None:  # after fork: no locks, no imports, no logging
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        if os.getppid() != parent_pid:  # it died between fork and prctl
+            os._exit(1)
+
+    if log_path is None:
+        output = os.open(os.devnull, os.O_WRONLY)
+    else:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        output = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        return subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+            preexec_fn=_tie_to_parent,  # after the change of user, which clears the death signal
+        )
+    finally:
+        os.close(output)
+
+
+def identity_of(pid: int) -> ProcessIdentity | None:
+    """Identity of the process that has this pid now; None when there is none, or only its zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and parentheses
+    if fields[0] in ("Z", "X"):
+        return None
+    return ProcessIdentity(pid, int(fields[19]))
+
+
+def is_alive(identity: ProcessIdentity) -> bool:
+    """Whether that very process (not another one with its pid) runs."""
+    return identity_of(identity.pid) == identity
+
+
+def command_line(pid: int) -> list[str]:
+    """Arguments of a process; empty when it is gone or a kernel thread."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [part.decode(errors="replace") for part in raw.split(b"\0") if part]
+
+
+def pids_working_in(directory: Path) -> list[int]:
+    """Pids whose working directory is `directory` (all processes of a PostgreSQL work in its data)."""
+    wanted = str(directory.resolve())
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if str((entry / "cwd").readlink()) == wanted and identity_of(int(entry.name)):
+                    found.append(int(entry.name))
+    return found
+
+
+def group_members(pgid: int) -> list[int]:
+    """Live pids of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[2]) == pgid and fields[0] not in ("Z", "X"):
+                    found.append(int(entry.name))
+    return found
+
+
+def end_group(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace_s: float) -> bool:
+    """End a process that leads its own group, and all of the group: `stop_signal`, `grace_s`, then SIGKILL.
+
+    True when something had to be ended. A process that is gone, or whose pid is another's now, is left alone.
+    Blocks for `grace_s` plus two seconds at most.
+    """
+    if not is_alive(identity) or os.getpgid(identity.pid) != identity.pid:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(identity.pid, stop_signal)
+    if not _wait_until_empty(identity.pid, grace_s):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(identity.pid, signal.SIGKILL)
+        _wait_until_empty(identity.pid, 2.0)
+    return True
+
+
+def write_pid_file(path: Path, pid: int) -> None:
+    """Record a live process as "<pid> <start_ticks>"."""
+    identity = identity_of(pid)
+    if identity is None:
+        raise ProcessLookupError(f"no process {pid} to record in {path}")
+    write_private_text(path, f"{identity.pid} {identity.start_ticks}\n")
+
+
+def read_pid_file(path: Path) -> ProcessIdentity | None:
+    """The process a pid file names (it may be long gone); None when the file is missing or unreadable."""
+    try:
+        pid, start_ticks = path.read_text(encoding="utf-8").split()
+        return ProcessIdentity(int(pid), int(start_ticks))
+    except (OSError, ValueError):
+        return None
+
+
+def _wait_until_empty(pgid: int, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while group_members(pgid):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
