@@ -1,0 +1,258 @@
+"""What an engine is to the rest of the worker: requests in, deltas out, one asyncio loop.
+
+The serve loop (`workers/serve.py`) talks to this interface only; `toy.py` and `vllm.py` implement it. Nothing
+here imports an engine, so tests and the agent may import it for free. Nothing here may touch Redis or Celery:
+an engine knows tokens, never tenants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+import msgspec
+
+from workers.contract import FinishReason
+
+
+class EngineInputError(ValueError):
+    """The request can never be served as it stands: a 400, not a retry.
+
+    `code` is stable and machine-readable, `param` names the public field, `message` says the remedy.
+    """
+
+    def __init__(self, code: str, param: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.param, self.message = code, param, message
+
+
+def context_exceeded(n_prompt: int, max_model_len: int) -> EngineInputError:
+    """The refusal every engine gives a prompt that leaves no room for an answer."""
+    return EngineInputError(
+        "context_length_exceeded",
+        "messages",
+        f"the prompt has {n_prompt} tokens; the context of this model holds {max_model_len}, "
+        "and at least one must remain for the answer: shorten the prompt",
+    )
+
+
+class EngineDead(RuntimeError):  # noqa: N818 - a state, spoken of as "engine dead" everywhere
+    """The engine process is gone. The replica must exit; its requests resume elsewhere from the journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How to choose tokens. Defaults are neutral; temperature 0 is greedy.
+
+    `max_tokens` counts all output tokens of the request, those of earlier attempts included.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None  # number of alternatives per token; 0 = the chosen one only; None = off
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One attempt of one request.
+
+    prior_token_ids: output already journaled by earlier attempts; deltas start after it. Empty on attempt 1.
+    priority: lower runs first; ties by arrival.
+    cache_salt: prefix-cache isolation domain (per tenant), None = shared.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingSpec
+    prior_token_ids: list[int] = field(default_factory=list)
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
+    """Log probability (natural) of one output token, with the best alternatives as (id, text, logprob)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """What one or more engine steps added to one sequence.
+
+    `text` may lag behind `token_ids` (half a character, or the possible beginning of a stop string) and
+    catches up in a later delta, so only the concatenation of all texts is the output. The delta that carries
+    `finish` is the last. A msgspec Struct, not a dataclass: one is made per token and a frozen dataclass
+    costs 5x as much.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish: FinishReason | None = None
+    n_cached_prompt_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A glance at the engine for heartbeats and the watchdog.
+
+    `last_step_at_s` (time.monotonic()) is the last step, or the instant at which an idle engine got work:
+    with work (`n_running + n_waiting > 0`) it must keep moving.
+    """
+
+    n_running: int
+    n_waiting: int
+    kv_used_ratio: float
+    n_steps: int
+    last_step_at_s: float
+    step_ms: float  # exponentially weighted, most recent steps count most
+    n_preemptions: int = 0
+    n_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    n_prefix_hits: int = 0  # ... of which were found
+
+
+class Engine(Protocol):
+    """One model on one accelerator, stepping many sequences in one continuous batch.
+
+    Construct on the main thread while the process has no other thread (see vllm.py for why); call everything
+    else on the one asyncio loop that called `start`.
+    """
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context, prompt and output together."""
+
+    def tokenize_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Prompt ids of a conversation under the model's chat template; EngineInputError when it does not fit
+        it.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        """Prompt ids of a bare completion prompt."""
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas until one carries `finish`.
+
+        Raises EngineInputError before the first delta, EngineDead at any time. Cancelling the consuming task
+        or `aclose()` aborts the sequence in the engine within one step; consume inside `contextlib.aclosing`.
+        """
+
+    def stats(self) -> EngineStats:
+        """Never blocks and never asks the engine process: the last known figures."""
+
+    async def start(self) -> None:
+        """Begin stepping on the running loop."""
+
+    async def stop(self) -> None:
+        """Abort what runs and release everything; idempotent."""
+
+    async def check_health(self) -> None:
+        """Raises EngineDead. A hung engine passes: the watchdog reads `stats().last_step_at_s` for that."""
+
+
+class ProfileError(ValueError):
+    """An engine profile holds a value the engine cannot run with; the message names knob, value and range."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """How to run a model on a machine. Travels as JSON in the desired state; unknown knobs are refused."""
+
+    engine: str = "vllm"
+    dtype: str = (
+        "float32"  # the only dtype in which a resumed greedy request was measured to continue identically
+    )
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    kv_cache_bytes: int = 256 << 20
+    max_num_batched_tokens: int | None = None  # None: the engine's default (toy: 2048)
+    enforce_eager: bool = True  # skips compilation: seconds of start for some speed; on a GPU choose False
+    tensor_parallel_size: int = 1
+    block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
+    toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
+    toy_faults: bool = False  # tests: the words <die> and <hang> in a prompt do what they say
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("vllm", "toy"))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+        _within("max_model_len", self.max_model_len, 16, 10_000_000)
+        _within("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _within("kv_cache_bytes", self.kv_cache_bytes, 1 << 20, 1 << 43)
+        if self.max_num_batched_tokens is not None:
+            _within("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs, 1_000_000)
+        _within("tensor_parallel_size", self.tensor_parallel_size, 1, 64)
+        if self.block_size is not None:
+            _within("block_size", self.block_size, 1, 4096)
+        _within("toy_step_ms", self.toy_step_ms, 0, 60_000)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EngineProfile:
+        """Raises ProfileError for an unknown knob, a wrong type or a value out of range."""
+        known = {f.name: f for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise ProfileError(f"engine profile: unknown knob {name!r}; known: {', '.join(known)}")
+        try:
+            checked: dict[str, Any] = msgspec.convert(data, _PROFILE_TYPES, strict=True)
+        except msgspec.ValidationError as error:
+            raise ProfileError(f"engine profile: {error}") from None
+        return cls(**{name: checked[name] for name in data})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _profile_types() -> Any:
+    from typing import NotRequired, TypedDict, get_type_hints
+
+    hints = get_type_hints(EngineProfile)
+    return TypedDict("_ProfileJson", {n: NotRequired[t] for n, t in hints.items()})  # type: ignore[operator]
+
+
+def _within(knob: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ProfileError(f"engine profile: {knob} = {value} is out of range; allowed: {low} to {high}")
+
+
+def _one_of(knob: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ProfileError(f"engine profile: {knob} = {value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+_PROFILE_TYPES = _profile_types()
+
+
+def resume_blockers(sampling: SamplingSpec, dtype: str) -> tuple[str, ...]:
+    """Features that keep a resumed request from continuing exactly as the undisturbed run would have.
+
+    Empty: resuming from the journal is exact. Not empty: drain such a request to its end where there is time,
+    else resume and say so. Measured on vLLM 0.32 (2026-11-20): penalties look at output tokens only, and
+    resumed output is prompt to the engine; the random generator of a seeded request restarts; below float32
+    batching changes greedy choices (15 of 24). An unseeded sampled request promises no particular
+    continuation, so sampling itself blocks nothing.
+    """
+    reasons = []
+    if sampling.presence_penalty:
+        reasons.append("presence_penalty")
+    if sampling.frequency_penalty:
+        reasons.append("frequency_penalty")
+    if sampling.temperature > 0 and sampling.seed is not None:
+        reasons.append("seed")
+    if dtype != "float32" and sampling.temperature == 0:
+        reasons.append("dtype")
+    return tuple(reasons)

@@ -1,0 +1,350 @@
+"""A deterministic engine with real continuous batching and no model: for tests, benchmarks and the
+simulator's check.
+
+Sequences wait, are admitted within a per-step token budget, prefill in chunks, hold KV blocks, are preempted
+and recomputed when blocks run out, as in vLLM; only the "model" is a hash of the prompt and the position. So
+the same request gives the same text on every attempt, and a resumed one continues exactly. One task steps
+everything on the loop; a token costs about a microsecond, so measurements of the chain around it are not
+measurements of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from workers.contract import FinishReason
+from workers.engine import toy_text
+from workers.engine.base import (
+    Delta,
+    EngineDead,
+    EngineInputError,
+    EngineProfile,
+    EngineRequest,
+    EngineStats,
+    TokenLogprob,
+    context_exceeded,
+)
+from workers.engine.text import StopMatcher
+
+KV_BYTES_PER_TOKEN = 1024  # pretended; with it `kv_cache_bytes` means what it means for a small model
+MIN_NATURAL_TOKENS, MAX_NATURAL_TOKENS = 16, 200  # the "model" ends by itself within these
+
+
+class _Sequence:
+    """One request inside the engine. `n_computed` tokens of prompt + output have (pretended) KV."""
+
+    __slots__ = (
+        "ended",
+        "finish",
+        "key",
+        "matcher",
+        "n_blocks",
+        "n_computed",
+        "n_end",
+        "n_out",
+        "n_prompt",
+        "n_room",
+        "new_ids",
+        "new_text",
+        "request",
+        "seed",
+        "waiter",
+    )
+
+    def __init__(self, request: EngineRequest, key: tuple[int, int], n_context_left: int) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.key = key
+        self.n_prompt = len(request.prompt_token_ids)
+        self.n_out = 0
+        self.n_computed = self.n_blocks = self.n_room = 0
+        self.seed = toy_text.seed_of(
+            request.prompt_token_ids, sampling.seed if sampling.temperature else None
+        )
+        natural = MIN_NATURAL_TOKENS + self.seed % (MAX_NATURAL_TOKENS - MIN_NATURAL_TOKENS + 1)
+        limit = min(sampling.max_tokens, n_context_left)
+        # Position at which the end-of-sequence token comes; beyond the limit it never does.
+        self.n_end = limit if sampling.ignore_eos else min(limit, natural)
+        self.ended = FinishReason.LENGTH if sampling.ignore_eos or limit < natural else FinishReason.STOP
+        self.matcher = StopMatcher(sampling.stop)
+        self.finish: FinishReason | None = None
+        self.new_ids: list[int] = []
+        self.new_text: list[str] = []
+        self.waiter: asyncio.Future[None] | None = None
+
+    def advance(self) -> None:
+        """One output token: id, text, end."""
+        at = self.n_out
+        self.n_out = at + 1
+        last = self.n_out >= self.n_end
+        if last and self.ended is FinishReason.STOP:
+            token, piece = toy_text.EOS, ""
+        else:
+            token = toy_text.token_at(self.seed, at)
+            piece = toy_text.PIECES[token] if at else toy_text.PIECES[token][1:]
+        self.new_ids.append(token)
+        self.new_text.append(self.matcher.push(piece, last))
+        if self.matcher.stopped:
+            self.finish = FinishReason.STOP
+        elif last:
+            self.finish = self.ended
+
+    def replay(self) -> None:
+        """Bring the state to where earlier attempts left off, emitting nothing."""
+        for _ in self.request.prior_token_ids:
+            if self.finish is not None:
+                break
+            self.advance()
+        self.new_ids.clear()
+        self.new_text.clear()
+
+    def wake(self) -> None:
+        waiter = self.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class ToyEngine:
+    """See the module. `profile` gives slots, KV size, token budget and pace; no model directory is needed."""
+
+    def __init__(self, profile: EngineProfile, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.profile = profile
+        self.max_model_len = profile.max_model_len
+        self._now_s = now_s
+        self._block = profile.block_size or 16
+        self.n_blocks = max(1, profile.kv_cache_bytes // (KV_BYTES_PER_TOKEN * self._block))
+        self._n_free = self.n_blocks
+        self._budget = profile.max_num_batched_tokens or max(2048, profile.max_num_seqs)
+        self._waiting: list[tuple[tuple[int, int], _Sequence]] = []
+        self._running: list[_Sequence] = []
+        self._n_arrived = 0
+        self._task: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._dead: str | None = None
+        self._hung = False
+        self._n_steps = self._n_preemptions = 0
+        self._last_step_at_s = now_s()
+        self._step_ms = 0.0
+
+    # -- the Engine interface --------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        return toy_text.tokenize(text, faults=self.profile.toy_faults)
+
+    def tokenize_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        return toy_text.tokenize_chat(messages, tools, faults=self.profile.toy_faults)
+
+    async def start(self) -> None:
+        if self._task is None:
+            self._last_step_at_s = self._now_s()
+            self._task = asyncio.create_task(self._run(), name="toy-engine")
+
+    async def stop(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._die("stopped")
+
+    async def check_health(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"toy engine: {self._dead}")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            n_running=len(self._running),
+            n_waiting=len(self._waiting),
+            kv_used_ratio=1 - self._n_free / self.n_blocks,
+            n_steps=self._n_steps,
+            last_step_at_s=self._last_step_at_s,
+            step_ms=self._step_ms,
+            n_preemptions=self._n_preemptions,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
+        await self.check_health()
+        seq = self._admit(request)
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                if not seq.new_ids and seq.finish is None:
+                    seq.waiter = loop.create_future()
+                    await seq.waiter
+                ids, seq.new_ids = seq.new_ids, []
+                text = seq.new_text[0] if len(seq.new_text) == 1 else "".join(seq.new_text)
+                seq.new_text.clear()
+                if seq.finish is FinishReason.ERROR:
+                    raise EngineDead(f"toy engine: {self._dead}")
+                if request.sampling.logprobs is None:
+                    yield Delta(ids, text, seq.finish)
+                else:
+                    yield Delta(ids, text, seq.finish, 0, _logprobs(ids, request.sampling.logprobs))
+                if seq.finish is not None:
+                    return
+        finally:
+            if seq.finish is None:
+                self._abort(seq)
+
+    # -- admission and stepping ------------------------------------------------------------------------------
+
+    def _admit(self, request: EngineRequest) -> _Sequence:
+        n_prompt = len(request.prompt_token_ids)
+        n_context = min(self.max_model_len, self.n_blocks * self._block)
+        if not n_prompt:
+            raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
+        if n_prompt >= n_context:
+            raise context_exceeded(n_prompt, n_context)
+        self._n_arrived += 1
+        seq = _Sequence(request, (request.priority, self._n_arrived), n_context - n_prompt)
+        seq.replay()
+        if seq.finish is None:
+            if not self._running and not self._waiting:
+                self._last_step_at_s = self._now_s()
+            heapq.heappush(self._waiting, (seq.key, seq))
+            self._work.set()
+        return seq
+
+    async def _run(self) -> None:
+        pace_s = self.profile.toy_step_ms / 1000
+        due_s = 0.0
+        while True:
+            if not self._running and not self._waiting:
+                self._work.clear()
+                await self._work.wait()
+            if pace_s:
+                now_s = self._now_s()
+                due_s = max(due_s + pace_s, now_s)  # lateness is not made up for, as on an accelerator
+                await asyncio.sleep(due_s - now_s)
+            else:
+                await asyncio.sleep(0)
+            if self._hung:
+                await asyncio.Event().wait()
+            self.step()
+
+    def step(self) -> None:
+        """One engine step, running sequences first, then waiting ones, as far as token budget, slots and
+        blocks go.
+
+        A sequence whose whole context is computed in this step gets its next token.
+        """
+        budget, running, n_preempted, ended = self._budget, self._running, self._n_preemptions, False
+        at = 0
+        while at < len(running) and budget > 0:
+            seq = running[at]
+            n_context = seq.n_prompt + seq.n_out
+            target = min(n_context, seq.n_computed + budget)
+            if target > seq.n_room and not self._grow(seq, target):
+                break  # it was the last one and gave way itself
+            budget -= target - seq.n_computed
+            seq.n_computed = target
+            if target == n_context:
+                seq.advance()
+                ended = ended or seq.finish is not None
+                waiter = seq.waiter
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(None)
+            at += 1
+        if ended:
+            for seq in running:
+                if seq.finish is not None:
+                    self._free(seq)
+            self._running = [seq for seq in running if seq.finish is None]
+        if self._waiting and n_preempted == self._n_preemptions:
+            self._admit_waiting(budget)
+        now_s = self._now_s()
+        self._n_steps += 1
+        self._step_ms += 0.2 * ((now_s - self._last_step_at_s) * 1000 - self._step_ms)
+        self._last_step_at_s = now_s
+
+    def _admit_waiting(self, budget: int) -> None:
+        """Move waiting sequences into free slots while their context fits the free blocks; their prefill
+        starts.
+        """
+        while self._waiting and budget > 0 and len(self._running) < self.profile.max_num_seqs:
+            seq = self._waiting[0][1]
+            n_context = seq.n_prompt + seq.n_out
+            if -(-n_context // self._block) > self._n_free:
+                return
+            heapq.heappop(self._waiting)
+            if self.profile.toy_faults:
+                self._misbehave(seq)
+            self._take(seq, n_context)
+            self._running.append(seq)
+            seq.n_computed = min(n_context, budget)
+            budget -= seq.n_computed
+            if seq.n_computed == n_context:
+                seq.advance()
+                seq.wake()
+                if seq.finish is not None:
+                    self._running.pop()
+                    self._free(seq)
+
+    def _grow(self, seq: _Sequence, n_tokens: int) -> bool:
+        """Room for `n_tokens`, at the cost of the sequences admitted last.
+
+        False: `seq` itself had to give way.
+        """
+        while -(-n_tokens // self._block) - seq.n_blocks > self._n_free:
+            victim = self._running.pop()
+            self._free(victim)
+            victim.n_computed = 0  # recomputed from the start when it is admitted again
+            heapq.heappush(self._waiting, (victim.key, victim))
+            self._n_preemptions += 1
+            if victim is seq:
+                return False
+        self._take(seq, n_tokens)
+        return True
+
+    def _take(self, seq: _Sequence, n_tokens: int) -> None:
+        n_blocks = -(-n_tokens // self._block)
+        self._n_free -= n_blocks - seq.n_blocks
+        seq.n_blocks, seq.n_room = n_blocks, n_blocks * self._block
+
+    def _free(self, seq: _Sequence) -> None:
+        self._n_free += seq.n_blocks
+        seq.n_blocks = seq.n_room = 0
+
+    def _abort(self, seq: _Sequence) -> None:
+        seq.finish = FinishReason.ABORT
+        self._free(seq)
+        if seq in self._running:
+            self._running.remove(seq)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not seq]
+            heapq.heapify(self._waiting)
+
+    def _die(self, reason: str) -> None:
+        """Every sequence fails with EngineDead, now and later."""
+        self._dead = self._dead or reason
+        for seq in [*self._running, *(entry[1] for entry in self._waiting)]:
+            seq.finish = FinishReason.ERROR
+            seq.wake()
+        self._running, self._waiting, self._n_free = [], [], self.n_blocks
+
+    def _misbehave(self, seq: _Sequence) -> None:
+        if toy_text.DIE in seq.request.prompt_token_ids:
+            os._exit(70)
+        if toy_text.HANG in seq.request.prompt_token_ids:
+            self._hung = True
+
+
+def _logprobs(ids: list[int], n_top: int) -> tuple[TokenLogprob, ...]:
+    """Made up, but well-formed: the chosen token first, alternatives below it."""
+    return tuple(
+        TokenLogprob(
+            token,
+            toy_text.PIECES[token],
+            -0.1,
+            tuple(
+                (t, toy_text.PIECES[t], -0.1 - k) for k, t in enumerate(toy_text.alternatives(token, n_top))
+            ),
+        )
+        for token in ids
+    )
