@@ -42,11 +42,10 @@ def packaged_bin() -> Path:
 
 
 def resolve_home(base: Path, account: Account | None, outside: tuple[Path, ...] = _OUTSIDE) -> PostgresHome:
-    """Find or choose the home for the server asked for at `base`; the same answer on every later start.
+    """Find or choose the home for the server asked for at `base` (exists); the same on every later start.
 
     Raises RuntimeError, with the remedy, when earlier data is missing, or belongs to somebody else.
     """
-    make_traversable(base)
     pointer = base / "location.json"
     recorded = read_json(pointer)
     if recorded is not None:
@@ -73,14 +72,6 @@ def remove_home(base: Path) -> None:
     if recorded is not None:
         shutil.rmtree(recorded["root"], ignore_errors=True)
     shutil.rmtree(base, ignore_errors=True)
-
-
-def make_traversable(directory: Path) -> None:
-    """Create `directory`, and missing parents, as 711 (enter, not list). What exists keeps its mode."""
-    for path in [*reversed(directory.parents), directory]:
-        if not path.exists():
-            path.mkdir(mode=0o711)
-            path.chmod(0o711)  # whatever the umask: this directory is ours from birth
 
 
 def _make_outside(base: Path, outside: tuple[Path, ...]) -> Path:

@@ -5,27 +5,22 @@ passwords and roles survive restarts, kill -9 and reboots. Called by stack.py an
 a connection, log a statement, or end a process that is not this data directory's.
 """
 
-import contextlib
-import fcntl
 import os
 import secrets
 import signal
 import subprocess
-import time
-from collections import deque
 from pathlib import Path
 
 import psycopg
 from psycopg import sql
 
 from infra.local import roles
-from infra.local.pghome import PostgresHome, make_traversable, remove_home, resolve_home
-from infra.local.ports import free_port
+from infra.local.embedded import HOST, EmbeddedServer
+from infra.local.pghome import PostgresHome, remove_home, resolve_home
 from infra.local.privatefile import read_json, write_private_json
-from infra.local.process import Account, identity_of, is_alive, pids_working_in, spawn, unprivileged_account
+from infra.local.process import unprivileged_account
 
 SUPERUSER = "postgres"
-HOST = "127.0.0.1"
 
 _SETTINGS = {
     "listen_addresses": HOST,
@@ -53,64 +48,41 @@ _SETTINGS = {
 }
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
 _HBA = f"# Written at every start: no socket, no trust, loopback only\nhost all all {HOST}/32 scram-sha-256\n"
-# (signal, seconds to wait): fast, immediate, last resort
-_STOP_STEPS = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 
 
-class EmbeddedPostgres:
-    """One server over one data directory.
+class EmbeddedPostgres(EmbeddedServer):
+    """One server over one data directory; `start`, `wait_ready`, `stop`: see EmbeddedServer.
 
-    `data_dir` is ours alone (created if missing). `port` None takes a free one. `durable` False turns fsync
-    off and lets corral_owner create databases: for throwaway test servers only.
+    `durable` False turns fsync off and lets corral_owner create databases: for throwaway test servers only.
     """
 
+    program = "postgres"
+    # fast shutdown, immediate shutdown, last resort
+    stop_steps = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
+
     def __init__(self, data_dir: Path, port: int | None = None, *, durable: bool = True) -> None:
-        self.base = data_dir.absolute()
-        self.port = port or free_port()
+        super().__init__(data_dir, port)
+        self.account = unprivileged_account()
         self.durable = durable
-        self.log_path = self.base / "server.log"
-        self.account: Account | None = unprivileged_account()
         self._credentials_path = self.base / "credentials.json"
         self._home: PostgresHome | None = None
-        self._lock_fd: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
 
-    # -- life ------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Prepare and launch; returns before the server answers (`wait_ready`). Call from the main thread."""
-        self.prepare()
-        self._process = spawn(
-            self.argv(),
-            env=self.env(),
-            log_path=self.log_path,
-            account=self.account,
-            death_signal=signal.SIGINT,
-        )
-
-    def prepare(self) -> None:
-        """All but the launch: lock, place, initdb when empty, end leftovers, write the configuration.
-
-        Raises RuntimeError with the remedy: running already, data of another user, no place for it.
-        """
-        self._take_lock()
+    def _prepare(self) -> None:
         self._home = resolve_home(self.base, self.account)
         if not (self._home.data / "PG_VERSION").exists():
             self._initdb(self._home)
         self._end_leftovers(self._home.data)
+        # PostgreSQL refuses to start when a stale file's pid is anybody's by now (a container's restart).
+        (self._home.data / "postmaster.pid").unlink(missing_ok=True)
         settings = {**_SETTINGS, **({} if self.durable else _NOT_DURABLE), "port": str(self.port)}
         lines = [f"{name} = '{value}'" for name, value in settings.items()]
         self._write_for_server("postgresql.conf", "# Written at every start.\n" + "\n".join(lines) + "\n")
         self._write_for_server("pg_hba.conf", _HBA)
 
     def argv(self) -> list[str]:
-        """Command of the server, once prepared; the data directory in it marks the process as this one's."""
+        """Command of the server, once prepared."""
         home = self._prepared()
         return [str(home.bin / "postgres"), "-D", str(home.data)]
-
-    def env(self) -> dict[str, str]:
-        """Environment of the server: nothing of ours, in particular no secret."""
-        return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
 
     def is_ready(self) -> bool:
         """Whether a query is answered now."""
@@ -119,34 +91,6 @@ class EmbeddedPostgres:
                 return connection.execute("SELECT 1").fetchone() == (1,)
         except psycopg.OperationalError:
             return False
-
-    def wait_ready(self, timeout_s: float = 30.0) -> None:
-        """Block until a query is answered. RuntimeError with the end of the log if it dies or is too slow."""
-        deadline = time.monotonic() + timeout_s
-        while not self.is_ready():
-            if self._process is not None and self._process.poll() is not None:
-                raise RuntimeError(f"PostgreSQL ended with {self._process.returncode}:\n{self._log_tail()}")
-            if time.monotonic() >= deadline:
-                raise RuntimeError(f"PostgreSQL not ready after {timeout_s:g} s:\n{self._log_tail()}")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        """Fast shutdown; harder after 10 s. Does nothing when not running."""
-        process, self._process = self._process, None
-        if process is not None:
-            for stop_signal, grace_s in _STOP_STEPS:
-                if process.poll() is None:
-                    process.send_signal(stop_signal)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(grace_s)
-                    break
-        self.release()
-
-    def release(self) -> None:
-        """Give up the lock on the data directory (after whoever ran `argv` has ended it)."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
 
     def destroy(self) -> None:
         """Stop and delete the data for good."""
@@ -192,18 +136,6 @@ class EmbeddedPostgres:
         if self._home is None:
             raise RuntimeError("prepare() or start() first")
         return self._home
-
-    def _take_lock(self) -> None:
-        if self._lock_fd is not None:
-            return
-        make_traversable(self.base)
-        lock_fd = os.open(self.base / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock_fd)
-            raise RuntimeError(f"another process already runs the PostgreSQL of {self.base}") from None
-        self._lock_fd = lock_fd
 
     def _credentials(self) -> dict[str, str]:
         """Role → password, made up on first use. URL-safe characters, so they need no quoting in a DSN."""
@@ -259,22 +191,6 @@ class EmbeddedPostgres:
             raise RuntimeError(f"initdb failed in {fresh}:\n{made.stdout}{made.stderr}")
         fresh.rename(home.data)
 
-    def _end_leftovers(self, data: Path) -> None:
-        """End servers of an earlier run still living in `data`, then drop a stale postmaster.pid.
-
-        PostgreSQL itself refuses to start when the stale file's pid is now anybody's process, which after a
-        container's restart it usually is.
-        """
-        for stop_signal, grace_s in _STOP_STEPS:
-            leftovers = [identity for pid in pids_working_in(data) if (identity := identity_of(pid))]
-            for identity in leftovers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(identity.pid, stop_signal)
-            deadline = time.monotonic() + grace_s
-            while any(map(is_alive, leftovers)) and time.monotonic() < deadline:
-                time.sleep(0.02)
-        (data / "postmaster.pid").unlink(missing_ok=True)
-
     def _write_for_server(self, name: str, text: str) -> None:
         path = self._prepared().data / name
         path.unlink(missing_ok=True)
@@ -283,10 +199,3 @@ class EmbeddedPostgres:
             file.write(text)
         if self.account:
             os.chown(path, self.account.uid, self.account.gid)
-
-    def _log_tail(self, n_lines: int = 15) -> str:
-        try:
-            with self.log_path.open(encoding="utf-8", errors="replace") as file:
-                return "".join(deque(file, maxlen=n_lines)).rstrip()
-        except FileNotFoundError:
-            return "(no log)"

@@ -88,6 +88,7 @@ def spawn(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=0o077,
             user=account.uid if account else None,
             group=account.gid if account else None,
             extra_groups=[] if account else None,
@@ -123,15 +124,21 @@ def command_line(pid: int) -> list[str]:
     return [part.decode(errors="replace") for part in raw.split(b"\0") if part]
 
 
-def pids_working_in(directory: Path) -> list[int]:
-    """Pids whose working directory is `directory` (all processes of a PostgreSQL work in its data)."""
+def find_working_in(directory: Path, program: str) -> list[ProcessIdentity]:
+    """Processes running executable `program` with `directory` as working directory, where our servers live.
+
+    Both must fit: a shell that stands in the directory is nobody's server.
+    """
     wanted = str(directory.resolve())
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if str((entry / "cwd").readlink()) == wanted and identity_of(int(entry.name)):
-                    found.append(int(entry.name))
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                executable = (entry / "exe").readlink().name.removesuffix(" (deleted)")
+                if executable == program and str((entry / "cwd").readlink()) == wanted:
+                    identity = identity_of(int(entry.name))
+                    if identity is not None:
+                        found.append(identity)
     return found
 
 
