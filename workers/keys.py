@@ -18,7 +18,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
 | `m:<mid>:usage` | stream | machine | finished requests, until intake has booked them |
-| `m:<mid>:ack` | list | machine | request ids that intake has booked: the spool may forget them |
+| `m:<mid>:ack:<rid>` | list | machine | request ids of that replica's usage that intake has booked: its spool may forget them |
 | `m:<mid>:hb:<rid>` | string | machine | heartbeat (JSON) of a replica; `m:<mid>:hb` of the agent |
 | `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
@@ -165,9 +165,12 @@ class MachineKeys:
     def usage(self) -> str:
         return f"{self.prefix}usage"
 
-    @property
-    def ack(self) -> str:
-        return f"{self.prefix}ack"
+    def ack(self, replica_id: str) -> str:
+        """Booked request ids, RPUSHed by intake (with a PEXPIRE) for the replica named in the usage event.
+
+        Read by whoever owns that replica's spool: its front while it lives, then the machine's agent.
+        """
+        return f"{self.prefix}ack:{replica_id}"
 
     def heartbeat(self, replica_id: str | None = None) -> str:
         return f"{self.prefix}hb:{replica_id}" if replica_id else f"{self.prefix}hb"

@@ -44,6 +44,7 @@ ENROL = load("enrol", "lib_bind")
 WITHDRAW = load("withdraw", "lib_bind")
 CLAIM = load("claim")
 FLUSH = load("flush")
+RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (ADMIT, SETTLE, SEED, CANCEL, ENROL, WITHDRAW)
-MACHINE_SCRIPTS = (CLAIM, FLUSH)
+MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE)

@@ -4,7 +4,7 @@
 --
 -- ARGV: 1 machine prefix, 2 gateway, 3 journal life in ms after the end, 4 usage stream bound, then per entry 7:
 --       request, epoch, offset, n tokens, frame entry (msgpack), journal entry (msgpack), usage event or ''.
--- Returns one character per entry: a accepted, c accepted but the client has gone, s stale, d duplicate, g gap,
+-- Returns one character per entry: a accepted, c accepted but the client has gone, s stale, d duplicate (accepted before), g gap,
 --         b beyond the hold.
 local M = ARGV[1]
 local verdicts, frame, n_frame = {}, {}, 0
@@ -14,7 +14,9 @@ for i = 5, #ARGV, 7 do
   local r = redis.call('HMGET', k, 'epoch', 'n', 'hold', 'state', 'cancel')
   local offset, n = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
   local v
-  if r[1] ~= ARGV[i + 1] or r[4] ~= 'claimed' then
+  if r[1] == ARGV[i + 1] and r[4] == 'done' then
+    v = 'd' -- sent again after a lost answer: its end was accepted
+  elseif r[1] ~= ARGV[i + 1] or r[4] ~= 'claimed' then
     v = 's'
   else
     local have = tonumber(r[2])
