@@ -38,7 +38,10 @@ def main() -> int:
         started_s = time.monotonic()
         print(f"==> {name}", flush=True)
         code = subprocess.run(argv, cwd=ROOT, check=False).returncode
-        print(f"    {name}: {'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - started_s:.0f} s", flush=True)
+        print(
+            f"    {name}: {'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - started_s:.0f} s",
+            flush=True,
+        )
         if code:
             return code
     return 0

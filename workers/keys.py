@@ -40,7 +40,7 @@ SCOPES: Final = ("key", "prj", "org")
 
 # Commands a machine's Redis user may run: what the consumer, the journal, the heartbeat and the agent need.
 MACHINE_COMMANDS: Final = (
-    "+ping +hello +auth +client|setname +client|setinfo +client|id +select +info +time +command +quit +reset "
+    "+ping +hello +auth +client|setname +client|setinfo +client|id +select +info +time +command "
     "+eval +evalsha +script|load +script|exists +multi +exec +discard +watch +unwatch "
     "+get +set +mget +del +unlink +exists +expire +pexpire +rename +type "
     "+hget +hset +hsetnx +hmget +hgetall +hdel +hincrby +hlen +hexists "
