@@ -1,0 +1,172 @@
+"""What the autoscaler owns: machines, the replicas on them, and every decision with what it was made from.
+
+Fields and constraints only. Rows are written by act.py, reconcile.py and the watcher, each by compare-and-set
+on `state`, `phase` or `version`; a decision is never changed.
+"""
+
+from typing import ClassVar
+
+from django.db import models
+from django.db.models import Q
+
+from controlplane import ids
+from controlplane.deployments.models import Deployment
+from controlplane.tenants.models import Organization
+
+
+class MachineState(models.TextChoices):
+    """Life of a machine, in order. `gone` is final."""
+
+    PENDING = "pending"  # the provider was asked (or is about to be: the row comes first)
+    ENROLLED = "enrolled"  # its agent proved itself and has its Redis user
+    READY = "ready"  # its agent reports and takes replicas
+    DRAINING = "draining"  # takes nothing new
+    GONE = "gone"
+
+
+class Machine(models.Model):
+    """A computer we pay for. The house's, not a tenant's."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    provider = models.CharField(max_length=32)
+    provider_ref = models.CharField(max_length=200, blank=True, help_text="the provider's own name for it")
+    state = models.CharField(max_length=16, choices=MachineState.choices, default=MachineState.PENDING)
+    command_id = models.UUIDField(unique=True, help_text="the Launch command; client token at the provider")
+    enroll_proof_digest = models.BinaryField(
+        max_length=32, help_text="SHA-256 of the single-use enrolment proof"
+    )
+    enroll_used_at = models.DateTimeField(null=True, blank=True)
+    redis_user = models.CharField(max_length=64, blank=True)
+    capabilities = models.JSONField(default=dict, help_text="what its agent reported: cores, memory, GPUs")
+    cell = models.CharField(max_length=16)
+    created_at = models.DateTimeField(auto_now_add=True)
+    launched_at = models.DateTimeField(null=True, blank=True)
+    ready_at = models.DateTimeField(null=True, blank=True)
+    gone_at = models.DateTimeField(null=True, blank=True)
+    reason = models.CharField(max_length=500, blank=True, help_text="why it is draining or gone")
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(condition=Q(state__in=MachineState.values), name="machine_state_known"),
+            models.CheckConstraint(
+                condition=Q(state=MachineState.GONE, gone_at__isnull=False)
+                | (~Q(state=MachineState.GONE) & Q(gone_at__isnull=True)),
+                name="machine_gone_has_time",
+            ),
+            models.UniqueConstraint(
+                fields=["provider", "provider_ref"],
+                condition=~Q(provider_ref="") & ~Q(state=MachineState.GONE),
+                name="machine_provider_ref_unique",
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["cell", "state"], condition=~Q(state="gone"), name="machine_live"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.MACHINE, self.id)
+
+
+class ReplicaPhase(models.TextChoices):
+    """Life of a replica, in order; `stopped` and `failed` are final."""
+
+    STARTING = "starting"  # wanted; its process may not exist yet
+    LOADING = "loading"  # process up, weights loading
+    READY = "ready"  # takes requests
+    DRAINING = "draining"  # finishes what it has
+    STOPPED = "stopped"
+    FAILED = "failed"  # reason_code says why
+
+
+LIVE_PHASES = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY, ReplicaPhase.DRAINING)
+
+
+class Replica(models.Model):
+    """One engine process serving one deployment on one machine. A restarted replica is a new row."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="replicas")
+    deployment = models.ForeignKey(
+        Deployment, on_delete=models.PROTECT, related_name="replicas", db_constraint=False
+    )
+    machine = models.ForeignKey(Machine, on_delete=models.PROTECT, related_name="replicas")
+    phase = models.CharField(max_length=16, choices=ReplicaPhase.choices, default=ReplicaPhase.STARTING)
+    reason_code = models.CharField(max_length=64, blank=True)
+    reason_message = models.CharField(max_length=500, blank=True)
+    generation = models.PositiveBigIntegerField(help_text="the deployment's generation it was started for")
+    slots = models.PositiveIntegerField(help_text="requests it runs at once")
+    created_at = models.DateTimeField(auto_now_add=True)
+    ready_at = models.DateTimeField(null=True, blank=True)
+    stopped_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(condition=Q(phase__in=ReplicaPhase.values), name="replica_phase_known"),
+            models.CheckConstraint(condition=Q(slots__gte=1), name="replica_slots_positive"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(
+                fields=["deployment", "phase"],
+                condition=~Q(phase__in=("stopped", "failed")),
+                name="replica_live",
+            ),
+            models.Index(fields=["organization", "-created_at"], name="replica_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.REPLICA, self.id)
+
+
+class Decision(models.Model):
+    """One tick of one deployment, whole: what was seen, what was wanted, what was remembered, what was ordered.
+
+    `decide(observation, spec, memory_in)` gives `commands`, `memory_out` and `reasons` again, at any later time.
+    """
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="decisions")
+    deployment = models.ForeignKey(
+        Deployment, on_delete=models.PROTECT, related_name="decisions", db_constraint=False
+    )
+    tick_id = models.UUIDField(help_text="the tick it belongs to; one decision per tick and deployment")
+    observation = models.JSONField()
+    spec = models.JSONField()
+    memory_in = models.JSONField()
+    commands = models.JSONField()
+    memory_out = models.JSONField()
+    reasons = models.JSONField()
+    at = models.DateTimeField(help_text="the now that decide() was given")
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["deployment", "tick_id"], name="decision_once_per_tick"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["deployment", "-at"], name="decision_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.DECISION, self.id)
+
+
+class ScalerState(models.Model):
+    """The autoscaler's memory of a deployment and the row lease that lets one worker at a time decide for it.
+
+    Every write is compare-and-set: `filter(pk=…, version=seen).update(version=seen + 1, …)` and exactly one row.
+    """
+
+    deployment = models.OneToOneField(
+        Deployment,
+        primary_key=True,
+        on_delete=models.PROTECT,
+        related_name="scaler_state",
+        db_constraint=False,
+    )
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
+    memory = models.JSONField(default=dict)
+    lease_owner = models.CharField(max_length=64, blank=True)
+    lease_until = models.DateTimeField(null=True, blank=True)
+    version = models.PositiveBigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"scaler of {ids.to_text(ids.Prefix.DEPLOYMENT, self.deployment_id)}"

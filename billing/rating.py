@@ -1,0 +1,38 @@
+"""What a request costs: the counts of a usage event at the rates of the price version pinned at its admission.
+
+Called by intake. Price versions never change, so those read once are kept; the arithmetic and its one rounding
+rule are money.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+from uuid import UUID
+
+from billing.money import Rates
+
+# A price list has some hundred versions at most; beyond this the oldest read is forgotten and read again.
+MAX_KEPT: Final = 4096
+
+FetchRates = Callable[[set[UUID]], Mapping[UUID, Rates]]
+
+
+class PriceBook:
+    """Rates by price version id. Not shared between threads."""
+
+    def __init__(self, fetch: FetchRates, max_kept: int = MAX_KEPT) -> None:
+        self._fetch = fetch
+        self._max_kept = max_kept
+        self._kept: dict[UUID, Rates] = {}
+
+    def rates(self, version_ids: Iterable[UUID]) -> dict[UUID, Rates]:
+        """Rates of those versions that exist; the others are absent. Whatever `fetch` raises passes through."""
+        wanted = set(version_ids)
+        missing = wanted - self._kept.keys()
+        fetched = dict(self._fetch(missing)) if missing else {}
+        found = {version: self._kept[version] for version in wanted - missing} | fetched
+        self._kept.update(fetched)
+        while len(self._kept) > self._max_kept:
+            del self._kept[next(iter(self._kept))]
+        return found

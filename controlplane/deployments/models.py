@@ -1,0 +1,144 @@
+"""What is served: model versions, service classes and deployments.
+
+A deployment's name is the model id that programs send to /v1. Fields, constraints and derived properties only;
+writes are in services.py, reads in selectors.py.
+"""
+
+from typing import Any, ClassVar
+
+from django.db import models
+from django.db.models import F, Q
+
+from controlplane import ids
+from controlplane.tenants.models import Organization, Project
+
+
+class ModelSource(models.TextChoices):
+    """Where the weights of a model version come from."""
+
+    DIRECTORY = "directory"  # a local directory in the Hugging Face layout
+    PACKAGE = "package"  # a file inside an installed Python package
+    OBJECT_STORE = "s3"
+    TOY = "toy"  # no weights: the deterministic test engine
+
+
+class ModelVersion(models.Model):
+    """One exact set of weights, named by the digest of its contents. Belongs to a tenant, and never changes."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="model_versions")
+    digest = models.CharField(max_length=64, help_text="SHA-256 of the manifest, lower-case hex")
+    name = models.CharField(max_length=120)
+    source_kind = models.CharField(max_length=16, choices=ModelSource.choices)
+    source_uri = models.CharField(max_length=500)
+    size_bytes = models.BigIntegerField()
+    n_params = models.BigIntegerField(null=True, blank=True)
+    max_model_len = models.PositiveIntegerField(help_text="longest prompt plus completion, tokens")
+    licence = models.CharField(max_length=64, blank=True, help_text="SPDX identifier")
+    manifest = models.JSONField(default=dict, help_text="file name -> {sha256, size_bytes}")
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["organization", "digest"], name="modelversion_digest_unique"),
+            models.UniqueConstraint(fields=["organization", "id"], name="modelversion_tenant_unique"),
+            models.CheckConstraint(
+                condition=Q(digest__regex=r"^[0-9a-f]{64}$"), name="modelversion_digest_shape"
+            ),
+            models.CheckConstraint(condition=Q(size_bytes__gte=0), name="modelversion_size_not_negative"),
+            models.CheckConstraint(condition=Q(max_model_len__gte=1), name="modelversion_len_positive"),
+            models.CheckConstraint(
+                condition=Q(source_kind__in=ModelSource.values), name="modelversion_source_kind_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.MODEL_VERSION, self.id)
+
+
+class SloClass(models.Model):
+    """A promise of speed that requests are scheduled and replicas are counted by. The same for every tenant."""
+
+    name = models.SlugField(primary_key=True, max_length=16)
+    band = models.PositiveSmallIntegerField(
+        unique=True, help_text="order in the fair queue, 0 is served first"
+    )
+    ttft_ms = models.PositiveIntegerField(help_text="target time to the first token")
+    itl_ms = models.PositiveIntegerField(help_text="target time between tokens")
+    deadline_s = models.PositiveIntegerField(help_text="a request that has not ended by then is given up")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Phase(models.TextChoices):
+    """Where a deployment stands, as its owner sees it. The autoscaler writes it."""
+
+    PENDING = "pending"  # created, nothing decided yet
+    IDLE = "idle"  # scaled to zero; a request wakes it
+    STARTING = "starting"  # replicas are on their way, none is ready
+    READY = "ready"  # at least one replica takes requests
+    FAILED = "failed"  # replicas fail to start; last_error says why
+    DELETED = "deleted"
+
+
+class Deployment(models.Model):
+    """A model version served under a name, with its engine settings, its scale and its price."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="deployments")
+    project = models.ForeignKey(
+        Project, on_delete=models.PROTECT, related_name="deployments", db_constraint=False
+    )
+    name = models.CharField(max_length=64, help_text="the `model` that programs send to /v1")
+    model_version = models.ForeignKey(
+        ModelVersion, on_delete=models.PROTECT, related_name="deployments", db_constraint=False
+    )
+    engine_profile = models.JSONField(default=dict, help_text="see engine_profile.py")
+    min_replicas = models.PositiveSmallIntegerField(default=0)
+    max_replicas = models.PositiveSmallIntegerField(default=1)
+    idle_timeout_s = models.PositiveIntegerField(
+        default=300, help_text="idle this long, scale to min_replicas"
+    )
+    slo_class = models.ForeignKey(SloClass, on_delete=models.PROTECT, default="interactive")
+    price_version = models.ForeignKey("billing.PriceVersion", on_delete=models.PROTECT, related_name="+")
+    phase = models.CharField(max_length=16, choices=Phase.choices, default=Phase.PENDING)
+    last_error = models.CharField(max_length=500, blank=True)
+    generation = models.PositiveBigIntegerField(
+        default=1, help_text="grows with every change of what is wanted"
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+    deleted_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["project", "name"],
+                condition=Q(deleted_at__isnull=True),
+                name="deployment_name_unique",
+            ),
+            models.UniqueConstraint(fields=["organization", "id"], name="deployment_tenant_unique"),
+            models.CheckConstraint(
+                condition=Q(name__regex=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$"), name="deployment_name_shape"
+            ),
+            models.CheckConstraint(
+                condition=Q(max_replicas__gte=F("min_replicas")) & Q(max_replicas__gte=1),
+                name="deployment_replica_range",
+            ),
+            models.CheckConstraint(condition=Q(generation__gte=1), name="deployment_generation_positive"),
+            models.CheckConstraint(condition=Q(phase__in=Phase.values), name="deployment_phase_known"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(
+                fields=["organization", "name"], condition=Q(deleted_at__isnull=True), name="deployment_live"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.DEPLOYMENT, self.id)
+
+    @property
+    def engine(self) -> Any:
+        """`vllm` or `toy`."""
+        return self.engine_profile["engine"]

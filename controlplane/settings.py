@@ -1,0 +1,255 @@
+"""Django settings of the web process, the control worker and the management commands.
+
+The environment is read once, here, into `ENV`; nothing else on the Django side reads it. Values that are
+missing stay empty and fail closed at first use: Django refuses an empty SECRET_KEY, psycopg an empty database
+name, and api_keys.digest an empty pepper. Entry points call `ENV.require()` to fail at start with one message.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from csp.constants import NONCE, NONE, SELF
+from django.core.exceptions import ImproperlyConfigured
+
+from controlplane.logging import logging_config
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+ROLES = ("app", "operator", "owner")
+
+
+@dataclass(frozen=True)  # no slots: `read` takes the defaults from the class
+class Environment:
+    """Everything the Django side takes from the environment (CORRAL_ + upper-case name, unless noted)."""
+
+    var: Path  # data directory
+    cell: str = "c0"
+    redis_url: str = field(default="", repr=False)
+    pg_dsn: Mapping[str, str] = field(default_factory=dict, repr=False)  # role -> CORRAL_PG_DSN_<ROLE>
+    db_role: str = "app"  # which role the `default` connection uses
+    secret_key: str = field(default="", repr=False)
+    key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
+    gateway_url: str = "http://127.0.0.1:8400"
+    console_url: str = "http://127.0.0.1:8401"
+    debug: bool = False
+    log_level: str = "INFO"
+    # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
+    pg_pool_size: int = 12
+    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Self:
+        """Parse and check; raises ImproperlyConfigured naming the variable, its value and the remedy."""
+
+        def number(name: str, default: int, low: int, high: int) -> int:
+            text = environ.get(name, str(default))
+            if not text.isdigit() or not low <= int(text) <= high:
+                raise ImproperlyConfigured(f"{name}={text!r}: set a whole number from {low} to {high}")
+            return int(text)
+
+        role = environ.get("CORRAL_DB_ROLE", "app")
+        if role not in ROLES:
+            raise ImproperlyConfigured(f"CORRAL_DB_ROLE={role!r}: set one of {', '.join(ROLES)}")
+        try:
+            pepper = bytes.fromhex(environ.get("CORRAL_KEY_PEPPER", ""))
+        except ValueError as error:
+            raise ImproperlyConfigured("CORRAL_KEY_PEPPER: set at least 32 hex digits") from error
+        console_url = environ.get("CORRAL_CONSOLE_URL", cls.console_url)
+        hosts = [host for host in environ.get("CORRAL_ALLOWED_HOSTS", "").split(",") if host]
+        console_host = urlsplit(console_url).hostname
+        return cls(
+            var=Path(environ.get("CORRAL_VAR", BASE_DIR / "var")),
+            cell=environ.get("CORRAL_CELL", cls.cell),
+            redis_url=environ.get("CORRAL_REDIS_URL", ""),
+            pg_dsn={name: environ.get(f"CORRAL_PG_DSN_{name.upper()}", "") for name in ROLES},
+            db_role=role,
+            secret_key=environ.get("CORRAL_SECRET_KEY", ""),
+            key_pepper=pepper,
+            gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
+            console_url=console_url,
+            debug=environ.get("CORRAL_DEBUG", "") == "1",
+            log_level=environ.get("CORRAL_LOG_LEVEL", cls.log_level).upper(),
+            pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
+            allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
+        )
+
+    def require(self) -> None:
+        """Raise one ImproperlyConfigured that lists every variable a serving process cannot do without."""
+        missing = [
+            name
+            for name, value in (
+                ("CORRAL_REDIS_URL", self.redis_url),
+                (f"CORRAL_PG_DSN_{self.db_role.upper()}", self.pg_dsn.get(self.db_role)),
+                ("CORRAL_SECRET_KEY", self.secret_key),
+                ("CORRAL_KEY_PEPPER", self.key_pepper),
+            )
+            if not value
+        ]
+        if missing:
+            raise ImproperlyConfigured(
+                f"set {', '.join(missing)} (`manage.py up` sets them for the local stack)"
+            )
+
+
+ENV = Environment.read(os.environ)
+
+
+def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str, Any]:
+    """Django's form of a `postgresql://` DSN, with every wait bounded. pool_size 0 = no pool."""
+    parts = urlsplit(dsn)
+    limits = {
+        "statement_timeout": statement_timeout_s * 1000,
+        "lock_timeout": 3_000,
+        "idle_in_transaction_session_timeout": 30_000,
+    }
+    options: dict[str, Any] = {
+        **dict(parse_qsl(parts.query)),
+        "connect_timeout": 3,
+        "application_name": "corral",
+        "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
+    }
+    if pool_size:
+        # timeout: how long a request waits for a connection before it fails (503) instead of queueing on.
+        options["pool"] = {"min_size": 1, "max_size": pool_size, "timeout": 3, "max_waiting": 4 * pool_size}
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": parts.path.lstrip("/"),
+        "USER": unquote(parts.username or ""),
+        "PASSWORD": unquote(parts.password or ""),
+        "HOST": parts.hostname or "",
+        "PORT": str(parts.port or ""),
+        "CONN_MAX_AGE": 0,
+        "OPTIONS": options,
+    }
+
+
+_OWNER_STATEMENT_S = 600  # migrations rewrite tables
+
+DATABASES = {
+    "default": database(
+        ENV.pg_dsn[ENV.db_role],
+        statement_timeout_s=_OWNER_STATEMENT_S if ENV.db_role == "owner" else 10,
+        pool_size=0 if ENV.db_role == "owner" else ENV.pg_pool_size,
+    ),
+}
+# The other roles, where the process was given them (commands and tests; the web process is given app alone).
+if ENV.pg_dsn["operator"]:
+    DATABASES["operator"] = database(ENV.pg_dsn["operator"], statement_timeout_s=10, pool_size=0)
+if ENV.pg_dsn["owner"]:
+    DATABASES["owner"] = database(ENV.pg_dsn["owner"], statement_timeout_s=_OWNER_STATEMENT_S, pool_size=0)
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+SECRET_KEY = ENV.secret_key
+DEBUG = ENV.debug
+ALLOWED_HOSTS = list(ENV.allowed_hosts)
+CSRF_TRUSTED_ORIGINS = [ENV.console_url]
+
+INSTALLED_APPS = [
+    "controlplane.apps.ControlPlaneConfig",
+    "controlplane.tenants.apps.TenantsConfig",
+    "controlplane.deployments.apps.DeploymentsConfig",
+    "controlplane.api.apps.ApiConfig",
+    "controlplane.console.apps.ConsoleConfig",
+    "autoscaler.apps.AutoscalerConfig",
+    "billing.apps.BillingConfig",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "django_htmx",
+    "csp",
+]
+
+MIDDLEWARE = [
+    "controlplane.health.HealthMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "csp.middleware.CSPMiddleware",
+    "controlplane.middleware.RequestLogMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_htmx.middleware.HtmxMiddleware",
+    "controlplane.tenants.middleware.TenantMiddleware",
+]
+
+ROOT_URLCONF = "controlplane.urls"
+ASGI_APPLICATION = "controlplane.asgi.application"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+                "csp.context_processors.nonce",
+            ],
+        },
+    },
+]
+
+AUTH_USER_MODEL = "tenants.User"
+AUTHENTICATION_BACKENDS = ["django.contrib.auth.backends.ModelBackend"]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 10}},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+LOGIN_URL = "/login"
+LOGIN_REDIRECT_URL = "/"
+
+SESSION_ENGINE = "django.contrib.sessions.backends.db"
+SESSION_COOKIE_NAME = "corral_session"
+SESSION_COOKIE_AGE = 14 * 24 * 3600
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = "Lax"
+MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
+
+_HTTPS = ENV.console_url.startswith("https://")
+SESSION_COOKIE_SECURE = _HTTPS
+CSRF_COOKIE_SECURE = _HTTPS
+CSRF_COOKIE_NAME = "corral_csrf"
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if _HTTPS else None
+SECURE_HSTS_SECONDS = 31_536_000 if _HTTPS else 0
+SECURE_REFERRER_POLICY = "same-origin"
+SECURE_CROSS_ORIGIN_OPENER_POLICY = "same-origin"
+X_FRAME_OPTIONS = "DENY"
+
+# The playground calls the gateway from the browser, so connect-src names it; nothing else leaves our origin.
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": [NONE],
+        "script-src": [SELF, NONCE],
+        "style-src": [SELF],
+        "img-src": [SELF, "data:"],
+        "font-src": [SELF],
+        "connect-src": [SELF, ENV.gateway_url],
+        "form-action": [SELF],
+        "base-uri": [NONE],
+        "frame-ancestors": [NONE],
+    },
+}
+
+DATA_UPLOAD_MAX_MEMORY_SIZE = 1 << 20  # 1 MiB: the console and /api/v1 take small forms and JSON only
+USE_TZ = True
+TIME_ZONE = "UTC"
+USE_I18N = False
+
+STATIC_URL = "/static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+# Served straight from the apps' static folders in the local stack; `collectstatic` is for images.
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = DEBUG
+
+LOGGING_CONFIG = "logging.config.dictConfig"
+LOGGING = logging_config(level=ENV.log_level)

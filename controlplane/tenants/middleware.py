@@ -1,0 +1,65 @@
+"""Puts each web request of a signed-in user into the tenant it works for.
+
+The organization comes from the session and is checked against the user's memberships on every request, so that
+a removed member is out at the next click. The view then runs inside `tenant()`: one transaction, one tenant.
+"""
+
+from collections.abc import Callable
+from uuid import UUID
+
+from django.contrib.auth.models import AnonymousUser
+from django.db import transaction
+from django.http import HttpRequest, HttpResponse
+from structlog.contextvars import bind_contextvars
+
+from controlplane.tenants import selectors
+from controlplane.tenants.context import current_tenant, tenant
+from controlplane.tenants.models import User
+from controlplane.tenants.selectors import Membership
+
+SESSION_KEY = "organization_id"
+
+
+class TenantRequest(HttpRequest):
+    """What views see: the user, and the membership they act under (None where the user belongs nowhere)."""
+
+    user: User | AnonymousUser
+    membership: Membership | None
+    memberships: tuple[Membership, ...]
+
+
+class TenantMiddleware:
+    """Sets `request.membership` and `request.memberships`, and wraps the view in its tenant."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self._get_response = get_response
+
+    def __call__(self, request: TenantRequest) -> HttpResponse:
+        request.membership = None
+        request.memberships = ()
+        user = request.user
+        if isinstance(user, User):
+            request.memberships = selectors.memberships_of(user_id=user.id)
+            request.membership = _active(request.memberships, request.session.get(SESSION_KEY))
+        if request.membership is None:
+            return self._get_response(request)
+        bind_contextvars(organization=request.membership.organization_id.hex)
+        with tenant(request.membership.organization_id):
+            return self._get_response(request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> None:
+        """A view that raised has written nothing: Django answers with an error page, so atomic would commit."""
+        if current_tenant() is not None:
+            transaction.set_rollback(True)
+
+
+def choose_organization(request: TenantRequest, organization_id: UUID) -> None:
+    """Work for this organization from the next request on; one the user does not belong to is ignored then."""
+    request.session[SESSION_KEY] = organization_id.hex
+
+
+def _active(memberships: tuple[Membership, ...], chosen: object) -> Membership | None:
+    for membership in memberships:
+        if membership.organization_id.hex == chosen:
+            return membership
+    return memberships[0] if memberships else None

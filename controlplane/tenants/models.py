@@ -1,0 +1,203 @@
+"""Who buys tokens: organizations, their projects, members and API keys, and the limits of each.
+
+Fields, constraints and derived properties only; writes are in services.py, reads in selectors.py. Every table
+with an organization has row-level security (rls.py): the app role sees the tenant of the transaction, no other.
+"""
+
+from datetime import datetime
+from typing import ClassVar
+from zoneinfo import available_timezones
+
+from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
+from django.core.exceptions import ValidationError
+from django.db import models
+from django.db.models import F, Q
+from django.db.models.functions import Lower
+
+from controlplane import ids
+from controlplane.tenants.api_keys import LOOKUP_LENGTH
+from controlplane.tenants.limits import Limits
+
+
+def check_timezone(name: str) -> None:
+    """Refuse anything that is no IANA zone: calendar budgets are counted in the organization's zone."""
+    if name not in available_timezones():
+        raise ValidationError(f"unknown time zone {name!r}: use an IANA name such as Europe/Berlin")
+
+
+class LimitColumns(models.Model):
+    """The limits that a key, a project and an organization can each carry. NULL = not limited at this level."""
+
+    rpm = models.PositiveIntegerField(null=True, blank=True, help_text="requests per minute")
+    input_tpm = models.PositiveIntegerField(null=True, blank=True, help_text="prompt tokens per minute")
+    output_tpm = models.PositiveIntegerField(null=True, blank=True, help_text="completion tokens per minute")
+    max_concurrency = models.PositiveIntegerField(null=True, blank=True, help_text="requests in flight")
+    budget_nano = models.BigIntegerField(null=True, blank=True, help_text="money to spend, nano-dollars")
+
+    class Meta:
+        abstract = True
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=Q(budget_nano__isnull=True) | Q(budget_nano__gte=0),
+                name="%(class)s_budget_not_negative",
+            )
+        ]
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            rpm=self.rpm,
+            input_tpm=self.input_tpm,
+            output_tpm=self.output_tpm,
+            max_concurrency=self.max_concurrency,
+            budget_nano=self.budget_nano,
+        )
+
+
+class UserManager(BaseUserManager["User"]):
+    """Looks users up by e-mail without regard to case."""
+
+    def get_by_natural_key(self, username: str | None) -> "User":
+        return self.get(email=(username or "").strip().lower())
+
+
+class User(AbstractBaseUser):
+    """A person who signs in. Belongs to organizations through Member; has no rights of its own."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    email = models.EmailField(unique=True)
+    name = models.CharField(max_length=120, blank=True)
+    is_active = models.BooleanField(default=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    objects = UserManager()
+
+    USERNAME_FIELD = "email"
+    EMAIL_FIELD = "email"
+    REQUIRED_FIELDS: ClassVar[list[str]] = []
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(condition=Q(email=Lower("email")), name="user_email_is_lower_case")
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.USER, self.id)
+
+
+class Organization(LimitColumns):
+    """The tenant: what is billed, limited, suspended and isolated."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    name = models.CharField(max_length=120)
+    slug = models.SlugField(max_length=60, unique=True)
+    timezone = models.CharField(max_length=64, default="UTC", validators=[check_timezone])
+    suspended_at = models.DateTimeField(null=True, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta(LimitColumns.Meta):
+        pass
+
+    def __str__(self) -> str:
+        return self.slug
+
+
+class Project(LimitColumns):
+    """A part of an organization with its own keys, deployments, share of the queue and limits."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="projects")
+    name = models.CharField(max_length=120)
+    slug = models.SlugField(max_length=60)
+    weight = models.PositiveSmallIntegerField(default=100, help_text="share of the fair queue, 1-10000")
+    zero_retention = models.BooleanField(
+        default=False, help_text="request bodies and journals are deleted at the end of the request"
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            *LimitColumns.Meta.constraints,
+            models.UniqueConstraint(fields=["organization", "slug"], name="project_slug_unique"),
+            # Target of the composite foreign keys that keep a row and its project in one tenant (rls.SameTenant).
+            models.UniqueConstraint(fields=["organization", "id"], name="project_tenant_unique"),
+            models.CheckConstraint(
+                condition=Q(weight__gte=1, weight__lte=10_000), name="project_weight_in_range"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.slug
+
+
+class Role(models.TextChoices):
+    """What a member may do; rights.py says which role may do what."""
+
+    OWNER = "owner"
+    ADMIN = "admin"
+    BILLING = "billing"
+    DEVELOPER = "developer"
+    VIEWER = "viewer"
+
+
+class Member(models.Model):
+    """A user's place in an organization."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="members")
+    user = models.ForeignKey(User, on_delete=models.PROTECT, related_name="memberships")
+    role = models.CharField(max_length=16, choices=Role.choices)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["user", "organization"], name="member_unique"),
+            models.CheckConstraint(condition=Q(role__in=Role.values), name="member_role_known"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{ids.to_text(ids.Prefix.MEMBER, self.id)} ({self.role})"
+
+
+class ApiKey(LimitColumns):
+    """A secret that programs call /v1 with. Only its lookup part and a keyed digest are stored."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="api_keys")
+    project = models.ForeignKey(
+        Project, on_delete=models.PROTECT, related_name="api_keys", db_constraint=False
+    )
+    name = models.CharField(max_length=120)
+    lookup = models.CharField(max_length=LOOKUP_LENGTH, unique=True, editable=False)
+    digest = models.BinaryField(max_length=32, editable=False)
+    last4 = models.CharField(max_length=4, editable=False, help_text="last characters, to recognise a key by")
+    created_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    revoked_at = models.DateTimeField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            *LimitColumns.Meta.constraints,
+            models.UniqueConstraint(fields=["organization", "id"], name="apikey_tenant_unique"),
+            models.CheckConstraint(
+                condition=Q(lookup__regex=r"^[0-9A-Za-z]{12}$"), name="apikey_lookup_shape"
+            ),
+            models.CheckConstraint(
+                condition=Q(expires_at__isnull=True) | Q(expires_at__gt=F("created_at")),
+                name="apikey_expires_later",
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["organization", "-created_at"], name="apikey_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.API_KEY, self.id)
+
+    def is_active(self, now: datetime) -> bool:
+        """Whether the key itself is good at `now` (its organization may still be suspended)."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
