@@ -8,6 +8,14 @@ used: it starts from nothing on every attempt.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Prompt ids that prime the decoder, so that it knows whether the first output token begins a word.
+_N_PRIMING: Final = 32
+
 
 class StopMatcher:
     """Cuts a growing text at the first stop string and holds back what might become one."""
@@ -41,3 +49,49 @@ class StopMatcher:
         self._text = self._text[keep_from:]
         self._n_emitted = until - keep_from
         return out
+
+
+class Detokenizer:
+    """Text of one sequence, token by token, through the model's own (Rust) tokenizer; special tokens have
+    none.
+    """
+
+    __slots__ = ("_matcher", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], stops: tuple[str, ...]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=prompt_token_ids[-_N_PRIMING:], skip_special_tokens=True)
+        self._matcher = StopMatcher(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._matcher.stopped
+
+    def push(self, token_ids: list[int], final: bool = False) -> tuple[int, str]:
+        """How many of `token_ids` count (all, or those up to the one that completed a stop string), and the
+        text that may be emitted now. `final`: release what was held back, save half of a character."""
+        out = []
+        for n, token_id in enumerate(token_ids, start=1):
+            piece = self._step(token_id)
+            if piece:
+                out.append(self._matcher.push(piece))
+                if self._matcher.stopped:
+                    return n, "".join(out)
+        if final:
+            out.append(self._matcher.push("", final=True))
+        return len(token_ids), "".join(out)
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception as error:
+            # Some tokenizers yield text that shrinks (invalid UTF-8); the stream then starts afresh.
+            # Deterministic in the ids, so still equal on every attempt.
+            if not str(error).startswith("Invalid prefix encountered"):
+                raise
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id)

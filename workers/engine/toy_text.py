@@ -12,7 +12,7 @@ import zlib
 from array import array
 from typing import Any, Final
 
-from workers.engine.base import EngineInputError
+from workers.engine.chat import check_messages
 
 BOS, EOS, DIE, HANG = 1, 2, 3, 4
 _ROLES: Final = {"system": 8, "developer": 8, "user": 9, "assistant": 10, "tool": 11}
@@ -55,43 +55,14 @@ def tokenize_chat(
 
     Raises EngineInputError naming the message that is not understood.
     """
-    if not messages:
-        raise EngineInputError("empty_messages", "messages", "messages is empty; send at least one message")
+    checked = check_messages(messages)
     ids = [BOS]
     if tools:
         ids += [_ROLES["system"], *tokenize(repr(tools)), EOS]
-    for i, message in enumerate(messages):
-        role = _ROLES.get(message.get("role", ""))
-        if role is None:
-            raise EngineInputError(
-                "invalid_role", f"messages[{i}].role", f"role must be one of {', '.join(_ROLES)}"
-            )
-        ids += [role, *tokenize(text_of(message.get("content"), f"messages[{i}].content"), faults), EOS]
+    for message in checked:
+        ids += [_ROLES[message["role"]], *tokenize(message["content"], faults), EOS]
     ids.append(_ROLES["assistant"])
     return ids
-
-
-def text_of(content: object, param: str) -> str:
-    """Text of a message's content: a string, or a list of `{"type": "text", "text": …}` parts.
-
-    None is empty.
-    """
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        parts = []
-        for k, part in enumerate(content):
-            if not (
-                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            ):
-                raise EngineInputError(
-                    "unsupported_content", f"{param}[{k}]", "only text parts are supported by this model"
-                )
-            parts.append(part["text"])
-        return "\n".join(parts)
-    raise EngineInputError("invalid_content", param, "content must be a string or a list of text parts")
 
 
 def seed_of(prompt_token_ids: list[int], seed: int | None) -> int:

