@@ -14,6 +14,8 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
+| `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
+| `lock:intake` | string | trusted | which control process books usage now; expires |
 | `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, owner, offset, hold |
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
@@ -91,6 +93,19 @@ class CellKeys:
         if scope not in SCOPES:
             raise ValueError(f"scope: {scope!r} is none of {SCOPES}")
         return f"{self.prefix}lim:{scope}:{scope_id}"
+
+    @property
+    def usage_bad(self) -> str:
+        return f"{self.prefix}usage:bad"
+
+    @property
+    def intake_lock(self) -> str:
+        return f"{self.prefix}lock:intake"
+
+    @property
+    def usage_pattern(self) -> str:
+        """Pattern of the usage streams of all machines."""
+        return f"{self.prefix}m:*:usage"
 
     @property
     def wake_channel(self) -> str:
