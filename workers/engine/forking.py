@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a freshly forked child must not import or link
 
@@ -51,6 +52,11 @@ def die_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
 def adopt_orphans() -> None:
     """Become the reaper of grandchildren whose parent dies, so that none is left as a zombie of pid 1."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def name_process(name: str) -> None:
+    """What `ps -o comm` and `top` show; at most 15 bytes count."""
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 class ForkWatch:

@@ -35,7 +35,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from workers.contract import FinishReason
 from workers.engine import forking
@@ -52,6 +52,9 @@ from workers.engine.base import (
 )
 from workers.engine.chat import check_messages
 from workers.engine.text import Detokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",  # models come from our cache; a start never depends on somebody's hub
@@ -146,10 +149,7 @@ class VllmEngine:
         # The core may have reduced it to what its KV cache can hold.
         self._max_model_len: int = self._llm.model_config.max_model_len
         self._hf = self._llm.get_tokenizer()
-        self._tokenizer = getattr(self._hf, "_tokenizer", None)
-        if self._tokenizer is None:
-            self._llm.shutdown()
-            raise RuntimeError("the model has no tokenizer.json: only fast tokenizers are supported")
+        self._tokenizer: Tokenizer = self._hf._tokenizer  # the Rust one; only "fast" tokenizers have it
         self._eos = _eos_ids(self._llm)
         self._stopped = False
 
@@ -219,8 +219,8 @@ class VllmEngine:
             text_of.push(prior)
             ended = text_of.stopped or (prior[-1] in self._eos and not sampling.ignore_eos)
             if ended or n_left <= 0:
-                reason = FinishReason.STOP if ended else FinishReason.LENGTH
-                yield Delta([], "" if text_of.stopped else text_of.push([], final=True)[1], reason)
+                held_back = "" if text_of.stopped else text_of.push([], final=True)[1]
+                yield Delta([], held_back, FinishReason.STOP if ended else FinishReason.LENGTH)
                 return
         self._board.n_inflight += 1
         try:

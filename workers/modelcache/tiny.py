@@ -1,7 +1,7 @@
 """A 2.6-million-parameter random Llama (5 MB) with its own tokenizer and chat template, made on the spot.
 
-For tests and the cold-start benchmark: it exercises every joint of a real model and costs nothing to keep. Its
-text has no meaning. Deterministic: the same seed gives the same files.
+For tests and the cold-start benchmark: it exercises every joint of a real model and costs nothing to keep.
+Its text has no meaning. Deterministic: the same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ def make_tiny_model(directory: Path, seed: int = 0, max_model_len: int = 4096) -
     directory.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(directory)
     _write_json(directory / "config.json", _config(max_model_len))
-    _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-    (directory / "LICENSE").write_text("Random numbers and a byte-pair vocabulary: CC0-1.0, no rights reserved.\n")
+    _write_json(
+        directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
+    (directory / "LICENSE").write_text(
+        "Random numbers and a byte-pair vocabulary: CC0-1.0, no rights reserved.\n"
+    )
     _write_weights(directory / "model.safetensors", seed)
     return directory
 
