@@ -38,10 +38,8 @@ def main() -> int:
         started_s = time.monotonic()
         print(f"==> {name}", flush=True)
         code = subprocess.run(argv, cwd=ROOT, check=False).returncode
-        print(
-            f"    {name}: {'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - started_s:.0f} s",
-            flush=True,
-        )
+        elapsed_s = time.monotonic() - started_s
+        print(f"    {name}: {'ok' if code == 0 else f'failed ({code})'} in {elapsed_s:.0f} s", flush=True)
         if code:
             return code
     return 0
