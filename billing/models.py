@@ -82,7 +82,9 @@ class UsageEvent(models.Model):
     n_completion_tokens = models.PositiveIntegerField()
     attempts = models.PositiveSmallIntegerField(help_text="replicas it was handed to")
     finish_reason = models.CharField(max_length=32)
-    status = models.CharField(max_length=32, help_text="outcome, from the contract")
+    status = models.PositiveSmallIntegerField(
+        help_text="HTTP status the client was (or would have been) given"
+    )
     admitted_at = models.DateTimeField()
     first_token_ms = models.PositiveIntegerField(null=True, help_text="from admission to the first token")
     duration_ms = models.PositiveIntegerField(help_text="from admission to the end")

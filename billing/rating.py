@@ -1,7 +1,7 @@
-"""What a request costs: the counts of a usage event at the rates of the price version pinned at its admission.
+"""Price versions by id: a request is rated with the one pinned at its admission.
 
-Called by intake. Price versions never change, so those read once are kept; the arithmetic and its one rounding
-rule are money.py's.
+Called by intake. Price versions never change, so those read once are kept; the arithmetic and its one
+rounding rule are money.py's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PriceBook:
         self._kept: dict[UUID, Rates] = {}
 
     def rates(self, version_ids: Iterable[UUID]) -> dict[UUID, Rates]:
-        """Rates of those versions that exist; the others are absent. Whatever `fetch` raises passes through."""
+        """Rates of those versions that exist; the others are absent. Raises what `fetch` raises."""
         wanted = set(version_ids)
         missing = wanted - self._kept.keys()
         fetched = dict(self._fetch(missing)) if missing else {}

@@ -1,8 +1,8 @@
 """Which delivered usage may be booked, and as what: pure, no I/O.
 
-Called by intake for every entry of a machine's usage stream. A machine may be hostile or mad, so nothing it says
-is taken on trust where the admission record of the trusted side knows better: who is charged, at which price,
-and at most how many tokens. Must never raise on any input: a refusal is an answer.
+Called by intake for every entry of a machine's usage stream. A machine may be hostile or mad, so nothing it
+says is taken on trust where the admission record of the trusted side knows better: who is charged, at which
+price, and at most how many tokens. Must never raise on any input: a refusal is an answer.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What the trusted side wrote down when it admitted the request (bare hex ids; n_output_held in tokens)."""
+    """What the trusted side wrote down when it admitted the request: bare hex ids, tokens held."""
 
     deployment: str
     key: str
@@ -93,11 +93,15 @@ class Usage:
 
 
 def decode(delivery: Delivery) -> UsageEvent | Refusal:
-    """The event inside, or UNDECODABLE."""
+    """The event inside, or UNDECODABLE; BAD_ID where its request id could be no key of a request."""
     try:
-        return decode_usage(delivery.payload)
+        event = decode_usage(delivery.payload)
+        ids.from_wire(event.request_id)
+    except ids.InvalidIdError:
+        return Refusal.BAD_ID
     except (msgspec.DecodeError, ValueError):
         return Refusal.UNDECODABLE
+    return event
 
 
 def vet(delivery: Delivery, event: UsageEvent, admission: Admission | None, now: datetime) -> Usage | Refusal:
