@@ -11,7 +11,9 @@ import pytest
 
 from infra.local.postgres import EmbeddedPostgres
 from infra.local.redis import EmbeddedRedis
+from tests.database import as_operator, django_db_setup  # noqa: F401 - fixtures
 from tests.servers import SERVERS  # importing it puts their addresses into the environment
+from tests.world import world  # noqa: F401 - fixture
 
 
 def pytest_configure(config: pytest.Config) -> None:

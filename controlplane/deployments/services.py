@@ -1,0 +1,297 @@
+"""Writes about model versions and deployments: what should be served. The autoscaler makes it so.
+
+Every change of what is wanted raises `generation`, leaves one log line, and tells the gateways after commit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from uuid import UUID
+
+import structlog
+from django.db.models import F
+from django.utils import timezone
+
+from billing.prices import DEFAULT_PRICE, price_in_force
+from controlplane.deployments import selectors
+from controlplane.deployments.models import Deployment, ModelSource, ModelVersion, Phase, SloClass
+from controlplane.errors import ConflictError, InvalidInputError
+from controlplane.saving import check_fields, insert
+from controlplane.tenants import invalidation
+from controlplane.tenants import selectors as tenants
+from controlplane.tenants.context import tenant
+from workers.engine.base import EngineProfile, ProfileError
+
+log = structlog.get_logger("corral.deployments")
+
+MAX_REPLICAS = 1000
+MAX_IDLE_TIMEOUT_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What to change of a deployment; None leaves a value as it is."""
+
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    idle_timeout_s: int | None = None
+    slo_class: str | None = None
+    engine_profile: Mapping[str, object] | None = None  # replaces the whole profile
+    model_version_id: UUID | None = None
+    price: str | None = None  # name of a price; its version now in force is taken
+
+
+def create_model_version(
+    *,
+    organization_id: UUID,
+    digest: str,
+    name: str,
+    source_kind: ModelSource,
+    source_uri: str,
+    size_bytes: int,
+    max_model_len: int,
+    n_params: int | None = None,
+    licence: str = "",
+    manifest: Mapping[str, object] | None = None,
+) -> ModelVersion:
+    """Register weights by their digest. The same digest again returns the version that is there."""
+    wanted = ModelVersion(
+        organization_id=organization_id,
+        digest=digest,
+        name=name,
+        source_kind=source_kind,
+        source_uri=source_uri,
+        size_bytes=size_bytes,
+        max_model_len=max_model_len,
+        n_params=n_params,
+        licence=licence,
+        manifest=dict(manifest or {}),
+    )
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise InvalidInputError("digest: must be a SHA-256 as 64 lower-case hex digits", field="digest")
+    if size_bytes < 0:
+        raise InvalidInputError(f"size_bytes={size_bytes}: must not be negative", field="size_bytes")
+    if max_model_len < 1:
+        raise InvalidInputError(f"max_model_len={max_model_len}: must be at least 1", field="max_model_len")
+    with tenant(organization_id):
+        versions = ModelVersion.objects.filter(organization_id=organization_id, digest=digest)
+        known = versions.first()
+        if known is not None:
+            return known
+        try:
+            insert(wanted, taken={"modelversion_digest_unique": ("digest", "registered just now")})
+        except ConflictError:
+            return versions.get()
+    log.info("model_version.created", organization=organization_id.hex, model_version=wanted.id.hex)
+    return wanted
+
+
+def create_deployment(
+    *,
+    organization_id: UUID,
+    project_id: UUID,
+    name: str,
+    model_version_id: UUID,
+    engine_profile: Mapping[str, object] | None = None,
+    min_replicas: int = 0,
+    max_replicas: int = 1,
+    idle_timeout_s: int = 300,
+    slo_class: str = "interactive",
+    price: str = DEFAULT_PRICE,
+) -> Deployment:
+    """Serve a model version under `name`. Raises NotFoundError, InvalidInputError or ConflictError (name)."""
+    with tenant(organization_id):
+        tenants.project(organization_id=organization_id, project_id=project_id)
+        version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
+        deployment = Deployment(
+            organization_id=organization_id,
+            project_id=project_id,
+            name=name,
+            model_version=version,
+            engine_profile=_profile(engine_profile or {}, version),
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
+            idle_timeout_s=idle_timeout_s,
+            slo_class=_slo_class(slo_class),
+            price_version=price_in_force(organization_id=organization_id, at=timezone.now(), name=price),
+        )
+        _check(deployment)
+        insert(
+            deployment,
+            taken={"deployment_name_unique": ("name", f"the project has a deployment {name!r} already")},
+        )
+        _publish(deployment)
+    log.info("deployment.created", organization=organization_id.hex, deployment=deployment.id.hex)
+    return deployment
+
+
+def ensure_deployment(
+    *,
+    organization_id: UUID,
+    project_id: UUID,
+    name: str,
+    model_version_id: UUID,
+    engine_profile: Mapping[str, object],
+    min_replicas: int = 0,
+    max_replicas: int = 1,
+    idle_timeout_s: int = 300,
+) -> Deployment:
+    """The deployment of this name, created if missing and changed only where it differs. May run twice."""
+    with tenant(organization_id):
+        found = Deployment.objects.filter(
+            organization_id=organization_id, project_id=project_id, name=name, deleted_at=None
+        ).first()
+        if found is None:
+            return create_deployment(
+                organization_id=organization_id,
+                project_id=project_id,
+                name=name,
+                model_version_id=model_version_id,
+                engine_profile=engine_profile,
+                min_replicas=min_replicas,
+                max_replicas=max_replicas,
+                idle_timeout_s=idle_timeout_s,
+            )
+        return update_deployment(
+            organization_id=organization_id,
+            deployment_id=found.id,
+            change=Change(
+                model_version_id=model_version_id,
+                engine_profile=engine_profile,
+                min_replicas=min_replicas,
+                max_replicas=max_replicas,
+                idle_timeout_s=idle_timeout_s,
+            ),
+        )
+
+
+def update_deployment(
+    *, organization_id: UUID, deployment_id: UUID, change: Change, expected_generation: int | None = None
+) -> Deployment:
+    """Change what is wanted; nothing happens where nothing differs.
+
+    `expected_generation` refuses (ConflictError) if somebody changed the deployment since it was read; a change
+    that races with this very call is refused in any case.
+    """
+    with tenant(organization_id):
+        deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
+        seen = deployment.generation if expected_generation is None else expected_generation
+        before = _wanted(deployment)
+        _apply(deployment, change)
+        after = _wanted(deployment)
+        if before == after and seen == deployment.generation:
+            return deployment
+        _check(deployment)
+        check_fields(deployment)
+        changed = Deployment.objects.filter(
+            organization_id=organization_id, id=deployment_id, deleted_at=None, generation=seen
+        ).update(**after, generation=F("generation") + 1, updated_at=timezone.now())
+        if not changed:
+            raise ConflictError("the deployment was changed meanwhile: read it again", field="generation")
+        _publish(deployment)
+        deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
+    log.info(
+        "deployment.changed",
+        organization=organization_id.hex,
+        deployment=deployment_id.hex,
+        generation=deployment.generation,
+        fields=[name for name in after if before[name] != after[name]],
+    )
+    return deployment
+
+
+def delete_deployment(*, organization_id: UUID, deployment_id: UUID) -> None:
+    """Stop serving it; its replicas are drained and its name is free again. Raises NotFoundError."""
+    with tenant(organization_id):
+        deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
+        now = timezone.now()
+        Deployment.objects.filter(organization_id=organization_id, id=deployment_id, deleted_at=None).update(
+            deleted_at=now, updated_at=now, phase=Phase.DELETED, generation=F("generation") + 1
+        )
+        _publish(deployment)
+    log.info("deployment.deleted", organization=organization_id.hex, deployment=deployment_id.hex)
+
+
+def _apply(deployment: Deployment, change: Change) -> None:
+    organization_id = deployment.organization_id
+    for name in ("min_replicas", "max_replicas", "idle_timeout_s"):
+        value = getattr(change, name)
+        if value is not None:
+            setattr(deployment, name, value)
+    if change.slo_class is not None:
+        deployment.slo_class = _slo_class(change.slo_class)
+    if change.model_version_id is not None:
+        deployment.model_version = selectors.model_version(
+            organization_id=organization_id, model_version_id=change.model_version_id
+        )
+    if change.engine_profile is not None or change.model_version_id is not None:
+        profile = deployment.engine_profile if change.engine_profile is None else change.engine_profile
+        deployment.engine_profile = _profile(profile, deployment.model_version)
+    if change.price is not None:
+        deployment.price_version = price_in_force(
+            organization_id=organization_id, at=timezone.now(), name=change.price
+        )
+
+
+def _wanted(deployment: Deployment) -> dict[str, object]:
+    names = (
+        "min_replicas",
+        "max_replicas",
+        "idle_timeout_s",
+        "slo_class_id",
+        "engine_profile",
+        "model_version_id",
+        "price_version_id",
+    )
+    return {name: getattr(deployment, name) for name in names}
+
+
+def _profile(given: Mapping[str, object], version: ModelVersion) -> dict[str, object]:
+    """The whole profile, every knob filled in, checked against the engine's ranges and the model."""
+    try:
+        default_len = min(EngineProfile().max_model_len, version.max_model_len)
+        profile = EngineProfile.from_json({"max_model_len": default_len, **given})
+    except ProfileError as error:
+        raise InvalidInputError(str(error), field="engine_profile") from error
+    if profile.max_model_len > version.max_model_len:
+        raise InvalidInputError(
+            f"engine profile: max_model_len = {profile.max_model_len} is out of range; "
+            f"this model holds at most {version.max_model_len} tokens",
+            field="engine_profile",
+        )
+    if profile.engine != "toy" and version.source_kind == ModelSource.TOY:
+        raise InvalidInputError(
+            f"engine profile: engine = {profile.engine!r} needs weights; this model version runs on 'toy' only",
+            field="engine_profile",
+        )
+    return asdict(profile)
+
+
+def _slo_class(name: str) -> SloClass:
+    classes = {slo.name: slo for slo in selectors.slo_classes()}
+    if name not in classes:
+        raise InvalidInputError(f"slo_class={name!r}: choose one of {', '.join(classes)}", field="slo_class")
+    return classes[name]
+
+
+def _check(deployment: Deployment) -> None:
+    if not 0 <= deployment.min_replicas <= MAX_REPLICAS:
+        raise InvalidInputError(
+            f"min_replicas={deployment.min_replicas}: must be from 0 to {MAX_REPLICAS}", field="min_replicas"
+        )
+    low = max(1, deployment.min_replicas)
+    if not low <= deployment.max_replicas <= MAX_REPLICAS:
+        raise InvalidInputError(
+            f"max_replicas={deployment.max_replicas}: must be from {low} to {MAX_REPLICAS}",
+            field="max_replicas",
+        )
+    if not 0 <= deployment.idle_timeout_s <= MAX_IDLE_TIMEOUT_S:
+        raise InvalidInputError(
+            f"idle_timeout_s={deployment.idle_timeout_s}: must be from 0 to {MAX_IDLE_TIMEOUT_S}",
+            field="idle_timeout_s",
+        )
+
+
+def _publish(deployment: Deployment) -> None:
+    invalidation.publish_after_commit(
+        invalidation.deployment_ref(deployment.id), invalidation.project_ref(deployment.project_id)
+    )

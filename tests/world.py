@@ -1,0 +1,59 @@
+"""Two tenants with people in them, for every test that asks who may see what.
+
+Alice owns Acme, Bob is a developer there, Charlie owns Other and is a stranger to Acme. A test about isolation
+is then two lines: what Bob sees, what Charlie must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from controlplane.tenants.models import Organization, Project, User
+
+PASSWORD = "correct-horse-battery"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """`organization` and `project` are Acme's; `other_…` are Charlie's."""
+
+    alice: User
+    bob: User
+    charlie: User
+    organization: Organization
+    project: Project
+    other_organization: Organization
+    other_project: Project
+
+
+@pytest.fixture
+def world(db: None) -> World:
+    """The two tenants, made through the services as the app role. Everybody's password is PASSWORD."""
+    return build_world()
+
+
+def build_world() -> World:
+    """The same outside of a rolled-back transaction (for `django_db(transaction=True)`)."""
+    from controlplane.tenants import services
+    from controlplane.tenants.models import Role
+
+    alice, bob, charlie = (
+        services.create_user(email=f"{name}@example.org", password=PASSWORD, name=name.title())
+        for name in ("alice", "bob", "charlie")
+    )
+    acme = services.create_organization(name="Acme", slug="acme", owner=alice)
+    services.add_member(organization_id=acme.id, user=bob, role=Role.DEVELOPER)
+    other = services.create_organization(name="Other", slug="other", owner=charlie)
+    return World(
+        alice=alice,
+        bob=bob,
+        charlie=charlie,
+        organization=acme,
+        project=services.create_project(organization_id=acme.id, name="Main", slug="main"),
+        other_organization=other,
+        other_project=services.create_project(organization_id=other.id, name="Main", slug="main"),
+    )
