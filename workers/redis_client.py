@@ -23,13 +23,13 @@ from workers.redis_connection import (
     RedisOverloaded,
     RedisUnavailable,
     ResponseError,
-    Script,
     backoff_s,
     open_connection,
     pack,
     parse_url,
 )
 from workers.redis_subscriber import Subscriber
+from workers.scripts import Script
 
 __all__ = [
     "Client",

@@ -8,17 +8,17 @@ everything behind it in the pipeline would wait too.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
+
+from workers.scripts import Script
 
 MAX_WRITE_BUFFER_BYTES: Final = 32 << 20  # beyond this the kernel is not taking our bytes: refuse new calls
 REFUSED_FOR_NOW: Final = frozenset({"LOADING", "READONLY", "MASTERDOWN", "BUSY"})  # nothing ran: retryable
@@ -56,24 +56,6 @@ class RedisUnavailable(RedisError):  # noqa: N818 - a state of the world, retrya
 
 class RedisOverloaded(RedisUnavailable):
     """The pipeline is full (calls or bytes); nothing was sent. Shed load, do not retry at once."""
-
-
-class Script:
-    """A Lua script known by its digest, so that a call sends 40 characters instead of its source."""
-
-    __slots__ = ("name", "sha", "source")
-
-    def __init__(self, name: str, source: str) -> None:
-        self.name = name
-        self.source = source
-        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-
-    @classmethod
-    def from_file(cls, path: Path) -> Script:
-        return cls(path.stem, path.read_text(encoding="utf-8"))
-
-    def __repr__(self) -> str:
-        return f"Script({self.name!r}, sha={self.sha[:8]})"
 
 
 @dataclass(frozen=True)

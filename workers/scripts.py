@@ -1,8 +1,8 @@
 """The Lua scripts of a cell, assembled once: includes first, the Celery message template as a constant.
 
-Trusted scripts may touch any key of the cell; `CLAIM` and `FLUSH` run as a machine's Redis user and touch only keys
-under its prefix (Redis checks every call a script makes against the caller's ACL). Scripts take now_ms from the
-caller, so that a test may run them on a virtual clock.
+Trusted scripts may touch any key of the cell; those in MACHINE_SCRIPTS run as a machine's Redis user and touch
+only keys under its prefix (Redis checks every call a script makes against the caller's ACL). Scripts take now_ms
+from the caller, so that a test may run them on a virtual clock.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ENROL = load("enrol", "lib_bind")
 WITHDRAW = load("withdraw", "lib_bind")
 CLAIM = load("claim")
 FLUSH = load("flush")
+POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (ADMIT, SETTLE, SEED, CANCEL, ENROL, WITHDRAW)
