@@ -13,11 +13,12 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from pathlib import Path
 from typing import ClassVar
 
+from infra.local.logfile import log_tail
 from infra.local.ports import HOST, free_port
+from infra.local.privatefile import make_traversable
 from infra.local.process import Account, find_working_in, is_alive, spawn
 
 __all__ = ["HOST", "EmbeddedServer"]
@@ -79,9 +80,13 @@ class EmbeddedServer(ABC):
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             if self._process is not None and self._process.poll() is not None:
-                raise RuntimeError(f"{self.program} ended ({self._process.returncode}):\n{self.log_tail()}")
+                raise RuntimeError(
+                    f"{self.program} ended ({self._process.returncode}):\n{log_tail(self.log_path)}"
+                )
             if time.monotonic() >= deadline:
-                raise RuntimeError(f"{self.program} not ready after {timeout_s:g} s:\n{self.log_tail()}")
+                raise RuntimeError(
+                    f"{self.program} not ready after {timeout_s:g} s:\n{log_tail(self.log_path)}"
+                )
             time.sleep(0.02)
 
     def stop(self) -> None:
@@ -107,14 +112,6 @@ class EmbeddedServer(ABC):
         self.stop()
         shutil.rmtree(self.base, ignore_errors=True)
 
-    def log_tail(self, n_lines: int = 15) -> str:
-        """The last lines the server wrote."""
-        try:
-            with self.log_path.open(encoding="utf-8", errors="replace") as file:
-                return "".join(deque(file, maxlen=n_lines)).rstrip()
-        except FileNotFoundError:
-            return "(no log)"
-
     def _take_lock(self) -> None:
         if self._lock_fd is not None:
             return
@@ -137,11 +134,3 @@ class EmbeddedServer(ABC):
             deadline = time.monotonic() + grace_s
             while any(map(is_alive, leftovers)) and time.monotonic() < deadline:
                 time.sleep(0.02)
-
-
-def make_traversable(directory: Path) -> None:
-    """Create `directory`, and missing parents, as 711 (enter, not list). What exists keeps its mode."""
-    for path in [*reversed(directory.parents), directory]:
-        if not path.exists():
-            path.mkdir(mode=0o711)
-            path.chmod(0o711)  # whatever the umask: this directory is ours from birth

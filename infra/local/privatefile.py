@@ -46,3 +46,11 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to have it written anew") from error
+
+
+def make_traversable(directory: Path) -> None:
+    """Create `directory`, and missing parents, as 711 (enter, not list). What exists keeps its mode."""
+    for path in [*reversed(directory.parents), directory]:
+        if not path.exists():
+            path.mkdir(mode=0o711)
+            path.chmod(0o711)  # whatever the umask: this directory is ours from birth

@@ -12,7 +12,7 @@ import pwd
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def spawn(
     account: Account | None = None,
     death_signal: signal.Signals = signal.SIGKILL,
 ) -> subprocess.Popen[bytes]:
-    """Start `argv` in its own session, output appended to `log_path` (mode 600; None: thrown away).
+    """Start `argv` in its own session, output appended to `log_path` (mode 600; None: ours).
 
     The kernel sends it `death_signal` when the calling THREAD ends, however: call from the main thread.
     Raises OSError when it cannot be started.
@@ -74,9 +74,8 @@ def spawn(
         if os.getppid() != parent_pid:  # it died between fork and prctl
             os._exit(1)
 
-    if log_path is None:
-        output = os.open(os.devnull, os.O_WRONLY)
-    else:
+    output: int | None = None
+    if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         output = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
@@ -86,7 +85,7 @@ def spawn(
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=None if output is None else subprocess.STDOUT,
             start_new_session=True,
             umask=0o077,
             user=account.uid if account else None,
@@ -95,7 +94,8 @@ def spawn(
             preexec_fn=_tie_to_parent,  # after the change of user, which clears the death signal
         )
     finally:
-        os.close(output)
+        if output is not None:
+            os.close(output)
 
 
 def identity_of(pid: int) -> ProcessIdentity | None:
@@ -142,33 +142,79 @@ def find_working_in(directory: Path, program: str) -> list[ProcessIdentity]:
     return found
 
 
-def group_members(pgid: int) -> list[int]:
-    """Live pids of a process group."""
+def session_members(session: int) -> list[int]:
+    """Live pids of the session or process group of that number."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if int(fields[2]) == pgid and fields[0] not in ("Z", "X"):
+                state, _, pgid, sid = (
+                    (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
+                )
+                if str(session) in (pgid, sid) and state not in ("Z", "X"):
                     found.append(int(entry.name))
     return found
 
 
-def end_group(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace_s: float) -> bool:
-    """End a process that leads its own group, and all of the group: `stop_signal`, `grace_s`, then SIGKILL.
+def end_session(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace_s: float) -> bool:
+    """End a session: `stop_signal` to its leader, `grace_s` for all of it, then SIGKILL.
 
-    True when something had to be ended. A process that is gone, or whose pid is another's now, is left alone.
-    Blocks for `grace_s` plus two seconds at most.
+    True when it was ended. A process that is gone, leads no session, or whose pid is another's now, is left
+    alone. Blocks for `grace_s` plus two seconds at most.
     """
-    if not is_alive(identity) or os.getpgid(identity.pid) != identity.pid:
+    try:
+        if not is_alive(identity) or os.getsid(identity.pid) != identity.pid:
+            return False
+        os.kill(identity.pid, stop_signal)
+    except ProcessLookupError:
         return False
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(identity.pid, stop_signal)
-    if not _wait_until_empty(identity.pid, grace_s):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(identity.pid, signal.SIGKILL)
-        _wait_until_empty(identity.pid, 2.0)
+    wait_until(lambda: not session_members(identity.pid), grace_s)
+    kill_session(identity.pid)
     return True
+
+
+def session_mentions(session: int, text: str) -> bool:
+    """Whether a session has members and all of them carry `text` in command line or environment.
+
+    How a session is recognised whose leader, and with it the start time on record, is gone.
+    """
+    members = session_members(session)
+    return bool(members) and all(_mentions(pid, text.encode()) for pid in members)
+
+
+def kill_session(session: int) -> None:
+    """SIGKILL to all that is left of a session, whose number cannot be reused before; waits 2 s."""
+    for pid in session_members(session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not session_members(session), 2.0)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll every 20 ms; whether the condition came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def listens_on(pid: int, port: int) -> bool:
+    """Whether that very process listens on `port`, which several may share (SO_REUSEPORT)."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(descriptor.readlink()) in inodes:
+                    return True
+    return False
 
 
 def write_pid_file(path: Path, pid: int) -> None:
@@ -188,10 +234,9 @@ def read_pid_file(path: Path) -> ProcessIdentity | None:
         return None
 
 
-def _wait_until_empty(pgid: int, timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while group_members(pgid):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.02)
-    return True
+def _mentions(pid: int, text: bytes) -> bool:
+    for name in ("cmdline", "environ"):
+        with contextlib.suppress(OSError):
+            if text in Path(f"/proc/{pid}/{name}").read_bytes():
+                return True
+    return False

@@ -1,0 +1,51 @@
+"""A supervisor as a program of its own, for tests to run and kill.
+
+`python -m tests.infra.local.supervised VAR JSON`: the JSON is a list of ProcessSpec fields; changes are
+printed as "name phase detail", one per line.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from infra.local.restart import RestartPolicy
+from infra.local.stackstate import AlreadyRunningError
+from infra.local.supervisor import ProcessSpec, Supervisor
+
+
+def main() -> int:
+    var = Path(sys.argv[1])
+    specs = []
+    for fields in json.loads(sys.argv[2]):
+        ready_file = fields.pop("ready_file", None)
+        specs.append(
+            ProcessSpec(
+                **{
+                    "env": {"PATH": os.defpath},
+                    "log_path": var / "log" / f"{fields['name']}.log",
+                    "marker": fields["argv"][0],
+                    "restart": RestartPolicy(
+                        n_deaths=3, window_s=60, first_delay_s=0.02, longest_delay_s=0.05
+                    ),
+                    "ready": (lambda _pid, path=ready_file: Path(path).exists()) if ready_file else None,
+                    **fields,
+                    "depends_on": tuple(fields.get("depends_on", ())),
+                }
+            )
+        )
+    supervisor = Supervisor(
+        specs,
+        var=var,
+        facts={},
+        report=lambda name, phase, detail, _s: print(name, phase, detail.replace("\n", " | "), flush=True),
+    )
+    try:
+        return supervisor.run()
+    except AlreadyRunningError as error:
+        print(error, flush=True)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
