@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Entry point of every Corral command: `manage.py up` runs the local stack, `manage.py migrate` the schema."""
+"""Entry point of every command: `manage.py up` runs the local stack, `manage.py migrate` the schema."""
 
 import os
 import sys

@@ -118,9 +118,9 @@ class Replica(models.Model):
 
 
 class Decision(models.Model):
-    """One tick of one deployment, whole: what was seen, what was wanted, what was remembered, what was ordered.
+    """One tick of one deployment, whole: what was seen, wanted, remembered and ordered.
 
-    `decide(observation, spec, memory_in)` gives `commands`, `memory_out` and `reasons` again, at any later time.
+    `decide(observation, spec, memory_in)` gives `commands`, `memory_out` and `reasons` again, at any time.
     """
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
@@ -152,7 +152,7 @@ class Decision(models.Model):
 class ScalerState(models.Model):
     """The autoscaler's memory of a deployment and the row lease that lets one worker at a time decide for it.
 
-    Every write is compare-and-set: `filter(pk=…, version=seen).update(version=seen + 1, …)` and exactly one row.
+    Every write is compare-and-set: `filter(pk=…, version=seen).update(version=seen + 1, …)`, exactly 1 row.
     """
 
     deployment = models.OneToOneField(

@@ -57,8 +57,8 @@ class Witness(models.TextChoices):
 class UsageEvent(models.Model):
     """What one request used and cost. The table is partitioned by day.
 
-    `day` is the UTC day inside `request_id` (a UUIDv7), enforced by a check constraint, so (day, request_id) is
-    unique exactly if request_id is, over all partitions. No foreign keys: an event outlives what it names.
+    `day` is the UTC day inside `request_id` (a UUIDv7), enforced by a check constraint, so (day, request_id)
+    is unique exactly if request_id is, over all partitions. No foreign keys: an event outlives what it names.
     """
 
     pk = models.CompositePrimaryKey("day", "request_id")

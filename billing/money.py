@@ -1,12 +1,12 @@
 """Money: whole nano-dollars, rates per million tokens, and the one rounding rule of the product.
 
 Every amount that is stored, held, shown or invoiced goes through here; no other file multiplies tokens by a
-rate. Integers only: a float cannot hold a cent exactly. 1 dollar = 10^9 nano-dollars, so a signed 64-bit column
-reaches 9.2 billion dollars.
+rate. Integers only: a float cannot hold a cent exactly. 1 dollar = 10^9 nano-dollars, so a signed 64-bit
+column reaches 9.2 billion dollars.
 
 The rounding rule: the charges of one request are summed exactly (tokens times rate, in millionths of a
-nano-dollar) and rounded once, half to even. Half to even favours neither side over many requests, and a single
-rounding per request keeps the error below half a nano-dollar whatever the number of components.
+nano-dollar) and rounded once, half to even. Half to even favours neither side over many requests, and a
+single rounding per request keeps the error below half a nano-dollar whatever the number of components.
 """
 
 from collections.abc import Sequence
@@ -71,9 +71,9 @@ def token_cost_ceiling(rate: NanoPerMillion) -> Nano:
 def split_largest_remainder(total: Nano, weights: Sequence[int]) -> list[Nano]:
     """Parts of `total` in proportion to `weights`, none lost: they sum to `total` exactly.
 
-    Each part is its exact share rounded down, and the nano-dollars left go one each to the largest remainders,
-    ties to the earlier position. A negative total (a credit) splits as its opposite does. Raises ValueError
-    where there is nothing to split by: no weight, a negative one, or all zero.
+    Each part is its exact share rounded down, and the nano-dollars left go one each to the largest
+    remainders, ties to the earlier position. A negative total (a credit) splits as its opposite does. Raises
+    ValueError where there is nothing to split by: no weight, a negative one, or all zero.
     """
     if not weights or min(weights) < 0 or sum(weights) == 0:
         raise ValueError("weights: need at least one, none negative, not all zero")

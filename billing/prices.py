@@ -32,7 +32,7 @@ def price_in_force(*, organization_id: UUID, at: datetime, name: str = DEFAULT_P
 def create_price_version(
     *, name: str, rates: Rates, valid_from: datetime, organization_id: UUID | None = None
 ) -> PriceVersion:
-    """A new price from `valid_from` on. Needs the operator role. Raises ConflictError if that instant has one."""
+    """A new price from `valid_from` on. Needs the operator role. ConflictError if that instant has one."""
     price = PriceVersion(
         organization_id=organization_id,
         name=name,

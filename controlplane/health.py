@@ -7,6 +7,7 @@ and a broken database cannot stop `/healthz`. `/readyz` must answer within about
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from threading import Lock
 from time import monotonic
 
 import redis
@@ -39,29 +40,30 @@ CHECKS: dict[str, Callable[[], None]] = {"postgres": _check_postgres, "redis": _
 
 
 class Readiness:
-    """Runs each check in its own thread, at most one at a time: a hanging check is reported, never piled up."""
+    """Runs each check in a thread, one of a kind at a time: a hanging check is reported, never piled up."""
 
     def __init__(self, checks: dict[str, Callable[[], None]]) -> None:
         self._checks = checks
         self._threads = ThreadPoolExecutor(max_workers=len(checks), thread_name_prefix="readyz")
+        self._lock = Lock()
         self._running: dict[str, Future[None]] = {}
 
     def failing(self) -> dict[str, str]:
-        """name -> kind of failure, empty when ready. Takes at most READY_WITHIN_S."""
+        """name -> kind of failure, empty when ready. Takes at most READY_WITHIN_S; probes may overlap."""
         deadline = monotonic() + READY_WITHIN_S
-        for name, check in self._checks.items():
-            if name not in self._running:
-                self._running[name] = self._threads.submit(check)
+        with self._lock:
+            for name, check in self._checks.items():
+                if name not in self._running or self._running[name].done():
+                    self._running[name] = self._threads.submit(check)
+            running = dict(self._running)
         failures: dict[str, str] = {}
-        for name in self._checks:
+        for name, future in running.items():
             try:
-                self._running[name].result(timeout=max(0.0, deadline - monotonic()))
+                future.result(timeout=max(0.0, deadline - monotonic()))
             except FutureTimeoutError:
-                failures[name] = "timeout"
-                continue  # still running: the next probe waits for the same one
+                failures[name] = "timeout"  # still running: the next probe waits for this same one
             except Exception as error:  # any failure means "not ready"; its class is what an operator needs
                 failures[name] = type(error).__name__
-            del self._running[name]
         return failures
 
 

@@ -77,7 +77,8 @@ def logging_config(*, level: str = "INFO") -> dict[str, Any]:
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
         "root": {"handlers": ["stderr"], "level": level},
         "loggers": {
-            # One access line per request is ours to write (RequestLogMiddleware), with ids and without queries.
+            # One access line per request is ours to write (RequestLogMiddleware), with ids and without
+            # queries.
             "uvicorn.access": {"handlers": [], "propagate": False},
             "django.server": {"handlers": [], "propagate": False},
             # SQL parameters would carry tenants' data.

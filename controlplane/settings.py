@@ -2,7 +2,8 @@
 
 The environment is read once, here, into `ENV`; nothing else on the Django side reads it. Values that are
 missing stay empty and fail closed at first use: Django refuses an empty SECRET_KEY, psycopg an empty database
-name, and api_keys.digest an empty pepper. Entry points call `ENV.require()` to fail at start with one message.
+name, and api_keys.digest an empty pepper. Entry points call `ENV.require()` to fail at start with one
+message.
 """
 
 import os
@@ -121,7 +122,9 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str,
         "PASSWORD": unquote(parts.password or ""),
         "HOST": parts.hostname or "",
         "PORT": str(parts.port or ""),
-        "CONN_MAX_AGE": 0,
+        # Without a pool a thread keeps its connection for a minute: intake runs every second.
+        "CONN_MAX_AGE": 0 if pool_size else 60,
+        "CONN_HEALTH_CHECKS": not pool_size,
         "OPTIONS": options,
     }
 

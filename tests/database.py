@@ -1,9 +1,10 @@
 """Django's database in the tests: the real schema under real row-level security.
 
 Tests run as corral_app, the role of the web process, so a query outside of a tenant finds nothing. The login
-behind it may also become operator or owner, in the same connection and transaction: `as_operator` uses that, so
-that a test can arrange what only the house may write and still be rolled back. The database is the one that
-CORRAL_PG_DSN_* name: a test with committed rows (`django_db(transaction=True)`) can let other processes read.
+behind it may also become operator or owner, in the same connection and transaction: `as_operator` uses that,
+so that a test can arrange what only the house may write and still be rolled back. The database is the one
+that CORRAL_PG_DSN_* name: a test with committed rows (`django_db(transaction=True)`) can let other processes
+read.
 """
 
 import secrets
@@ -19,7 +20,14 @@ from infra.local.postgres import EmbeddedPostgres
 
 LOGIN = "corral_test"
 # Rows that migrations put there.
-SEEDED = ("deployments_sloclass", "billing_priceversion", "django_migrations", "django_content_type")
+SEEDED = (
+    "deployments_sloclass",
+    "billing_priceversion",
+    "corral_change_horizon",
+    "django_migrations",
+    "django_content_type",
+    "auth_permission",
+)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +62,7 @@ def django_db_setup(pg_server: EmbeddedPostgres, django_db_blocker: pytest.Fixtu
     default = settings.DATABASES["default"]
     default.update(USER=LOGIN, PASSWORD=password)
     default["OPTIONS"] = {**default["OPTIONS"], "assume_role": roles.APP}
-    default["OPTIONS"].pop("pool", None)  # one connection per thread; tests/controlplane/…/test_pool.py has its own
+    default["OPTIONS"].pop("pool", None)  # test_context.py makes a pool of its own
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     # Django empties tables after a test that committed by TRUNCATE, which only the owner may.
     TransactionTestCase._fixture_teardown = lambda _self: _empty_tables(pg_server)
@@ -90,10 +98,10 @@ def acting_as(role: str) -> Iterator[None]:
 def _empty_tables(server: EmbeddedPostgres) -> None:
     with psycopg.connect(server.dsn("owner"), autocommit=True) as owner:
         tables = owner.execute(
-            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') "
-            "AND NOT relispartition AND relname <> ALL(%s) AND relname <> 'corral_change_horizon'",
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace "
+            "AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> ALL(%s)",
             [list(SEEDED)],
         ).fetchall()
         names = sql.SQL(", ").join(sql.Identifier(name) for (name,) in tables)
-        owner.execute(sql.SQL("DELETE FROM billing_priceversion WHERE organization_id IS NOT NULL"))
+        owner.execute("DELETE FROM billing_priceversion WHERE organization_id IS NOT NULL")
         owner.execute(sql.SQL("TRUNCATE {}").format(names))

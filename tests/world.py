@@ -1,7 +1,7 @@
 """Two tenants with people in them, for every test that asks who may see what.
 
-Alice owns Acme, Bob is a developer there, Charlie owns Other and is a stranger to Acme. A test about isolation
-is then two lines: what Bob sees, what Charlie must not.
+Alice owns Acme, Bob is a developer there, Charlie owns Other and is a stranger to Acme. A test about
+isolation is then two lines: what Bob sees, what Charlie must not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is served: model versions, service classes and deployments.
 
-A deployment's name is the model id that programs send to /v1. Fields, constraints and derived properties only;
-writes are in services.py, reads in selectors.py.
+A deployment's name is the model id that programs send to /v1. Fields, constraints and derived properties
+only; writes are in services.py, reads in selectors.py.
 """
 
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ class ModelSource(models.TextChoices):
 
 
 class ModelVersion(models.Model):
-    """One exact set of weights, named by the digest of its contents. Belongs to a tenant, and never changes."""
+    """One exact set of weights, named by the digest of its contents. A tenant's own, and never changed."""
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="model_versions")
@@ -57,7 +57,7 @@ class ModelVersion(models.Model):
 
 
 class SloClass(models.Model):
-    """A promise of speed that requests are scheduled and replicas are counted by. The same for every tenant."""
+    """A promise of speed that requests are scheduled and replicas counted by. The same for every tenant."""
 
     name = models.SlugField(primary_key=True, max_length=16)
     band = models.PositiveSmallIntegerField(

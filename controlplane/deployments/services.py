@@ -169,8 +169,8 @@ def update_deployment(
 ) -> Deployment:
     """Change what is wanted; nothing happens where nothing differs.
 
-    `expected_generation` refuses (ConflictError) if somebody changed the deployment since it was read; a change
-    that races with this very call is refused in any case.
+    `expected_generation` refuses (ConflictError) if somebody changed the deployment since it was read; a
+    change that races with this very call is refused in any case.
     """
     with tenant(organization_id):
         deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
@@ -260,7 +260,7 @@ def _profile(given: Mapping[str, object], version: ModelVersion) -> dict[str, ob
         )
     if profile.engine != "toy" and version.source_kind == ModelSource.TOY:
         raise InvalidInputError(
-            f"engine profile: engine = {profile.engine!r} needs weights; this model version runs on 'toy' only",
+            f"engine profile: engine = {profile.engine!r} needs weights; this version runs on 'toy' only",
             field="engine_profile",
         )
     return asdict(profile)

@@ -1,8 +1,9 @@
 """The text of an API key, `sk-crl-<12 lookup characters>-<43 secret characters>`, and its digest.
 
 The lookup part finds the row by a unique index; the whole key is then compared through HMAC-SHA256 under a
-pepper that only trusted processes hold. The secret has 256 random bits, so a fast keyed hash is the right one:
-a slow password hash would buy nothing and cost the hot path milliseconds. Imports no Django: the gateway uses it.
+pepper that only trusted processes hold. The secret has 256 random bits, so a fast keyed hash is the right
+one: a slow password hash would buy nothing and cost the hot path milliseconds. Imports no Django: the gateway
+uses it.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""The tenant of a transaction: everything inside `tenant(organization_id)` sees that organization's rows only.
+"""The tenant of a transaction: everything inside `tenant(organization_id)` sees that organization's rows
+only.
 
 The setting is transaction-local, so it works behind a pooler in transaction mode and cannot leak to whoever
 gets the connection next. Used by services, selectors' callers, tasks and TenantMiddleware.
@@ -39,8 +40,8 @@ def tenant(organization_id: UUID, using: str = DEFAULT_DB_ALIAS) -> Iterator[Non
         try:
             yield
             if inside_callers_transaction and not connection.needs_rollback:
-                # That transaction goes on, so the setting must end here. In our own it ends with the commit, and
-                # after an error with the rollback, to the savepoint or of everything.
+                # That transaction goes on, so the setting must end here. In our own it ends with the commit,
+                # and after an error with the rollback, to the savepoint or of everything.
                 _set(connection, "")
         finally:
             setattr(connection, _ATTRIBUTE, None)

@@ -1,7 +1,8 @@
 """Puts each web request of a signed-in user into the tenant it works for.
 
-The organization comes from the session and is checked against the user's memberships on every request, so that
-a removed member is out at the next click. The view then runs inside `tenant()`: one transaction, one tenant.
+The organization comes from the session and is checked against the user's memberships on every request, so
+that a removed member is out at the next click. The view then runs inside `tenant()`: one transaction, one
+tenant.
 """
 
 from collections.abc import Callable
@@ -48,13 +49,13 @@ class TenantMiddleware:
             return self._get_response(request)
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> None:
-        """A view that raised has written nothing: Django answers with an error page, so atomic would commit."""
+        """Undo what a view wrote that raised: Django answers with an error page, so atomic would commit."""
         if current_tenant() is not None:
             transaction.set_rollback(True)
 
 
 def choose_organization(request: TenantRequest, organization_id: UUID) -> None:
-    """Work for this organization from the next request on; one the user does not belong to is ignored then."""
+    """Work for this organization from the next request on; ignored if the user does not belong to it."""
     request.session[SESSION_KEY] = organization_id.hex
 
 

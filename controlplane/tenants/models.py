@@ -1,7 +1,8 @@
 """Who buys tokens: organizations, their projects, members and API keys, and the limits of each.
 
 Fields, constraints and derived properties only; writes are in services.py, reads in selectors.py. Every table
-with an organization has row-level security (rls.py): the app role sees the tenant of the transaction, no other.
+with an organization has row-level security (rls.py): the app role sees the tenant of the transaction, no
+other.
 """
 
 from datetime import datetime
@@ -26,7 +27,7 @@ def check_timezone(name: str) -> None:
 
 
 class LimitColumns(models.Model):
-    """The limits that a key, a project and an organization can each carry. NULL = not limited at this level."""
+    """The limits that a key, a project and an organization can each carry. NULL = no limit at this level."""
 
     rpm = models.PositiveIntegerField(null=True, blank=True, help_text="requests per minute")
     input_tpm = models.PositiveIntegerField(null=True, blank=True, help_text="prompt tokens per minute")
@@ -121,7 +122,8 @@ class Project(LimitColumns):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             *LimitColumns.Meta.constraints,
             models.UniqueConstraint(fields=["organization", "slug"], name="project_slug_unique"),
-            # Target of the composite foreign keys that keep a row and its project in one tenant (rls.SameTenant).
+            # Target of the composite foreign keys that keep a row and its project in one tenant
+            # (rls.SameTenant).
             models.UniqueConstraint(fields=["organization", "id"], name="project_tenant_unique"),
             models.CheckConstraint(
                 condition=Q(weight__gte=1, weight__lte=10_000), name="project_weight_in_range"

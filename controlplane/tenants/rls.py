@@ -1,9 +1,9 @@
 """Migration operations for row-level security, grants and same-tenant foreign keys.
 
 Used by the migrations of every app. The rules: a table with a tenant column gets EnableRLS; any other table
-that a serving role needs gets Grant; a reference from one tenant table to another gets SameTenant, because the
-check of an ordinary foreign key ignores row-level security and would accept another tenant's row.
-Row security is not forced on the owner: migrations and SECURITY DEFINER functions run as corral_owner.
+that a serving role needs gets Grant; a reference from one tenant table to another gets SameTenant, because
+the check of an ordinary foreign key ignores row-level security and would accept another tenant's row. Row
+security is not forced on the owner: migrations and SECURITY DEFINER functions run as corral_owner.
 """
 
 from typing import Any
@@ -71,8 +71,8 @@ class _TableOperation(Operation):
 class EnableRLS(_TableOperation):
     """Tenant table: the app role sees the rows of the transaction's tenant, the operator role sees all.
 
-    `app` and `operator` are the rights granted. `shared_rows` lets the app role also read rows whose tenant is
-    NULL (a global catalogue with tenants' own entries beside it).
+    `app` and `operator` are the rights granted. `shared_rows` lets the app role also read rows whose tenant
+    is NULL (a global catalogue with tenants' own entries beside it).
     """
 
     def __init__(

@@ -1,0 +1,69 @@
+"""The Celery application of the control side: `celery -A controlplane.celery:app worker -Q control`, and
+beat.
+
+Housekeeping only: the autoscaler's ticks, billing intake, partitions. Requests for models never pass here;
+replicas have an application of their own (workers/app.py). Results are off: facts go to Postgres.
+"""
+
+import os
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
+
+from celery import Celery
+from celery.signals import setup_logging
+from django.conf import settings
+
+app = Celery("corral-control")
+app.conf.update(
+    broker_url=settings.ENV.redis_url,
+    broker_transport_options={
+        "global_keyprefix": f"{settings.ENV.cell}:ctl:",
+        # Longer than any task may run (task_time_limit), so that none is delivered to two workers at once.
+        "visibility_timeout": 600,
+        "socket_timeout": 5.0,
+        "socket_connect_timeout": 2.0,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+    },
+    broker_connection_timeout=2.0,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,  # a worker outlives Redis being away, however long
+    task_publish_retry_policy={
+        "max_retries": 2,
+        "interval_start": 0.1,
+        "interval_step": 0.2,
+        "interval_max": 0.5,
+    },
+    task_default_queue="control",
+    task_serializer="json",
+    accept_content=["json"],
+    result_backend=None,
+    task_ignore_result=True,
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    task_time_limit=300,
+    worker_prefetch_multiplier=1,
+    worker_hijack_root_logger=False,
+    timezone="UTC",
+    beat_schedule_filename=str(settings.ENV.var / "beat-schedule"),
+    # Each entry expires before its next turn: after an outage one run catches up, not a thousand.
+    beat_schedule={
+        "tenants.prune_changes": {
+            "task": "tenants.prune_changes",
+            "schedule": 600.0,
+            "options": {"expires": 600.0},
+        },
+        "billing.intake": {"task": "billing.intake", "schedule": 1.0, "options": {"expires": 5.0}},
+        "billing.ensure_partitions": {
+            "task": "billing.ensure_partitions",
+            "schedule": 3600.0,
+            "options": {"expires": 3600.0},
+        },
+    },
+)
+app.autodiscover_tasks(["autoscaler", "billing", "controlplane.tenants"])
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _keep_our_logging(**_: object) -> None:
+    """Celery would install its own handlers; a receiver of this signal keeps those of the settings."""
