@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -48,6 +49,7 @@ class Zygote:
         self._seq = 0
         self._answers: dict[int, asyncio.Future[Event]] = {}
         self._exits: asyncio.Queue[ChildExit | None] = asyncio.Queue()  # bounded by the number of children
+        self._process: subprocess.Popen[bytes] | None = None  # when it is our own child
         self._task = asyncio.create_task(self._listen(), name="zygote")
 
     @classmethod
@@ -70,28 +72,30 @@ class Zygote:
             return await cls.connect(socket_path, timeout_s)
         _make_room(socket_path)
         with log.open("ab") as sink:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "workers.agent.zygote", "--socket", str(socket_path), "--engines", ",".join(engines)),
-                *("--preimport", ",".join(preimport), "--orphan-s", str(orphan_s)),
-                stdin=asyncio.subprocess.DEVNULL,
+            # Not asyncio's: the zygote outlives this loop, and us.
+            process = subprocess.Popen(  # noqa: ASYNC220 - a fork and an exec, once per machine
+                (
+                    *(sys.executable, "-m", "workers.agent.zygote", "--socket", str(socket_path)),
+                    *("--engines", ",".join(engines), "--preimport", ",".join(preimport)),
+                    *("--orphan-s", str(orphan_s)),
+                ),
+                stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
-                start_new_session=True,  # it outlives us
+                start_new_session=True,
             )
-        ended = asyncio.create_task(process.wait())
         try:
             async with asyncio.timeout(timeout_s):
-                while not ended.done():
+                while process.poll() is None:
                     with contextlib.suppress(OSError):  # not listening yet
-                        return await cls.connect(socket_path, timeout_s)
+                        zygote = await cls.connect(socket_path, timeout_s)
+                        zygote._process = process
+                        return zygote
                     await asyncio.sleep(0.02)
         except (TimeoutError, ZygoteGone):
             pass
-        finally:
-            ended.cancel()
-        if process.returncode is None:
-            process.kill()
+        process.kill()
+        process.wait()
         raise ZygoteGone(f"the zygote did not come up within {timeout_s} s; its log ends:\n{_tail(log)}")
 
     @classmethod
@@ -131,6 +135,8 @@ class Zygote:
         await self._ask(Command(op="shutdown", grace_s=grace_s))
         await asyncio.wait({self._task}, timeout=grace_s + _ANSWER_S)
         await self.close()
+        if self._process is not None:
+            await asyncio.to_thread(self._process.wait)
 
     async def close(self) -> None:
         """Leave; the zygote and its replicas live on for the next agent."""

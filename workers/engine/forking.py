@@ -23,10 +23,10 @@ class UnsafeForkError(RuntimeError):
     """A fork with more threads than allowed: the child could inherit a lock that nobody will ever release."""
 
 
-def thread_names() -> list[str]:
-    """Names of all threads of this process as the kernel knows them, Python's and native ones."""
+def thread_names(pid: int | None = None) -> list[str]:
+    """Names of all threads of a process (ours) as the kernel knows them, Python's and native ones."""
     names = []
-    for task in Path("/proc/self/task").iterdir():
+    for task in Path(f"/proc/{pid or 'self'}/task").iterdir():
         try:
             names.append((task / "comm").read_text().strip())
         except OSError:  # the thread ended in between
