@@ -1,0 +1,158 @@
+"""`decide`: one observation, the configuration and the memory in; commands, the next memory and reasons out.
+
+The whole autoscaler of one deployment, in the order in which the rules run. Called by tick.py, by `replay`
+and by the simulator. Pure: no clock, no random, no I/O; equal inputs give equal outputs, in any order.
+"""
+
+from dataclasses import replace
+
+from autoscaler.policy import retire, status
+from autoscaler.policy.failures import Gate, gate
+from autoscaler.policy.ident import command_id
+from autoscaler.policy.placement import Placement, place
+from autoscaler.policy.replicas import wish
+from autoscaler.types import (
+    Command,
+    Decision,
+    LaunchMachine,
+    Observation,
+    ReplicaPhase,
+    ReplicaView,
+    ScalerMemory,
+    ScalerSpec,
+    StartReplica,
+)
+
+
+def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Decision:
+    """What to order now. Commands are ordered: retirements first, since they may make room."""
+    observation = _in_order(observation)
+    if memory.born_at_s == 0:
+        memory = replace(memory, born_at_s=observation.now_s)
+    late = retire.overdue(observation, spec)
+    leaving = tuple(
+        r for r in retire.on_leaving_machines(observation) if r.replica_id not in {x.replica_id for x in late}
+    )
+    retired = {r.replica_id for r in (*late, *leaving)}
+    reasons = [f"replica {r.replica_id}: {r.reason}" for r in (*late, *leaving)]
+    stay = tuple(r for r in observation.replicas if r.id not in retired)
+    observation = replace(observation, replicas=stay)
+
+    want = wish(observation, spec, memory)
+    memory = want.memory
+    reasons += want.reasons
+    present = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
+    current = tuple(r for r in present if not r.outdated)
+    outdated = tuple(r for r in present if r.outdated)
+
+    surplus = retire.surplus(current, len(current) - want.n, "surplus: " + want.reasons[-1])
+    n_missing = max(want.n - len(current), 0)
+    replica_gate = gate(observation.failures, observation.last_good_at_s, spec)
+    machine_gate = gate(observation.machine_failures, observation.last_machine_good_at_s, spec)
+    placement, no_room = _place(n_missing, observation, spec, replica_gate, machine_gate, reasons)
+    replaced = _outdated_to_drain(current, outdated, want.n, placement, observation, reasons)
+
+    since_s = None
+    if no_room:
+        since_s = observation.now_s if memory.no_room_since_s is None else memory.no_room_since_s
+    memory = replace(memory, no_room_since_s=since_s)
+    gone = retired | {r.replica_id for r in (*surplus, *replaced)}
+    verdict = status.status(
+        observation,
+        spec,
+        wanted=want.n,
+        live=tuple(r for r in present if r.id not in gone),
+        starts=bool(placement.machine_ids),
+        launches=placement.launch,
+        gate=replica_gate,
+        machine_gate=machine_gate,
+        no_room=no_room,
+        no_room_for_s=0.0 if since_s is None else observation.now_s - since_s,
+    )
+    orders: list[Command] = [*late, *leaving, *surplus, *replaced]
+    orders += [StartReplica("", machine_id) for machine_id in placement.machine_ids]
+    orders += [LaunchMachine("")] if placement.launch else []
+    commands, memory = _number(orders, observation.deployment_id, memory)
+    return Decision(commands, memory, tuple(reasons), want.n, verdict)
+
+
+def _in_order(observation: Observation) -> Observation:
+    return replace(
+        observation,
+        replicas=tuple(sorted(observation.replicas, key=lambda r: r.id)),
+        machines=tuple(sorted(observation.machines, key=lambda m: m.id)),
+        failures=tuple(sorted(observation.failures, key=lambda f: (f.at_s, f.subject_id))),
+        machine_failures=tuple(sorted(observation.machine_failures, key=lambda f: (f.at_s, f.subject_id))),
+    )
+
+
+def _place(
+    n: int,
+    observation: Observation,
+    spec: ScalerSpec,
+    replica_gate: Gate,
+    machine_gate: Gate,
+    reasons: list[str],
+) -> tuple[Placement, str]:
+    """Where the missing replicas go, as far as past failures allow; and why some go nowhere ('' = none)."""
+    nothing = Placement((), False, 0)
+    if n == 0:
+        return nothing, ""
+    now_s = observation.now_s
+    if not replica_gate.is_open(now_s):
+        reasons.append(
+            f"no new replica for {replica_gate.retry_at_s - now_s:.1f} s: {replica_gate.n} failed in a row"
+        )
+        return nothing, ""
+    if replica_gate.n:  # one at a time until one has proven itself
+        n = 1
+    found = place(n, observation, spec)
+    if found.machine_ids:
+        reasons.append(f"{len(found.machine_ids)} on machines we have")
+    if found.launch and not machine_gate.is_open(now_s):
+        reasons.append(
+            f"no new machine for {machine_gate.retry_at_s - now_s:.1f} s: {machine_gate.n} failed in a row"
+        )
+        return replace(found, launch=False), ""
+    if found.launch:
+        reasons.append(f"no room for {found.n_unplaced}: one machine more, {observation.n_machines} exist")
+    elif found.n_unplaced:
+        no_room = (
+            f"no room for {found.n_unplaced} replicas: all {observation.n_machines} of "
+            f"{spec.max_machines} machines are full"
+        )
+        reasons.append(no_room)
+        return found, no_room
+    return found, ""
+
+
+def _outdated_to_drain(
+    current: tuple[ReplicaView, ...],
+    outdated: tuple[ReplicaView, ...],
+    wanted: int,
+    placement: Placement,
+    observation: Observation,
+    reasons: list[str],
+) -> tuple[retire.Retirement, ...]:
+    """Replicas of the former specification serve until the new ones do, unless they are in their way."""
+    if not outdated:
+        return ()
+    n_ready = sum(1 for r in current if r.phase is ReplicaPhase.READY)
+    if n_ready >= wanted:
+        reasons.append(f"{len(outdated)} replicas run the former specification, {n_ready} the present one")
+        return retire.surplus(outdated, len(outdated), "replaced by the present specification")
+    is_draining = any(r.phase is ReplicaPhase.DRAINING for r in observation.replicas)
+    if placement.n_unplaced and not placement.launch and not is_draining:
+        reasons.append("one replica of the former specification makes room")
+        return retire.surplus(outdated, 1, "makes room for the present specification")
+    return ()
+
+
+def _number(
+    orders: list[Command], deployment_id: str, memory: ScalerMemory
+) -> tuple[tuple[Command, ...], ScalerMemory]:
+    numbered = tuple(
+        replace(order, command_id=command_id(deployment_id, memory.born_at_s, memory.n_commands + i))
+        for i, order in enumerate(orders)
+    )
+    return numbered, replace(memory, n_commands=memory.n_commands + len(orders))

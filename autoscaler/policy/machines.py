@@ -1,0 +1,29 @@
+"""Which machines of the pool are given back: kept warm for a while after their last replica, then not.
+
+A warm machine (agent and zygote alive) is what makes a start from zero a matter of a second. Pure.
+"""
+
+from autoscaler.policy.ident import command_id
+from autoscaler.policy.placement import empty_for_s
+from autoscaler.types import MachineState, MachineView, TerminateMachine
+
+
+def to_release(
+    machines: tuple[MachineView, ...], now_s: float, *, keep_warm_s: float, pending_timeout_s: float
+) -> tuple[TerminateMachine, ...]:
+    """Machines without a replica for `keep_warm_s`, or that did not come up in `pending_timeout_s`."""
+    commands = []
+    for machine in sorted(machines, key=lambda m: m.id):
+        age_s = now_s - machine.created_at_s
+        coming_up = machine.state in (MachineState.PENDING, MachineState.ENROLLED)
+        empty_s = empty_for_s(machine, now_s)
+        if coming_up and age_s > pending_timeout_s:
+            reason = f"did not come up in {age_s:.0f} s, allowed {pending_timeout_s:g} s"
+        elif machine.state is MachineState.DRAINING and machine.n_replicas == 0:
+            reason = "drained"
+        elif not coming_up and empty_s >= keep_warm_s and machine.n_replicas == 0:
+            reason = f"no replica for {empty_s:.0f} s, kept warm for {keep_warm_s:g} s"
+        else:
+            continue
+        commands.append(TerminateMachine(command_id("machine", machine.id, "terminate"), machine.id, reason))
+    return tuple(commands)

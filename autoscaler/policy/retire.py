@@ -1,0 +1,68 @@
+"""Which replicas have to go: those that hang, those on a machine that leaves, the surplus, the outdated.
+
+Each rule answers with commands that still lack their id (decide.py numbers them). Victims: never ready first,
+then the least used, then the youngest; ties by id. Pure.
+"""
+
+from autoscaler.types import (
+    DrainReplica,
+    MachineState,
+    Observation,
+    ReplicaPhase,
+    ReplicaView,
+    ScalerSpec,
+    StopReplica,
+)
+
+Retirement = DrainReplica | StopReplica
+_COMING_UP = (ReplicaPhase.STARTING, ReplicaPhase.LOADING)
+
+
+def overdue(observation: Observation, spec: ScalerSpec) -> tuple[Retirement, ...]:
+    """Replicas that neither started nor finished draining in their time."""
+    found: list[Retirement] = []
+    states = {m.id: m.state for m in observation.machines}
+    for replica in _sorted(observation.replicas):
+        age_s = observation.now_s - replica.phase_at_s
+        waits_for_machine = states.get(replica.machine_id) in (MachineState.PENDING, MachineState.ENROLLED)
+        limit_s = spec.machine_timeout_s if waits_for_machine else spec.start_timeout_s
+        if replica.phase in _COMING_UP and age_s > limit_s:
+            what = "its machine did not come up" if waits_for_machine else f"still {replica.phase.value}"
+            reason = f"{what} after {age_s:.0f} s, allowed {limit_s:g} s"
+            found.append(StopReplica("", replica.id, reason, failure_code="start_timeout"))
+        elif replica.phase is ReplicaPhase.DRAINING and age_s > spec.drain_timeout_s:
+            reason = f"draining for {age_s:.0f} s, allowed {spec.drain_timeout_s:g} s: what it runs moves on"
+            found.append(StopReplica("", replica.id, reason))
+    return tuple(found)
+
+
+def on_leaving_machines(observation: Observation) -> tuple[Retirement, ...]:
+    """Replicas on machines that are draining."""
+    leaving = {m.id for m in observation.machines if m.state is MachineState.DRAINING}
+    return tuple(
+        retire(r, "its machine is draining")
+        for r in _sorted(observation.replicas)
+        if r.machine_id in leaving and r.phase is not ReplicaPhase.DRAINING
+    )
+
+
+def surplus(live: tuple[ReplicaView, ...], n: int, reason: str) -> tuple[Retirement, ...]:
+    """The `n` replicas that are missed least."""
+    return tuple(retire(replica, reason) for replica in sorted(live, key=_value)[: max(n, 0)])
+
+
+def retire(replica: ReplicaView, reason: str) -> Retirement:
+    """Drain what serves, stop what never did."""
+    if replica.phase in _COMING_UP:
+        return StopReplica("", replica.id, reason)
+    return DrainReplica("", replica.id, reason)
+
+
+def _value(replica: ReplicaView) -> tuple[int, int, float, str]:
+    rank = {ReplicaPhase.STARTING: 0, ReplicaPhase.LOADING: 1}.get(replica.phase, 2)
+    used = replica.slots if replica.used is None else replica.used  # unseen counts as full
+    return (rank, used, -replica.created_at_s, replica.id)
+
+
+def _sorted(replicas: tuple[ReplicaView, ...]) -> list[ReplicaView]:
+    return sorted(replicas, key=lambda r: r.id)

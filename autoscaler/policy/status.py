@@ -1,0 +1,76 @@
+"""A decision in the words of its owner (phase, last_error) and of clients that wait (stage). Pure."""
+
+import math
+
+from autoscaler.policy.failures import Gate
+from autoscaler.types import (
+    DeploymentPhase,
+    MachineState,
+    Observation,
+    ReplicaPhase,
+    ReplicaView,
+    ScalerSpec,
+    StageName,
+    Status,
+)
+
+
+def status(
+    observation: Observation,
+    spec: ScalerSpec,
+    *,
+    wanted: int,
+    live: tuple[ReplicaView, ...],
+    starts: bool,
+    launches: bool,
+    gate: Gate,
+    machine_gate: Gate,
+    no_room: str,
+    no_room_for_s: float,
+) -> Status:
+    """`live`: replicas that stay. `starts`, `launches`: this decision orders a replica, a machine.
+
+    `no_room`: why replicas could not be placed ('' when they could).
+    """
+    now_s = observation.now_s
+    if spec.deleted:
+        return Status(DeploymentPhase.DELETED, "", StageName.FAILED, now_s, "deployment_deleted")
+    error = gate.describe(spec) or machine_gate.describe(spec)
+    if any(r.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) for r in observation.replicas if r in live):
+        return Status(DeploymentPhase.READY, error or no_room, StageName.READY, now_s)
+    coming = [r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING)]
+    if coming:
+        stage, since_s = _stage_of(coming, observation)
+        return Status(DeploymentPhase.STARTING, error, stage, since_s)
+    if starts or launches:
+        stage = StageName.STARTING_REPLICA if starts else StageName.LAUNCHING_MACHINE
+        return Status(DeploymentPhase.STARTING, error, stage, now_s)
+    for closed in (gate, machine_gate):
+        if closed.last is not None and not closed.is_open(now_s):
+            retry_after_s = max(1, math.ceil(closed.retry_at_s - now_s))
+            if wanted == 0:
+                return Status(DeploymentPhase.FAILED, error)
+            if closed.tells_clients:
+                return Status(
+                    DeploymentPhase.FAILED, error, StageName.FAILED, now_s, closed.last.code, retry_after_s
+                )
+            return Status(DeploymentPhase.FAILED, error, StageName.STARTING_REPLICA, now_s)
+    if wanted == 0:
+        return Status(DeploymentPhase.IDLE, error)
+    if no_room and no_room_for_s >= spec.no_room_patience_s:
+        retry_after_s = math.ceil(spec.no_room_patience_s)
+        return Status(
+            DeploymentPhase.FAILED, no_room, StageName.FAILED, now_s, "no_capacity", max(retry_after_s, 1)
+        )
+    return Status(DeploymentPhase.STARTING, error or no_room, StageName.WAKING, now_s)
+
+
+def _stage_of(coming: list[ReplicaView], observation: Observation) -> tuple[StageName, float]:
+    """Stage of the replica that is furthest, and since when."""
+    states = {m.id: m.state for m in observation.machines}
+    loading = [r for r in coming if r.phase is ReplicaPhase.LOADING]
+    if loading:
+        return StageName.LOADING_MODEL, min(r.phase_at_s for r in loading)
+    since_s = min(r.phase_at_s for r in coming)
+    on_ready = any(states.get(r.machine_id) is MachineState.READY for r in coming)
+    return (StageName.STARTING_REPLICA if on_ready else StageName.LAUNCHING_MACHINE), since_s

@@ -1,0 +1,283 @@
+"""The nouns of a scaling decision: what is seen, what is configured, what is remembered, what is ordered.
+
+Everything is a frozen dataclass with an exact JSON form (codec.py), so that a stored decision can be replayed
+by its id. Observed by observe.py, decided on by policy/, applied by act.py. Pure: standard library only.
+Instants (`…_at_s`) are Unix seconds on the control plane's clock; ids are the bare 32-hex form of the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+
+class ReplicaPhase(StrEnum):
+    """Phases of a replica that still counts; one that stopped or failed is not observed."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class MachineState(StrEnum):
+    """States of a machine that still exists."""
+
+    PENDING = "pending"
+    ENROLLED = "enrolled"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One live replica. `used` and `beat_seq` are None when Redis could not be asked."""
+
+    id: str
+    machine_id: str
+    phase: ReplicaPhase
+    created_at_s: float
+    phase_at_s: float  # when it entered this phase
+    slots: int
+    used: int | None = None
+    beat_seq: int | None = None
+    n_requests_total: int = 0  # as its heartbeat counts
+    outdated: bool = False  # runs another model or engine profile than the deployment now wants
+
+
+@dataclass(frozen=True, slots=True)
+class MachineView:
+    """One machine of the pool. `n_free` replicas (of any deployment) still fit on it."""
+
+    id: str
+    state: MachineState
+    n_free: int
+    n_replicas: int
+    created_at_s: float
+    empty_since_s: float | None = None  # since when no replica lives on it
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A replica or a machine that did not come up, or died. `ready_s` is how long it had served before."""
+
+    subject_id: str
+    at_s: float
+    code: str
+    message: str
+    ready_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One deployment and the pool it may use, at one instant.
+
+    n_queued: requests in the fair queue; None when Redis could not be asked.
+    n_machines: machines of the whole pool that exist, whoever uses them.
+    failures: replicas of the present generation, bounded, oldest first; those before `last_good_at_s`, when
+    one had served for `proven_s`, do not count. machine_failures, last_machine_good_at_s: the same of
+    the pool.
+    """
+
+    now_s: float
+    deployment_id: str
+    n_queued: int | None
+    replicas: tuple[ReplicaView, ...] = ()
+    machines: tuple[MachineView, ...] = ()
+    n_machines: int = 0
+    failures: tuple[Failure, ...] = ()
+    last_good_at_s: float | None = None
+    machine_failures: tuple[Failure, ...] = ()
+    last_machine_good_at_s: float | None = None
+    last_request_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScalerSpec:
+    """What the owner asked for and how the house scales. Defaults next to their reasons."""
+
+    generation: int
+    min_replicas: int
+    max_replicas: int
+    idle_timeout_s: float
+    slots: int  # requests a replica runs at once
+    deleted: bool = False
+
+    target_ratio: float = 0.7  # share of slots to be busy; the rest absorbs what comes during a start
+    stable_window_s: float = 60.0  # Knative's default
+    panic_window_s: float = 6.0  # 10 % of it
+    panic_ratio: float = 2.0  # panic when the short window wants this many times what is ready
+    scale_down_delay_s: float = 30.0  # wants the highest wish of this long before it shrinks
+    # A tick comes every 5 s at the latest, so a beat unchanged between two of them is this old.
+    beat_stale_s: float = 4.0
+    start_timeout_s: float = 300.0  # weights of some GB from a cold disk
+    machine_timeout_s: float = 300.0  # a replica waits this long for a machine that does not come up
+    drain_timeout_s: float = 120.0
+    max_failures: int = 5
+    backoff_first_s: float = 1.0
+    backoff_max_s: float = 60.0
+    cooldown_s: float = 300.0  # after max_failures: one more attempt per cool-down
+    proven_s: float = 30.0  # a replica that served this long clears the failures before it
+    max_machines: int = 1
+    no_room_patience_s: float = 20.0  # clients wait this long for room before they are told there is none
+
+    def __post_init__(self) -> None:
+        for knob, value, low, high in (
+            ("min_replicas", self.min_replicas, 0, 10_000),
+            ("max_replicas", self.max_replicas, max(self.min_replicas, 0), 10_000),
+            ("slots", self.slots, 1, 100_000),
+            ("target_ratio", self.target_ratio, 0.01, 1.0),
+            ("idle_timeout_s", self.idle_timeout_s, 0, 1e9),
+            ("max_failures", self.max_failures, 1, 1000),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{knob} = {value} is out of range; allowed: {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Load at one instant in requests: what we are sure of, and what it may be; and what was wanted then."""
+
+    at_s: float
+    known: float
+    possible: float
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A replica's last heartbeat number and since when it has been this one, on our clock."""
+
+    replica_id: str
+    seq: int
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScalerMemory:
+    """What one tick leaves to the next. Bounded: samples by the windows, beats by the replicas.
+
+    born_at_s and n_commands make command ids: unique as long as either differs.
+    """
+
+    born_at_s: float = 0.0
+    n_commands: int = 0
+    samples: tuple[Sample, ...] = ()
+    beats: tuple[Beat, ...] = ()
+    panic_until_s: float | None = None
+    panic_wanted: int = 0
+    last_busy_at_s: float | None = None
+    n_requests_total: int = 0
+    no_room_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchMachine:
+    """Buy one machine."""
+
+    KIND: ClassVar[str] = "launch_machine"
+    command_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """Start one replica on a machine that has room."""
+
+    KIND: ClassVar[str] = "start_replica"
+    command_id: str
+    machine_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplica:
+    """Give it nothing new; it finishes what it runs, then stops."""
+
+    KIND: ClassVar[str] = "drain_replica"
+    command_id: str
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    """End it now; what it runs resumes elsewhere. With a `failure_code` it counts as a failed start."""
+
+    KIND: ClassVar[str] = "stop_replica"
+    command_id: str
+    replica_id: str
+    reason: str
+    failure_code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateMachine:
+    """Give a machine back. Ordered for the pool (reconcile), never for one deployment."""
+
+    KIND: ClassVar[str] = "terminate_machine"
+    command_id: str
+    machine_id: str
+    reason: str
+
+
+Command = LaunchMachine | StartReplica | DrainReplica | StopReplica | TerminateMachine
+COMMANDS: tuple[type[Command], ...] = (
+    LaunchMachine,
+    StartReplica,
+    DrainReplica,
+    StopReplica,
+    TerminateMachine,
+)
+
+
+class DeploymentPhase(StrEnum):
+    """Where a deployment stands, as its owner sees it."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    DELETED = "deleted"
+
+
+class StageName(StrEnum):
+    """What waiting clients are told."""
+
+    WAKING = "waking"
+    LAUNCHING_MACHINE = "launching_machine"
+    STARTING_REPLICA = "starting_replica"
+    LOADING_MODEL = "loading_model"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The decision in the owner's and the waiting client's words. `stage` None: nobody has to wait."""
+
+    phase: DeploymentPhase
+    last_error: str = ""
+    stage: StageName | None = None
+    stage_since_s: float | None = None
+    code: str = ""
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Answer of `decide`: orders, what to remember, why (one sentence each, with numbers), and the status."""
+
+    commands: tuple[Command, ...]
+    memory: ScalerMemory
+    reasons: tuple[str, ...]
+    wanted: int
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How many replicas the load wants, before room and failures are considered."""
+
+    n: int
+    memory: ScalerMemory
+    reasons: tuple[str, ...] = ()
