@@ -60,7 +60,8 @@ local function unbind(P, id, keep)
   else
     redis.call('DEL', M .. 'body:' .. id)
   end
-  redis.call('HSET', rec_key, 'rid', '', 'mid', '')
+  -- was_mid: where the journal of a finished request still lies.
+  redis.call('HSET', rec_key, 'rid', '', 'mid', '', 'was_mid', mid)
 end
 
 -- Binds queued requests to free slots of the deployment's replicas; returns how many. Bounded per call.
