@@ -167,6 +167,7 @@ class Channel(_StockChannel):
         return self._deliver_popped(sources, reply)
 
     def _deliver_popped(self, sources: list[str], reply: list[Any]) -> bool:
+        self._script_wanted_at = 0.0
         n_dropped, n_messages = reply[0], len(reply) // 2
         if n_dropped:
             log.error("dropped %d messages that are not Celery messages", n_dropped)
@@ -191,8 +192,9 @@ class Channel(_StockChannel):
         try:
             self._create_client().script_load(POP.source)
         except NoPermissionError:
+            if not self._script_wanted_at:
+                log.warning("the pop script is not loaded in Redis and not ours to load; waiting for it")
             self._script_wanted_at = monotonic() + SCRIPT_RETRY_S
-            log.warning("the pop script is not loaded in Redis yet; trying again")
 
     # -- acknowledging
 
