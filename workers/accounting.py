@@ -1,0 +1,89 @@
+"""Keeps the promise of the spool: usage stays on disk until booked, and is announced again when it may be
+lost.
+
+The front runs it for its own spool, the machine's agent for the spools of dead replicas. One `tick` reads the
+acknowledgements that intake left, and announces again what has waited too long. It must never announce an end
+that Redis may have refused: that request ends elsewhere and would be billed twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+from workers.config import ServeTuning
+from workers.keys import MachineKeys
+from workers.redis_client import Client, RedisError
+from workers.spool import Record, Spool
+
+log = logging.getLogger(__name__)
+
+_ACKS_PER_CALL: Final = 1000
+_CALLS_PER_TICK: Final = 10
+_SYNC_S: Final = 0.1  # at most so much usage can vanish with the machine, and then Redis still has it
+
+
+class Accounting:
+    """The spool of one replica and its two correspondents: the acknowledgement list and the usage stream."""
+
+    def __init__(
+        self, spool: Spool, client: Client, keys: MachineKeys, replica_id: str, tuning: ServeTuning
+    ) -> None:
+        self._spool = spool
+        self._client = client
+        self._keys = keys
+        self._replica = replica_id
+        self._tuning = tuning
+        self.n_acked = self.n_announced = 0
+
+    async def tick(self) -> None:
+        """Once per beat. Errors of Redis end the tick; the next one tries again."""
+        self._spool.repair()
+        with contextlib.suppress(RedisError):
+            await self._read_acks()
+            for record in self._spool.due(self._tuning.republish_per_beat):
+                await self._announce(record)
+
+    async def sync_forever(self) -> None:
+        """fsync off the loop, at most ten times a second."""
+        while True:
+            await asyncio.sleep(_SYNC_S)
+            try:
+                await asyncio.to_thread(self._spool.sync)
+            except OSError as error:
+                log.error("spool: fsync failed: %s", error, extra={"replica": self._replica})
+
+    async def _read_acks(self) -> None:
+        for _ in range(_CALLS_PER_TICK):
+            acked = await self._client.call("LPOP", self._keys.ack(self._replica), _ACKS_PER_CALL)
+            if not acked:
+                return
+            self.n_acked += self._spool.forget(request_id.decode() for request_id in acked)
+            if len(acked) < _ACKS_PER_CALL:
+                return
+
+    async def _announce(self, record: Record) -> None:
+        if not record.confirmed and not await self._was_accepted(record):
+            return
+        bound = self._tuning.usage_stream_max
+        await self._client.call("XADD", self._keys.usage, "MAXLEN", "~", bound, "*", "u", record.event)
+        self.n_announced += 1
+
+    async def _was_accepted(self, record: Record) -> bool:
+        """An end whose flush was never answered: the lease knows.
+
+        Done under our epoch: it was accepted. Claimed or unclaimed: not yet, the reaper decides. Another
+        epoch or no lease: the request was moved away and ends elsewhere (if Redis lost everything at that
+        very moment, one request goes unbilled: the harmless side).
+        """
+        lease = self._keys.lease(record.request_id)
+        epoch, state = await self._client.call("HMGET", lease, "epoch", "state")
+        if epoch is not None and int(epoch) == record.epoch:
+            if state == b"done":
+                self._spool.confirm(record.request_id)
+                return True
+            return False
+        self._spool.forget((record.request_id,))
+        return False

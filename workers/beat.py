@@ -1,0 +1,45 @@
+"""Sign of life of a front to the agent of its machine: one small file, so that it needs neither Redis nor a
+pipe.
+
+The front's loop writes it every beat; the agent kills a front whose beat is old. Instants are
+CLOCK_MONOTONIC, the same for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Final
+
+_FORMAT: Final = struct.Struct("<4sd")
+_MAGIC: Final = b"beat"
+
+
+class BeatFile:
+    """The writing end."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.at_s = 0.0
+        self.touch()
+
+    def touch(self) -> None:
+        self.at_s = time.monotonic()
+        os.pwrite(self._fd, _FORMAT.pack(_MAGIC, self.at_s), 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_beat(path: Path) -> float | None:
+    """Instant of the last beat; None before the first."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) != _FORMAT.size or data[:4] != _MAGIC:
+        return None
+    at_s: float = _FORMAT.unpack(data)[1]
+    return at_s

@@ -1,0 +1,150 @@
+"""Why a replica could not start or go on: stable codes, a sentence, and the file that tells the agent.
+
+Codes: invalid_profile, engine_missing, bad_weights, out_of_memory, engine_died, engine_hung, loop_hung,
+redis_refused, start_failed; the agent adds start_timeout, killed, zygote_gone, fetch_failed. Control shows
+them to tenants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from workers.engine.base import EngineDead, ProfileError
+from workers.redis_client import RedisError
+
+_MAX_MESSAGE: Final = 500
+_LOG_TAIL_BYTES: Final = 65_536
+_MEMORY: Final = re.compile(
+    r"out of memory|cannot allocate memory|not enough memory|no available memory|OutOfMemoryError|MemoryError"
+    r"|larger than the (?:available|maximum)|less than desired|KV cache is needed",
+    re.IGNORECASE,
+)
+_WEIGHTS: Final = re.compile(
+    r"safetensor|incomplete metadata|header ?too|invalid header|state_dict|config\.json|tokenizer"
+    r"|size mismatch|no such file|not a valid|weights|architectures",
+    re.IGNORECASE,
+)
+
+
+class ReplicaFailure(Exception):  # noqa: N818 - a verdict on the replica
+    """The replica cannot go on; `code` is stable, `message` is a sentence for a tenant."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message[:_MAX_MESSAGE]
+
+
+class Outcome(msgspec.Struct):
+    """Content of a replica's outcome file."""
+
+    code: str
+    message: str
+
+
+def write_outcome(path: Path, failure: ReplicaFailure) -> None:
+    """Before exiting; whole or not at all."""
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(msgspec.json.encode(Outcome(failure.code, failure.message)))
+    scratch.rename(path)
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Outcome)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def classify(error: BaseException, log_path: Path | None = None) -> ReplicaFailure:
+    """The failure behind an exception of engine construction or start.
+
+    A forked engine core reports its reason on stderr only, hence the look at the end of our own log.
+    """
+    if isinstance(error, ReplicaFailure):
+        return error
+    sentence = f"{type(error).__name__}: {_first_line(str(error))}"
+    if isinstance(error, ProfileError):
+        return ReplicaFailure("invalid_profile", str(error))
+    if isinstance(error, ImportError):
+        return ReplicaFailure("engine_missing", f"the engine is not installed on this machine: {error}")
+    if isinstance(error, MemoryError):
+        return ReplicaFailure("out_of_memory", sentence)
+    if isinstance(error, RedisError):
+        return ReplicaFailure("redis_refused", sentence)
+    if isinstance(error, EngineDead):
+        return ReplicaFailure("engine_died", sentence)
+    reason = _reason_in(log_path) or sentence
+    if _MEMORY.search(str(error)) or _MEMORY.search(reason):
+        return ReplicaFailure("out_of_memory", f"the model does not fit this machine's memory: {reason}")
+    if _WEIGHTS.search(str(error)) or _WEIGHTS.search(reason):
+        return ReplicaFailure("bad_weights", f"the engine cannot load these model files: {reason}")
+    return ReplicaFailure("start_failed", reason)
+
+
+def check_model_dir(model_dir: Path) -> None:
+    """A second's glance that saves a slow and obscure failure: are the files of a model there, and whole?
+
+    ReplicaFailure `bad_weights` names the file at fault. Reads headers only.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        _check_json(model_dir / name)
+    shards = sorted(model_dir.glob("*.safetensors"))
+    if not shards:
+        raise ReplicaFailure(
+            "bad_weights", "the model has no .safetensors file: push one and create a version"
+        )
+    for shard in shards:
+        _check_safetensors(shard)
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ReplicaFailure("bad_weights", f"the model has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ReplicaFailure("bad_weights", f"{path.name} cannot be read: {type(error).__name__}") from None
+
+
+def _check_safetensors(path: Path) -> None:
+    """Eight bytes of header length, a JSON header, and exactly as many bytes as its offsets say."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        if not 2 <= n_header <= min(size - 8, 100_000_000):
+            raise ReplicaFailure("bad_weights", f"{path.name} is damaged: its header length makes no sense")
+        try:
+            header: dict[str, Any] = json.loads(file.read(n_header))
+            end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise ReplicaFailure("bad_weights", f"{path.name} is damaged: its header is not valid") from None
+    if 8 + n_header + end != size:
+        raise ReplicaFailure(
+            "bad_weights", f"{path.name} is damaged: {size} bytes, its header speaks of {8 + n_header + end}"
+        )
+
+
+def _reason_in(log_path: Path | None) -> str:
+    """The last line of the log that reads like an exception."""
+    if log_path is None:
+        return ""
+    try:
+        with log_path.open("rb") as file:
+            file.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
+            tail = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    found = re.findall(r"^(?:.*?\s)?(\w*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
+    causes = [line for line in found if "See root cause above" not in line]
+    return _first_line(causes[-1]) if causes else ""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0][:300]

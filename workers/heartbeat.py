@@ -1,0 +1,111 @@
+"""What a replica says about itself: a heartbeat twice a second, and every change of phase at once.
+
+Runs on the engine loop of a front. A heartbeat is state (`hb:<rid>`), a phase change is state (`actual`) and
+an event. Redis being away costs beats, never tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from workers.beat import BeatFile
+from workers.config import FrontConfig
+from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus
+from workers.engine.base import Engine
+from workers.redis_client import Client
+from workers.serve import Server
+from workers.spool import Spool
+
+_json = msgspec.json.Encoder()
+
+
+class Reporter:
+    """Heartbeats and phases of one replica."""
+
+    def __init__(
+        self,
+        config: FrontConfig,
+        engine: Engine,
+        client: Client,
+        server: Server,
+        spool: Spool,
+        beat: BeatFile,
+    ) -> None:
+        self._config = config
+        self._keys = config.keys
+        self._engine = engine
+        self._client = client
+        self._server = server
+        self._spool = spool
+        self._beat = beat
+        self._seq = 0
+        self.phase = ReplicaPhase.LOADING
+        self.reason = ""
+        self.stages_ms: dict[str, int] = dict(config.stages_ms)
+
+    async def run(self, also: Callable[[], Awaitable[None]]) -> None:
+        """Beat until cancelled; `also` (the accounting) is given the rest of each interval and no more."""
+        while True:
+            started_s = time.monotonic()
+            self.beat()
+            try:
+                async with asyncio.timeout(self._config.tuning.beat_s * 4):
+                    await also()
+            except TimeoutError:
+                pass
+            await asyncio.sleep(max(0.0, started_s + self._config.tuning.beat_s - time.monotonic()))
+
+    def beat(self) -> None:
+        """One heartbeat, to Redis and to the agent."""
+        self._beat.touch()
+        self._seq += 1
+        stats = self._engine.stats()
+        spec = self._config.spec
+        heartbeat = Heartbeat(
+            machine=self._config.machine,
+            seq=self._seq,
+            at_ms=time.time_ns() // 1_000_000,
+            replica=spec.replica,
+            deployment=spec.deployment,
+            phase=self.phase,
+            reason=self.reason,
+            slots=spec.slots,
+            n_running=stats.n_running,
+            n_waiting=stats.n_waiting,
+            kv_used_ratio=round(stats.kv_used_ratio, 4),
+            step_ms=round(stats.step_ms, 3),
+            n_tokens_total=self._server.n_tokens_total,
+            n_requests_total=self._server.n_requests_total,
+            max_model_len=self._engine.max_model_len,
+            spool_full=self._spool.full,
+        )
+        key = self._keys.heartbeat(spec.replica)
+        self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)
+
+    def enter(self, phase: ReplicaPhase, code: str = "", message: str = "") -> None:
+        """A new phase: written, announced and beaten at once."""
+        self.phase, self.reason = phase, code
+        spec = self._config.spec
+        status = ReplicaStatus(
+            replica=spec.replica,
+            phase=phase,
+            deployment=spec.deployment,
+            code=code,
+            message=message,
+            slots=spec.slots,
+            max_model_len=self._engine.max_model_len,
+            stages_ms=self.stages_ms,
+        )
+        announce(self._client, self._config, status)
+        self.beat()
+
+
+def announce(client: Client, config: FrontConfig, status: ReplicaStatus) -> None:
+    """Write a status where control finds it, and say so on the machine's event channel."""
+    payload = _json.encode(status)
+    client.fire("HSET", config.keys.actual, status.replica, payload)
+    client.fire("PUBLISH", config.keys.event_channel, payload)

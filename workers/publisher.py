@@ -1,0 +1,312 @@
+"""From engine steps to Redis: one fenced flush per gateway and step, self-clocked, pipelined, bounded.
+
+serve.py opens an `Output` per attempt and adds tokens to it; each gateway has a `Lane` that turns what has
+gathered into one call of the flush script. The next flush leaves as soon as tokens are there and fewer than
+`flush_depth` calls are unanswered; so an idle lane adds no delay and a busy one merges steps. Tokens of one
+output that gather while a lane is busy leave as one entry. When Redis is away, unanswered flushes are sent
+again byte for byte and in order (the offsets make that safe: what was applied comes back as a duplicate).
+Runs on the engine loop only. Never logs text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from workers.config import ServeTuning
+from workers.contract import End, FlushVerdict
+from workers.keys import MachineKeys
+from workers.redis_client import Client, RedisError, RedisUnavailable
+from workers.scripts import FLUSH
+
+log = logging.getLogger(__name__)
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_VERDICT_OF: Final = {ord(v.value): v for v in FlushVerdict}
+_ACCEPTED, _CANCELLED = ord(FlushVerdict.ACCEPTED.value), ord(FlushVerdict.CANCELLED.value)
+_KEPT = (_ACCEPTED, ord(FlushVerdict.DUPLICATE.value), _CANCELLED)
+_FIELDS_PER_ENTRY: Final = 7
+_RETRY_S: Final = 0.05  # first wait after a failed flush; doubles to the last
+_RETRY_MAX_S: Final = 1.0
+
+
+class Output:
+    """What one attempt sends to one client stream. Offsets count tokens from 0 over all attempts.
+
+    `closed_by` is the verdict that ended it from outside (stale, gap, budget); nothing added later is sent.
+    `on_verdict(verdict)` is called for those and, once, when the client turns out to have gone.
+    """
+
+    __slots__ = (
+        "closed_by",
+        "end",
+        "ended",
+        "epoch",
+        "ids",
+        "lane",
+        "logprobs",
+        "n_accepted",
+        "n_unanswered",
+        "offset",
+        "on_verdict",
+        "request_id",
+        "stream",
+        "text",
+        "usage",
+    )
+
+    def __init__(self, lane: Lane, request_id: str, epoch: int, stream: int, offset: int) -> None:
+        self.lane = lane
+        self.request_id = request_id
+        self.epoch = epoch
+        self.stream = stream
+        self.offset = self.n_accepted = offset
+        self.ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[object] | None = None
+        self.end: End | None = None
+        self.usage = b""
+        self.n_unanswered = 0
+        self.closed_by: FlushVerdict | None = None
+        self.ended: asyncio.Future[bool] | None = None
+        self.on_verdict: Callable[[FlushVerdict], None] | None = None
+
+    def add(self, ids: list[int], text: str, logprobs: list[object] | None = None) -> None:
+        """Tokens of a step. Text without tokens waits for the next tokens or the end."""
+        if self.closed_by is not None:
+            return
+        if ids and not self.ids:
+            self.lane.enqueue(self)
+        self.ids += ids
+        self.text += text
+        if logprobs:
+            self.logprobs = logprobs if self.logprobs is None else self.logprobs + logprobs
+        self.lane.n_pending += len(ids)
+
+    def finish(self, end: End, usage: bytes) -> asyncio.Future[bool]:
+        """The last entry. The future gives True once Redis holds it, False when it was refused
+        (`closed_by`).
+        """
+        loop = asyncio.get_running_loop()
+        self.ended = loop.create_future()
+        if self.closed_by is not None:
+            self.ended.set_result(False)
+            return self.ended
+        self.end, self.usage = end, usage
+        if not self.ids:
+            self.lane.enqueue(self)
+        return self.ended
+
+    def drop(self) -> None:
+        """Send nothing further; what has left has left."""
+        if self.closed_by is None:
+            self._close(FlushVerdict.STALE)
+
+    def _close(self, verdict: FlushVerdict) -> None:
+        self.closed_by = verdict
+        self.lane.forget(self)
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(False)
+
+
+class _Batch:
+    """One call of the flush script, kept until answered: `entries` are (output, tokens, is the end)."""
+
+    __slots__ = ("args", "entries", "n_refused", "n_tokens")
+
+    def __init__(self, args: list[Any], entries: list[tuple[Output, int, bool]], n_tokens: int) -> None:
+        self.args = args
+        self.entries = entries
+        self.n_tokens = n_tokens
+        self.n_refused = 0
+
+
+class Lane:
+    """The flushes to one gateway. Lives while an output is open or something is unanswered."""
+
+    def __init__(self, publisher: Publisher, gateway: str) -> None:
+        self.gateway = gateway
+        self.n_open = 0
+        self.n_pending = 0  # tokens not accepted yet: gathering, in flight, or to be sent again
+        self._publisher = publisher
+        self._gathering: dict[Output, None] = {}
+        self._again: deque[_Batch] = deque()
+        self._n_in_flight = 0
+        self._scheduled = False
+        self._retry_s = _RETRY_S
+        self._room = asyncio.Event()
+        self._room.set()
+
+    @property
+    def full(self) -> bool:
+        return self.n_pending > self._publisher.tuning.max_pending_tokens
+
+    @property
+    def idle(self) -> bool:
+        return not (self.n_open or self._gathering or self._again or self._n_in_flight)
+
+    async def room(self) -> None:
+        """Wait while the lane is full."""
+        while self.full:
+            self._room.clear()
+            await self._room.wait()
+
+    def enqueue(self, output: Output) -> None:
+        self._gathering[output] = None
+        self._schedule()
+
+    def forget(self, output: Output) -> None:
+        if output in self._gathering:
+            del self._gathering[output]
+            self.n_pending -= len(output.ids)
+        output.ids, output.text, output.logprobs, output.end = [], "", None, None
+        self._open_room()
+
+    def _schedule(self) -> None:
+        """Flush at the end of this loop pass, when every stream of the step has added its tokens."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._publisher.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        depth = self._publisher.tuning.flush_depth
+        while self._n_in_flight < depth:
+            if self._again:
+                self._send(self._again.popleft())
+            elif self._gathering:
+                self._send(self._gather())
+            else:
+                return
+
+    def _gather(self) -> _Batch:
+        tuning = self._publisher.tuning
+        args: list[Any] = [
+            self._publisher.prefix,
+            self.gateway,
+            tuning.journal_life_ms,
+            tuning.usage_stream_max,
+        ]
+        entries: list[tuple[Output, int, bool]] = []
+        n_tokens = 0
+        for output in list(self._gathering)[: tuning.flush_max_entries]:
+            del self._gathering[output]
+            ids, n, at, end = output.ids, len(output.ids), output.offset, output.end
+            # Field order of contract.FrameEntry and contract.JournalEntry (array_like); choice is always 0.
+            frame = _encode((output.stream, 0, at, n, output.text, end, output.logprobs))
+            journal = _encode((0, at, ids, output.text, end, output.logprobs))
+            args += (output.request_id, output.epoch, at, n, frame, journal, output.usage)
+            entries.append((output, n, end is not None))
+            n_tokens += n
+            output.offset = at + n
+            output.n_unanswered += 1
+            output.ids, output.text, output.logprobs, output.end, output.usage = [], "", None, None, b""
+        return _Batch(args, entries, n_tokens)
+
+    def _send(self, batch: _Batch) -> None:
+        self._n_in_flight += 1
+        reply = self._publisher.client.evalsha(FLUSH, (), batch.args)
+        reply.add_done_callback(functools.partial(self._answered, batch))
+
+    def _answered(self, batch: _Batch, reply: asyncio.Future[Any]) -> None:
+        self._n_in_flight -= 1
+        error = asyncio.CancelledError() if reply.cancelled() else reply.exception()
+        if error is not None:
+            self._failed(batch, error)
+            return
+        self._retry_s = _RETRY_S
+        self.n_pending -= batch.n_tokens
+        self._open_room()
+        for (output, n, is_end), code in zip(batch.entries, reply.result(), strict=True):
+            output.n_unanswered -= 1
+            if code in _KEPT:
+                output.n_accepted += n
+                if is_end and output.ended is not None and not output.ended.done():
+                    output.ended.set_result(True)
+                elif code == _CANCELLED and output.on_verdict is not None:
+                    output.on_verdict(FlushVerdict.CANCELLED)
+            elif output.closed_by is None:
+                verdict = _VERDICT_OF[code]
+                output._close(verdict)
+                if output.on_verdict is not None:
+                    output.on_verdict(verdict)
+        self._publisher.n_flushes += 1
+        self._publisher.n_tokens += batch.n_tokens
+        if self._gathering or self._again:
+            self._flush()
+
+    def _failed(self, batch: _Batch, error: BaseException) -> None:
+        """Keep the batch and try again; a Redis that answers and keeps refusing gets a bounded number of
+        tries.
+        """
+        self._publisher.n_failed_flushes += 1
+        if not isinstance(error, RedisUnavailable):
+            batch.n_refused += 1
+            if batch.n_refused >= self._publisher.tuning.max_refusals:
+                self._give_up(batch, error)
+                return
+        self._again.append(batch)
+        if not self._scheduled:
+            self._scheduled = True
+            self._publisher.loop.call_later(self._retry_s, self._flush)
+            self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
+
+    def _give_up(self, batch: _Batch, error: BaseException) -> None:
+        code = (
+            error.code if isinstance(error, RedisError) and hasattr(error, "code") else type(error).__name__
+        )
+        log.error("flush refused for good", extra={"code": code, "n_streams": len(batch.entries)})
+        self.n_pending -= batch.n_tokens
+        for output, _, _ in batch.entries:
+            output.n_unanswered -= 1
+            if output.closed_by is None:
+                output._close(FlushVerdict.STALE)
+                if output.on_verdict is not None:
+                    output.on_verdict(FlushVerdict.STALE)
+        self._open_room()
+
+    def _open_room(self) -> None:
+        if not self.full:
+            self._room.set()
+
+
+class Publisher:
+    """All lanes of a replica."""
+
+    def __init__(self, client: Client, keys: MachineKeys, tuning: ServeTuning) -> None:
+        self.client = client
+        self.tuning = tuning
+        self.prefix = keys.prefix
+        self.loop = asyncio.get_running_loop()
+        self.n_flushes = self.n_tokens = self.n_failed_flushes = 0
+        self._lanes: dict[str, Lane] = {}
+
+    def open(self, request_id: str, epoch: int, gateway: str, stream: int, offset: int) -> Output:
+        """The output of one attempt, whose next token has `offset`. `close` it when the attempt is over."""
+        lane = self._lanes.get(gateway)
+        if lane is None:
+            lane = self._lanes[gateway] = Lane(self, gateway)
+        lane.n_open += 1
+        return Output(lane, request_id, epoch, stream, offset)
+
+    def close(self, output: Output) -> None:
+        lane = output.lane
+        lane.n_open -= 1
+        for gateway, other in list(self._lanes.items()) if lane.n_open == 0 else ():
+            if other.idle:
+                del self._lanes[gateway]
+
+    async def settle(self, output: Output, timeout_s: float) -> bool:
+        """Wait until nothing of this output is gathering or unanswered; False when that takes too long."""
+        deadline_s = self.loop.time() + timeout_s
+        while output.n_unanswered or output.ids:
+            if self.loop.time() >= deadline_s:
+                return False
+            await asyncio.sleep(0.002)
+        return True

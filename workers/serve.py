@@ -1,0 +1,495 @@
+"""Serving one attempt of one request: claim, count, generate, publish, end.
+
+The Celery pool calls `Server.serve(request_id, epoch)` on the engine loop. What happens to an attempt:
+
+- the claim is refused (duplicate, stale, done): nothing, the message is acknowledged;
+- it runs to an end: the last entry and the usage event leave in one flush, the spool holds the event before
+  that;
+- the client goes: the generation is cancelled within a step and ends as `abort`, with what was produced;
+- the replica stops, or the message is revoked: the lease is released and the cancellation escapes, so that
+  Celery puts the message back; the next attempt resumes from the journal;
+- another attempt exists, or Redis forgot the lease: it stops without a word;
+- the engine dies: it stops without a word and the replica fails; the request is resumed elsewhere.
+
+Never logs text; every log line carries request and replica ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any, Final
+
+import msgspec
+
+from workers.config import FrontConfig
+from workers.contract import (
+    ClaimVerdict,
+    End,
+    FinishReason,
+    FlushVerdict,
+    RequestEnvelope,
+    UsageEvent,
+    WireError,
+    decode_envelope,
+    encode,
+)
+from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, EngineRequest, SamplingSpec
+from workers.journal import JournalBroken, inherit
+from workers.prompt import Prompts
+from workers.publisher import Output, Publisher
+from workers.redis_client import Client, RedisUnavailable, ResponseError
+from workers.scripts import CLAIM, RELEASE
+from workers.spool import Spool
+
+log = logging.getLogger(__name__)
+
+_MAX_RESTARTS: Final = 3
+_RETRY_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
+_SETTLE_S: Final = 2.0
+# Before the first measurement: what the slowest engine we run (a 135M model on a busy CPU) certainly reaches.
+_PREFILL_PRIOR_PER_S: Final = 100.0
+_STATUS: Final = {FinishReason.ABORT: 499, FinishReason.ERROR: 500}
+
+
+class Stop(enum.Enum):
+    """Why a running attempt was interrupted from within the replica."""
+
+    CANCELLED = "cancelled"  # the client has gone
+    STALE = "stale"  # somebody else's request now
+    RESTART = "restart"  # journal or hold are not what we think: claim again and resume
+    ENGINE_DEAD = "engine_dead"
+
+
+_STOP_OF: Final = {
+    FlushVerdict.CANCELLED: Stop.CANCELLED,
+    FlushVerdict.STALE: Stop.STALE,
+    FlushVerdict.GAP: Stop.RESTART,
+    FlushVerdict.BUDGET: Stop.RESTART,
+}
+
+
+class Attempt:
+    """A claimed attempt while it runs."""
+
+    __slots__ = ("epoch", "generating", "request_id", "stop", "task")
+
+    def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
+        self.request_id = request_id
+        self.epoch = epoch
+        self.task = task
+        self.stop: Stop | None = None
+        self.generating = False
+
+    def interrupt(self, stop: Stop) -> None:
+        """Remember why, and end the generation if it runs. The first reason counts."""
+        if self.stop is None:
+            self.stop = stop
+            if self.generating:
+                self.task.cancel()
+
+
+class _Claim(msgspec.Struct, frozen=True):
+    """The claim script's answer."""
+
+    verdict: ClaimVerdict
+    body: bytes = b""
+    gateway: str = ""
+    stream: int = 0
+    n_done: int = 0
+    hold: int = 0
+    n_attempt: int = 1
+    entries: tuple[bytes, ...] = ()
+
+
+class Server:
+    """All attempts of one replica."""
+
+    def __init__(
+        self,
+        config: FrontConfig,
+        engine: Engine,
+        client: Client,
+        publisher: Publisher,
+        spool: Spool,
+        on_engine_dead: Callable[[EngineDead], None],
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._config = config
+        self._keys = config.keys
+        self._engine = engine
+        self._client = client
+        self._publisher = publisher
+        self._spool = spool
+        self._on_engine_dead = on_engine_dead
+        self._now_ms = now_ms
+        self._prompts = Prompts(engine, config.tuning.inline_prompt_bytes)
+        self._running: dict[str, Attempt] = {}
+        self.n_requests_total = self.n_tokens_total = 0
+        # For the watchdog: prompt tokens whose first answer token is awaited, and the slowest recent prefill.
+        self.n_prefill_tokens = 0
+        self.prefill_tokens_per_s = _PREFILL_PRIOR_PER_S
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
+
+    def cancel(self, request_id: str) -> None:
+        """The client has gone (control channel). Unknown ids are ignored."""
+        attempt = self._running.get(request_id)
+        if attempt is not None:
+            attempt.interrupt(Stop.CANCELLED)
+
+    def close(self) -> None:
+        self._prompts.close()
+
+    async def serve(self, request_id: str, epoch: int) -> None:
+        """See the module. Returns when the message may be acknowledged; CancelledError puts it back."""
+        task = asyncio.current_task()
+        assert task is not None
+        other = self._running.get(request_id)
+        if other is not None:
+            if other.epoch >= epoch:
+                return  # a late or duplicate delivery
+            other.interrupt(Stop.STALE)  # it came back to this replica before the old attempt noticed
+        attempt = Attempt(request_id, epoch, task)
+        self._running[request_id] = attempt
+        try:
+            while self._spool.full:  # noqa: ASYNC110 - rare, and bounded by the life of the replica
+                await asyncio.sleep(self._config.tuning.beat_s)
+            for n_restarts in range(_MAX_RESTARTS + 1):
+                attempt.stop = None
+                if not await self._once(attempt, give_up=n_restarts == _MAX_RESTARTS):
+                    return
+                log.warning("attempt claimed again", extra=self._ids(attempt))
+        finally:
+            if self._running.get(request_id) is attempt:
+                del self._running[request_id]
+
+    # -- one claim -------------------------------------------------------------------------------------------
+
+    async def _once(self, attempt: Attempt, *, give_up: bool) -> bool:
+        """Claim and serve. True: the attempt must be claimed again."""
+        claim = await self._claim(attempt)
+        if claim.verdict not in (ClaimVerdict.OK, ClaimVerdict.CANCELLED):
+            log.info("claim refused: %s", claim.verdict.value, extra=self._ids(attempt))
+            return False
+        output = self._publisher.open(
+            attempt.request_id, attempt.epoch, claim.gateway, claim.stream, claim.n_done
+        )
+        output.on_verdict = lambda verdict: attempt.interrupt(_STOP_OF[verdict])
+        try:
+            body = claim.body or await self._client.call("GET", self._keys.body(attempt.request_id))
+            if not body:
+                return False  # zero retention, or settled meanwhile: nobody waits for it
+            run = _Run(decode_envelope(body), claim, output)
+            try:
+                if give_up:
+                    return await self._refuse(run, attempt, _internal("the request could not be continued"))
+                return await self._serve_claimed(run, attempt)
+            except asyncio.CancelledError:
+                await self._hand_back(attempt, output)
+                raise
+        finally:
+            self._publisher.close(output)
+
+    async def _claim(self, attempt: Attempt) -> _Claim:
+        """Ask until Redis answers (bounded by the replica's life; a stop cancels it)."""
+        args: list[str | int] = [
+            self._keys.prefix,
+            self._now_ms(),
+            attempt.request_id,
+            attempt.epoch,
+            self._config.replica,
+        ]
+        maybe_ours, n_failures, n_refusals = False, 0, 0
+        while True:
+            try:
+                reply = await self._client.evalsha(CLAIM, (), args)
+                claim = _claim_of(reply)
+                if claim.verdict is ClaimVerdict.HELD and maybe_ours:
+                    # The answer to our own claim was lost; nobody else consumes this replica's queue.
+                    await self._client.evalsha(RELEASE, (), [self._keys.prefix, *args[2:4]])
+                    maybe_ours = False
+                    continue
+                return claim
+            except RedisUnavailable as error:
+                maybe_ours = maybe_ours or error.maybe_applied
+            except ResponseError:
+                n_refusals += 1
+                if n_refusals >= self._config.tuning.max_refusals:
+                    raise
+            await asyncio.sleep(_RETRY_S[min(n_failures, len(_RETRY_S) - 1)])
+            n_failures += 1
+
+    async def _serve_claimed(self, run: _Run, attempt: Attempt) -> bool:
+        claim, envelope = run.claim, run.envelope
+        if claim.verdict is ClaimVerdict.CANCELLED and claim.n_done == 0:
+            return await self._end(run, attempt, FinishReason.ABORT)  # before any work: nothing to bill
+        try:
+            prior = inherit(claim.entries, claim.n_done).token_ids if claim.n_done else []
+            prompt = await self._prompts.token_ids(envelope)
+        except EngineInputError as error:
+            return await self._refuse(run, attempt, WireError(400, error.code, error.message, error.param))
+        except JournalBroken as error:
+            log.error("journal broken: %s", error, extra=self._ids(attempt))
+            return await self._refuse(run, attempt, _internal("the answer so far was lost; send it again"))
+        run.n_prompt = len(prompt)
+        if claim.verdict is ClaimVerdict.CANCELLED or attempt.stop is Stop.CANCELLED:
+            run.n_prompt = len(prompt) if claim.n_done else 0
+            return await self._end(run, attempt, FinishReason.ABORT)
+        run.set_limit(self._engine.max_model_len)
+        if run.limit <= claim.n_done:
+            return await self._end(run, attempt, run.reason_at_limit)
+        return await self._generate(run, attempt, prompt, prior)
+
+    async def _generate(self, run: _Run, attempt: Attempt, prompt: list[int], prior: list[int]) -> bool:
+        envelope = run.envelope
+        request = EngineRequest(
+            id=f"{attempt.request_id}.{attempt.epoch}.{id(run):x}",
+            prompt_token_ids=prompt,
+            sampling=_sampling(envelope, run.limit),
+            prior_token_ids=prior,
+            priority=envelope.priority,
+            cache_salt=envelope.cache_salt or None,
+        )
+        attempt.generating = attempt.stop is None
+        run.n_prefill = len(prompt) + len(prior)
+        run.prefill_at_s = time.monotonic()
+        self.n_prefill_tokens += run.n_prefill
+        try:
+            if attempt.generating:
+                async with aclosing(self._engine.generate(request)) as deltas:
+                    await self._publish(run, deltas)
+        except asyncio.CancelledError:
+            if attempt.stop is None:
+                raise  # the pool's: stopping or revoked
+            attempt.task.uncancel()
+        except EngineInputError as error:
+            attempt.generating = False
+            return await self._refuse(run, attempt, WireError(400, error.code, error.message, error.param))
+        except EngineDead as error:
+            attempt.stop = attempt.stop or Stop.ENGINE_DEAD
+            self._on_engine_dead(error)
+        finally:
+            attempt.generating = False
+            self.n_prefill_tokens -= run.n_prefill
+        match attempt.stop:
+            case None:
+                return await self._end(run, attempt, run.finish or FinishReason.ERROR)
+            case Stop.CANCELLED:
+                return await self._end(run, attempt, FinishReason.ABORT)
+            case Stop.RESTART:
+                return await self._release(attempt, run.output)
+            case _:
+                return False
+
+    async def _publish(self, run: _Run, deltas: Any) -> None:
+        """Hand each step to the publisher; a plain answer gathers `coalesce_tokens` first."""
+        output = run.output
+        lane = output.lane
+        coalesce = 1 if run.envelope.stream else self._config.tuning.coalesce_tokens
+        held: list[Delta] = []
+        n_held = 0
+        delta: Delta
+        try:
+            async for delta in deltas:
+                n = len(delta.token_ids)
+                if n:
+                    self.n_tokens_total += n
+                    if not run.n_new:
+                        self._first_token(run)
+                    run.n_new += n
+                if delta.n_cached_prompt_tokens:
+                    run.n_cached = delta.n_cached_prompt_tokens
+                held.append(delta)
+                n_held += n
+                if n_held >= coalesce:
+                    _release_to(output, held)
+                    n_held = 0
+                    if lane.full:
+                        await lane.room()
+                if delta.finish is not None:
+                    run.finish = run.reason_at_limit if delta.finish is FinishReason.LENGTH else delta.finish
+                    return
+        finally:
+            _release_to(output, held)  # an interrupted answer journals what it made, too
+
+    def _first_token(self, run: _Run) -> None:
+        run.first_token_ms = max(0, self._now_ms() - run.envelope.admitted_at_ms)
+        rate = (run.n_prefill - run.n_cached) / max(time.monotonic() - run.prefill_at_s, 1e-3)
+        if run.n_prefill >= 64:  # shorter ones measure the step, not the prefill
+            self.prefill_tokens_per_s += (0.5 if rate < self.prefill_tokens_per_s else 0.1) * (
+                rate - self.prefill_tokens_per_s
+            )
+        self.n_prefill_tokens -= run.n_prefill
+        run.n_prefill = 0
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    async def _end(
+        self, run: _Run, attempt: Attempt, reason: FinishReason, error: WireError | None = None
+    ) -> bool:
+        """The last entry, with exact counts, once. True when the flush says that it must be tried again."""
+        if reason is FinishReason.ERROR and error is None:
+            error = _internal("the engine could not finish this request; send it again")
+        end = End(reason, run.n_prompt, run.n_cached, run.n_completion, error, run.claim.n_attempt)
+        usage = encode(self._usage(run, end))
+        self._spool.begin(attempt.request_id, attempt.epoch, usage)
+        ended = False
+        try:
+            ended = await run.output.finish(end, usage)
+        finally:
+            if ended:
+                self._spool.confirm(attempt.request_id)
+            elif run.output.closed_by is not None:
+                self._spool.forget((attempt.request_id,))
+            # else: interrupted while Redis was away; the lease will tell which it was.
+        if ended:
+            self.n_requests_total += 1
+            return False
+        if run.output.closed_by in (FlushVerdict.GAP, FlushVerdict.BUDGET):
+            return await self._release(attempt, run.output)
+        return False
+
+    async def _refuse(self, run: _Run, attempt: Attempt, error: WireError) -> bool:
+        """End with an error. A prompt that was never served is not billed."""
+        if run.n_completion == 0:
+            run.n_prompt = run.n_cached = 0
+        return await self._end(run, attempt, FinishReason.ERROR, error)
+
+    async def _release(self, attempt: Attempt, output: Output) -> bool:
+        """Unclaim, once nothing of ours is under way; then it may be claimed again."""
+        await self._publisher.settle(output, _SETTLE_S)
+        output.drop()
+        try:
+            args: list[str | int] = [self._keys.prefix, attempt.request_id, attempt.epoch]
+            return int(await self._client.evalsha(RELEASE, (), args)) == 1
+        except (RedisUnavailable, ResponseError):
+            return False
+
+    async def _hand_back(self, attempt: Attempt, output: Output) -> None:
+        """The replica stops: journal what was made, then let go of the lease so that no death is counted."""
+        released = await self._release(attempt, output)
+        log.info("handed back", extra={**self._ids(attempt), "released": released})
+
+    def _usage(self, run: _Run, end: End) -> UsageEvent:
+        envelope = run.envelope
+        return UsageEvent(
+            request_id=envelope.id,
+            org=envelope.org,
+            project=envelope.project,
+            key=envelope.key,
+            deployment=envelope.deployment,
+            replica=self._config.replica,
+            machine=self._config.machine,
+            model=envelope.model,
+            endpoint=envelope.endpoint,
+            n_prompt=end.n_prompt,
+            n_cached=end.n_cached,
+            n_completion=end.n_completion,
+            attempts=end.attempts,
+            finish_reason=end.reason,
+            status=end.error.status if end.error else _STATUS.get(end.reason, 200),
+            admitted_at_ms=envelope.admitted_at_ms,
+            # Unknown when an earlier attempt made the first token.
+            first_token_ms=run.first_token_ms if run.claim.n_done == 0 else None,
+            duration_ms=max(0, self._now_ms() - envelope.admitted_at_ms),
+            price_version=envelope.price_version,
+        )
+
+    def _ids(self, attempt: Attempt) -> dict[str, object]:
+        return {"request": attempt.request_id, "epoch": attempt.epoch, "replica": self._config.replica}
+
+
+class _Run:
+    """What is known about a claimed request while it is served."""
+
+    __slots__ = (
+        "claim",
+        "envelope",
+        "finish",
+        "first_token_ms",
+        "limit",
+        "n_cached",
+        "n_new",
+        "n_prefill",
+        "n_prompt",
+        "output",
+        "prefill_at_s",
+        "reason_at_limit",
+    )
+
+    def __init__(self, envelope: RequestEnvelope, claim: _Claim, output: Output) -> None:
+        self.envelope = envelope
+        self.claim = claim
+        self.output = output
+        self.n_prompt = self.n_cached = self.n_new = self.limit = self.n_prefill = 0
+        self.prefill_at_s = 0.0
+        self.reason_at_limit = FinishReason.LENGTH
+        self.finish: FinishReason | None = None
+        self.first_token_ms: int | None = None
+
+    @property
+    def n_completion(self) -> int:
+        """Tokens produced over all attempts."""
+        return self.claim.n_done + self.n_new
+
+    def set_limit(self, n_context: int) -> None:
+        """Most output tokens over all attempts: what was asked, what is held, what the context has left."""
+        asked, held = self.envelope.sampling.max_tokens, self.claim.n_done + self.claim.hold
+        room = n_context - self.n_prompt
+        self.limit = min(held, room) if self.envelope.open_ended else min(asked, held, room)
+        # The hold is the asked maximum unless money cut it, at admission of the request or before.
+        if self.limit < room and (self.limit < asked or self.envelope.budget_bound):
+            self.reason_at_limit = FinishReason.BUDGET
+
+
+def _claim_of(reply: list[Any]) -> _Claim:
+    verdict = ClaimVerdict(reply[0].decode())
+    if len(reply) == 1:
+        return _Claim(verdict)
+    _, body, gateway, stream, n_done, hold, n_attempt = reply[:7]
+    return _Claim(
+        verdict, body, gateway.decode(), int(stream), int(n_done), int(hold), int(n_attempt), tuple(reply[7:])
+    )
+
+
+def _sampling(envelope: RequestEnvelope, limit: int) -> SamplingSpec:
+    asked = envelope.sampling
+    return SamplingSpec(
+        max_tokens=limit,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        seed=asked.seed,
+        stop=asked.stop,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logprobs=asked.logprobs,
+        ignore_eos=asked.ignore_eos,
+        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
+    )
+
+
+def _release_to(output: Output, held: list[Delta]) -> None:
+    for delta in held:
+        output.add(delta.token_ids, delta.text, _wire_logprobs(delta))
+    held.clear()
+
+
+def _wire_logprobs(delta: Delta) -> list[object] | None:
+    """Per token `[text, logprob, [[text, logprob], …]]`: what the gateway renders."""
+    if delta.logprobs is None:
+        return None
+    return [[t.text, t.logprob, [[text, logprob] for _, text, logprob in t.top]] for t in delta.logprobs]
+
+
+def _internal(sentence: str) -> WireError:
+    return WireError(500, "internal_error", sentence)
