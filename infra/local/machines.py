@@ -1,55 +1,35 @@
 """Ending the machines of the local provider: agent processes that outlive the supervisor by design.
 
-The provider records each agent, leader of a session of its own, in var/machines/<mid>/agent.pid (process.py's
-format); its zygote and replicas stay in that session. Called when the stack stops. Must never end a stranger.
+The provider keeps a directory per machine with agent.pid, and puts the machine's id into the environment of
+every process of the machine, which may have sessions of their own. Machines are ended, not terminated: the
+next start finds their directories and starts their agents again. Called when the stack stops. Must never
+end a stranger.
 """
 
+import contextlib
 import os
 import signal
 from pathlib import Path
 
-from infra.local.process import (
-    end_session,
-    is_alive,
-    kill_session,
-    read_pid_file,
-    session_members,
-    session_mentions,
-    wait_until,
-)
+from infra.local.process import find_marked, is_alive, kill_marked, wait_until
+from infra.providers.local import MARK, read_agent_pid
 
 
 def end_machines(var: Path, *, grace_s: float = 10.0) -> list[str]:
-    """End every recorded agent with all it started; ids of the machines that had something running.
+    """End all processes of all local machines; ids of the machines that had something running.
 
-    All are told at once (SIGTERM), have `grace_s` together, and are then killed.
+    Every agent is told at once (SIGTERM); they have `grace_s` together, what is left is killed.
     """
-    ended = []
-    agents = []
-    for pid_file in sorted((var / "machines").glob("*/agent.pid")):
-        identity = read_pid_file(pid_file)
-        if identity is None:
-            continue
-        machine_id = pid_file.parent.name
-        if is_alive(identity):
-            agents.append((pid_file, identity))
-            ended.append(machine_id)
-            os.kill(identity.pid, signal.SIGTERM)
-        else:
-            if _kill_orphans(identity.pid, machine_id):
-                ended.append(machine_id)
-            pid_file.unlink(missing_ok=True)
-    wait_until(lambda: not any(session_members(identity.pid) for _, identity in agents), grace_s)
-    for pid_file, identity in agents:
-        if not end_session(identity, stop_signal=signal.SIGKILL, grace_s=0.0):
-            _kill_orphans(identity.pid, pid_file.parent.name)
-        pid_file.unlink(missing_ok=True)
-    return ended
-
-
-def _kill_orphans(session: int, machine_id: str) -> bool:
-    """Kill what a dead agent left in its session, if command or environment name the machine."""
-    if session_mentions(session, machine_id):
-        kill_session(session)
-        return True
-    return False
+    marks = {
+        path.name: f"{MARK}={path.name}" for path in sorted((var / "machines").glob("*")) if path.is_dir()
+    }
+    alive = [machine_id for machine_id, mark in marks.items() if find_marked(mark)]
+    for machine_id in alive:
+        agent = read_agent_pid(var / "machines" / machine_id / "agent.pid")
+        if agent is not None and is_alive(agent):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGTERM)
+    wait_until(lambda: not any(find_marked(marks[machine_id]) for machine_id in alive), grace_s)
+    for machine_id in alive:
+        kill_marked(marks[machine_id])
+    return alive

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.local.privatefile import write_private_text
-
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be imported between fork and exec
 
@@ -156,7 +154,7 @@ def session_members(session: int) -> list[int]:
     return found
 
 
-def end_session(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace_s: float) -> bool:
+def end_group(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace_s: float) -> bool:
     """End a session: `stop_signal` to its leader, `grace_s` for all of it, then SIGKILL.
 
     True when it was ended. A process that is gone, leads no session, or whose pid is another's now, is left
@@ -173,13 +171,32 @@ def end_session(identity: ProcessIdentity, *, stop_signal: signal.Signals, grace
     return True
 
 
-def session_mentions(session: int, text: str) -> bool:
-    """Whether a session has members and all of them carry `text` in command line or environment.
+def find_marked(mark: str) -> list[int]:
+    """Live pids, but ours, whose environment holds exactly `mark` ("NAME=value")."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return [pid for pid in found if identity_of(pid)]
 
-    How a session is recognised whose leader, and with it the start time on record, is gone.
-    """
-    members = session_members(session)
-    return bool(members) and all(_mentions(pid, text.encode()) for pid in members)
+
+def kill_marked(mark: str) -> bool:
+    """SIGKILL to all of `find_marked` until there are none, two seconds at most; whether there were any."""
+    any_found = False
+
+    def _gone() -> bool:
+        nonlocal any_found
+        pids = find_marked(mark)
+        for pid in pids:
+            any_found = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_until(_gone, 2.0)
+    return any_found
 
 
 def kill_session(session: int) -> None:
@@ -214,29 +231,4 @@ def listens_on(pid: int, port: int) -> bool:
             with contextlib.suppress(OSError):
                 if str(descriptor.readlink()) in inodes:
                     return True
-    return False
-
-
-def write_pid_file(path: Path, pid: int) -> None:
-    """Record a live process as "<pid> <start_ticks>"."""
-    identity = identity_of(pid)
-    if identity is None:
-        raise ProcessLookupError(f"no process {pid} to record in {path}")
-    write_private_text(path, f"{identity.pid} {identity.start_ticks}\n")
-
-
-def read_pid_file(path: Path) -> ProcessIdentity | None:
-    """The process a pid file names (it may be long gone); None when the file is missing or unreadable."""
-    try:
-        pid, start_ticks = path.read_text(encoding="utf-8").split()
-        return ProcessIdentity(int(pid), int(start_ticks))
-    except (OSError, ValueError):
-        return None
-
-
-def _mentions(pid: int, text: bytes) -> bool:
-    for name in ("cmdline", "environ"):
-        with contextlib.suppress(OSError):
-            if text in Path(f"/proc/{pid}/{name}").read_bytes():
-                return True
     return False

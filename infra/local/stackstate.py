@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local.privatefile import make_traversable, read_json, write_private_json
-from infra.local.process import (
-    ProcessIdentity,
-    command_line,
-    end_session,
-    is_alive,
-    kill_session,
-    session_mentions,
-)
+from infra.local.process import ProcessIdentity, command_line, end_group, is_alive, kill_marked
 
 
 class AlreadyRunningError(RuntimeError):
@@ -136,21 +129,21 @@ def read_state(var: Path) -> StackRecord | None:
 def end_leftovers(record: StackRecord) -> list[str]:
     """End processes that outlived their supervisor; names of those ended, last started first.
 
-    Only what has the recorded pid, start time and marker in its command line, or, where that leader is
-    gone, what of its session carries the id of the recorded run: never a stranger.
+    Only what has the recorded pid, start time and marker in its command line, and then what carries the
+    mark of the recorded run in its environment: never a stranger.
     """
     ended = []
     for process in reversed(record.processes):
         identity = process.identity()
-        if identity is None:
+        if identity is None or process.marker not in " ".join(command_line(identity.pid)):
             continue
-        if is_alive(identity):
-            stop_signal = signal.Signals(process.stop_signal)
-            if process.marker in " ".join(command_line(identity.pid)) and end_session(
-                identity, stop_signal=stop_signal, grace_s=5.0
-            ):
-                ended.append(process.name)
-        elif session_mentions(identity.pid, record.run_id):
-            kill_session(identity.pid)
+        if end_group(identity, stop_signal=signal.Signals(process.stop_signal), grace_s=5.0):
             ended.append(process.name)
+    if kill_marked(run_mark(record.run_id)):
+        ended.append("their children")
     return ended
+
+
+def run_mark(run_id: str) -> str:
+    """What a run puts into the environment of all it starts."""
+    return f"CORRAL_STACK_RUN={run_id}"

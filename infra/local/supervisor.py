@@ -28,6 +28,7 @@ from infra.local.stackstate import (
     StackRecord,
     end_leftovers,
     read_state,
+    run_mark,
     take_lock,
     write_state,
 )
@@ -216,7 +217,7 @@ class Supervisor:
                 spec.before_start()
             child.popen = spawn(
                 spec.argv() if callable(spec.argv) else spec.argv,
-                env={**spec.env, "CORRAL_STACK_RUN": self._run_id},
+                env={**spec.env, **dict([run_mark(self._run_id).split("=")])},
                 log_path=spec.log_path,
                 cwd=spec.cwd,
                 account=spec.account,
