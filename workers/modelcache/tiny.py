@@ -24,7 +24,7 @@ N_VOCAB, N_HIDDEN, N_LAYERS, N_HEADS, N_KV_HEADS, N_INNER = 512, 256, 4, 4, 2, 5
 _CORPUS = (
     "A request waits in a fair queue until a replica has a free slot, and then its tokens are streamed back.",
     "The price of an answer is known before it is given, and a tenant never pays for what was not produced.",
-    "When a machine is taken away, another continues the sentence from the journal where the first one stopped.",
+    "When a machine is taken away, another continues from the journal where the first one stopped.",
     "What is the capital of France? Where do the numbers come from, and how are they measured and compared?",
     "def decide(observation, spec, memory): return commands, next_memory, reasons  # 0 1 2 3 4 5 6 7 8 9",
 )

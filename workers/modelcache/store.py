@@ -1,0 +1,238 @@
+"""Model versions on this machine's disk, by digest: `<root>/<digest>/`, complete and verified or not there at
+all.
+
+The agent calls `ensure` before it starts a replica; importers add versions with `adopt`. Blocking I/O: call
+from a thread. Several processes may share a root; nothing here may leave a half-written version under its
+final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from workers.modelcache.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    ManifestError,
+    decode_manifest,
+    hash_file,
+    is_digest,
+)
+
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+LOCK_TIMEOUT_S: Final = 1800.0  # another process may be copying tens of gigabytes
+_SPARE_BYTES: Final = 64 << 20
+
+
+class ModelStoreError(RuntimeError):
+    """`code` is stable: `unknown_source`, `source_missing`, `bad_weights`, `disk_full`, `busy`. The message
+    has the remedy."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ModelStore:
+    """One root directory. Files in it are read-only and never change: a changed model is another digest."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._incoming = root / ".incoming"
+        self._locks = root / ".locks"
+        self.sources = root / ".sources"  # importers remember here what they have imported
+        for directory in (self._incoming, self._locks, self.sources):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where a version is, or would be."""
+        if not is_digest(digest):
+            raise ValueError(f"digest: {digest!r} is not 64 lower-case hex digits")
+        return self.root / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether the version is here. It was verified when it came; `verify` looks again."""
+        return (self.path(digest) / MANIFEST_NAME).exists()
+
+    def digests(self) -> list[str]:
+        return sorted(p.name for p in self.root.iterdir() if is_digest(p.name) and self.has(p.name))
+
+    def manifest(self, digest: str) -> Manifest:
+        """Raises ModelStoreError (`source_missing`, `bad_weights`)."""
+        return _read_manifest(self.path(digest), digest)
+
+    def verify(self, digest: str) -> Manifest:
+        """Read every byte again; ModelStoreError `bad_weights` names the file that is not what it should be."""
+        manifest = self.manifest(digest)
+        for entry in manifest.files:
+            _check(self.path(digest) / entry.name, entry)
+        return manifest
+
+    def ensure(self, digest: str, source: str, progress: Progress | None = None) -> Path:
+        """The version's directory, fetched from `source` if it is not here yet.
+
+        `source` is a `file://` URL of a directory with a manifest, or of a store that holds the digest.
+        Copies are verified before the version appears. Concurrent calls for one digest fetch once. Raises
+        ModelStoreError.
+        """
+        target = self.path(digest)
+        if self.has(digest):
+            return target
+        origin = _local_source(source, digest)
+        with self._lock(digest):
+            if self.has(digest):
+                return target
+            manifest = _read_manifest(origin, digest)
+            self._require_space(manifest.size_bytes)
+            with self.incoming(digest) as staging:
+                _fetch(origin, manifest, staging, progress)
+                self._install(staging, manifest)
+        return target
+
+    @contextlib.contextmanager
+    def incoming(self, name: str) -> Iterator[Path]:
+        """A private directory on the store's filesystem, gone afterwards unless it was adopted."""
+        staging = self._incoming / f"{name[:16]}.{os.getpid()}.{secrets.token_hex(4)}"
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def adopt(self, staging: Path, manifest: Manifest) -> Path:
+        """Make a directory from `incoming`, whose files match the manifest, the version's directory."""
+        with self._lock(manifest.digest):
+            if not self.has(manifest.digest):
+                self._install(staging, manifest)
+        return self.path(manifest.digest)
+
+    def _install(self, staging: Path, manifest: Manifest) -> None:
+        target = self.path(manifest.digest)
+        (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        for name in (*(f.name for f in manifest.files), MANIFEST_NAME):
+            (staging / name).chmod(0o444)
+            _sync(staging / name)
+        _sync(staging)
+        if target.exists():  # without a manifest: what a crash left behind
+            shutil.rmtree(target)
+        staging.rename(target)
+        _sync(self.root)
+
+    @contextlib.contextmanager
+    def _lock(self, digest: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+        """Across threads and processes; freed by the kernel when its holder dies."""
+        end_s = time.monotonic() + timeout_s
+        with (self._locks / digest).open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno != errno.EWOULDBLOCK:
+                        raise
+                if time.monotonic() > end_s:
+                    raise ModelStoreError("busy", f"another process has been fetching {digest} for too long")
+                time.sleep(0.05)
+            yield
+
+    def _require_space(self, n_bytes: int) -> None:
+        free = shutil.disk_usage(self.root).free
+        if free < n_bytes + _SPARE_BYTES:
+            raise ModelStoreError(
+                "disk_full",
+                f"the model needs {n_bytes >> 20} MiB and {free >> 20} MiB are free in the model cache; "
+                "remove versions that no deployment uses, or give the cache a larger disk",
+            )
+
+
+def _local_source(source: str, digest: str) -> Path:
+    url = urlsplit(source)
+    if url.scheme != "file" or url.netloc not in ("", "localhost"):
+        raise ModelStoreError(
+            "unknown_source", f"model source {source!r} is not a file:// URL of this machine"
+        )
+    directory = Path(unquote(url.path))
+    for candidate in (directory / digest, directory):
+        if (candidate / MANIFEST_NAME).exists():
+            return candidate
+    raise ModelStoreError(
+        "source_missing", f"model source {source!r} holds no {MANIFEST_NAME} and no {digest}"
+    )
+
+
+def _read_manifest(directory: Path, digest: str) -> Manifest:
+    try:
+        manifest = decode_manifest((directory / MANIFEST_NAME).read_bytes())
+    except FileNotFoundError:
+        raise ModelStoreError("source_missing", f"{directory} holds no model version") from None
+    except ManifestError as error:
+        raise ModelStoreError("bad_weights", str(error)) from None
+    if manifest.digest != digest:
+        raise ModelStoreError(
+            "bad_weights", f"{directory}/{MANIFEST_NAME} belongs to {manifest.digest}, not to {digest}"
+        )
+    return manifest
+
+
+def _fetch(origin: Path, manifest: Manifest, staging: Path, progress: Progress | None) -> None:
+    """Link or copy every file, then verify it at its new place."""
+    n_done = 0
+    # Another store's files never change, so a second name for them is as good as a copy and costs nothing.
+    may_link = origin.name == manifest.digest
+    for entry in manifest.files:
+        source, target = origin / entry.name, staging / entry.name
+        try:
+            if not (may_link and _link(source, target)):
+                shutil.copyfile(source, target)
+        except FileNotFoundError:
+            raise ModelStoreError(
+                "bad_weights", f"{source} is missing though the manifest lists it"
+            ) from None
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise ModelStoreError("disk_full", f"no space left while copying {entry.name}") from None
+            raise
+        _check(target, entry)
+        n_done += entry.size_bytes
+        if progress is not None:
+            progress("fetch", n_done, manifest.size_bytes)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def _check(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ModelStoreError("bad_weights", f"{path} is missing though the manifest lists it") from None
+    if size != entry.size_bytes:
+        raise ModelStoreError("bad_weights", f"{path} has {size} bytes, the manifest says {entry.size_bytes}")
+    if hash_file(path) != entry.sha256:
+        raise ModelStoreError("bad_weights", f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
