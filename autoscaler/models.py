@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from django.db import models
 from django.db.models import Q
+from django.utils import timezone
 
 from controlplane import ids
 from controlplane.deployments.models import Deployment
@@ -44,6 +45,13 @@ class Machine(models.Model):
     ready_at = models.DateTimeField(null=True, blank=True)
     gone_at = models.DateTimeField(null=True, blank=True)
     reason = models.CharField(max_length=500, blank=True, help_text="why it is draining or gone")
+    redis_password_digest = models.CharField(
+        max_length=64, blank=True, help_text="SHA-256 (hex) of its Redis password: the user can be made again"
+    )
+    pool_slot = models.PositiveIntegerField(
+        null=True, help_text="its place among the machines the pool may have; unique while it exists"
+    )
+    n_restarts = models.PositiveIntegerField(default=0, help_text="times its agent was started again")
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
@@ -57,6 +65,12 @@ class Machine(models.Model):
                 fields=["provider", "provider_ref"],
                 condition=~Q(provider_ref="") & ~Q(state=MachineState.GONE),
                 name="machine_provider_ref_unique",
+            ),
+            # Two ticks at once cannot buy more than the pool may have: they would take the same place.
+            models.UniqueConstraint(
+                fields=["cell", "provider", "pool_slot"],
+                condition=~Q(state=MachineState.GONE),
+                name="machine_pool_slot_unique",
             ),
         ]
         indexes: ClassVar[list[models.Index]] = [
@@ -98,6 +112,10 @@ class Replica(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
     ready_at = models.DateTimeField(null=True, blank=True)
     stopped_at = models.DateTimeField(null=True, blank=True)
+    command_id = models.UUIDField(unique=True, null=True, help_text="the StartReplica command")
+    phase_at = models.DateTimeField(default=timezone.now, help_text="when it entered its phase")
+    spec = models.JSONField(default=dict, help_text="ReplicaSpec as the agent is given it, without `drain`")
+    spec_digest = models.CharField(max_length=64, blank=True, help_text="SHA-256 of model and engine profile")
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
@@ -115,6 +133,26 @@ class Replica(models.Model):
 
     def __str__(self) -> str:
         return ids.to_text(ids.Prefix.REPLICA, self.id)
+
+
+class StartTiming(models.Model):
+    """How long a stage of starting takes, on average: what waiting clients are told comes from here."""
+
+    provider = models.CharField(max_length=32)
+    model_digest = models.CharField(max_length=64, blank=True, help_text="empty for a machine's own start")
+    stage = models.CharField(max_length=32)
+    average_ms = models.FloatField()
+    n = models.PositiveIntegerField(default=1)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["provider", "model_digest", "stage"], name="starttiming_unique"),
+            models.CheckConstraint(condition=Q(average_ms__gte=0), name="starttiming_not_negative"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.provider} {self.stage} {self.average_ms:.0f} ms"
 
 
 class Decision(models.Model):

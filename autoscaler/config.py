@@ -1,0 +1,68 @@
+"""What the house sets for the whole pool; a deployment's own wishes are in its row.
+
+Read once, in controlplane/settings.py, from CORRAL_ + the upper-case name. Imports no Django.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+
+class ConfigError(ValueError):
+    """A knob is out of range; the message names it, its value and the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class AutoscalerConfig:
+    """Defaults beside the reason for them."""
+
+    provider: str = "local"
+    max_machines: int = 1  # of the whole pool: the local stack shares one computer
+    replicas_per_machine: int = 4  # where the machine does not say itself what it holds
+    # Long enough to bridge a break between two questions, short enough to notice that it ends.
+    machine_keep_warm_s: float = 900.0
+    # An agent that has imported the engine answers in some 15 s; a cloud machine boots for a minute.
+    machine_pending_timeout_s: float = 300.0
+    agent_restarts: int = 3  # of one machine, before it is replaced
+    engine: str = "vllm"  # what the agent preloads
+    model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
+    enrol_url: str = ""  # empty: <console_url>/internal/enrol
+    machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do
+    lease_s: float = 30.0  # a tick that takes longer has died
+    heartbeat_stale_s: float = 2.0  # four beats missed
+    decision_days: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_machines", 1, 10_000),
+            ("replicas_per_machine", 1, 256),
+            ("machine_keep_warm_s", 0, 7 * 24 * 3600),
+            ("machine_pending_timeout_s", 1, 3600),
+            ("agent_restarts", 0, 100),
+            ("lease_s", 1, 600),
+            ("heartbeat_stale_s", 0.5, 600),
+            ("decision_days", 0.01, 3650),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{_variable(name)}={value}: set a number from {low} to {high}")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Self:
+        """From the environment; raises ConfigError naming the variable."""
+        kinds = {"int": int, "float": float, "str": str}
+        found: dict[str, object] = {}
+        for field in fields(cls):
+            text = environ.get(_variable(field.name), "")
+            if text:
+                try:
+                    found[field.name] = kinds[str(field.type)](text)
+                except ValueError:
+                    raise ConfigError(f"{_variable(field.name)}={text!r}: set a number") from None
+        return cls(**found)  # type: ignore[arg-type]
+
+
+def _variable(name: str) -> str:
+    return f"CORRAL_{name.upper()}"
