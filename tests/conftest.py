@@ -13,7 +13,7 @@ from infra.local.postgres import EmbeddedPostgres
 from infra.local.redis import EmbeddedRedis
 from tests.database import as_operator, django_db_setup  # noqa: F401 - fixtures
 from tests.servers import SERVERS  # importing it puts their addresses into the environment
-from tests.world import world  # noqa: F401 - fixture
+from tests.world import deployment, world  # noqa: F401 - fixtures
 
 
 def pytest_configure(config: pytest.Config) -> None:

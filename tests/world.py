@@ -7,11 +7,14 @@ isolation is then two lines: what Bob sees, what Charlie must not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from controlplane.deployments.models import Deployment, ModelVersion
     from controlplane.tenants.models import Organization, Project, User
 
 PASSWORD = "correct-horse-battery"
@@ -57,3 +60,40 @@ def build_world() -> World:
         other_organization=other,
         other_project=services.create_project(organization_id=other.id, name="Main", slug="main"),
     )
+
+
+def make_version(organization_id: UUID, *, digest: str = "a" * 64, **values: Any) -> ModelVersion:
+    """A model version for the toy engine, up to 4096 tokens."""
+    from controlplane.deployments import services
+    from controlplane.deployments.models import ModelSource
+
+    defaults: dict[str, Any] = {
+        "name": "toy",
+        "source_kind": ModelSource.TOY,
+        "source_uri": "",
+        "size_bytes": 0,
+        "max_model_len": 4096,
+    }
+    return services.create_model_version(
+        organization_id=organization_id, digest=digest, **(defaults | values)
+    )
+
+
+def make_deployment(world: World, name: str = "toy-chat", **values: Any) -> Deployment:
+    """A deployment of the toy engine in Acme's project, up to 2 replicas."""
+    from controlplane.deployments import services
+
+    defaults: dict[str, Any] = {"engine_profile": {"engine": "toy"}, "max_replicas": 2}
+    return services.create_deployment(
+        organization_id=world.organization.id,
+        project_id=world.project.id,
+        name=name,
+        model_version_id=make_version(world.organization.id).id,
+        **(defaults | values),
+    )
+
+
+@pytest.fixture
+def deployment(world: World) -> Deployment:
+    """`toy-chat` of Acme."""
+    return make_deployment(world)

@@ -30,12 +30,12 @@ class ModelVersion(models.Model):
     digest = models.CharField(max_length=64, help_text="SHA-256 of the manifest, lower-case hex")
     name = models.CharField(max_length=120)
     source_kind = models.CharField(max_length=16, choices=ModelSource.choices)
-    source_uri = models.CharField(max_length=500)
+    source_uri = models.CharField(max_length=500, blank=True)
     size_bytes = models.BigIntegerField()
     n_params = models.BigIntegerField(null=True, blank=True)
     max_model_len = models.PositiveIntegerField(help_text="longest prompt plus completion, tokens")
     licence = models.CharField(max_length=64, blank=True, help_text="SPDX identifier")
-    manifest = models.JSONField(default=dict, help_text="file name -> {sha256, size_bytes}")
+    manifest = models.JSONField(default=dict, blank=True, help_text="file name -> {sha256, size_bytes}")
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:

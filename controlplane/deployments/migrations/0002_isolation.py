@@ -30,7 +30,7 @@ CREATE FUNCTION corral_hex(p_id uuid) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT replace(p_id::text, '-', '') $$;
 
 CREATE FUNCTION corral_ms(p_at timestamptz) RETURNS bigint
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT (extract(epoch FROM p_at) * 1000)::bigint $$;
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT floor(extract(epoch FROM p_at) * 1000)::bigint $$;
 
 CREATE FUNCTION corral_key_lookup(p_lookup text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = public, pg_temp

@@ -81,7 +81,9 @@ def test_no_table_shows_the_app_role_a_row_without_a_tenant(pg_server: EmbeddedP
             except psycopg.errors.InsufficientPrivilege:
                 continue
             if table == "billing_priceversion":  # the one shared catalogue: only rows of nobody's
-                n_rows = len(app.execute(f"SELECT 1 FROM {table} WHERE organization_id IS NOT NULL").fetchall())
+                n_rows = len(
+                    app.execute(f"SELECT 1 FROM {table} WHERE organization_id IS NOT NULL").fetchall()
+                )
             assert n_rows == 0 or table in READABLE_WITHOUT_TENANT, table
         assert app.execute("SELECT count(*) FROM tenants_user").fetchone() == (3,)
 
