@@ -24,7 +24,7 @@ class _Chat(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    prompt: str | list[int] | list[str]
+    prompt: str | list[int | str]
 
 
 _chat = msgspec.json.Decoder(_Chat)
