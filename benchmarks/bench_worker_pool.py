@@ -85,8 +85,9 @@ def run_consumer(arrangement: str, redis_url: str, n_tasks: int, wait_s: float) 
                 time.sleep(wait_s)
             meter.end()
 
+        app.finalize()
         app.tasks.unregister(SERVE_TASK)
-        app.task(name=SERVE_TASK)(blocking)
+        app.task(name=SERVE_TASK, shared=False)(blocking)
     else:
 
         async def serve(request_id: str, epoch: int) -> None:

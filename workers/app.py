@@ -106,7 +106,7 @@ def make_app(config: ConsumerConfig) -> Celery:
         control_queue_expires=None,  # an expiring control queue would need scripts on every bind
     )
 
-    @app.task(name=SERVE_TASK)
+    @app.task(name=SERVE_TASK, shared=False)
     def serve(request_id: str, epoch: int) -> None:
         """What the message names. LoopPool runs the front's coroutine instead; no other pool can serve."""
         raise RuntimeError("corral.serve runs on workers.pool:LoopPool only")

@@ -114,7 +114,9 @@ class LoopPool(BasePool):
     def on_stop(self) -> None:
         """Warm stop: let jobs finish, then cancel the rest, then return. Consuming has ended already."""
         self._stopping = True
-        self._wait_drained(self._runtime.stop_grace_s, impatient=True)
+        grace_s = self._runtime.stop_grace_s
+        log.info("stopping with %d jobs in flight, which have %.1f s to finish", len(self._jobs), grace_s)
+        self._wait_drained(grace_s, impatient=True)
         self._cancel_all()
 
     def on_terminate(self) -> None:

@@ -214,9 +214,10 @@ class Channel(_StockChannel):
             if self._ack_connection is None:
                 self._ack_connection = self.pool.connection_class(**self.pool.connection_kwargs)
             self._acks_sent, self._acks = self._acks, []
-            remove = ("ZREM", self._prefixed(self.unacked_index_key), *self._acks_sent)
+            # In this order: cut off in between, what is left is an index entry, which restoring ignores.
             forget = ("HDEL", self._prefixed(self.unacked_key), *self._acks_sent)
-            self._ack_connection.send_packed_command([pack(remove), pack(forget)])
+            remove = ("ZREM", self._prefixed(self.unacked_index_key), *self._acks_sent)
+            self._ack_connection.send_packed_command([pack(forget) + pack(remove)])
         except BaseException:
             self._drop_ack_connection()
             raise
