@@ -1,0 +1,291 @@
+"""The toy engine: deterministic text, and the scheduling rules of a real continuous-batching engine."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from tests.workers.engine.reading import Answer, read
+from workers.contract import FinishReason
+from workers.engine import toy_text
+from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
+from workers.engine.toy import KV_BYTES_PER_TOKEN, ToyEngine
+
+
+@asynccontextmanager
+async def running(**knobs: object) -> AsyncIterator[ToyEngine]:
+    engine = ToyEngine(EngineProfile.from_json({"engine": "toy", "toy_step_ms": 0.0, **knobs}))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def a_request(
+    engine: ToyEngine, text: str = "hello", prior: list[int] | None = None, **sampling
+) -> EngineRequest:
+    ids = engine.tokenize_chat([{"role": "user", "content": text}])
+    return EngineRequest(
+        text, ids, SamplingSpec(**{"max_tokens": 1000, **sampling}), prior_token_ids=prior or []
+    )
+
+
+async def test_the_same_prompt_gives_the_same_text_and_others_differ() -> None:
+    async with running() as engine:
+        answers = [await read(engine, a_request(engine, text)) for text in ("a", "a", "b", "c")]
+    assert answers[0] == answers[1]
+    assert len({a.text for a in answers}) == 3
+    assert all(toy_text.decode(a.token_ids) == a.text for a in answers)
+
+
+async def test_it_ends_by_itself_with_eos_unless_told_otherwise() -> None:
+    async with running() as engine:
+        natural = await read(engine, a_request(engine))
+        forced = await read(engine, a_request(engine, ignore_eos=True, max_tokens=300))
+        cut = await read(engine, a_request(engine, max_tokens=5))
+    assert natural.finish is FinishReason.STOP
+    assert 16 <= len(natural.token_ids) <= 200
+    assert natural.token_ids[-1] == toy_text.EOS
+    assert (len(forced.token_ids), forced.finish) == (300, FinishReason.LENGTH)
+    assert (len(cut.token_ids), cut.finish) == (5, FinishReason.LENGTH)
+    assert natural.text.startswith(cut.text)
+
+
+async def test_a_resumed_request_continues_at_every_cut() -> None:
+    async with running() as engine:
+        whole = await read(engine, a_request(engine))
+        stop = (whole.text.split()[-2] + " ",)
+        for sampling in ({}, {"stop": stop}, {"seed": 7, "temperature": 1.0}):
+            whole = await read(engine, a_request(engine, **sampling))
+            for cut in range(1, len(whole.token_ids) + 1):
+                request = a_request(engine, prior=whole.token_ids[:cut], **sampling)
+                rest = await read(engine, request)
+                assert whole.token_ids[:cut] + rest.token_ids == whole.token_ids
+                assert whole.texts_after(cut) == rest.text
+                assert rest.finish is whole.finish
+
+
+async def test_max_tokens_counts_the_tokens_of_earlier_attempts() -> None:
+    async with running() as engine:
+        whole = await read(engine, a_request(engine, ignore_eos=True, max_tokens=20))
+        rest = await read(
+            engine, a_request(engine, ignore_eos=True, max_tokens=20, prior=whole.token_ids[:15])
+        )
+        none = await read(engine, a_request(engine, ignore_eos=True, max_tokens=20, prior=whole.token_ids))
+    assert len(rest.token_ids) == 5
+    assert (none.token_ids, none.finish) == ([], FinishReason.LENGTH)
+
+
+async def test_a_stop_string_ends_the_text_before_it() -> None:
+    async with running() as engine:
+        whole = await read(engine, a_request(engine))
+        words = whole.text.split()
+        stop = f"{words[5]} {words[6]}"
+        answer = await read(engine, a_request(engine, stop=(stop,)))
+    assert answer.finish is FinishReason.STOP
+    assert answer.text == whole.text.partition(stop)[0]
+    assert len(answer.token_ids) == 7
+
+
+async def test_the_batch_never_exceeds_its_slots_and_all_are_served() -> None:
+    async with running(max_num_seqs=4) as engine:
+        seen = []
+        step = engine.step
+
+        def watched() -> None:
+            step()
+            seen.append(engine.stats().n_running)
+
+        engine.step = watched  # type: ignore[method-assign]
+        answers = await asyncio.gather(*(read(engine, a_request(engine, f"r{i}")) for i in range(20)))
+    assert max(seen) == 4
+    assert len({a.text for a in answers}) == 20
+
+
+async def test_sequences_share_steps() -> None:
+    """Eight sequences of 50 tokens need some 50 steps, not 400."""
+    async with running(max_num_seqs=8) as engine:
+        requests = [a_request(engine, f"r{i}", ignore_eos=True, max_tokens=50) for i in range(8)]
+        await asyncio.gather(*(read(engine, r) for r in requests))
+        assert 50 <= engine.stats().n_steps <= 55
+
+
+async def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
+    async with running(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=512) as engine:
+        short = a_request(engine, ignore_eos=True, max_tokens=60)
+        long = EngineRequest("long", list(range(20, 420)), SamplingSpec(max_tokens=1))
+        first = asyncio.create_task(read(engine, short))
+        await until_running(engine, 1)
+        n_before = engine.stats().n_steps
+        answer = await read(engine, long)
+        n_steps = engine.stats().n_steps - n_before
+        assert (await first).n_tokens == 60
+    assert answer.n_tokens == 1
+    assert n_steps >= 400 // 16  # and the decoding one took a token of each step's budget
+    assert n_steps <= 400 // 15 + 3
+
+
+async def test_when_blocks_run_out_the_last_admitted_gives_way_and_nobody_loses_a_token() -> None:
+    async with running(max_num_seqs=32, kv_cache_bytes=1 << 20) as roomy:
+        requests = [a_request(roomy, f"r{i}", ignore_eos=True, max_tokens=100) for i in range(32)]
+        expected = [await read(roomy, r) for r in requests]
+    async with running(max_num_seqs=32, kv_cache_bytes=1 << 20, block_size=64) as engine:
+        assert engine.n_blocks == (1 << 20) // KV_BYTES_PER_TOKEN // 64  # 16 blocks for 32 sequences of 2
+        answers = await asyncio.gather(*(read(engine, r) for r in requests))
+        assert engine.stats().n_preemptions > 0
+        assert engine.stats().kv_used_ratio == 0
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+
+
+async def test_lower_priority_numbers_run_first() -> None:
+    async with running(max_num_seqs=1) as engine:
+        order: list[str] = []
+
+        async def serve(name: str, priority: int) -> None:
+            ids = engine.tokenize(name)
+            request = EngineRequest(
+                name, ids, SamplingSpec(max_tokens=20, ignore_eos=True), priority=priority
+            )
+            await read(engine, request)
+            order.append(name)
+
+        tasks = [asyncio.create_task(serve("first", 0))]
+        await until_running(engine, 1)
+        tasks += [asyncio.create_task(serve("low", 5)), asyncio.create_task(serve("high", 1))]
+        await asyncio.gather(*tasks)
+    assert order == ["first", "high", "low"]
+
+
+@pytest.mark.parametrize("way", ["cancel", "aclose", "break"])
+async def test_leaving_a_stream_frees_its_slot_and_blocks_at_once(way: str) -> None:
+    async with running() as engine:
+        request = a_request(engine, ignore_eos=True, max_tokens=100_000, text="x")
+        started = asyncio.Event()
+
+        async def consume() -> None:
+            async with aclosing(engine.generate(request)) as deltas:
+                async for _ in deltas:
+                    started.set()
+                    if way == "break":
+                        break
+
+        if way == "aclose":
+            deltas = engine.generate(request)
+            await anext(deltas)
+            assert engine.stats().n_running == 1
+            await deltas.aclose()
+        else:
+            task = asyncio.create_task(consume())
+            await started.wait()
+            if way == "cancel":
+                assert engine.stats().n_running == 1
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert engine.stats().n_running == 0
+        assert engine.stats().kv_used_ratio == 0
+
+
+async def test_cancelling_a_waiting_request_forgets_it() -> None:
+    async with running(max_num_seqs=1) as engine:
+        first = asyncio.create_task(read(engine, a_request(engine, "a", ignore_eos=True, max_tokens=500)))
+        await until_running(engine, 1)
+        waiting = [asyncio.create_task(read(engine, a_request(engine, f"w{i}"))) for i in range(3)]
+        while engine.stats().n_waiting < 3:
+            await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.gather(waiting[1], return_exceptions=True)
+        assert engine.stats().n_waiting == 2
+        await asyncio.gather(first, waiting[0], waiting[2])
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "param"),
+    [
+        ([], "empty_messages", "messages"),
+        ([{"role": "wizard", "content": "x"}], "invalid_role", "messages[0].role"),
+        ([{"role": "user", "content": 3}], "invalid_content", "messages[0].content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "unsupported_content",
+            "messages[0].content[0]",
+        ),
+    ],
+)
+def test_messages_it_cannot_read_are_refused_by_name(messages, code: str, param: str) -> None:
+    with pytest.raises(EngineInputError) as caught:
+        ToyEngine(EngineProfile(engine="toy")).tokenize_chat(messages)
+    assert (caught.value.code, caught.value.param) == (code, param)
+
+
+async def test_prompts_that_leave_no_room_are_refused() -> None:
+    async with running(max_model_len=32) as engine:
+        fits = await read(engine, EngineRequest("f", [20] * 31, SamplingSpec(max_tokens=9, ignore_eos=True)))
+        assert (fits.n_tokens, fits.finish) == (1, FinishReason.LENGTH)
+        for ids, code in (([20] * 32, "context_length_exceeded"), ([], "empty_prompt")):
+            with pytest.raises(EngineInputError) as caught:
+                await read(engine, EngineRequest("x", ids, SamplingSpec(max_tokens=1)))
+            assert caught.value.code == code
+
+
+async def test_stopping_fails_what_runs_and_everything_after() -> None:
+    async with running() as engine:
+        request = a_request(engine, ignore_eos=True, max_tokens=100_000)
+        task = asyncio.create_task(read(engine, request))
+        await until_running(engine, 1)
+        await engine.check_health()
+        await engine.stop()
+        with pytest.raises(EngineDead):
+            await task
+        with pytest.raises(EngineDead):
+            await engine.check_health()
+        with pytest.raises(EngineDead):
+            await read(engine, request)
+
+
+async def test_a_hung_engine_has_work_and_steps_no_more() -> None:
+    async with running(toy_faults=True) as engine:
+        task = asyncio.create_task(read(engine, a_request(engine, "please <hang> now")))
+        while not engine._hung:
+            await asyncio.sleep(0)
+        before = engine.stats()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        after = engine.stats()
+        assert after.n_running + after.n_waiting > 0
+        assert after.n_steps - before.n_steps <= 1
+        await engine.check_health()
+        task.cancel()
+
+
+async def test_fault_words_are_ordinary_text_unless_asked_for() -> None:
+    async with running() as engine:
+        assert (await read(engine, a_request(engine, "<die> <hang>"))).finish is FinishReason.STOP
+
+
+async def test_an_idle_engine_owes_no_step() -> None:
+    now_s = 100.0
+    engine = ToyEngine(EngineProfile(engine="toy", toy_step_ms=0.0), now_s=lambda: now_s)
+    await engine.start()
+    now_s = 900.0
+    deltas = engine.generate(a_request(engine))
+    await anext(deltas)
+    assert engine.stats().last_step_at_s == 900.0
+    await deltas.aclose()
+    await engine.stop()
+
+
+async def test_logprobs_cover_every_token() -> None:
+    async with running() as engine:
+        answer: Answer = await read(engine, a_request(engine, logprobs=2, max_tokens=5))
+    assert [lp.token_id for lp in answer.logprobs] == answer.token_ids
+    assert all(len(lp.top) == 2 and lp.top[0][0] == lp.token_id for lp in answer.logprobs)
+
+
+async def until_running(engine: ToyEngine, n: int) -> None:
+    for _ in range(10_000):
+        if engine.stats().n_running >= n:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError(f"never had {n} sequences running")
