@@ -84,11 +84,12 @@ def make_deployment(world: World, name: str = "toy-chat", **values: Any) -> Depl
     from controlplane.deployments import services
 
     defaults: dict[str, Any] = {"engine_profile": {"engine": "toy"}, "max_replicas": 2}
+    if "model_version_id" not in values:
+        defaults["model_version_id"] = make_version(world.organization.id).id
     return services.create_deployment(
         organization_id=world.organization.id,
         project_id=world.project.id,
         name=name,
-        model_version_id=make_version(world.organization.id).id,
         **(defaults | values),
     )
 

@@ -4,13 +4,26 @@ A deployment's name is the model id that programs send to /v1. Fields, constrain
 only; writes are in services.py, reads in selectors.py.
 """
 
+import re
 from typing import Any, ClassVar
 
+from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import F, Q
 
 from controlplane import ids
 from controlplane.tenants.models import Organization, Project
+
+
+NAME_SHAPE = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$"
+
+
+def check_name(name: str) -> None:
+    """Refuse what programs could not send as a model id."""
+    if not re.fullmatch(NAME_SHAPE, name):
+        raise ValidationError(
+            "use 1 to 64 letters, digits, dots, dashes, slashes and underscores, a letter or digit first"
+        )
 
 
 class ModelSource(models.TextChoices):
@@ -90,7 +103,9 @@ class Deployment(models.Model):
     project = models.ForeignKey(
         Project, on_delete=models.PROTECT, related_name="deployments", db_constraint=False
     )
-    name = models.CharField(max_length=64, help_text="the `model` that programs send to /v1")
+    name = models.CharField(
+        max_length=64, validators=[check_name], help_text="the `model` that programs send to /v1"
+    )
     model_version = models.ForeignKey(
         ModelVersion, on_delete=models.PROTECT, related_name="deployments", db_constraint=False
     )
@@ -119,9 +134,7 @@ class Deployment(models.Model):
                 name="deployment_name_unique",
             ),
             models.UniqueConstraint(fields=["organization", "id"], name="deployment_tenant_unique"),
-            models.CheckConstraint(
-                condition=Q(name__regex=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$"), name="deployment_name_shape"
-            ),
+            models.CheckConstraint(condition=Q(name__regex=NAME_SHAPE), name="deployment_name_shape"),
             models.CheckConstraint(
                 condition=Q(max_replicas__gte=F("min_replicas")) & Q(max_replicas__gte=1),
                 name="deployment_replica_range",

@@ -121,7 +121,8 @@ def test_a_watermark_of_another_server_starts_afresh(committed: World) -> None:
 def test_too_many_changes_start_afresh(committed: World, another_session: psycopg.Connection) -> None:
     before = now()
     another_session.execute(
-        "INSERT INTO tenants_apikey (id, organization_id, project_id, name, lookup, digest, last4, created_at) "
+        "INSERT INTO tenants_apikey "
+        "(id, organization_id, project_id, name, lookup, digest, last4, created_at) "
         "SELECT gen_random_uuid(), %s, %s, 'many', lpad(n::text, 12, '0'), '', '', now() "
         "FROM generate_series(1, 2001) AS n",
         [committed.organization.id, committed.project.id],

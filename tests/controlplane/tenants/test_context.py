@@ -69,14 +69,13 @@ def test_a_pooled_connection_does_not_remember_the_tenant_before(pg_server: Embe
     connections["pooled"] = DatabaseWrapper(settings | POOLED, alias="pooled")
 
     def see() -> tuple[int, str, int]:
-        """Connection, setting, projects in sight; then the connection goes back to the pool."""
+        """Connection, setting, projects in sight."""
         with connections["pooled"].cursor() as cursor:
             cursor.execute(
                 "SELECT pg_backend_pid(), coalesce(current_setting('corral.organization_id', true), ''), "
                 "(SELECT count(*) FROM tenants_project)"
             )
-            seen = cursor.fetchone()
-        return seen
+            return cursor.fetchone()
 
     try:
         with tenant(world.organization.id, using="pooled"):

@@ -23,7 +23,7 @@ READABLE_WITHOUT_TENANT = {
 }
 # References between tenant tables that no composite foreign key guards.
 NOT_SAME_TENANT = {
-    "deployments_deployment.price_version_id": "prices may be everybody's (organization NULL); the service checks",
+    "deployments_deployment.price_version_id": "prices may be everybody's (NULL); the service checks",
     "billing_usageevent.project_id": "an event outlives what it names; intake checks the admission record",
     "billing_usageevent.api_key_id": "likewise",
 }
@@ -53,7 +53,8 @@ def test_every_table_with_an_organization_has_row_security_and_policies_for_both
         policies = {
             (name, role): (using, check)
             for name, role, using, check in rows(
-                "SELECT policyname, unnest(roles)::text, qual, with_check FROM pg_policies WHERE tablename = %s",
+                "SELECT policyname, unnest(roles)::text, qual, with_check "
+                "FROM pg_policies WHERE tablename = %s",
                 table,
             )
         }
