@@ -30,7 +30,7 @@ class Machine:
 
     def __init__(self, redis_url: str, machine_id: str = "m1") -> None:
         self.trusted_url = redis_url
-        self.r = redis.Redis.from_url(redis_url)
+        self.r: Any = redis.Redis.from_url(redis_url)
         self.keys = MachineKeys("t0", machine_id)
         rules = self.keys.acl_rules(hashlib.sha256(_PASSWORD.encode()).hexdigest())
         rules = [rule for rule in rules if not rule.startswith("+")]
