@@ -35,6 +35,8 @@ class Environment:
     key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
+    engine: str = "vllm"  # what the demo deployment runs on: vllm, or toy where vllm cannot run
+    static_root: Path | None = None
     debug: bool = False
     log_level: str = "INFO"
     # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
@@ -71,6 +73,8 @@ class Environment:
             key_pepper=pepper,
             gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
             console_url=console_url,
+            engine=environ.get("CORRAL_ENGINE", cls.engine),
+            static_root=Path(environ["CORRAL_STATIC_ROOT"]) if environ.get("CORRAL_STATIC_ROOT") else None,
             debug=environ.get("CORRAL_DEBUG", "") == "1",
             log_level=environ.get("CORRAL_LOG_LEVEL", cls.log_level).upper(),
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
@@ -249,9 +253,9 @@ TIME_ZONE = "UTC"
 USE_I18N = False
 
 STATIC_URL = "/static/"
-STATIC_ROOT = BASE_DIR / "staticfiles"
-# Served straight from the apps' static folders in the local stack; `collectstatic` is for images.
-WHITENOISE_USE_FINDERS = True
+# Straight from the apps' static folders, unless an image was built with `collectstatic` into this directory.
+STATIC_ROOT = ENV.static_root
+WHITENOISE_USE_FINDERS = ENV.static_root is None
 WHITENOISE_AUTOREFRESH = DEBUG
 
 LOGGING_CONFIG = "logging.config.dictConfig"

@@ -14,7 +14,6 @@ from django.db.models import F, Q
 from controlplane import ids
 from controlplane.tenants.models import Organization, Project
 
-
 NAME_SHAPE = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$"
 
 
