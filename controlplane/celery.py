@@ -10,7 +10,7 @@ import os
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_ready
 from django.conf import settings
 
 app = Celery("corral-control")
@@ -67,3 +67,9 @@ app.autodiscover_tasks(["autoscaler", "billing", "controlplane.tenants"])
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _keep_our_logging(**_: object) -> None:
     """Celery would install its own handlers; a receiver of this signal keeps those of the settings."""
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _say_ready(**_: object) -> None:
+    """Tell the supervisor of the local stack that this worker consumes."""
+    (settings.ENV.var / "control.ready").write_text(str(os.getpid()))

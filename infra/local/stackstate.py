@@ -5,9 +5,11 @@ var/stack.json says what runs where (mode 600, replaced atomically). Called by t
 `status`, `down`, `logs`.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,22 @@ def take_lock(var: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+@contextlib.contextmanager
+def hold_stack(var: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the one supervisor of this data directory, with what a killed one left behind ended first.
+
+    Raises AlreadyRunningError.
+    """
+    lock = take_lock(var)
+    try:
+        record = read_state(var)
+        for name in end_leftovers(record) if record else []:
+            say(f"{name}: left over by a run that was killed, ended")
+        yield
+    finally:
+        os.close(lock)
 
 
 def is_locked(var: Path) -> bool:

@@ -26,10 +26,7 @@ from infra.local.restart import RestartPolicy
 from infra.local.stackstate import (
     ProcessRecord,
     StackRecord,
-    end_leftovers,
-    read_state,
     run_mark,
-    take_lock,
     write_state,
 )
 
@@ -148,25 +145,13 @@ class Supervisor:
         self._n_stop_signals = 0
         self._next_log_check_s = 0.0
 
-    def run(self, prepare: Callable[[], None] | None = None) -> int:
-        """0 after an ordered stop, 1 when something required did not start.
-
-        `prepare` runs once the lock is held and leftovers are gone. Raises AlreadyRunningError.
-        """
-        lock = take_lock(self._var)
-        try:
-            with self._signals() as wakeups:
-                last = read_state(self._var)
-                for name in end_leftovers(last) if last else []:
-                    self._report(name, Phase.STOPPED, "left over by a run that was killed", 0.0)
-                if prepare:
-                    prepare()
-                try:
-                    return self._loop(wakeups)
-                finally:
-                    self._stop()
-        finally:
-            os.close(lock)
+    def run(self) -> int:
+        """0 after an ordered stop, 1 when something required did not start. The caller holds the stack."""
+        with self._signals() as wakeups:
+            try:
+                return self._loop(wakeups)
+            finally:
+                self._stop()
 
     # -- the loop --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from infra.local.restart import RestartPolicy
-from infra.local.stackstate import AlreadyRunningError
+from infra.local.stackstate import AlreadyRunningError, hold_stack
 from infra.local.supervisor import ProcessSpec, Supervisor
 
 
@@ -41,7 +41,8 @@ def main() -> int:
         report=lambda name, phase, detail, _s: print(name, phase, detail.replace("\n", " | "), flush=True),
     )
     try:
-        return supervisor.run()
+        with hold_stack(var, lambda text: print(text, flush=True)):
+            return supervisor.run()
     except AlreadyRunningError as error:
         print(error, flush=True)
         return 3

@@ -1,0 +1,79 @@
+"""`manage.py status`: what of the local stack runs, where, and since when.
+
+Exit status 0: all of it runs; 1: some does not; 3: none does. Thin over infra/local/stack.py; must not
+touch the ORM.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from infra.local import stack
+from infra.local.stackconfig import StackConfig, StackConfigError
+
+
+class Command(BaseCommand):
+    help = "Shows what of the local stack runs. Exit status: 0 all, 1 not all, 3 nothing."
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--json", action="store_true")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            status = stack.status(StackConfig.read(os.environ))
+        except StackConfigError as error:
+            raise CommandError(str(error)) from error
+        self.stdout.write(json.dumps(_as_json(status), indent=1) if options["json"] else _as_text(status))
+        if not status.healthy:
+            sys.exit(3 if status.phase == "down" else 1)
+
+
+def _as_json(status: stack.StackStatus) -> dict[str, Any]:
+    record = status.record if status.phase != "down" else None
+    return {
+        "phase": status.phase,
+        "healthy": status.healthy,
+        "pid": record.supervisor.pid if record else None,
+        "started_at": record.started_at if record else None,
+        **(record.facts if record else {}),
+        "processes": [
+            {
+                "name": p.name,
+                "phase": p.phase,
+                "pid": p.pid,
+                "n_restarts": p.n_restarts,
+                "detail": p.detail,
+                "log": p.log,
+            }
+            for p in (record.processes if record else ())
+        ],
+        "machines": [
+            {"machine_id": m.machine_id, "n_processes": m.n_processes, "log": str(m.log)}
+            for m in status.machines
+        ],
+    }
+
+
+def _as_text(status: stack.StackStatus) -> str:
+    record = status.record
+    if status.phase == "down" or record is None:
+        lines = ["down (`manage.py up` starts it)"]
+    else:
+        lines = [
+            f"{status.phase} since {record.started_at} (pid {record.supervisor.pid})",
+            f"  engine    {record.facts['engine']}",
+            f"  gateway   {record.facts['gateway_url']}/v1",
+            f"  console   {record.facts['console_url']}",
+            "",
+        ]
+        for p in record.processes:
+            restarts = f", {p.n_restarts} restart{'s' if p.n_restarts > 1 else ''}" if p.n_restarts else ""
+            pid = f"pid {p.pid}" if p.pid else ""
+            detail = p.detail.splitlines()[0] if p.detail and not p.detail.startswith("pid ") else ""
+            lines.append(f"  {p.name:<11} {p.phase:<12} {pid:<12} {detail}{restarts}".rstrip())
+    lines += [f"  machine     {m.machine_id} ({m.n_processes} processes)" for m in status.machines]
+    return "\n".join(lines)

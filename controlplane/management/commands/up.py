@@ -1,0 +1,72 @@
+"""`manage.py up`: the whole local stack on this machine, in the foreground or detached.
+
+Thin over infra/local/stack.py. Runs before there is a database, so it must not touch the ORM.
+"""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from infra.local import stack
+from infra.local.logfile import bound_log, follow
+from infra.local.stackconfig import ROOT, StackConfig, StackConfigError
+from infra.local.stackstate import AlreadyRunningError
+
+DETACHED_TIMEOUT_S = 1200.0
+
+
+class Command(BaseCommand):
+    help = "Starts the local stack, asks a first question, prints the panel. Ctrl-C (or `down`) stops it."
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--detach", action="store_true", help="return once it is up; `down` stops it")
+        parser.add_argument("--no-question", action="store_true", help="do not set up the demo nor ask")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            config = StackConfig.read(os.environ)
+            if options["detach"]:
+                code = self._detached(config, options["no_question"])
+            else:
+                code = stack.up(config, ask=not options["no_question"])
+        except (AlreadyRunningError, StackConfigError, RuntimeError) as error:
+            raise CommandError(str(error)) from error
+        if code:
+            sys.exit(code)
+
+    def _detached(self, config: StackConfig, no_question: bool) -> int:
+        """Start ourselves in a session of its own, and show its lines until everything is up."""
+        running = stack.status(config)
+        if running.phase != "down" and running.record:
+            raise AlreadyRunningError(
+                f"already running (pid {running.record.supervisor.pid}): "
+                "`manage.py status` shows it, `manage.py down` stops it"
+            )
+        log_path = config.var / "log" / "stack.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        bound_log(log_path, max_bytes=0)
+        argv = [sys.executable, "manage.py", "up", *(["--no-question"] if no_question else [])]
+        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
+            child = subprocess.Popen(
+                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        outcome: list[bool] = []
+
+        def _over() -> bool:
+            if not outcome:
+                verdict = stack.is_up(config, child.pid)
+                if child.poll() is not None:
+                    verdict = False
+                if verdict is None:
+                    return False
+                outcome.append(verdict)
+                return False  # once more round, for the last lines
+            return True
+
+        for _, line in follow({"stack": log_path}, n_lines=0, stop=_over):
+            self.stdout.write(line)
+        return 0 if outcome[0] else 1

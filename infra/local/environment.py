@@ -1,0 +1,133 @@
+"""Which process of the stack is told what: an environment per process, with no secret it does not need.
+
+Called by stack.py for the processes it starts, and by manage.py for commands run by hand against a stack
+that was started from the same data directory (var/environment.json, mode 600).
+"""
+
+import secrets
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+
+from infra.local import roles
+from infra.local.privatefile import read_json, write_private_json
+from infra.local.stackconfig import ROOT, StackConfig
+
+SAVED = "environment.json"
+_SECRETS = (
+    "CORRAL_DATABASE_URL",
+    "CORRAL_PG_DSN_OWNER",
+    "CORRAL_PG_DSN_APP",
+    "CORRAL_PG_DSN_OPERATOR",
+    "CORRAL_REDIS_URL",
+    "CORRAL_SECRET_KEY",
+    "CORRAL_KEY_PEPPER",
+)
+_COMMON = ("CORRAL_REDIS_URL", "CORRAL_PG_DSN_APP", "CORRAL_KEY_PEPPER")
+# Who gets which secrets, and which role its `default` connection has. The owner's DSN is for migrations only.
+PROCESSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gateway": ("app", _COMMON),
+    "web": ("app", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
+    "control": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
+    "beat": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
+    "quickstart": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
+    "migrate": ("owner", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY", "CORRAL_PG_DSN_OWNER")),
+}
+_STACK_COMMANDS = ("up", "down", "status", "logs")  # they make that environment, or need none
+_OWNER_COMMANDS = ("migrate", "makemigrations", "sqlmigrate", "showmigrations", "dbshell")
+
+
+def stack_environment(
+    config: StackConfig, *, ports: Mapping[str, int], engine: str, pg_dsns: Mapping[str, str], redis_url: str
+) -> dict[str, str]:
+    """Everything CORRAL_ there is to say, secrets included; `process_environment` takes from it."""
+    kept = stack_secrets(config.var)
+    return {
+        "CORRAL_VAR": str(config.var),
+        "CORRAL_CELL": config.cell,
+        "CORRAL_ENGINE": engine,
+        "CORRAL_GATEWAY_PORT": str(ports["gateway"]),
+        "CORRAL_WEB_PORT": str(ports["web"]),
+        "CORRAL_GATEWAY_URL": f"http://127.0.0.1:{ports['gateway']}",
+        "CORRAL_CONSOLE_URL": f"http://127.0.0.1:{ports['web']}",
+        "CORRAL_REDIS_URL": redis_url,
+        "CORRAL_PG_DSN_OWNER": pg_dsns["owner"],
+        "CORRAL_PG_DSN_APP": pg_dsns["app"],
+        "CORRAL_PG_DSN_OPERATOR": pg_dsns["operator"],
+        "CORRAL_SECRET_KEY": kept["secret_key"],
+        "CORRAL_KEY_PEPPER": kept["key_pepper"],
+    }
+
+
+def process_environment(kind: str, stack: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment of one process: ours without our secrets, the stack's facts, and its own secrets only."""
+    role, allowed = PROCESSES[kind]
+    env = {name: value for name, value in inherited.items() if name not in _SECRETS}
+    env |= {name: value for name, value in stack.items() if name not in _SECRETS or name in allowed}
+    env |= {"CORRAL_DB_ROLE": role, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    return env
+
+
+def stack_secrets(var: Path) -> dict[str, str]:
+    """Secret key and key pepper, made up on first use. A lost pepper makes all API keys worthless."""
+    path = var / "secrets.json"
+    stored = read_json(path)
+    if stored is None:
+        stored = {"secret_key": secrets.token_urlsafe(48), "key_pepper": secrets.token_hex(32)}
+        write_private_json(path, stored)
+    return dict(stored)
+
+
+def external_dsns(config: StackConfig) -> dict[str, str]:
+    """DSN per role on an external server. With an administrator's URL roles and database are made there.
+
+    Raises RuntimeError when that server cannot be reached or refuses.
+    """
+    if config.pg_dsns:
+        return dict(config.pg_dsns)
+    path = config.var / "postgres-roles.json"
+    passwords = read_json(path)
+    if passwords is None:
+        passwords = {role: secrets.token_urlsafe(24) for role in roles.ROLES}
+        write_private_json(path, passwords)
+    parts = urlsplit(config.database_url)
+    database = parts.path.lstrip("/") or roles.DATABASE
+    address = parts.netloc.rpartition("@")[2]
+    try:
+        administration = urlunsplit(parts._replace(path="/postgres"))
+        with psycopg.connect(administration, autocommit=True, connect_timeout=5) as superuser:
+            roles.ensure_roles(superuser, passwords, owner_creates_databases=False)
+            roles.ensure_database(superuser, database)
+        with psycopg.connect(
+            urlunsplit(parts._replace(path=f"/{database}")), autocommit=True, connect_timeout=5
+        ) as inside:
+            roles.ensure_schema(inside)
+    except psycopg.Error as error:
+        raise RuntimeError(f"CORRAL_DATABASE_URL ({address}): {error}") from error
+    query = f"?{parts.query}" if parts.query else ""
+    return {
+        role.removeprefix("corral_"): f"postgresql://{role}:{passwords[role]}@{address}/{database}{query}"
+        for role in roles.ROLES
+    }
+
+
+def save(var: Path, stack: Mapping[str, str]) -> None:
+    """Keep the stack's environment for commands run by hand."""
+    write_private_json(var / SAVED, dict(stack))
+
+
+def adopt(argv: list[str], environ: MutableMapping[str, str]) -> None:
+    """Give a command run by hand the environment of its data directory's stack, if it has none of its own.
+
+    Called by manage.py before Django. Migrations run as owner, the rest as operator; what is set already
+    stays.
+    """
+    if environ.get("CORRAL_PG_DSN_APP") or len(argv) < 2 or argv[1] in _STACK_COMMANDS:
+        return
+    saved = read_json(Path(environ.get("CORRAL_VAR") or ROOT / "var") / SAVED) or {}
+    if saved:
+        saved["CORRAL_DB_ROLE"] = "owner" if argv[1] in _OWNER_COMMANDS else "operator"
+    for name, value in saved.items():
+        environ.setdefault(name, value)
