@@ -16,6 +16,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
+| `lock:watcher` | string | trusted | which control worker's watcher is active; expires |
 | `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, owner, offset, hold |
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
@@ -101,6 +102,10 @@ class CellKeys:
     @property
     def intake_lock(self) -> str:
         return f"{self.prefix}lock:intake"
+
+    @property
+    def watcher_lock(self) -> str:
+        return f"{self.prefix}lock:watcher"
 
     @property
     def usage_pattern(self) -> str:
