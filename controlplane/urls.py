@@ -9,3 +9,9 @@ urlpatterns = [
     path("api/v1/", include("controlplane.api.urls")),
     path("", include("controlplane.console.urls")),
 ]
+
+# Pages for what no view answered; they work with Postgres and Redis away.
+handler400 = "controlplane.console.pages.bad_request"
+handler403 = "controlplane.console.pages.forbidden"
+handler404 = "controlplane.console.pages.not_found"
+handler500 = "controlplane.console.pages.failed"

@@ -1,5 +1,25 @@
-"""Routes of this surface."""
+"""Routes of the console, and the pages Django shows for errors (handlers are read from the root URLconf)."""
 
-from django.urls import URLPattern, URLResolver
+from django.urls import path
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from controlplane.console.views import deployments, keys, overview, playground, session, usage
+
+app_name = "console"
+
+urlpatterns = [
+    path("", overview.overview, name="overview"),
+    path("live", overview.overview_live, name="overview_live"),
+    path("login", session.sign_in, name="sign_in"),
+    path("logout", session.sign_out, name="sign_out"),
+    path("organization", session.switch_organization, name="switch_organization"),
+    path("deployments", deployments.deployment_list, name="deployments"),
+    path("deployments/<str:deployment>", deployments.deployment_detail, name="deployment"),
+    path("deployments/<str:deployment>/live", deployments.deployment_live, name="deployment_live"),
+    path("keys", keys.key_list, name="keys"),
+    path("keys/create", keys.create_key, name="create_key"),
+    path("keys/<str:key>/revoke", keys.revoke_key, name="revoke_key"),
+    path("playground", playground.playground, name="playground"),
+    path("playground/key", playground.playground_key, name="playground_key"),
+    path("usage", usage.usage_page, name="usage"),
+    path("usage.csv", usage.usage_csv, name="usage_csv"),
+]

@@ -1,0 +1,78 @@
+"""Who may see a page: wraps every view of the console but sign-in.
+
+Anonymous visitors go to sign-in and come back; a user without an organization is told so; a refusal of a service or
+selector becomes a page with its status. What a view reads is scoped by its membership's organization, and
+row-level security is the second lock (TenantMiddleware).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, cast
+
+from django.contrib.auth.views import redirect_to_login
+from django.db import transaction
+from django.http import HttpResponse
+from django.shortcuts import resolve_url
+from django.utils.cache import add_never_cache_headers
+
+from controlplane.console.pages import error_page
+from controlplane.errors import CorralError
+from controlplane.tenants.context import current_tenant
+from controlplane.tenants.middleware import TenantRequest
+from controlplane.tenants.rights import Right, require
+from controlplane.tenants.selectors import Membership
+
+P = ParamSpec("P")
+View = Callable[Concatenate["MemberRequest", P], HttpResponse]
+
+
+class MemberRequest(TenantRequest):
+    """A request of a signed-in user who acts under a membership."""
+
+    membership: Membership
+
+
+def member_page(*rights: Right) -> Callable[[View[P]], Callable[Concatenate[TenantRequest, P], HttpResponse]]:
+    """Only for members, only with these rights; never cached, because it shows a tenant's data."""
+
+    def wrap(view: View[P]) -> Callable[Concatenate[TenantRequest, P], HttpResponse]:
+        @wraps(view)
+        def guarded(request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
+            response = _answer(view, rights, request, *args, **kwargs)
+            add_never_cache_headers(response)
+            return response
+
+        return guarded
+
+    return wrap
+
+
+def _answer(
+    view: View[P], rights: tuple[Right, ...], request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs
+) -> HttpResponse:
+    if not request.user.is_authenticated:
+        return _to_sign_in(request)
+    if request.membership is None:
+        return error_page(
+            request,
+            status=403,
+            title="You belong to no organization yet",
+            message="Ask an owner or admin of your organization to add you as a member, then sign in again.",
+        )
+    try:
+        for right in (Right.VIEW, *rights):
+            require(request.membership.role, right)
+        return view(cast(MemberRequest, request), *args, **kwargs)
+    except CorralError as error:
+        if current_tenant() is not None:
+            transaction.set_rollback(True)  # answered with a page, so nobody else will undo its writes
+        return error_page(request, status=error.status, message=error.message, code=error.code)
+
+
+def _to_sign_in(request: TenantRequest) -> HttpResponse:
+    """Full pages redirect; a fragment asked for by htmx makes the whole page go to sign-in."""
+    if request.headers.get("HX-Request"):
+        return HttpResponse(status=204, headers={"HX-Redirect": resolve_url("console:sign_in")})
+    return redirect_to_login(request.get_full_path(), resolve_url("console:sign_in"))

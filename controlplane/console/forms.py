@@ -1,0 +1,40 @@
+"""Forms of the console. They check shape; services check the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from django import forms
+
+from controlplane.tenants.models import Project
+
+EXPIRES_IN_DAYS: Final = (("", "Never"), ("7", "In 7 days"), ("30", "In 30 days"), ("90", "In 90 days"))
+
+
+class SignInForm(forms.Form):
+    email = forms.EmailField(
+        label="E-mail",
+        max_length=254,
+        widget=forms.EmailInput(attrs={"autocomplete": "username", "autofocus": True}),
+    )
+    password = forms.CharField(
+        label="Password",
+        max_length=1024,  # hashing takes as long as the text is
+        strip=False,
+        widget=forms.PasswordInput(attrs={"autocomplete": "current-password"}),
+    )
+
+
+class CreateKeyForm(forms.Form):
+    name = forms.CharField(
+        label="Name",
+        max_length=120,
+        widget=forms.TextInput(attrs={"placeholder": "e.g. production backend", "autocomplete": "off"}),
+    )
+    project = forms.TypedChoiceField(label="Project")
+    expires = forms.ChoiceField(label="Expires", choices=EXPIRES_IN_DAYS, required=False)
+
+    def __init__(self, *args: Any, projects: Sequence[Project], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["project"].choices = [(project.id.hex, project.name) for project in projects]  # type: ignore[attr-defined]

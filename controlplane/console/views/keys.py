@@ -1,0 +1,94 @@
+"""API keys: list, create (the plaintext is shown once), revoke."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.utils import timezone
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from controlplane import ids
+from controlplane.console.access import MemberRequest, member_page
+from controlplane.console.forms import CreateKeyForm
+from controlplane.console.views.playground import is_playground_key
+from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
+from controlplane.tenants import selectors, services
+from controlplane.tenants.rights import Right, may
+
+
+@require_GET
+@member_page()
+def key_list(request: MemberRequest) -> HttpResponse:
+    return render(request, "console/keys.html", _context(request))
+
+
+@require_POST
+@member_page(Right.USE_MODELS)
+def create_key(request: MemberRequest) -> HttpResponse:
+    """Answers with the plaintext in the page itself: it is stored nowhere, so there is nothing to redirect to."""
+    organization_id = request.membership.organization_id
+    form = CreateKeyForm(request.POST, projects=selectors.projects(organization_id=organization_id))
+    if not form.is_valid():
+        return _page(request, {**_context(request), "form": form}, status=400)
+    days = form.cleaned_data["expires"]
+    try:
+        key, plaintext = services.create_api_key(
+            organization_id=organization_id,
+            project_id=UUID(hex=form.cleaned_data["project"]),
+            name=form.cleaned_data["name"].strip(),
+            created_by=request.user,
+            expires_at=timezone.now() + timedelta(days=int(days)) if days else None,
+        )
+    except (InvalidInputError, ConflictError) as error:
+        form.add_error(error.field if error.field in form.fields else None, error.message)
+        return _page(request, {**_context(request), "form": form}, status=error.status)
+    return _page(request, {**_context(request), "created": key, "plaintext": plaintext})
+
+
+@require_http_methods(["GET", "POST"])
+@member_page(Right.USE_MODELS)
+def revoke_key(request: MemberRequest, key: str) -> HttpResponse:
+    """GET asks, POST does it. Revoking again changes nothing."""
+    organization_id = request.membership.organization_id
+    found = selectors.api_key(organization_id=organization_id, key_id=_key_id(key))
+    if request.method == "POST":
+        services.revoke_api_key(organization_id=organization_id, key_id=found.id)
+        messages.success(request, f"Key “{found.name}” is revoked. Calls with it are refused from now on.")
+        return redirect("console:keys")
+    template = "console/_revoke_key.html" if request.headers.get("HX-Request") else "console/revoke_key.html"
+    return render(request, template, {"key": found, "now": timezone.now()})
+
+
+def _page(request: MemberRequest, context: dict[str, Any], status: int = 200) -> HttpResponse:
+    template = "console/_keys.html" if request.headers.get("HX-Request") else "console/keys.html"
+    return render(request, template, context, status=status)
+
+
+def _context(request: MemberRequest) -> dict[str, Any]:
+    organization_id, now = request.membership.organization_id, timezone.now()
+    projects = selectors.projects(organization_id=organization_id)
+    found = selectors.api_keys(organization_id=organization_id)
+    return {
+        "now": now,
+        "form": CreateKeyForm(projects=projects),
+        "projects": projects,
+        # Playground keys come and go by themselves; only those that still work are of interest.
+        "keys": [
+            (key, key.is_active(now), is_playground_key(key))
+            for key in found
+            if key.is_active(now) or not is_playground_key(key)
+        ],
+        "may_manage": may(request.membership.role, Right.USE_MODELS),
+    }
+
+
+def _key_id(text: str) -> UUID:
+    try:
+        return ids.from_text(ids.Prefix.API_KEY, text)
+    except ids.InvalidIdError as error:
+        raise NotFoundError("no such API key", field="api_key") from error
