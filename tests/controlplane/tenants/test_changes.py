@@ -142,8 +142,13 @@ def test_the_same_is_published_after_commit_and_only_then(committed: World, redi
         assert listener.get_message(timeout=5)["data"] == f"key:{key.lookup}".encode()
 
 
-def test_redis_away_does_not_fail_the_change(committed: World, settings, monkeypatch) -> None:
+def test_redis_away_does_not_fail_the_change_and_is_one_line_in_the_log(
+    committed: World, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(invalidation, "_client", lambda _url: redis.Redis(port=1, socket_connect_timeout=0.2))
     before = now()
+    caplog.clear()
     key = new_key(committed)
     assert changes_since(before)["changes"] == [f"key:{key.lookup}"]
+    (warning,) = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert "invalidation.not_published" in warning.getMessage()
