@@ -1,8 +1,8 @@
 """What a task costs the replica's consumer: LoopPool over the atomic transport against stock Celery.
 
 `python -m benchmarks.bench_worker_pool [--json] [--tasks N] [--wait-ms 0]`. Every arrangement is a worker
-process of its own over an embedded Redis, with the whole backlog queued before it starts; CPU is user + system
-time of the worker from its first task to its last, and of Redis over the same span. The messages are those
+process of its own over an embedded Redis, with the backlog queued before it starts; CPU is user + system
+time of the worker from its first task to its last, and of Redis over that span. The messages are those
 of the gateway.
 """
 
