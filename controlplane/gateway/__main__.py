@@ -1,0 +1,94 @@
+"""`python -m controlplane.gateway`: one gateway process.
+
+It binds its port with SO_REUSEPORT, so that several processes share one base_url and the kernel spreads
+connections. SIGTERM or SIGINT: no new connections, running streams go on for a grace, the rest is cancelled,
+exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+
+import uvicorn
+import uvloop
+
+from controlplane.gateway.config import ConfigError, GatewayConfig
+from controlplane.gateway.gateway import Gateway
+from controlplane.logging import configure
+
+log = logging.getLogger("controlplane.gateway")
+
+_BACKLOG = 2_048
+_IDLE_CONNECTION_S = 75  # longer than the usual proxy keeps one, so that we are not the side that closes
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that other gateway processes may share."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((host, port))
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, telling the gateway when it begins to drain."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.draining = True
+        await super().shutdown(sockets)
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Run until told to stop."""
+    gateway = Gateway(config)
+    await gateway.start()
+    server = Server(
+        uvicorn.Config(
+            gateway.app,
+            http="httptools",
+            loop="none",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_IDLE_CONNECTION_S,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
+        ),
+        gateway,
+    )
+    sock = listen(config.host, config.port)
+    log.info("gateway %s listens on %s:%s", config.name, config.host, config.port)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        await gateway.close()
+
+
+def main() -> int:
+    try:
+        config = GatewayConfig.from_env()
+    except ConfigError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+    configure(level=config.log_level)
+    for noisy in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

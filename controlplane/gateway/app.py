@@ -1,0 +1,254 @@
+"""The ASGI callable of /v1: paths, CORS, request ids, errors as responses, the log line of each request.
+
+Run by uvicorn, one per gateway process (__main__.py builds it). No framework on the hot path: one dictionary
+lookup for the route, one pass over the headers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import uuid_utils
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from controlplane.gateway.auth import Deployment, KeyCache
+from controlplane.gateway.config import GatewayConfig
+from controlplane.gateway.errors import ApiError, ClientGone, Headers, unavailable
+from controlplane.gateway.generate import Generator, Outcome, find_deployment
+from controlplane.gateway.http import JSON, Receive, RequestHeaders, Scope, Send, read_body, respond
+from controlplane.gateway.metrics import GatewayMetrics
+from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
+from workers.contract import Endpoint
+
+log = logging.getLogger(__name__)
+
+_GENERATE: Final = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": Endpoint.COMPLETIONS}
+_MODEL_PREFIX: Final = "/v1/models/"
+_CORS_METHODS: Final = b"GET, POST, OPTIONS"
+_CORS_REQUEST_HEADERS: Final = b"authorization, content-type, x-api-key, last-event-id, idempotency-key"
+_CORS_EXPOSED: Final = b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope"
+_CORS_MAX_AGE_S: Final = b"600"
+_encode = msgspec.json.Encoder().encode
+
+_View = Callable[[RequestHeaders], Awaitable[tuple[int, bytes, bytes]]]  # status, body, content type
+
+
+class GatewayApp:
+    """One gateway process's /v1. `not_ready` names what is missing, empty when it may get traffic."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        keys: KeyCache,
+        generator: Generator,
+        metrics: GatewayMetrics,
+        request_log: RequestLog,
+        not_ready: Callable[[], list[str]],
+    ) -> None:
+        self.n_in_flight = 0
+        self._config = config
+        self._keys = keys
+        self._generator = generator
+        self._metrics = metrics
+        self._log = request_log
+        self._not_ready = not_ready
+        self._registry = CollectorRegistry()
+        self._registry.register(metrics)
+        self._origins = frozenset(origin.encode() for origin in config.cors_origins)
+        self._views: dict[str, _View] = {
+            "/v1/models": self._models,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._show_metrics,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # no lifespan; a websocket is refused by the server
+        request_id: str = uuid_utils.uuid7().hex
+        headers = RequestHeaders(scope["headers"])
+        own: Headers = ((b"x-request-id", b"req_" + request_id.encode()),)
+        if headers.origin is not None and headers.origin in self._origins:
+            own = (
+                *own,
+                (b"access-control-allow-origin", headers.origin),
+                (b"access-control-expose-headers", _CORS_EXPOSED),
+                (b"vary", b"origin"),
+            )
+        path, method = scope["path"], scope["method"]
+        endpoint = _GENERATE.get(path)
+        if endpoint is not None and method == "POST":
+            await self._generate(endpoint, request_id, headers, receive, send, own)
+        elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
+            await self._preflight(send, own)
+        else:
+            await self._show(path, method, headers, send, own)
+
+    async def _generate(
+        self,
+        endpoint: Endpoint,
+        request_id: str,
+        headers: RequestHeaders,
+        receive: Receive,
+        send: Send,
+        own: Headers,
+    ) -> None:
+        started_at = time.monotonic()
+        outcome = Outcome()
+        self.n_in_flight += 1
+        try:
+            if self.n_in_flight > self._config.max_in_flight:
+                raise unavailable(
+                    "gateway_overloaded", "too many requests are under way here: try again shortly"
+                )
+            outcome.key = await self._keys.authenticate(headers.authorization, headers.api_key)
+            body = await read_body(headers, receive, self._config.max_body_bytes)
+            await self._generator.serve(endpoint, outcome.key, request_id, body, receive, send, own, outcome)
+        except ApiError as error:
+            outcome.status, outcome.code = error.status, error.code
+            await self._refuse(send, error, own)
+        except ClientGone:
+            self._metrics.n_disconnects += 1
+            outcome.status, outcome.code = 499, "client_gone"
+        except Exception:
+            # Only the kind and place of a defect are logged (no locals), and the client is told nothing of
+            # it.
+            log.exception("request req_%s failed", request_id)
+            begun = outcome.status == 200
+            outcome.status, outcome.code = 500, "internal_error"
+            if begun:
+                raise  # the server closes the connection: a stream that just ended would look complete
+            await self._refuse(
+                send, ApiError(500, "internal_error", "the gateway failed; the error was logged"), own
+            )
+        finally:
+            self.n_in_flight -= 1
+            self._record(endpoint, request_id, outcome, time.monotonic() - started_at)
+
+    async def _show(self, path: str, method: str, headers: RequestHeaders, send: Send, own: Headers) -> None:
+        """Everything that only reads."""
+        try:
+            allowed = self._allowed(path)
+            if not allowed:
+                raise ApiError(
+                    404, "unknown_route", f"there is no {path[:200]!r} here; the API lies under /v1"
+                )
+            if method not in allowed:
+                raise ApiError(
+                    405,
+                    "method_not_allowed",
+                    f"{path} takes {', '.join(allowed)}, not {method}",
+                    headers=((b"allow", ", ".join(allowed).encode()),),
+                )
+            if path.startswith(_MODEL_PREFIX):
+                status, body, kind = await self._model(headers, path.removeprefix(_MODEL_PREFIX))
+            else:
+                status, body, kind = await self._views[path](headers)
+        except ApiError as error:
+            await self._refuse(send, error, own, head_only=method == "HEAD")
+            return
+        extra = ((b"retry-after", b"2"),) if status == 503 else ()
+        await respond(send, status, body, ((b"content-type", kind), *extra, *own), head_only=method == "HEAD")
+
+    def _allowed(self, path: str) -> tuple[str, ...]:
+        """Methods of a path; empty where there is none."""
+        if path in _GENERATE:
+            return ("POST",)
+        if path in self._views or (path.startswith(_MODEL_PREFIX) and len(path) > len(_MODEL_PREFIX)):
+            return ("GET", "HEAD")
+        return ()
+
+    async def _models(self, headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+        key = await self._keys.authenticate(headers.authorization, headers.api_key)
+        models = [_model_object(d) for d in sorted(key.deployments.values(), key=lambda d: d.name)]
+        return 200, _encode({"object": "list", "data": models}), JSON[1]
+
+    async def _model(self, headers: RequestHeaders, name: str) -> tuple[int, bytes, bytes]:
+        key = await self._keys.authenticate(headers.authorization, headers.api_key)
+        return 200, _encode(_model_object(find_deployment(key, name))), JSON[1]
+
+    async def _healthz(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+        return 200, b'{"status":"ok"}', JSON[1]
+
+    async def _readyz(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+        failing = self._not_ready()
+        if failing:
+            return 503, _encode({"status": "unavailable", "failing": failing}), JSON[1]
+        return 200, b'{"status":"ready"}', JSON[1]
+
+    async def _show_metrics(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+        return 200, generate_latest(self._registry), CONTENT_TYPE_LATEST.encode()
+
+    @staticmethod
+    async def _preflight(send: Send, own: Headers) -> None:
+        """Answered for every origin; only an allowed one gets the header that makes a browser go on."""
+        headers = [
+            *own,
+            (b"access-control-allow-methods", _CORS_METHODS),
+            (b"access-control-allow-headers", _CORS_REQUEST_HEADERS),
+            (b"access-control-max-age", _CORS_MAX_AGE_S),
+        ]
+        await send({"type": "http.response.start", "status": 204, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    @staticmethod
+    async def _refuse(send: Send, error: ApiError, own: Headers, *, head_only: bool = False) -> None:
+        await respond(
+            send, error.status, error.body(), (JSON, *own, *error.response_headers()), head_only=head_only
+        )
+
+    def _record(self, endpoint: Endpoint, request_id: str, outcome: Outcome, duration_s: float) -> None:
+        metrics = self._metrics
+        metrics.requests[(endpoint.value, outcome.status, outcome.code)] += 1
+        metrics.duration_s.add(duration_s)
+        stream, key = outcome.stream, outcome.key
+        end = stream.end if stream is not None else None
+        ttft_s = None
+        if stream is not None and stream.first_at is not None:
+            ttft_s = stream.first_at - stream.admitted_at
+            metrics.ttft_s.add(ttft_s)
+            if stream.have > 1:
+                metrics.itl_s.add((stream.last_at - stream.first_at) / (stream.have - 1))
+        if end is not None:
+            metrics.n_prompt += end.n_prompt
+            metrics.n_cached += end.n_cached
+            metrics.n_completion += end.n_completion
+        if not self._log.wants(outcome.status):
+            return
+        line = RequestLine(
+            timestamp=timestamp(time.time_ns() // 1_000_000),
+            event="request",
+            level="error" if outcome.status >= 500 else "info",
+            gateway=self._config.name,
+            request="req_" + request_id,
+            endpoint=endpoint.value,
+            status=outcome.status,
+            code=outcome.code,
+            duration_ms=int(duration_s * 1000),
+        )
+        if key is not None:
+            line.organization, line.project = "org_" + key.organization, "prj_" + key.project
+            line.key = "key_" + key.key
+        if stream is not None:
+            line.deployment, line.model = "dep_" + stream.deployment.id, stream.deployment.name
+            line.replica = "rep_" + stream.replica if stream.replica else ""
+            line.stream = stream.streaming
+            line.ttft_ms = None if ttft_s is None else int(ttft_s * 1000)
+        if end is not None:
+            line.finish, line.attempts = end.reason.value, end.attempts
+            line.n_prompt, line.n_cached, line.n_completion = end.n_prompt, end.n_cached, end.n_completion
+        self._log.write(line)
+
+
+def _model_object(deployment: Deployment) -> dict[str, object]:
+    return {
+        "id": deployment.name,
+        "object": "model",
+        "created": deployment.created_at_s,
+        "owned_by": "corral",
+        "max_model_len": deployment.context_tokens,
+    }

@@ -1,0 +1,263 @@
+"""Who is calling: the API key of a request, from a bounded cache in this process, from Postgres on a miss.
+
+Called first for every /v1 request. A key is verified in full once (HMAC under the pepper, constant time);
+after that the exact header bytes lead to its context. A context is fresh for `fresh_s`; changes announced on
+pub/sub or read from the change feed end that at once. With Postgres away a context may serve for `stale_s`
+more, a key never seen gets a 503, and nobody ever gets a 401 for a key that might be good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from billing.money import Rates
+from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, Limits
+from controlplane.gateway.errors import ApiError, unavailable
+from controlplane.tenants import api_keys
+
+_MAX_HEADER = 256  # a key has 63 characters
+_MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A deployment as a request sees it. Ids are bare hex."""
+
+    id: str
+    name: str
+    context_tokens: int
+    price_version: str
+    rates: Rates
+    band: int
+    ttft_ms: int
+    created_at_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyContext:
+    """A verified key: its tenant, limits and what it may call. Ids are bare hex."""
+
+    key: str
+    lookup: str
+    project: str
+    organization: str
+    zero_retention: bool
+    expires_at_ms: int | None
+    revoked: bool
+    suspended: bool
+    deployments: dict[str, Deployment]
+    # (scope, id, limits) for key, project, organization; and the same flattened for the admission script.
+    scopes: tuple[tuple[str, str, Limits], ...]
+    scope_args: tuple[str | int, ...]
+
+
+def context_of(record: KeyRecord) -> KeyContext:
+    """The context behind a directory record."""
+    key, project, organization = record.key, record.project, record.organization
+    scopes = (
+        ("key", key.id, key.limits.values()),
+        ("prj", project.id, project.limits.values()),
+        ("org", organization.id, organization.limits.values()),
+    )
+    deployments = {
+        row.name: Deployment(
+            id=row.id,
+            name=row.name,
+            context_tokens=row.max_model_len,
+            price_version=row.price.version,
+            rates=row.price.rates(),
+            band=row.slo.band,
+            ttft_ms=row.slo.ttft_ms,
+            created_at_s=row.created_at_ms // 1000,
+        )
+        for row in record.deployments
+    }
+    return KeyContext(
+        key=key.id,
+        lookup=key.lookup,
+        project=project.id,
+        organization=organization.id,
+        zero_retention=project.zero_retention,
+        expires_at_ms=key.expires_at_ms,
+        revoked=key.revoked_at_ms is not None,
+        suspended=organization.suspended_at_ms is not None,
+        deployments=deployments,
+        scopes=scopes,
+        scope_args=tuple(arg for _, scope_id, limits in scopes for arg in (scope_id, *limits)),
+    )
+
+
+class _Entry:
+    """A key as cached. `digest` is what the full text must hash to; times are monotonic seconds."""
+
+    __slots__ = ("context", "digest", "fresh_until", "usable_until")
+
+    def __init__(self, digest: bytes) -> None:
+        self.context: KeyContext | None = None  # None: there is no such key
+        self.digest = digest
+        self.fresh_until = 0.0
+        self.usable_until = 0.0
+
+
+class KeyCache:
+    """Keys of one gateway process. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        directory: KeyDirectory,
+        pepper: bytes,
+        *,
+        fresh_s: float = 30.0,
+        stale_s: float = 900.0,
+        unknown_s: float = 5.0,
+        max_keys: int = 50_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.n_hits = self.n_lookups = self.n_stale = 0
+        self._directory = directory
+        self._pepper = pepper
+        self._fresh_s = fresh_s
+        self._stale_s = stale_s
+        self._unknown_s = unknown_s
+        self._max_keys = max_keys
+        self._clock = clock
+        # Both bounded; the oldest refresh goes first, so a key in use stays (it is refreshed every fresh_s).
+        self._entries: dict[str, _Entry] = {}
+        self._verified: dict[bytes, _Entry] = {}
+        self._asking: dict[str, asyncio.Future[_Entry]] = {}
+        self._n_changes = 0  # grows with every announced change: an answer asked for before it is not fresh
+
+    async def authenticate(self, authorization: bytes | None, api_key: bytes | None) -> KeyContext:
+        """The key's context. ApiError: 401 (bad key), 403 (suspended), 503 (cannot tell)."""
+        header = authorization if authorization is not None else api_key
+        if header is None:
+            raise _unauthorized(
+                "missing_api_key", "no API key: send the header Authorization: Bearer sk-crl-..."
+            )
+        entry = self._verified.get(header)
+        if entry is not None and entry.context is not None and self._clock() < entry.fresh_until:
+            self.n_hits += 1
+            context = entry.context
+        else:
+            context = await self._verify(header, _token(header, authorization is not None))
+        if context.revoked:
+            raise _unauthorized("revoked_api_key", "this API key was revoked: use another one")
+        if context.expires_at_ms is not None and context.expires_at_ms <= time.time() * 1000:
+            raise _unauthorized("expired_api_key", "this API key has expired: use another one")
+        if context.suspended:
+            raise ApiError(403, "organization_suspended", "the organization of this API key is suspended")
+        return context
+
+    def invalidate(self, ref: str) -> None:
+        """Something changed: `key:<lookup>`, `prj:<id>`, `org:<id>`, `dep:<id>` or `all`.
+
+        What may have been taken away (a key, an organization) is not served again before it was read;
+        anything else is read again at the next use, and served meanwhile should Postgres be away.
+        """
+        self._n_changes += 1
+        kind, _, name = ref.partition(":")
+        if kind == "key":
+            entry = self._entries.pop(name, None)
+            if entry is not None:
+                entry.fresh_until = entry.usable_until = 0.0
+            return
+        for entry in self._entries.values():
+            context = entry.context
+            if context is None:
+                continue
+            if kind == "org" and context.organization == name:
+                entry.fresh_until = entry.usable_until = 0.0
+            elif (
+                kind == "all"
+                or (kind == "prj" and context.project == name)
+                or (kind == "dep" and any(d.id == name for d in context.deployments.values()))
+            ):
+                entry.fresh_until = 0.0
+
+    def doubt_all(self) -> None:
+        """Announcements may have been missed: everything is read again at its next use."""
+        self._n_changes += 1
+        for entry in self._entries.values():
+            entry.fresh_until = 0.0
+
+    async def _verify(self, header: bytes, token: str) -> KeyContext:
+        lookup = api_keys.lookup_of(token)
+        if lookup is None:
+            raise _unauthorized("invalid_api_key", "the API key is malformed: it must look like sk-crl-...")
+        entry = await self._entry(lookup)
+        if entry.context is None or not api_keys.matches(self._pepper, token, entry.digest):
+            raise _unauthorized("invalid_api_key", "the API key is not known")
+        self._verified.pop(header, None)
+        self._verified[header] = entry
+        while len(self._verified) > self._max_keys:
+            del self._verified[next(iter(self._verified))]
+        return entry.context
+
+    async def _entry(self, lookup: str) -> _Entry:
+        """The entry of a lookup part, read from Postgres unless it is fresh."""
+        entry = self._entries.get(lookup)
+        now = self._clock()
+        if entry is not None and now < entry.fresh_until:
+            self.n_hits += 1
+            return entry
+        asking = self._asking.get(lookup)
+        if asking is None:
+            if len(self._asking) >= _MAX_LOOKUPS:
+                raise unavailable("auth_overloaded", "too many unknown API keys at once: try again shortly")
+            asking = asyncio.ensure_future(self._read(lookup))
+            self._asking[lookup] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(lookup, None))
+        try:
+            # Shielded: one client that leaves must not take the answer from the others that wait for it.
+            return await asyncio.shield(asking)
+        except DirectoryUnavailable:
+            if entry is not None and entry.context is not None and now < entry.usable_until:
+                self.n_stale += 1
+                return entry
+            raise unavailable(
+                "auth_unavailable", "API keys cannot be checked at the moment: try again shortly", 2.0
+            ) from None
+
+    async def _read(self, lookup: str) -> _Entry:
+        self.n_lookups += 1
+        n_changes = self._n_changes
+        record = await self._directory.find(lookup)
+        now = self._clock()
+        digest = b"" if record is None else bytes.fromhex(record.key.digest)
+        # The same object where there is one, because headers verified before lead to it, unless it is another
+        # key now.
+        entry = self._entries.pop(lookup, None)
+        if entry is None or entry.digest != digest:
+            if entry is not None:
+                entry.fresh_until = entry.usable_until = 0.0
+            entry = _Entry(digest)
+        if record is None:
+            entry.fresh_until = entry.usable_until = now + self._unknown_s
+        else:
+            entry.context = context_of(record)
+            entry.fresh_until = now + self._fresh_s
+            entry.usable_until = now + self._stale_s
+        if n_changes != self._n_changes:
+            entry.fresh_until = 0.0  # good for who asked; asked again at the next use
+        self._entries[lookup] = entry
+        while len(self._entries) > self._max_keys:
+            oldest = self._entries.pop(next(iter(self._entries)))
+            oldest.fresh_until = oldest.usable_until = 0.0  # its headers lead nowhere now
+        return entry
+
+
+def _token(header: bytes, is_bearer: bool) -> str:
+    text = header[:_MAX_HEADER].decode("latin-1")
+    if not is_bearer:
+        return text.strip()
+    scheme, _, token = text.partition(" ")
+    if scheme.lower() != "bearer":
+        raise _unauthorized("invalid_api_key", "the Authorization header must read: Bearer sk-crl-...")
+    return token.strip()
+
+
+def _unauthorized(code: str, message: str) -> ApiError:
+    return ApiError(401, code, message, headers=((b"www-authenticate", b"Bearer"),))

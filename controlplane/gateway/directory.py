@@ -1,0 +1,185 @@
+"""What Postgres knows that a request needs: keys with their tenant, limits and deployments, and money spent.
+
+`PgDirectory` asks through SECURITY DEFINER functions as the app role, because no tenant is known yet. Called
+by the key cache, the change feed and admission; nothing on the path of a request with a cached key. Every
+wait is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Protocol
+
+import msgspec
+import psycopg
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+
+from billing.money import Nano, NanoPerMillion, Rates
+
+log = logging.getLogger(__name__)
+
+Limits = tuple[
+    int, int, int, int, int
+]  # rpm, input_tpm, output_tpm, max_concurrency, budget_nano; -1 = no limit
+
+
+class DirectoryUnavailable(Exception):  # noqa: N818 - a state of the world, retryable
+    """Postgres does not answer, or not in time: nobody can say whether the key is good."""
+
+
+class LimitsRow(msgspec.Struct, frozen=True):
+    rpm: int | None = None
+    input_tpm: int | None = None
+    output_tpm: int | None = None
+    max_concurrency: int | None = None
+    budget_nano: int | None = None
+
+    def values(self) -> Limits:
+        """As the admission script takes them."""
+        row = (self.rpm, self.input_tpm, self.output_tpm, self.max_concurrency, self.budget_nano)
+        return tuple(-1 if value is None else value for value in row)  # type: ignore[return-value]
+
+
+class KeyRow(msgspec.Struct, frozen=True):
+    id: str
+    lookup: str
+    digest: str
+    limits: LimitsRow
+    expires_at_ms: int | None = None
+    revoked_at_ms: int | None = None
+
+
+class ProjectRow(msgspec.Struct, frozen=True):
+    id: str
+    limits: LimitsRow
+    weight: int = 100
+    zero_retention: bool = False
+
+
+class OrganizationRow(msgspec.Struct, frozen=True):
+    id: str
+    limits: LimitsRow
+    suspended_at_ms: int | None = None
+
+
+class PriceRow(msgspec.Struct, frozen=True):
+    version: str
+    input_nano_per_million: int
+    cached_nano_per_million: int
+    output_nano_per_million: int
+
+    def rates(self) -> Rates:
+        return Rates(
+            NanoPerMillion(self.input_nano_per_million),
+            NanoPerMillion(self.cached_nano_per_million),
+            NanoPerMillion(self.output_nano_per_million),
+        )
+
+
+class SloRow(msgspec.Struct, frozen=True):
+    band: int = 0
+    ttft_ms: int = 1_000
+
+
+class DeploymentRow(msgspec.Struct, frozen=True):
+    id: str
+    name: str
+    max_model_len: int
+    price: PriceRow
+    slo: SloRow = SloRow()
+    created_at_ms: int = 0
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """Answer of corral_key_lookup: one key with everything a request under it needs."""
+
+    key: KeyRow
+    project: ProjectRow
+    organization: OrganizationRow
+    deployments: tuple[DeploymentRow, ...] = ()
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """Answer of corral_changes_since. `reset`: too much or too old to list, so everything may have
+    changed."""
+
+    watermark: str
+    reset: bool
+    changes: tuple[str, ...]
+
+
+class KeyDirectory(Protocol):
+    """What the gateway asks of Postgres; each call raises DirectoryUnavailable when it cannot say."""
+
+    async def find(self, lookup: str) -> KeyRecord | None:
+        """The key with this lookup part; None = there is none."""
+
+    async def changes(self, watermark: str | None) -> Changes:
+        """What changed since; None = start here."""
+
+    async def spent_nano(self, scope: str, scope_id: str) -> Nano:
+        """Money booked against a key, project or organization (`key`, `prj`, `org`) in its budget's
+        period."""
+
+
+class PgDirectory:
+    """The directory in Postgres. `up` is what the last question showed; a known outage answers at once."""
+
+    def __init__(self, dsn: str, *, pool_size: int = 4, timeout_s: float = 2.0) -> None:
+        self.up = True
+        self._timeout_s = timeout_s
+        statement_ms = int(timeout_s * 1000)
+        self._pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            dsn,
+            min_size=1,
+            max_size=pool_size,
+            timeout=timeout_s,
+            max_waiting=16 * pool_size,
+            reconnect_timeout=5.0,
+            open=False,
+            kwargs={
+                "autocommit": True,
+                "connect_timeout": 3,
+                "application_name": "corral-gateway",
+                "options": f"-c statement_timeout={statement_ms}",
+                "prepare_threshold": None,  # a pooler in transaction mode may stand in between
+            },
+        )
+
+    async def open(self) -> None:
+        """Start connecting; returns at once, whether Postgres is there or not."""
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        await self._pool.close(timeout=1.0)
+
+    async def find(self, lookup: str) -> KeyRecord | None:
+        if not self.up:  # the change feed asks again every half second and lifts this
+            raise DirectoryUnavailable
+        found = await self._ask("SELECT corral_key_lookup(%s)", lookup)
+        return None if found is None else msgspec.convert(found, KeyRecord)
+
+    async def changes(self, watermark: str | None) -> Changes:
+        return msgspec.convert(await self._ask("SELECT corral_changes_since(%s)", watermark), Changes)
+
+    async def spent_nano(self, scope: str, scope_id: str) -> Nano:
+        if not self.up:
+            raise DirectoryUnavailable
+        return Nano(int(await self._ask("SELECT corral_spent(%s, %s)", scope, scope_id)))
+
+    async def _ask(self, statement: str, *params: str | None) -> Any:
+        try:
+            async with asyncio.timeout(2 * self._timeout_s), self._pool.connection() as connection:
+                cursor = await connection.execute(statement, params)
+                row = await cursor.fetchone()
+        except (psycopg.Error, PoolTimeout, TooManyRequests, TimeoutError, OSError) as error:
+            if self.up and not isinstance(error, TooManyRequests):
+                log.warning("postgres does not answer: %s", type(error).__name__)
+                self.up = False
+            raise DirectoryUnavailable from error
+        if not self.up:
+            log.info("postgres answers again")
+            self.up = True
+        assert row is not None  # each statement is a SELECT of one function
+        return row[0]

@@ -1,0 +1,206 @@
+"""One gateway process put together: connections, caches and tasks in the order they start and stop.
+
+Called by __main__ and by tests. Starts without Redis or Postgres and says so in /readyz; both are reconnected
+to for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import msgspec
+import uuid_utils
+
+from controlplane.gateway.app import GatewayApp
+from controlplane.gateway.auth import KeyCache
+from controlplane.gateway.config import GatewayConfig
+from controlplane.gateway.directory import KeyDirectory, PgDirectory
+from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.errors import from_wire
+from controlplane.gateway.feed import ChangeFeed
+from controlplane.gateway.generate import Generator
+from controlplane.gateway.metrics import GatewayMetrics
+from controlplane.gateway.requestlog import RequestLog
+from controlplane.gateway.routes import RouteTable
+from controlplane.gateway.stages import StageBoard
+from controlplane.gateway.watch import Watch
+from workers.contract import Notice
+from workers.keys import CellKeys
+from workers.redis_client import Client, RedisError, Subscriber
+from workers.scripts import MACHINE_SCRIPTS, TRUSTED_SCRIPTS
+
+log = logging.getLogger(__name__)
+
+# Those of the machines too: a machine's user may not load scripts, so whoever connects to a fresh Redis does.
+_SCRIPTS = (*TRUSTED_SCRIPTS, *MACHINE_SCRIPTS)
+_decode_notice = msgspec.msgpack.Decoder(Notice).decode
+
+
+class Gateway:
+    """The parts of one process. `id` names it in Redis; it is new at every start, so nobody answers to an old
+    one."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        directory: KeyDirectory | None = None,
+        request_log: RequestLog | None = None,
+    ) -> None:
+        self.config = config
+        self.id: str = uuid_utils.uuid7().hex
+        self.draining = False
+        keys = self.keys = CellKeys(config.cell)
+        self.redis = Client(config.redis_url, name=f"gateway-{config.name}", scripts=_SCRIPTS)
+        self.subscriber = Subscriber(
+            config.redis_url, name=f"gateway-{config.name}", on_message=self._on_message, on_gap=self._on_gap
+        )
+        self._pg = (
+            None if directory is not None else PgDirectory(config.pg_dsn, pool_size=config.pg_pool_size)
+        )
+        self.directory: KeyDirectory = directory or self._pg  # type: ignore[assignment]
+        self.key_cache = KeyCache(
+            self.directory,
+            config.key_pepper,
+            fresh_s=config.key_fresh_s,
+            stale_s=config.key_stale_s,
+            unknown_s=config.unknown_key_s,
+            max_keys=config.key_cache_size,
+        )
+        self.feed = ChangeFeed(self.directory, self.key_cache, poll_s=config.change_poll_s)
+        self.routes = RouteTable(self.redis, keys)
+        self.dispatcher = Dispatcher(
+            self.redis,
+            keys,
+            self.id,
+            self.directory,
+            self.routes,
+            queue_bound=config.queue_bound,
+            request_timeout_s=config.request_timeout_s,
+            stream_buffer=config.stream_buffer,
+        )
+        self.inbox = self.dispatcher.inbox
+        self.board = StageBoard(self.redis, keys, self.dispatcher, comment_after_s=config.comment_after_s)
+        self.watch = Watch(
+            self.redis,
+            self.dispatcher,
+            stall_s=config.stall_s,
+            keepalive_s=config.keepalive_s,
+            redis_grace_s=config.redis_grace_s,
+        )
+        self.metrics = GatewayMetrics(config.name)
+        self.request_log = request_log or RequestLog(config.log_sample)
+        generator = Generator(self.dispatcher, self.board)
+        self.app = GatewayApp(
+            config, self.key_cache, generator, self.metrics, self.request_log, self.not_ready
+        )
+        self._channels = {
+            keys.invalidate_channel.encode(): self._on_invalidate,
+            keys.route_channel.encode(): self._on_route,
+            keys.stage_channel.encode(): self.board.on_stage,
+            keys.notice_channel(self.id).encode(): self._on_notice,
+        }
+        self._publish_internals()
+
+    async def start(self) -> None:
+        """Start everything; waits a moment for Redis, and goes on without it."""
+        self.redis.start()
+        self.subscriber.start()
+        if self._pg is not None:
+            await self._pg.open()
+        self.feed.start()
+        self.routes.start()
+        self.watch.start()
+        with contextlib.suppress(RedisError):
+            await self.redis.connect()
+            await self.subscriber.psubscribe(self.keys.gateway_pattern(self.id))
+        with contextlib.suppress(RedisError):
+            await self.subscriber.subscribe(*(channel.decode() for channel in self._channels))
+
+    async def close(self) -> None:
+        """Stop everything; requests still under way are cancelled on the cell, not waited for."""
+        await self.watch.close()
+        await self.feed.close()
+        await self.board.close()
+        await self.dispatcher.drain()
+        await self.inbox.close()
+        await self.routes.close()
+        await self.subscriber.close()
+        await self.redis.close()
+        if self._pg is not None:
+            await self._pg.close()
+        await self.request_log.close()
+
+    def not_ready(self) -> list[str]:
+        """What keeps this process from serving. Postgres is not among it: known keys go on without."""
+        parts = {
+            "draining": self.draining,
+            "redis": not self.redis.connected,
+            "subscription": not self.subscriber.connected,
+        }
+        return [name for name, failing in parts.items() if failing]
+
+    # -- messages
+
+    def _on_message(self, channel: bytes, payload: bytes) -> None:
+        handler = self._channels.get(channel)
+        if handler is not None:
+            handler(payload)
+        else:
+            self.inbox.on_frame(channel, payload)
+
+    def _on_gap(self) -> None:
+        self.key_cache.doubt_all()
+        self.inbox.catch_up_all()
+
+    def _on_invalidate(self, payload: bytes) -> None:
+        self.key_cache.invalidate(payload.decode("utf-8", "replace"))
+
+    def _on_route(self, payload: bytes) -> None:
+        self.routes.on_change(payload.decode("utf-8", "replace"))
+
+    def _on_notice(self, payload: bytes) -> None:
+        try:
+            notice = _decode_notice(payload)
+        except msgspec.MsgspecError:
+            log.warning("undecodable notice")
+            return
+        for stream in self.inbox.streams.values():  # rare enough for a search
+            if stream.request == notice.request:
+                stream.fail(from_wire(notice.error))
+                return
+
+    def _publish_internals(self) -> None:
+        """Figures of the parts, read when /metrics is asked."""
+        inbox, cache, dispatcher, watch = self.inbox, self.key_cache, self.dispatcher, self.watch
+        pg = self._pg
+        name = "corral_gateway_"
+        self.metrics.gauges |= {
+            f"{name}in_flight": ("Generation requests under way.", lambda: self.app.n_in_flight),
+            f"{name}streams": ("Streams known, cancelled ones included.", lambda: len(inbox.streams)),
+            f"{name}redis_up": ("Whether Redis is connected.", lambda: float(self.redis.connected)),
+            f"{name}postgres_up": ("Whether Postgres answered last.", lambda: float(pg is None or pg.up)),
+        }
+        self.metrics.counters |= {
+            f"{name}frames": ("Frames received.", lambda: inbox.n_frames),
+            f"{name}frame_entries": ("Entries in them.", lambda: inbox.n_entries),
+            f"{name}entries_unknown": ("Entries for no stream here.", lambda: inbox.n_unknown),
+            f"{name}entries_foreign": (
+                "Entries from a machine the request is not on.",
+                lambda: inbox.n_foreign,
+            ),
+            f"{name}entries_repeated": ("Entries received before.", lambda: inbox.n_repeated),
+            f"{name}frames_bad": ("Frames that do not decode.", lambda: inbox.n_bad_frames),
+            f"{name}catch_ups": ("Journals consulted.", lambda: inbox.n_catch_ups),
+            f"{name}stalls": ("Bound streams that fell silent.", lambda: watch.n_stalls),
+            f"{name}timeouts": ("Requests past their deadline.", lambda: watch.n_timeouts),
+            f"{name}settled": ("Requests settled here.", lambda: dispatcher.n_settled),
+            f"{name}cancelled": ("Cancels sent.", lambda: dispatcher.n_cancelled),
+            f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),
+            f"{name}key_lookups": ("Keys asked of Postgres.", lambda: cache.n_lookups),
+            f"{name}key_stale_served": ("Stale keys served with Postgres away.", lambda: cache.n_stale),
+            f"{name}redis_disconnects": ("Connections to Redis lost.", lambda: self.redis.n_disconnects),
+            f"{name}redis_unsent": ("Commands that could not be sent.", lambda: self.redis.n_fire_errors),
+            f"{name}log_lines_dropped": ("Log lines lost.", lambda: self.request_log.n_dropped),
+        }

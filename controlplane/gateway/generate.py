@@ -1,0 +1,164 @@
+"""POST /v1/chat/completions and /v1/completions: from bytes to an answer, whole or streamed.
+
+Called by the app with an authenticated key. Headers wait for the replica's first word, so that its refusal
+still gets a proper status; only a client that waits for a replica gets its headers early, with comments that
+say why. Whatever happens, the stream is closed here once, which cancels what has not ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+
+from controlplane.gateway import schemas
+from controlplane.gateway.auth import Deployment, KeyContext
+from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
+from controlplane.gateway.http import JSON, Receive, Send, respond
+from controlplane.gateway.sse import ChunkWriter, answer
+from controlplane.gateway.stages import StageBoard, comment_of
+from controlplane.gateway.stream import Stream
+from workers.contract import End, Endpoint, FinishReason
+
+_SSE_HEADERS: Headers = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),  # or nginx would hold tokens back
+)
+_MAX_NAMED = 20  # models named in a 404
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request, for its log line and the counters. Filled in as it goes."""
+
+    status: int = 0  # 0: no response was begun
+    code: str = ""
+    key: KeyContext | None = None
+    stream: Stream | None = None
+
+
+class Generator:
+    """Serves generation requests with one process's dispatcher and stage board."""
+
+    def __init__(self, dispatcher: Dispatcher, board: StageBoard) -> None:
+        self._dispatcher = dispatcher
+        self._board = board
+
+    async def serve(
+        self,
+        endpoint: Endpoint,
+        key: KeyContext,
+        request_id: str,
+        body: bytes,
+        receive: Receive,
+        send: Send,
+        headers: Headers,
+        outcome: Outcome,
+    ) -> None:
+        """Answer one request.
+
+        Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
+        and ClientGone when nobody is left to answer.
+        """
+        request = schemas.parse(endpoint, body)
+        deployment = find_deployment(key, request.model)
+        stream = outcome.stream = self._dispatcher.open(request_id, key, deployment, request)
+        try:
+            await self._dispatcher.admit(stream, request, body)
+            loop = asyncio.get_running_loop()
+            watcher = loop.create_task(_disconnect(receive))  # ends with the response, if not before
+            watcher.add_done_callback(lambda _: stream.fail(ClientGone()))
+            if stream.waited_for_replica:
+                self._board.wait(stream)
+            if stream.streaming:
+                await self._stream(stream, request.include_usage, send, headers, outcome, loop)
+            else:
+                await self._answer(stream, send, headers, outcome, loop)
+        finally:
+            if stream.waited_for_replica:
+                self._board.leave(stream)
+            self._dispatcher.close(stream)
+
+    @staticmethod
+    async def _answer(
+        stream: Stream, send: Send, headers: Headers, outcome: Outcome, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        while not stream.over:
+            await stream.wait(loop)
+        end = _checked_end(stream)
+        outcome.status = 200
+        await respond(send, 200, answer(stream, end), (JSON, *headers))
+
+    async def _stream(
+        self,
+        stream: Stream,
+        include_usage: bool,
+        send: Send,
+        headers: Headers,
+        outcome: Outcome,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        while not (stream.pieces or stream.over or stream.comment_due):
+            await stream.wait(loop)
+        if stream.over and not stream.pieces:
+            _checked_end(stream)  # a failure before the first byte gets a proper status
+        outcome.status = 200
+        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *headers]})
+        writer = ChunkWriter(stream, include_usage=include_usage)
+        while True:
+            out = writer.pieces(stream.take()) if stream.pieces else b""
+            if stream.over:
+                break
+            if stream.comment_due:
+                stream.comment_due = False
+                out = out or writer.comment(comment_of(stream, time.time_ns() // 1_000_000))
+            if out:
+                stream.wrote_at = time.monotonic()
+                await send({"type": "http.response.body", "body": out, "more_body": True})
+            if stream.paused and not stream.pieces:
+                self._dispatcher.inbox.catch_up(stream)  # it has drained
+            if not (stream.pieces or stream.over or stream.comment_due):
+                await stream.wait(loop)
+        try:
+            out += writer.end(_checked_end(stream))
+        except ApiError as error:
+            outcome.code = error.code
+            out += writer.error(error)
+        await send({"type": "http.response.body", "body": out})
+
+
+def find_deployment(key: KeyContext, model: str) -> Deployment:
+    """The deployment a `model` names; a 404 that lists what the key may use (another tenant's looks the
+    same)."""
+    deployment = key.deployments.get(model)
+    if deployment is not None:
+        return deployment
+    names = sorted(key.deployments)
+    shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
+    remedy = f"this API key may use: {shown}" if names else "this API key's project has no deployments yet"
+    raise ApiError(
+        404, "model_not_found", f"the model {model[:100]!r} does not exist; {remedy}", param="model"
+    )
+
+
+def _checked_end(stream: Stream) -> End:
+    """Its end, if it is one that a client gets an answer for; raises what it failed with otherwise."""
+    if stream.failure is not None:
+        raise stream.failure
+    end = stream.end
+    assert end is not None
+    if end.error is not None:
+        raise from_wire(end.error)
+    if end.reason in (FinishReason.ABORT, FinishReason.ERROR):
+        raise unavailable("generation_aborted", "the answer was interrupted: send the request again")
+    return end
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Returns when the connection has gone, or the response is complete."""
+    with contextlib.suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass

@@ -1,0 +1,128 @@
+"""Which replicas of each deployment are ready and how full, as last seen: what admission ranks its candidates
+by.
+
+A deployment is looked at when a request needs it, then once a second while requests come, and whenever its
+set is announced to have changed. A stale or empty view is safe: the admission script checks slots itself, and
+without a candidate it finds any free replica through the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Final
+
+from controlplane.policy.routing import ReplicaLoad, rank
+from workers.keys import CellKeys
+from workers.redis_client import Client, RedisError
+
+_POLL_S: Final = 1.0
+_ACTIVE_S: Final = 30.0  # looked at for so long after the last request
+_MAX_DEPLOYMENTS: Final = 10_000
+_MAX_REPLICAS: Final = 1_024  # of one deployment
+
+
+class _View:
+    __slots__ = ("again", "looking", "replicas", "used_at")
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, ReplicaLoad] = {}
+        self.used_at = 0.0
+        self.looking = False
+        self.again = False  # it changed while being looked at
+
+
+class RouteTable:
+    """Views by deployment id. Belongs to one event loop."""
+
+    def __init__(self, redis: Client, keys: CellKeys) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._views: dict[str, _View] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._poller = asyncio.get_running_loop().create_task(self._poll(), name="routes")
+
+    async def close(self) -> None:
+        tasks = [*self._tasks, *([self._poller] if self._poller else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def candidates(self, deployment: str) -> tuple[str, ...]:
+        """Replica ids, best first; empty where nothing is known yet (a look is then under way)."""
+        view = self._views.get(deployment)
+        if view is None:
+            if len(self._views) >= _MAX_DEPLOYMENTS:
+                self._views.clear()
+            view = self._views[deployment] = _View()
+            self._look(deployment, view)
+        view.used_at = time.monotonic()
+        return rank(view.replicas.values())
+
+    def bound(self, deployment: str, replica: str) -> str | None:
+        """A request took a slot there; the replica's machine, None if it is not known yet."""
+        load = self._load(deployment, replica)
+        if load is None:
+            return None
+        load.used += 1
+        return load.machine
+
+    def released(self, deployment: str, replica: str) -> None:
+        """A request that took a slot ended."""
+        load = self._load(deployment, replica)
+        if load is not None and load.used > 0:
+            load.used -= 1
+
+    def on_change(self, deployment: str) -> None:
+        """The set of ready replicas changed."""
+        view = self._views.get(deployment)
+        if view is not None:
+            self._look(deployment, view)
+
+    def _load(self, deployment: str, replica: str) -> ReplicaLoad | None:
+        view = self._views.get(deployment)
+        return None if view is None else view.replicas.get(replica)
+
+    def _look(self, deployment: str, view: _View) -> None:
+        if view.looking:
+            view.again = True
+            return
+        view.looking = True
+        task = asyncio.get_running_loop().create_task(self._look_now(deployment, view))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look_now(self, deployment: str, view: _View) -> None:
+        try:
+            view.again = True
+            while view.again:
+                view.again = False
+                members = await self._redis.call("SMEMBERS", self._keys.replicas(deployment))
+                ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
+                rows = await asyncio.gather(
+                    *(self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots") for r in ids)
+                )
+                view.replicas = {
+                    replica: ReplicaLoad(replica, mid.decode(), int(used or 0), int(slots or 0))
+                    for replica, (mid, used, slots) in zip(ids, rows, strict=True)
+                    if mid
+                }
+        except RedisError:
+            pass  # the old view serves until the next poll
+        finally:
+            view.looking = False
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            oldest = time.monotonic() - _ACTIVE_S
+            for deployment, view in list(self._views.items()):
+                if view.used_at < oldest:
+                    del self._views[deployment]
+                elif self._redis.connected:
+                    with contextlib.suppress(RedisError):
+                        self._look(deployment, view)

@@ -1,0 +1,326 @@
+"""Bodies of /v1/chat/completions and /v1/completions: decoded, checked field by field, nothing reserved yet.
+
+Called by the generation handler before admission. The rule for what a replica cannot honour yet: a field that
+would change the answer is refused by name with the remedy, a harmless one is accepted, nothing unknown
+passes. The body itself travels on verbatim, so that what was checked here is what the replica reads.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from controlplane.gateway.errors import ApiError, bad_request
+from workers.contract import Endpoint, Sampling
+
+MAX_STOPS: Final = 16
+MAX_LOGIT_BIAS: Final = 1_024
+
+_Unit = Annotated[float, Meta(ge=0, le=1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Count = Annotated[int, Meta(ge=1, le=10_000_000)]
+_Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Label = Annotated[str, Meta(max_length=512)]
+
+
+class ContentPart(msgspec.Struct, gc=False):
+    """A part of a message's content; other kinds decode, so that the refusal can name them."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """A turn. Tool members pass through to the model's chat template."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: _Label | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: _Label | None = None
+    refusal: str | None = None
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that both endpoints take."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: _Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: _Int64 | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    user: _Label | None = None
+    # Common extensions.
+    top_k: Annotated[int, Meta(ge=-1, le=1_000_000)] | None = None
+    min_p: _Unit | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    ignore_eos: bool | None = None
+
+
+class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: _Count | None = None
+    # Harmless: they do not change the answer.
+    metadata: dict[str, str] | None = None
+    safety_identifier: _Label | None = None
+    prompt_cache_key: _Label | None = None
+    prompt_cache_retention: _Label | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    # Accepted at their neutral values only: see _UNSUPPORTED.
+    service_tier: str | None = None
+    store: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+
+
+class CompletionBody(_Common, forbid_unknown_fields=True, kw_only=True):
+    prompt: str | list[Any]
+    # Accepted at their neutral values only.
+    best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+
+
+class GenerationRequest(msgspec.Struct, gc=False):
+    """A checked body: all that the gateway needs of it. `max_tokens` None = as much as the context leaves."""
+
+    endpoint: Endpoint
+    model: str
+    stream: bool
+    include_usage: bool
+    max_tokens: int | None
+    n_text_bytes: int
+    n_messages: int
+    body: ChatBody | CompletionBody
+    stop: tuple[str, ...]
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        """Parameters for the replica; `max_tokens` is what is held."""
+        body = self.body
+        top_k = body.top_k
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=0 if top_k is None or top_k < 0 else top_k,
+            min_p=body.min_p or 0.0,
+            seed=body.seed,
+            stop=self.stop,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            ignore_eos=bool(body.ignore_eos),
+            logit_bias=body.logit_bias or {},
+        )
+
+
+# Field -> (values that ask for nothing, remedy). Everything else would change the answer or promise what is
+# not kept.
+_UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+    "n": ((None, 1), "send one request per choice"),
+    "best_of": ((None, 1), "leave it out"),
+    "echo": ((None, False), "leave it out and prepend the prompt yourself"),
+    "suffix": ((None, ""), "leave it out"),
+    "logprobs": ((None, False), "leave it out"),
+    "top_logprobs": ((None,), "leave it out"),
+    "response_format": ((None, {"type": "text"}), 'leave it out or send {"type": "text"}'),
+    "tools": ((None, []), "leave it out"),
+    "tool_choice": ((None, "none", "auto"), "leave it out"),
+    "functions": ((None, []), "leave it out"),
+    "function_call": ((None, "none", "auto"), "leave it out"),
+    "modalities": ((None, ["text"]), 'leave it out or send ["text"]'),
+    "audio": ((None,), "leave it out"),
+    "service_tier": ((None, "auto", "default"), 'leave it out or send "auto"'),
+    "store": ((None, False), "leave it out: requests and answers are not stored"),
+    "reasoning_effort": ((None, "none"), "leave it out"),
+    "verbosity": ((None, "medium"), "leave it out"),
+    "web_search_options": ((None,), "leave it out"),
+}
+_CHAT_CHECKS = tuple((f, *_UNSUPPORTED[f]) for f in ChatBody.__struct_fields__ if f in _UNSUPPORTED)
+_COMPLETION_CHECKS = tuple(
+    (f, *_UNSUPPORTED[f]) for f in CompletionBody.__struct_fields__ if f in _UNSUPPORTED
+)
+
+_decode_chat = msgspec.json.Decoder(ChatBody).decode
+_decode_completion = msgspec.json.Decoder(CompletionBody).decode
+
+
+def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
+    """The checked request, or an ApiError (400) naming the field at fault."""
+    if endpoint is Endpoint.CHAT:
+        chat: ChatBody = _decoded(_decode_chat, body)
+        _refuse_unsupported(chat, _CHAT_CHECKS)
+        limit = _max_tokens(chat.max_tokens, chat.max_completion_tokens)
+        return _request(endpoint, chat, limit, _measure_messages(chat.messages), len(chat.messages))
+    completion: CompletionBody = _decoded(_decode_completion, body)
+    _refuse_unsupported(completion, _COMPLETION_CHECKS)
+    if not isinstance(completion.prompt, str):
+        raise bad_request(
+            "prompt: lists of prompts and token ids are not supported; send one string",
+            "prompt",
+            "unsupported_value",
+        )
+    if not completion.prompt:
+        raise bad_request("prompt is empty; send at least one character", "prompt")
+    return _request(endpoint, completion, completion.max_tokens, _n_bytes(completion.prompt), 0)
+
+
+def _request(
+    endpoint: Endpoint,
+    body: ChatBody | CompletionBody,
+    max_tokens: int | None,
+    n_text_bytes: int,
+    n_messages: int,
+) -> GenerationRequest:
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+    if body.logit_bias:
+        _check_bias(body.logit_bias)
+    return GenerationRequest(
+        endpoint=endpoint,
+        model=body.model,
+        stream=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        max_tokens=max_tokens,
+        n_text_bytes=n_text_bytes,
+        n_messages=n_messages,
+        body=body,
+        stop=_stops(body.stop),
+    )
+
+
+def _refuse_unsupported(
+    body: ChatBody | CompletionBody, checks: tuple[tuple[str, tuple[Any, ...], str], ...]
+) -> None:
+    for name, neutral, remedy in checks:
+        value = getattr(body, name)
+        if value is not None and value not in neutral:
+            raise bad_request(
+                f"{name} is not supported by this server: {remedy}", name, "unsupported_parameter"
+            )
+
+
+def _max_tokens(old: int | None, new: int | None) -> int | None:
+    if old is not None and new is not None and old != new:
+        raise bad_request(
+            "max_tokens and max_completion_tokens differ; send one of them", "max_completion_tokens"
+        )
+    return old if new is None else new
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS:
+        raise bad_request(f"stop has {len(stops)} strings; at most {MAX_STOPS} are allowed", "stop")
+    if not all(stops):
+        raise bad_request("stop: an empty string would stop everything; leave it out", "stop")
+    return stops
+
+
+def _check_bias(bias: dict[str, float]) -> None:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise bad_request(
+            f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are allowed", "logit_bias"
+        )
+    for token in bias:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise bad_request(
+                f"logit_bias: key {token[:20]!r} is no token id; use whole numbers", "logit_bias"
+            )
+
+
+def _measure_messages(messages: list[Message]) -> int:
+    """UTF-8 bytes of all texts; refuses what no chat model here can read."""
+    if not messages:
+        raise bad_request("messages is empty; send at least one message", "messages", "empty_messages")
+    n_bytes = 0
+    for i, message in enumerate(messages):
+        content = message.content
+        if isinstance(content, str):
+            n_bytes += len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
+        elif content is None:
+            if message.role != "assistant":
+                raise bad_request(
+                    f"messages[{i}].content is missing; only an assistant message may leave it out",
+                    f"messages[{i}].content",
+                )
+        else:
+            for k, part in enumerate(content):
+                if part.type != "text" or part.text is None:
+                    raise bad_request(
+                        f"messages[{i}].content[{k}]: only text parts are supported, "
+                        f"this one is {part.type[:40]!r}",
+                        f"messages[{i}].content[{k}]",
+                        "unsupported_content",
+                    )
+                n_bytes += _n_bytes(part.text)
+    return n_bytes
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+_PATH = re.compile(r" - at `([^`]*)`\Z")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+
+
+def _decoded(decode: Any, body: bytes) -> Any:
+    try:
+        return decode(body)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"the body is not valid JSON: {error}", None, "invalid_json") from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply", None, "invalid_json") from None
+
+
+def _field_error(text: str) -> ApiError:
+    """msgspec's sentence, such as "Expected `float` <= 2.0 - at `$.temperature`", as a 400 on that field."""
+    match = _PATH.search(text)
+    at = match.group(1).removeprefix("$").lstrip(".") if match else ""
+    sentence = text[: match.start()] if match else text
+    for pattern, code in ((_UNKNOWN, "unknown_parameter"), (_MISSING, "missing_required_parameter")):
+        found = pattern.search(sentence)
+        if found:
+            param = f"{at}.{found.group(1)}" if at else found.group(1)
+            verb = (
+                "is not known to this server: leave it out" if code == "unknown_parameter" else "is required"
+            )
+            return bad_request(f"{param} {verb}", param, code)
+    if not at:
+        return bad_request("the body must be a JSON object", None, "invalid_type")
+    code = "invalid_type" if "got `" in sentence else "invalid_value"
+    return bad_request(f"{at}: {sentence[:1].lower()}{sentence[1:]}", at, code)

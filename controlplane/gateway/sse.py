@@ -1,0 +1,140 @@
+"""Answers in OpenAI's shapes: server-sent chunks from a prefix built once per request, and the whole JSON
+answer.
+
+Called by the generation handler. Rendering one token is a number, a JSON string and a join. Each event
+carries `id: <request>.<tokens so far>`, from which a client may resume. Rules that clients impose: after the
+first `id:` a comment is a single line without a blank one (the openai SDK parses what a blank line ends), and
+finish reasons are OpenAI's (`budget` is told as `length`, with `"corral": {"finish": "budget"}` beside it).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from controlplane.gateway.errors import ApiError
+from controlplane.gateway.stream import Piece, Stream
+from workers.contract import End, Endpoint, FinishReason
+
+DONE: Final = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+_ID_PREFIX = {Endpoint.CHAT: "chatcmpl-", Endpoint.COMPLETIONS: "cmpl-"}
+_CHUNK_OBJECT = {Endpoint.CHAT: "chat.completion.chunk", Endpoint.COMPLETIONS: "text_completion"}
+_ANSWER_OBJECT = {Endpoint.CHAT: "chat.completion", Endpoint.COMPLETIONS: "text_completion"}
+
+
+def finish_reason(end: End) -> str:
+    """OpenAI's word for how it ended."""
+    return "stop" if end.reason is FinishReason.STOP else "length"
+
+
+def usage(end: End) -> dict[str, Any]:
+    return {
+        "prompt_tokens": end.n_prompt,
+        "completion_tokens": end.n_completion,
+        "total_tokens": end.n_prompt + end.n_completion,
+        "prompt_tokens_details": {"cached_tokens": end.n_cached},
+    }
+
+
+def answer(stream: Stream, end: End) -> bytes:
+    """The body of a request that does not stream; takes the stream's text."""
+    text = "".join(piece.text for piece in stream.take())
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(end)}
+    if stream.endpoint is Endpoint.CHAT:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["text"] = text
+    body = _head(stream, _ANSWER_OBJECT) | {"choices": [choice], "usage": usage(end)}
+    return _encode(body | _extension(end))
+
+
+class ChunkWriter:
+    """Renders the events of one stream."""
+
+    __slots__ = ("_after", "_before", "_id", "_include_usage", "_is_chat", "_stream", "begun")
+
+    def __init__(self, stream: Stream, *, include_usage: bool) -> None:
+        self._stream = stream
+        self._include_usage = include_usage
+        self._is_chat = stream.endpoint is Endpoint.CHAT
+        self._id = f"id: {stream.request}."
+        head = _encode(_head(stream, _CHUNK_OBJECT)).decode()[:-1]
+        tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
+        if self._is_chat:
+            self._before = f'\ndata: {head},"choices":[{{"index":0,"delta":{{"content":'
+            self._after = f'}},"logprobs":null,"finish_reason":null}}]{tail}'
+        else:
+            self._before = f'\ndata: {head},"choices":[{{"index":0,"text":'
+            self._after = f',"logprobs":null,"finish_reason":null}}]{tail}'
+        self.begun = False
+
+    def pieces(self, pieces: list[Piece]) -> bytes:
+        """One event per piece, in one write; in front of the first the chunk that names the role."""
+        out = [] if self.begun else self._opening()
+        id_, before, after = self._id, self._before, self._after
+        for piece in pieces:
+            text = _encode(piece.text).decode()
+            if not text.isascii():
+                text = _without_line_ends(text)
+            out.append(f"{id_}{piece.offset}{before}{text}{after}")
+        return "".join(out).encode()
+
+    def end(self, end: End) -> bytes:
+        """Finish chunk, usage when asked for, and [DONE]."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(end)}
+        choice["delta" if self._is_chat else "text"] = {} if self._is_chat else ""
+        nothing = {"usage": None} if self._include_usage else {}
+        out = [] if self.begun else self._opening()
+        out.append(self._event({"choices": [choice], **nothing, **_extension(end)}))
+        if self._include_usage:
+            out.append(self._event({"choices": [], "usage": usage(end)}))
+        return "".join(out).encode() + DONE
+
+    def error(self, error: ApiError) -> bytes:
+        """A failure after the headers: an error object as data, which ends the stream."""
+        return b"data: " + error.body() + b"\n\n"
+
+    def comment(self, text: str) -> bytes:
+        return f": {text}\n".encode() if self.begun else f": {text}\n\n".encode()
+
+    def _opening(self) -> list[str]:
+        self.begun = True
+        if not self._is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        nothing = {"usage": None} if self._include_usage else {}
+        return [self._event({"choices": [choice], **nothing}, at=0)]
+
+    def _event(self, rest: dict[str, Any], at: int | None = None) -> str:
+        stream = self._stream
+        body = _encode(_head(stream, _CHUNK_OBJECT) | rest).decode()
+        return f"{self._id}{stream.have if at is None else at}\ndata: {body}\n\n"
+
+
+def _without_line_ends(text: str) -> str:
+    """JSON text with the line ends that JSON allows raw, and that many clients split lines at, escaped."""
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+
+
+def _head(stream: Stream, objects: dict[Endpoint, str]) -> dict[str, Any]:
+    return {
+        "id": _ID_PREFIX[stream.endpoint] + stream.request,
+        "object": objects[stream.endpoint],
+        "created": stream.admitted_at_ms // 1000,
+        "model": stream.deployment.name,
+        "system_fingerprint": f"fp_{stream.deployment.id[-12:]}",
+    }
+
+
+def _extension(end: End) -> dict[str, Any]:
+    """What OpenAI has no word for, only where there is something to say."""
+    notes: dict[str, Any] = {}
+    if end.reason is FinishReason.BUDGET:
+        notes["finish"] = "budget"
+    if end.attempts > 1:
+        notes["attempts"] = end.attempts
+    return {"corral": notes} if notes else {}

@@ -1,0 +1,159 @@
+"""One request as this gateway holds it: what has arrived of its answer, and who waits for more.
+
+Made by the generation handler, fed by the inbox, read by the handler. Holds no I/O. Text that waits for the
+client is bounded: beyond the bound the stream is paused, and what it missed is read from the journal once it
+drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from controlplane.gateway.auth import Deployment, KeyContext
+from controlplane.gateway.errors import ApiError, ClientGone
+from controlplane.policy.admission import Hold
+from workers.contract import End, Endpoint, Stage
+
+MAX_HELD_BACK: Final = 256  # entries kept aside while the journal is being read
+
+
+class Piece:
+    """Text to show, and the token offset after it."""
+
+    __slots__ = ("offset", "text")
+
+    def __init__(self, offset: int, text: str) -> None:
+        self.offset = offset
+        self.text = text
+
+
+class Stream:
+    """State of one request. Times are monotonic seconds unless named `_ms` (wall clock)."""
+
+    __slots__ = (
+        "_buffer", "abandoned", "admitted", "admitted_at", "admitted_at_ms", "catching_up",
+        "comment_due", "deadline", "deployment", "end", "endpoint", "failure", "first_at", "have",
+        "heard_at", "held_back", "hold", "key", "last_at", "live_machine", "machine", "n_entries",
+        "number", "overflowed", "paused", "pieces", "raw_estimate", "replica", "request",
+        "resolve_after", "settled", "stage", "streaming", "waited_for_replica", "waiter", "wrote_at",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        request: str,
+        endpoint: Endpoint,
+        key: KeyContext,
+        deployment: Deployment,
+        hold: Hold,
+        *,
+        streaming: bool,
+        raw_estimate: int,
+        now: float,
+        now_ms: int,
+        timeout_s: float,
+        buffer: int,
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.endpoint = endpoint
+        self.key = key
+        self.deployment = deployment
+        self.hold = hold
+        self.raw_estimate = raw_estimate
+        self.streaming = streaming
+        self.admitted_at = now
+        self.admitted_at_ms = now_ms
+        self.deadline = now + timeout_s
+
+        # Where it runs. Frames are taken from `live_machine` only: None while that is being found out, while
+        # the journal is being read, and while paused.
+        self.machine: str | None = None
+        self.live_machine: str | None = None
+        self.replica = ""
+        self.admitted = False
+
+        # What has arrived: `have` tokens in `n_entries` journal entries; `pieces` of it not yet taken.
+        self.have = 0
+        self.n_entries = 0
+        self.pieces: list[Piece] = []
+        self.end: End | None = None
+        self.failure: ApiError | ClientGone | None = None
+        self.first_at: float | None = None
+        self.last_at = now
+        self.heard_at = now
+        self._buffer = buffer
+
+        # Reading the journal.
+        self.catching_up = False
+        self.paused = False
+        self.overflowed = False  # more was held back than fits: the journal must be read once more
+        self.held_back: list[tuple[str, int, int, str, End | None]] = []
+        self.resolve_after = 0.0
+
+        # Waiting and the client.
+        self.waiter: asyncio.Future[None] | None = None
+        self.stage: Stage | None = None
+        self.waited_for_replica = False
+        self.comment_due = False
+        self.wrote_at = now
+        self.abandoned = False  # nobody reads it any more; kept to settle it when its end arrives
+        self.settled = False
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will arrive."""
+        return self.end is not None or self.failure is not None
+
+    def accept(self, n: int, text: str, end: End | None, now: float) -> None:
+        """Take the entry at offset `have`."""
+        self.have += n
+        self.n_entries += 1
+        self.heard_at = now
+        if self.first_at is None and n:
+            self.first_at = now
+        if n:
+            self.last_at = now
+        if end is not None:
+            self.end = end
+        if self.abandoned:
+            return
+        if text:
+            self.pieces.append(Piece(self.have, text))
+        if self.streaming:
+            if len(self.pieces) >= self._buffer and self.end is None:
+                self.paused = True
+                self.live_machine = None
+            self.wake()
+        elif self.end is not None:
+            self.wake()
+
+    def take(self) -> list[Piece]:
+        """What has arrived since the last call."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+    def fail(self, error: ApiError | ClientGone) -> None:
+        """End it from this side; the first reason stands, and an end that arrived stands before it."""
+        if not self.over:
+            self.failure = error
+            self.wake()
+
+    def nudge(self) -> None:
+        """Ask the handler to write a comment, so that the client knows and the connection stays."""
+        if self.streaming and not self.over:
+            self.comment_due = True
+            self.wake()
+
+    def wake(self) -> None:
+        waiter = self.waiter
+        if waiter is not None:
+            self.waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def wait(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Resolves when there is something to do: pieces (streaming only), end, failure or a comment."""
+        self.waiter = loop.create_future()
+        return self.waiter

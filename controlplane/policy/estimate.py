@@ -1,0 +1,66 @@
+"""How many tokens a prompt has, guessed without tokenising it: pure.
+
+Called by the gateway at admission, where tokenising (0.45 ms per 1,000 characters) would cost more than
+everything else on the path. The guess only sizes holds; the worker counts exactly and the settle corrects it.
+Each (tenant, model) keeps one `Calibration`, moved by every finished request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+# UTF-8 bytes per token of English prose under the common byte-level BPE vocabularies; the calibration moves
+# it.
+BYTES_PER_TOKEN: Final = 4
+# What chat templates put around a message (role, separators) and in front of the answer.
+TOKENS_PER_MESSAGE: Final = 4
+TOKENS_PER_PROMPT: Final = 3
+
+_SLOWEST_WEIGHT: Final = 0.05  # after some 20 requests an old ratio has lost most of its say
+_RATIO_MIN, _RATIO_MAX = 0.1, 10.0
+# How far below the estimate the exact count is taken to lie at least: half covers code, CJK and prose alike.
+_LOWER_SHARE: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Exact over raw token count of one (tenant, model), exponentially weighted. `n` = requests seen."""
+
+    ratio: float = 1.0
+    n: int = 0
+
+
+NEW: Final = Calibration()
+
+
+def raw_tokens(n_bytes: int, n_messages: int) -> int:
+    """Uncalibrated estimate for `n_bytes` of UTF-8 text in `n_messages` messages (0: a bare prompt). At least
+    1."""
+    framing = n_messages * TOKENS_PER_MESSAGE + TOKENS_PER_PROMPT if n_messages else 0
+    return max(1, -(-n_bytes // BYTES_PER_TOKEN) + framing)
+
+
+def estimate(raw: int, calibration: Calibration) -> int:
+    """Expected prompt tokens; at least 1."""
+    return max(1, round(raw * calibration.ratio))
+
+
+def lower_bound(estimated: int) -> int:
+    """A count that the exact one is not expected to fall below; at least 1. Sizes what the output may still
+    take."""
+    return max(1, int(estimated * _LOWER_SHARE))
+
+
+def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
+    """The calibration after a request whose raw estimate was `raw` and whose exact count was `exact`.
+
+    The first requests weigh fully (running mean), later ones by a fixed share. A count of 0 (the prompt was
+    never tokenised) changes nothing.
+    """
+    if raw <= 0 or exact <= 0:
+        return calibration
+    n = calibration.n + 1
+    weight = max(1.0 / n, _SLOWEST_WEIGHT)
+    ratio = calibration.ratio + weight * (exact / raw - calibration.ratio)
+    return Calibration(min(max(ratio, _RATIO_MIN), _RATIO_MAX), n)
