@@ -383,27 +383,36 @@ def _pop_script() -> str:
     return POP.source
 
 
-def run(n: int = 512) -> None:
-    """`manage.py bench joint`: an embedded Redis, a tiny model, the figures on stdout."""
+def report(
+    *, repeats: int = 1, progress: Callable[[str], None] = lambda text: None, n: int = 512
+) -> dict[str, Any]:
+    """`manage.py bench joint`: an embedded Redis, a tiny model on the real engine, `repeats` times the story."""
     import tempfile
 
     from infra.local.redis import EmbeddedRedis
     from workers.modelcache.tiny import make_tiny_model
 
+    runs = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        server = EmbeddedRedis(directory / "redis")
-        server.start()
-        try:
-            server.wait_ready()
-            model = make_tiny_model(directory / "tiny", max_model_len=4096)
-            profile = EngineProfile(max_model_len=4096, max_num_seqs=n, kv_cache_bytes=512 << 20)
-            figures = asyncio.run(measure(server.url(), directory, profile, str(model), n))
-        finally:
-            server.destroy()
-    for key, value in asdict(figures).items():
-        print(f"{key:28} {value:.3f}" if isinstance(value, float) else f"{key:28} {value}")
+        model = make_tiny_model(directory / "tiny", max_model_len=4096)
+        profile = EngineProfile(max_model_len=4096, max_num_seqs=n, kv_cache_bytes=512 << 20)
+        for turn in range(repeats):
+            progress(f"run {turn + 1} of {repeats}: {n} requests in flight on the tiny model")
+            server = EmbeddedRedis(directory / f"redis-{turn}")
+            server.start()
+            try:
+                server.wait_ready()
+                runs.append(asdict(asyncio.run(measure(server.url(), directory, profile, str(model), n))))
+            finally:
+                server.destroy()
+    return {"runs": runs}
 
 
-if __name__ == "__main__":
-    run()
+def as_text(result: dict[str, Any]) -> str:
+    """The figures of each run, one line per figure."""
+    return "\n".join(
+        f"{key:28} "
+        + "  ".join(f"{r[key]:.3f}" if isinstance(r[key], float) else str(r[key]) for r in result["runs"])
+        for key in result["runs"][0]
+    )

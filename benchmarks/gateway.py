@@ -1,0 +1,244 @@
+"""`manage.py bench gateway`: what a request and a streamed event cost, with everything switched on.
+
+Starts the whole product with the toy engine (real continuous batching, no model), sends load from a process of its
+own, and reads CPU time from /proc: on-path (gateways, Redis, machine: agent, zygote, front) and off-path (control
+worker with intake, Postgres, web) apart. Every figure is the median of `repeats` runs with minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+
+from benchmarks import cpu
+from benchmarks.loadgen import Plan
+from benchmarks.stack import OFF_PATH, ON_PATH, ROOT, BenchStack, bench_stack
+from benchmarks.stats import quantile, summary
+
+UNPACED, PACED = "bench-unpaced", "bench-paced"
+PROMPT_CHARS = 1000
+N_TOKENS = 64
+SWITCHED_ON = (
+    "API key authentication (HMAC, cache, pub/sub invalidation)",
+    "request validation",
+    "limits at key, project and organization: requests, input and output tokens per minute, concurrency, money",
+    "money holds drawn down per flush, settled per request",
+    "bounded queue with late binding to slots",
+    "Celery queue with acks_late and atomic pop",
+    "fenced journal",
+    "metering with two witnesses (usage stream, disk spool) into Postgres",
+    "heartbeats, watcher, autoscaler ticks",
+    "metrics and request logs",
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One load shape. `n_tokens` per answer; `stream` counts SSE events."""
+
+    name: str
+    model: str
+    n_connections: int
+    n_requests: int
+    stream: bool
+    n_tokens: int = N_TOKENS
+
+
+SCENARIOS = (
+    Scenario("plain_c1", UNPACED, 1, 400, False),
+    Scenario("plain_c16", UNPACED, 16, 3000, False),
+    Scenario("plain_c64", UNPACED, 64, 3000, False),
+    Scenario("stream_unpaced_c16", UNPACED, 16, 800, True),
+    Scenario("stream_unpaced_c64", UNPACED, 64, 800, True),
+    Scenario("stream_paced_c64", PACED, 64, 64, True, n_tokens=400),
+)
+
+
+def measure(
+    *, repeats: int = 7, only: str | None = None, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """All scenarios; returns the report that `--json` prints."""
+    progress("starting a private stack with the toy engine")
+    with bench_stack("toy") as stack:
+        api_key = _prepare(stack, progress)
+        # Scenarios take turns, so that a slow minute of the machine falls on all of them.
+        runs: dict[str, list[dict[str, Any]]] = {s.name: [] for s in SCENARIOS if not only or only in s.name}
+        for turn in range(repeats):
+            for scenario in SCENARIOS:
+                if scenario.name in runs:
+                    progress(f"run {turn + 1} of {repeats}: {scenario.name}")
+                    runs[scenario.name].append(_run(stack, scenario, api_key))
+    report: dict[str, Any] = {
+        "switched_on": list(SWITCHED_ON),
+        "assumptions": {
+            "engine": "toy", "gateway_processes": 2, "prompt_chars": PROMPT_CHARS, "tokens_per_answer": N_TOKENS,
+            "paced_tokens_per_s": 100, "repeats": repeats,
+            "cpu": "user + system time of whole process trees, load generator not counted",
+        },
+        "scenarios": {s.name: _report(s, runs[s.name]) for s in SCENARIOS if s.name in runs},
+    }  # fmt: skip
+    report["goals"] = _goals(report["scenarios"])
+    return report
+
+
+def _prepare(stack: BenchStack, progress: Callable[[str], None]) -> str:
+    profile = ("--profile", "max_num_seqs=512", "--profile", "kv_cache_bytes=4294967296")
+    for name, step_ms in ((UNPACED, 0), (PACED, 10)):
+        stack.manage(
+            "deploy", name, "--model", "toy", "--min", "1", "--max", "1",
+            *profile, "--profile", f"toy_step_ms={step_ms}",
+        )  # fmt: skip
+    key = stack.manage_json(
+        "create_key", "bench", "--rpm", "100000000", "--input-tpm", "2000000000", "--output-tpm", "2000000000",
+        "--max-concurrency", "100000", "--budget", "1000000", "--limit-all",
+    )  # fmt: skip
+    progress("waiting for the bench replicas")
+    for model in (UNPACED, PACED):
+        warm = Scenario("warm", model, 1, 5, False, n_tokens=4)
+        _load(stack, warm, str(key["api_key"]), limit_s=60)
+    return str(key["api_key"])
+
+
+def _load(
+    stack: BenchStack, scenario: Scenario, api_key: str, limit_s: float = 120
+) -> tuple[dict[str, Any], Any]:
+    bodies = []
+    for i in range(64):
+        prompt = (f"Prompt {i} of the bench speaks of cattle. " * 40)[:PROMPT_CHARS]
+        body: dict[str, Any] = {
+            "model": scenario.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": scenario.n_tokens,
+            "ignore_eos": True,
+        }
+        if scenario.stream:
+            body["stream"] = True
+        bodies.append(json.dumps(body))
+    plan = Plan(
+        host="127.0.0.1", port=stack.port, path="/v1/chat/completions",
+        headers={"authorization": f"Bearer {api_key}"}, bodies=bodies,
+        n_connections=scenario.n_connections, n_requests=scenario.n_requests, stream=scenario.stream,
+        limit_s=limit_s, n_warmup=0 if scenario.n_tokens > N_TOKENS else 1,
+    )  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.loadgen"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(asdict(plan)) + "\n")
+        process.stdin.flush()
+        if process.stdout.readline().strip() != "ready":
+            raise RuntimeError("the load generator could not connect")
+        roots = stack.roots()
+        before = cpu.snapshot(roots)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        tally = json.loads(process.stdout.readline())
+        after_path = cpu.snapshot(roots)
+    return tally, (roots, before, after_path)
+
+
+def _run(stack: BenchStack, scenario: Scenario, api_key: str) -> dict[str, Any]:
+    n_before = _n_booked(stack)
+    tally, (roots, before, after) = _load(stack, scenario, api_key)
+    ok = tally["statuses"].get("200", 0)
+    if ok != scenario.n_requests or tally["errors"]:
+        raise RuntimeError(f"{scenario.name}: {tally['statuses']} {tally['errors'][:3]}")
+    _wait_until_booked(stack, n_before + ok)
+    booked = cpu.snapshot(roots)
+    return {
+        "on": {name: cpu.spent(before, after)[name] for name in ON_PATH},
+        "off": {name: cpu.spent(before, booked)[name] for name in OFF_PATH},
+        "n": ok,
+        "n_events": tally["n_events"],
+        "latency_ms": tally["latency_ms"],
+        "first_event_ms": tally["first_event_ms"],
+        "wall_s": tally["wall_s"],
+    }
+
+
+def _n_booked(stack: BenchStack) -> int:
+    with psycopg.connect(stack.dsn("operator"), connect_timeout=5) as connection:
+        row = connection.execute("SELECT count(*) FROM billing_usageevent").fetchone()
+    return int(row[0]) if row else 0
+
+
+def _wait_until_booked(stack: BenchStack, n: int, limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while _n_booked(stack) < n:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"intake booked {_n_booked(stack)} of {n} requests in {limit_s:.0f} s")
+        time.sleep(0.2)
+
+
+def _report(scenario: Scenario, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    # An SSE answer has one event per token at least; coalesced writes still carry one event per token.
+    per, unit = (("n_events", 1e6), "us_per_event") if scenario.stream else (("n", 1e3), "ms_per_request")
+    count, scale = per
+
+    def of(group: str, names: tuple[str, ...]) -> dict[str, float]:
+        return summary([sum(r[group][name] for name in names) / r[count] * scale for r in runs])
+
+    out: dict[str, Any] = {
+        "connections": scenario.n_connections,
+        "requests_per_run": scenario.n_requests,
+        f"on_path_cpu_{unit}": of("on", ON_PATH),
+        **{f"{name}_cpu_{unit}": of("on", (name,)) for name in ON_PATH},
+        f"off_path_cpu_{unit}": of("off", OFF_PATH),
+        "latency_p50_ms": summary([quantile(r["latency_ms"], 0.5) for r in runs]),
+        "latency_p99_ms": summary([quantile(r["latency_ms"], 0.99) for r in runs]),
+        "requests_per_s": summary([r["n"] / r["wall_s"] for r in runs], 0),
+    }
+    if scenario.stream:
+        out["events_per_run"] = runs[0]["n_events"]
+        out["events_per_s"] = summary([r["n_events"] / r["wall_s"] for r in runs], 0)
+        out["ttft_p50_ms"] = summary([quantile(r["first_event_ms"], 0.5) for r in runs])
+        out["off_path_cpu_ms_per_request"] = summary([sum(r["off"].values()) / r["n"] * 1e3 for r in runs])
+    return out
+
+
+def _goals(scenarios: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted = (
+        ("plain_c16", "on_path_cpu_ms_per_request", 0.8),
+        ("stream_paced_c64", "on_path_cpu_us_per_event", 60),
+        ("stream_unpaced_c64", "on_path_cpu_us_per_event", 25),
+        ("plain_c1", "latency_p50_ms", 3),
+    )
+    return [
+        {"scenario": name, "figure": figure, "goal_at_most": goal, "median": scenarios[name][figure]["median"],
+         "reached": scenarios[name][figure]["median"] <= goal}
+        for name, figure, goal in wanted if name in scenarios
+    ]  # fmt: skip
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+    lines = ["switched on: " + "; ".join(report["switched_on"]), ""]
+    lines.append(f"{'scenario':<20}{'on-path CPU':>22}{'gateway':>10}{'redis':>8}{'machine':>9}{'off-path':>10}"
+                 f"{'p50 ms':>9}{'p99 ms':>9}{'req/s':>8}")  # fmt: skip
+    for name, s in report["scenarios"].items():
+        unit = "us_per_event" if "events_per_run" in s else "ms_per_request"
+
+        def cell(key: str, s: dict[str, Any] = s, unit: str = unit) -> float:
+            return float(s[f"{key}_cpu_{unit}"]["median"])
+
+        label = f"{cell('on_path'):.3f} {'µs/event' if unit == 'us_per_event' else 'ms/request'}"
+        lines.append(
+            f"{name:<20}{label:>22}{cell('gateway'):>10.3f}{cell('redis'):>8.3f}{cell('machine'):>9.3f}"
+            f"{cell('off_path'):>10.3f}{s['latency_p50_ms']['median']:>9.2f}{s['latency_p99_ms']['median']:>9.2f}"
+            f"{s['requests_per_s']['median']:>8.0f}"
+        )
+    lines.append("")
+    for goal in report["goals"]:
+        verdict = "reached" if goal["reached"] else "NOT reached"
+        lines.append(
+            f"{goal['scenario']}: {goal['figure']} {goal['median']} (goal ≤ {goal['goal_at_most']}): {verdict}"
+        )
+    return "\n".join(lines)

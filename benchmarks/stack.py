@@ -1,0 +1,103 @@
+"""A private local stack for a benchmark: own data directory, own ports, the toy or tiny engine, ended afterwards.
+
+It is the product as `manage.py up` starts it, nothing left out, so that a figure is the product's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlplane import quickstart_file
+from controlplane.quickstart_file import Quickstart
+from infra.local.environment import SAVED
+from infra.local.privatefile import read_json
+from infra.local.process import find_marked
+from infra.local.stackstate import read_state
+from infra.providers.local import MARK
+
+ROOT = Path(__file__).resolve().parent.parent
+UP_TIMEOUT_S = 300
+
+# Which supervised processes a figure belongs to. On the path of a request: gateways, Redis, the machine.
+ON_PATH = ("gateway", "redis", "machine")
+OFF_PATH = ("intake", "postgres", "web")
+
+
+@dataclass(frozen=True)
+class BenchStack:
+    """A running stack: its data directory, environment for `manage.py`, and quickstart facts."""
+
+    var: Path
+    env: Mapping[str, str]
+    facts: Quickstart
+
+    @property
+    def port(self) -> int:
+        return int(self.facts.base_url.split(":")[2].split("/")[0])
+
+    def dsn(self, role: str) -> str:
+        """Postgres DSN of a role of this stack."""
+        saved = read_json(self.var / SAVED) or {}
+        return str(saved[f"CORRAL_PG_DSN_{role.upper()}"])
+
+    def manage(self, *args: str, timeout_s: float = 120) -> str:
+        """Output of a management command run against this stack; RuntimeError with its errors if it fails."""
+        done = subprocess.run(
+            [sys.executable, "manage.py", *args],
+            cwd=ROOT, env=dict(self.env), capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"manage.py {' '.join(args)}: {done.stderr.strip()[-2000:]}")
+        return done.stdout
+
+    def manage_json(self, *args: str) -> dict[str, Any]:
+        return dict(json.loads(self.manage(*args, "--json")))
+
+    def roots(self) -> dict[str, list[int]]:
+        """Root pids by group, as benchmarks.cpu wants them."""
+        state = read_state(self.var)
+        if state is None:
+            raise RuntimeError(f"no stack state in {self.var}")
+        groups: dict[str, list[int]] = {name: [] for name in (*ON_PATH, *OFF_PATH)}
+        for process in state.processes:
+            if process.pid is None:
+                continue
+            group = {"control": "intake", "beat": "intake"}.get(process.name, process.name.split("-")[0])
+            if group in groups:
+                groups[group].append(process.pid)
+        for machine in (self.var / "machines").glob("*"):
+            groups["machine"] += find_marked(f"{MARK}={machine.name}")
+        return groups
+
+
+@contextmanager
+def bench_stack(engine: str = "toy", *, keep: bool = False) -> Iterator[BenchStack]:
+    """Starts a stack in a temporary directory, yields it, stops it and removes its data."""
+    var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
+    env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
+    try:
+        up = subprocess.run(
+            [sys.executable, "manage.py", "up", "--detach"],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if up.returncode:
+            raise RuntimeError(f"the stack did not start:\n{up.stdout[-3000:]}\n{up.stderr[-2000:]}")
+        yield BenchStack(var, env, quickstart_file.read(var))
+    finally:
+        subprocess.run(
+            [sys.executable, "manage.py", "down"],
+            cwd=ROOT, env=env, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        if not keep:
+            shutil.rmtree(var, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""`manage.py bench NAME`: the benchmarks behind every speed figure in the documentation."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from benchmarks import coldstart, gateway, joint
+
+
+@dataclass(frozen=True)
+class Bench:
+    help: str
+    measure: Callable[..., dict[str, Any]]
+    as_text: Callable[[dict[str, Any]], str]
+    repeats: int = 7
+
+
+BENCHES = {
+    "gateway": Bench(
+        "CPU per request and per streamed event, everything switched on", gateway.measure, gateway.as_text
+    ),
+    "coldstart": Bench(
+        "agent command to first token; a request at zero replicas to first token",
+        coldstart.measure,
+        coldstart.as_text,
+    ),
+    "joint": Bench(
+        "zygote, Celery front and forked engine core with 512 requests in flight",
+        joint.report,
+        joint.as_text,
+        1,
+    ),
+}
+
+
+class Command(BaseCommand):
+    help = "Benchmarks: " + "; ".join(f"{name} ({bench.help})" for name, bench in BENCHES.items())
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("name", choices=sorted(BENCHES))
+        parser.add_argument("--repeats", type=int, help="runs per figure (default: 7; joint: 1)")
+        parser.add_argument("--only", help="gateway: scenarios whose name contains this")
+        parser.add_argument("--json", action="store_true")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        bench = BENCHES[options["name"]]
+        repeats = bench.repeats if options["repeats"] is None else options["repeats"]
+        if not 1 <= repeats <= 100:
+            raise CommandError(f"--repeats {repeats}: give 1 to 100")
+        keywords = {"only": options["only"]} if options["name"] == "gateway" else {}
+        report = bench.measure(repeats=repeats, progress=self.stderr.write, **keywords)
+        self.stdout.write(json.dumps(report, indent=2) if options["json"] else bench.as_text(report))
