@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 import psycopg
 import pytest
 from psycopg import sql
+from pytest_django import DjangoDbBlocker
 
 from infra.local import roles
 from infra.local.postgres import EmbeddedPostgres
@@ -31,7 +32,7 @@ SEEDED = (
 
 
 @pytest.fixture(scope="session")
-def django_db_setup(pg_server: EmbeddedPostgres, django_db_blocker: pytest.FixtureRequest) -> Iterator[None]:
+def django_db_setup(pg_server: EmbeddedPostgres, django_db_blocker: DjangoDbBlocker) -> Iterator[None]:
     """Migrate as owner, then point Django's `default` at a login that acts as corral_app."""
     from django.conf import settings
     from django.core.management import call_command
@@ -65,7 +66,7 @@ def django_db_setup(pg_server: EmbeddedPostgres, django_db_blocker: pytest.Fixtu
     default["OPTIONS"].pop("pool", None)  # test_context.py makes a pool of its own
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     # Django empties tables after a test that committed by TRUNCATE, which only the owner may.
-    TransactionTestCase._fixture_teardown = lambda _self: _empty_tables(pg_server)
+    TransactionTestCase._fixture_teardown = lambda _self: _empty_tables(pg_server)  # type: ignore[attr-defined]
     yield
     with django_db_blocker.unblock():
         connections.close_all()
