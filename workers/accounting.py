@@ -46,6 +46,12 @@ class Accounting:
             for record in self._spool.due(self._tuning.republish_per_beat):
                 await self._announce(record)
 
+    async def tick_forever(self) -> None:
+        """Tick once per beat until cancelled."""
+        while True:
+            await asyncio.sleep(self._tuning.beat_s)
+            await self.tick()
+
     async def sync_forever(self) -> None:
         """fsync off the loop, at most ten times a second."""
         while True:

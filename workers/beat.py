@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import struct
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_FORMAT: Final = struct.Struct("<4sd")
+_FORMAT: Final = struct.Struct("<4sd?")
 _MAGIC: Final = b"beat"
 
 
@@ -23,23 +24,32 @@ class BeatFile:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.at_s = 0.0
-        self.touch()
+        self.touch(ready=False)
 
-    def touch(self) -> None:
+    def touch(self, *, ready: bool) -> None:
+        """`ready`: the replica has been READY, so starting is over."""
         self.at_s = time.monotonic()
-        os.pwrite(self._fd, _FORMAT.pack(_MAGIC, self.at_s), 0)
+        os.pwrite(self._fd, _FORMAT.pack(_MAGIC, self.at_s, ready), 0)
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-def read_beat(path: Path) -> float | None:
-    """Instant of the last beat; None before the first."""
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The last beat."""
+
+    at_s: float
+    ready: bool
+
+
+def read_beat(path: Path) -> Beat | None:
+    """None before the first."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     if len(data) != _FORMAT.size or data[:4] != _MAGIC:
         return None
-    at_s: float = _FORMAT.unpack(data)[1]
-    return at_s
+    _, at_s, ready = _FORMAT.unpack(data)
+    return Beat(at_s, ready)

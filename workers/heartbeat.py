@@ -7,8 +7,9 @@ an event. Redis being away costs beats, never tokens.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Awaitable, Callable
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,7 @@ from workers.serve import Server
 from workers.spool import Spool
 
 _json = msgspec.json.Encoder()
+_STATUS_EVERY: Final = 10
 
 
 class Reporter:
@@ -44,24 +46,21 @@ class Reporter:
         self._beat = beat
         self._seq = 0
         self.phase = ReplicaPhase.LOADING
-        self.reason = ""
+        self.reason = self._message = ""
         self.stages_ms: dict[str, int] = dict(config.stages_ms)
 
-    async def run(self, also: Callable[[], Awaitable[None]]) -> None:
-        """Beat until cancelled; `also` (the accounting) is given the rest of each interval and no more."""
+    async def run(self) -> None:
+        """Beat until cancelled. Every tenth beat repeats the status, should Redis have lost it."""
         while True:
-            started_s = time.monotonic()
+            due_at_s = time.monotonic() + self._config.tuning.beat_s
             self.beat()
-            try:
-                async with asyncio.timeout(self._config.tuning.beat_s * 4):
-                    await also()
-            except TimeoutError:
-                pass
-            await asyncio.sleep(max(0.0, started_s + self._config.tuning.beat_s - time.monotonic()))
+            if self._seq % _STATUS_EVERY == 0:
+                self._client.fire("HSET", self._keys.actual, self._config.replica, self._status())
+            await asyncio.sleep(max(0.0, due_at_s - time.monotonic()))
 
     def beat(self) -> None:
         """One heartbeat, to Redis and to the agent."""
-        self._beat.touch()
+        self._beat.touch(ready=self.phase is not ReplicaPhase.LOADING)
         self._seq += 1
         stats = self._engine.stats()
         spec = self._config.spec
@@ -87,25 +86,27 @@ class Reporter:
         self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)
 
     def enter(self, phase: ReplicaPhase, code: str = "", message: str = "") -> None:
-        """A new phase: written, announced and beaten at once."""
-        self.phase, self.reason = phase, code
-        spec = self._config.spec
-        status = ReplicaStatus(
-            replica=spec.replica,
-            phase=phase,
-            deployment=spec.deployment,
-            code=code,
-            message=message,
-            slots=spec.slots,
-            max_model_len=self._engine.max_model_len,
-            stages_ms=self.stages_ms,
-        )
-        announce(self._client, self._config, status)
+        """A new phase: written where control finds it, announced on the event channel, and beaten, at
+        once.
+        """
+        self.phase, self.reason, self._message = phase, code, message
+        status = self._status()
+        self._client.fire("HSET", self._keys.actual, self._config.replica, status)
+        self._client.fire("PUBLISH", self._keys.event_channel, status)
         self.beat()
 
-
-def announce(client: Client, config: FrontConfig, status: ReplicaStatus) -> None:
-    """Write a status where control finds it, and say so on the machine's event channel."""
-    payload = _json.encode(status)
-    client.fire("HSET", config.keys.actual, status.replica, payload)
-    client.fire("PUBLISH", config.keys.event_channel, payload)
+    def _status(self) -> bytes:
+        spec = self._config.spec
+        return _json.encode(
+            ReplicaStatus(
+                replica=spec.replica,
+                phase=self.phase,
+                deployment=spec.deployment,
+                code=self.reason,
+                message=self._message,
+                slots=spec.slots,
+                max_model_len=self._engine.max_model_len,
+                pid=os.getpid(),
+                stages_ms=self.stages_ms,
+            )
+        )

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import os
 import time
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from workers.accounting import Accounting
 from workers.beat import BeatFile
@@ -80,6 +81,7 @@ class Replica:
         self.accounting = Accounting(self.spool, self.client, config.keys, config.replica, tuning)
 
         started_s = time.monotonic()
+        self.reporter.stages_ms["load"] = round((started_s - self._born_at_s) * 1000)
         await asyncio.gather(self._connect(), self.control.start(_CONNECT_S), self.engine.start())
         self.reporter.stages_ms["warm"] = round((time.monotonic() - started_s) * 1000)
         await self._consuming.wait()
@@ -88,17 +90,15 @@ class Replica:
         if self.reporter.phase is ReplicaPhase.LOADING:
             self.reporter.enter(ReplicaPhase.READY)
             log.info("ready", extra={"phase": "ready"})
-        for work in (
-            self.reporter.run(self.accounting.tick),
-            self.accounting.sync_forever(),
-            self._check_health(),
-        ):
-            self._tasks.append(asyncio.create_task(work))
+        self._spawn(self.accounting.tick_forever(), self.accounting.sync_forever(), self._check_health())
 
     async def _connect(self) -> None:
         await self.client.connect(_CONNECT_S)
-        self.reporter.stages_ms.setdefault("load", round((time.monotonic() - self._born_at_s) * 1000))
         self.reporter.enter(ReplicaPhase.LOADING)
+        self._spawn(self.reporter.run())
+
+    def _spawn(self, *work: Coroutine[Any, Any, None]) -> None:
+        self._tasks += [asyncio.create_task(each) for each in work]
 
     def consumer_ready(self) -> None:
         """Celery's consumer is up."""

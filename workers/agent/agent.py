@@ -1,0 +1,276 @@
+"""The agent of a machine: enrols it, keeps its zygote, runs the replicas that control desires, and says
+how they are.
+
+One process per machine, started by the provider. It never serves a token: replicas outlive it, and the
+next agent adopts them. Zygote and enrolment start together, so that a machine is ready when the slower of
+the two is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import msgspec
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from workers.agent.enrol import Credentials, credentials_of
+from workers.agent.replicas import Limits, Replicas
+from workers.agent.spools import DeadSpools
+from workers.agent.zygote_client import Zygote, ZygoteGone
+from workers.config import AgentConfig, ServeTuning
+from workers.contract import Heartbeat, ReplicaPhase, ReplicaSpec, ReplicaStatus
+from workers.keys import MachineKeys
+from workers.redis_client import Client, RedisError
+
+log = logging.getLogger(__name__)
+
+# A field of `desired` beside the replica ids. Without it the hash was lost (a new Redis) and says nothing.
+GENERATION: Final = b"generation"
+_POLL_S: Final = 1.0
+_BELL_S: Final = 5.0
+_ZYGOTE_RETRY_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+_ORPHAN_S: Final = 120.0
+_ZYGOTE_STOP_S: Final = 3.0
+_STOP_GRACE_S: Final = 4.0  # the local provider kills what is left 10 s after its SIGTERM
+
+_json = msgspec.json.Encoder()
+_spec_decoder = msgspec.json.Decoder(ReplicaSpec)
+
+
+class Agent:
+    """`await run()` until `stop()` is called."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        limits: Limits | None = None,
+        tuning: ServeTuning | None = None,
+    ) -> None:
+        self._config = config
+        self._limits = limits or Limits()
+        self._tuning = tuning or ServeTuning()
+        self._replicas: Replicas | None = None
+        self._enrolled = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._zygote: asyncio.Future[Zygote] = asyncio.get_running_loop().create_future()
+        self._seq = 0
+
+    def stop(self) -> None:
+        """Stop all replicas and return from `run`."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """EnrolRefused when this machine cannot become one of ours."""
+        self._config.dirs.create()
+        zygote = asyncio.create_task(self._keep_zygote(), name="zygote")
+        try:
+            credentials = await self._unless_stopped(credentials_of(self._config))
+            if credentials is not None:
+                await self._run_enrolled(credentials)
+        finally:
+            if self._stopping.is_set():
+                await self._stop_zygote()
+            zygote.cancel()
+            await asyncio.gather(zygote, return_exceptions=True)
+
+    async def _run_enrolled(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        self._keys = MachineKeys(credentials.cell, self._config.machine)
+        self._client = Client(credentials.redis_url, name="agent")
+        self._client.start()
+        replicas = self._replicas = Replicas(
+            self._config, credentials.cell, credentials.redis_url, lambda: self._zygote, self._report,
+            limits=self._limits, tuning=self._tuning,
+        )  # fmt: skip
+        spools = DeadSpools(self._config.dirs, self._client, self._keys, self._tuning)
+        if self._zygote.done():
+            replicas.adopt(self._zygote.result())
+        self._enrolled.set()
+        loops = [
+            asyncio.create_task(work)
+            for work in (
+                self._beat(replicas),
+                self._reconcile(replicas),
+                self._answer_bell(),
+                self._watch(replicas, spools),
+                self._until_stopped(),
+            )
+        ]
+        try:
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a loop that failed is a bug: fail loudly, the provider starts us again
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+            if self._stopping.is_set():
+                log.info("stopping everything on this machine")
+                await replicas.stop_all(_STOP_GRACE_S)
+                await spools.tick(replicas.alive)
+            spools.close()
+            await self._client.close()
+
+    async def _until_stopped(self) -> None:
+        await self._stopping.wait()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, Credentials]) -> Credentials | None:
+        task = asyncio.create_task(work)
+        stopped = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            return None
+        return task.result()
+
+    # -- zygote
+
+    async def _keep_zygote(self) -> None:
+        """Start or adopt it, hear of its children's ends, and start another should it end."""
+        n_failures = 0
+        while not self._stopping.is_set():
+            try:
+                zygote = await self._start_zygote()
+                self._zygote.set_result(zygote)
+                if self._replicas is not None:
+                    self._replicas.adopt(zygote)
+                n_failures = 0
+                await self._hear_exits(zygote)
+            except (ZygoteGone, OSError, TimeoutError) as error:
+                log.error("zygote: %s", str(error)[-500:])
+            if self._zygote.done():
+                self._zygote = asyncio.get_running_loop().create_future()
+                if self._replicas is not None:
+                    self._replicas.on_zygote_gone()
+            await asyncio.sleep(_ZYGOTE_RETRY_S[min(n_failures, len(_ZYGOTE_RETRY_S) - 1)])
+            n_failures += 1
+
+    async def _start_zygote(self) -> Zygote:
+        dirs = self._config.dirs
+        zygote = await Zygote.start(
+            dirs.run / "zygote.sock",
+            log=dirs.root / "zygote.log",
+            engines=("vllm", "toy") if self._config.engine == "vllm" else ("toy",),
+            preimport=("workers.front",),
+            orphan_s=_ORPHAN_S,
+        )
+        log.info("zygote ready", extra={"pid": zygote.pid})
+        for engine, reason in zygote.missing.items():
+            log.error("engine %s is missing: %s", engine, reason)
+        return zygote
+
+    async def _hear_exits(self, zygote: Zygote) -> None:
+        try:
+            async for ended in zygote.exits():
+                await self._enrolled.wait()
+                assert self._replicas is not None
+                self._replicas.on_exit(ended)
+                self._changed.set()
+        finally:
+            await zygote.close()
+
+    async def _stop_zygote(self) -> None:
+        """It would end by itself, but only after a while alone."""
+        with contextlib.suppress(TimeoutError, ZygoteGone):
+            async with asyncio.timeout(_ZYGOTE_STOP_S):
+                zygote = await asyncio.shield(self._zygote)
+                await zygote.shutdown(0.5)
+
+    # -- loops
+
+    async def _beat(self, replicas: Replicas) -> None:
+        """The agent's own heartbeat: READY once it can start replicas."""
+        interval_s = self._credentials.heartbeat_ms / 1000
+        while True:
+            self._seq += 1
+            ready = self._zygote.done()
+            heartbeat = Heartbeat(
+                machine=self._config.machine,
+                seq=self._seq,
+                at_ms=time.time_ns() // 1_000_000,
+                phase=ReplicaPhase.READY if ready else ReplicaPhase.STARTING,
+                n_running=len(replicas.alive),
+            )
+            life_ms = self._tuning.heartbeat_life_ms
+            self._client.fire("SET", self._keys.heartbeat(), _json.encode(heartbeat), "PX", life_ms)
+            if self._seq % 5 == 0:
+                for status in replicas.ended():  # should Redis have lost it
+                    self._client.fire("HSET", self._keys.actual, status.replica, _json.encode(status))
+            try:
+                async with asyncio.timeout(interval_s):
+                    if not ready:
+                        await asyncio.shield(self._zygote)
+                    await self._stopping.wait()
+            except TimeoutError:
+                pass
+
+    async def _reconcile(self, replicas: Replicas) -> None:
+        """On the bell, on an end, and once a second."""
+        while True:
+            try:
+                desired = await self._read_desired()
+            except RedisError:
+                desired = None
+            for replica in replicas.reconcile(desired):
+                self._client.fire("HDEL", self._keys.actual, replica)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    await self._changed.wait()
+            self._changed.clear()
+
+    async def _read_desired(self) -> dict[str, ReplicaSpec] | None:
+        """None when Redis does not have it (lost) or it cannot be read."""
+        flat = await self._client.call("HGETALL", self._keys.desired)
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        if fields.pop(GENERATION, None) is None:
+            return None
+        found = {}
+        for replica, payload in fields.items():
+            try:
+                spec = _spec_decoder.decode(payload)
+            except msgspec.MsgspecError as error:
+                log.error("desired: %s", error, extra={"replica": replica.decode()})
+                return None  # written by a newer control: better to do nothing than to stop what runs
+            found[spec.replica] = spec
+        return found
+
+    async def _answer_bell(self) -> None:
+        """A blocking pop on a connection of its own; only a wake-up, the poll covers its absence."""
+        bell = redis.asyncio.Redis.from_url(
+            self._credentials.redis_url,
+            socket_timeout=_BELL_S + 5,
+            socket_connect_timeout=2,
+            retry=Retry(NoBackoff(), 0),
+        )
+        try:
+            while True:
+                try:
+                    if await bell.blpop([self._keys.bell], timeout=_BELL_S):
+                        self._changed.set()
+                except (redis.RedisError, OSError):
+                    await asyncio.sleep(1.0)
+        finally:
+            with contextlib.suppress(Exception):
+                await bell.aclose()
+
+    async def _watch(self, replicas: Replicas, spools: DeadSpools) -> None:
+        """Once a second: fronts without a sign of life, spools without an owner."""
+        while True:
+            await replicas.check()
+            await spools.tick(replicas.alive)
+            await asyncio.sleep(_POLL_S)
+
+    def _report(self, status: ReplicaStatus) -> None:
+        payload = _json.encode(status)
+        self._client.fire("HSET", self._keys.actual, status.replica, payload)
+        self._client.fire("PUBLISH", self._keys.event_channel, payload)
