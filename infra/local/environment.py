@@ -128,6 +128,7 @@ def adopt(argv: list[str], environ: MutableMapping[str, str]) -> None:
         return
     saved = read_json(Path(environ.get("CORRAL_VAR") or ROOT / "var") / SAVED) or {}
     if saved:
+        saved["CORRAL_LOG_LEVEL"] = "WARNING"  # a command answers a person; its log lines are for services
         saved["CORRAL_DB_ROLE"] = "owner" if argv[1] in _OWNER_COMMANDS else "operator"
     for name, value in saved.items():
         environ.setdefault(name, value)
