@@ -81,7 +81,10 @@ class HealthMiddleware:
             failures = self._readiness.failing()
             if failures:
                 body = {"status": "unavailable", "failing": failures}
-                return JsonResponse(body, status=503, headers={"Retry-After": str(RETRY_AFTER_S)})
+                response = JsonResponse(body, status=503, headers={"Retry-After": str(RETRY_AFTER_S)})
+                # Django would log an error per probe; whoever probes knows already.
+                response._has_been_logged = True  # type: ignore[attr-defined]
+                return response
             return JsonResponse({"status": "ready"})
         if request.path == "/metrics":
             return HttpResponse(generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST)

@@ -81,6 +81,10 @@ def logging_config(*, level: str = "INFO") -> dict[str, Any]:
             # queries.
             "uvicorn.access": {"handlers": [], "propagate": False},
             "django.server": {"handlers": [], "propagate": False},
+            # Beat and the worker would say four lines for every housekeeping task, several times a second.
+            "celery.beat": {"level": "WARNING"},
+            "celery.worker.strategy": {"level": "WARNING"},
+            "celery.app.trace": {"level": "WARNING"},
             # SQL parameters would carry tenants' data.
             "django.db.backends": {"level": "WARNING"},
         },

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from csp.constants import NONCE, NONE, SELF
 from django.core.exceptions import ImproperlyConfigured
 
+from autoscaler.config import AutoscalerConfig
 from controlplane.logging import logging_config
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -100,6 +101,7 @@ class Environment:
 
 
 ENV = Environment.read(os.environ)
+AUTOSCALER = AutoscalerConfig.read(os.environ, console_url=ENV.console_url, var=ENV.var)
 
 
 def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str, Any]:
@@ -128,7 +130,8 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str,
         "PORT": str(parts.port or ""),
         # Without a pool a thread keeps its connection for a minute: intake runs every second.
         "CONN_MAX_AGE": 0 if pool_size else 60,
-        "CONN_HEALTH_CHECKS": not pool_size,
+        # A connection is asked before it is used (0.1 ms), so that a restart of the server breaks no request.
+        "CONN_HEALTH_CHECKS": True,
         "OPTIONS": options,
     }
 

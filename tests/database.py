@@ -63,7 +63,7 @@ def django_db_setup(pg_server: EmbeddedPostgres, django_db_blocker: DjangoDbBloc
     default = settings.DATABASES["default"]
     default.update(USER=LOGIN, PASSWORD=password)
     default["OPTIONS"] = {**default["OPTIONS"], "assume_role": roles.APP}
-    default["OPTIONS"].pop("pool", None)  # test_context.py makes a pool of its own
+    default["OPTIONS"].pop("pool", None)  # test_pool.py makes pools of its own
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     # Django empties tables after a test that committed by TRUNCATE, which only the owner may.
     TransactionTestCase._fixture_teardown = lambda _self: _empty_tables(pg_server)  # type: ignore[attr-defined]
