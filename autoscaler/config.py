@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Self
 
 
@@ -30,7 +31,7 @@ class AutoscalerConfig:
     model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
     enrol_url: str = ""  # empty: <console_url>/internal/enrol
     machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do
-    lease_s: float = 30.0  # a tick that takes longer has died
+    lease_s: float = 10.0  # a tick takes milliseconds; after a crash this long nobody ticks
     heartbeat_stale_s: float = 2.0  # four beats missed
     decision_days: float = 7.0
 
@@ -50,7 +51,7 @@ class AutoscalerConfig:
                 raise ConfigError(f"{_variable(name)}={value}: set a number from {low} to {high}")
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Self:
+    def read(cls, environ: Mapping[str, str], *, console_url: str, var: Path) -> Self:
         """From the environment; raises ConfigError naming the variable."""
         kinds = {"int": int, "float": float, "str": str}
         found: dict[str, object] = {}
@@ -61,6 +62,8 @@ class AutoscalerConfig:
                     found[field.name] = kinds[str(field.type)](text)
                 except ValueError:
                     raise ConfigError(f"{_variable(field.name)}={text!r}: set a number") from None
+        found.setdefault("enrol_url", f"{console_url.rstrip('/')}/internal/enrol")
+        found.setdefault("model_cache", str(var / "models"))
         return cls(**found)  # type: ignore[arg-type]
 
 

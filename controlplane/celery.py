@@ -13,6 +13,8 @@ from celery import Celery
 from celery.signals import setup_logging, worker_ready
 from django.conf import settings
 
+from autoscaler.watch.bootstep import WatcherStep
+
 app = Celery("corral-control")
 app.conf.update(
     broker_url=settings.ENV.redis_url,
@@ -53,6 +55,16 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "autoscaler.tick_all": {
+            "task": "autoscaler.tick_all",
+            "schedule": 5.0,
+            "options": {"expires": 5.0},
+        },
+        "autoscaler.reconcile": {
+            "task": "autoscaler.reconcile",
+            "schedule": 15.0,
+            "options": {"expires": 15.0},
+        },
         "billing.intake": {"task": "billing.intake", "schedule": 1.0, "options": {"expires": 5.0}},
         "billing.ensure_partitions": {
             "task": "billing.ensure_partitions",
@@ -62,6 +74,7 @@ app.conf.update(
     },
 )
 app.autodiscover_tasks(["autoscaler", "billing", "controlplane.tenants"])
+app.steps["worker"].add(WatcherStep)
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]

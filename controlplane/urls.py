@@ -1,11 +1,14 @@
-"""Routes of the web process: the REST API under /api/v1, the console everywhere else.
+"""Routes of the web process: the REST API under /api/v1, enrolment of machines, the console everywhere else.
 
 `/v1` is not here: inference has its own processes (controlplane.gateway). Health is a middleware (health.py).
 """
 
 from django.urls import include, path
 
+from controlplane.api.internal import enrol
+
 urlpatterns = [
+    path("internal/enrol", enrol),
     path("api/v1/", include("controlplane.api.urls")),
     path("", include("controlplane.console.urls")),
 ]

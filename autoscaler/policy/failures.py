@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from autoscaler.types import Failure, ScalerSpec
 
 # Another attempt on the same weights, profile and machine type ends the same way: clients are told at once.
-PERMANENT = frozenset({"bad_weights", "bad_profile", "out_of_memory", "engine_missing", "model_missing"})
+PERMANENT = frozenset(
+    {
+        "bad_digest",
+        "bad_weights",
+        "disk_full",
+        "engine_missing",
+        "invalid_profile",
+        "out_of_memory",
+        "source_missing",
+        "unknown_source",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What a provider of machines is to the autoscaler: launch, terminate, list. Implemented by local.py.
 
 Calls are made by the control worker, each bounded in time; `launch` with the same client token is one
-machine, however often it is called. A provider knows machines, never deployments or tenants; it imports no Django.
+machine, however often it is called. A provider knows machines, never deployments or tenants, and
+imports no Django.
 """
 
 from __future__ import annotations

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from infra.local.privatefile import read_json, write_private_json
-from infra.local.process import ProcessIdentity, end_group, identity_of, is_alive
+from infra.local.process import (
+    ProcessIdentity,
+    end_group,
+    find_marked,
+    identity_of,
+    is_alive,
+    kill_marked,
+)
 from infra.providers.base import CapacityError, LaunchSpec, ProviderMachine, ProviderState
 
 # What an agent and its engine need of our environment. Nothing of ours: the control worker's holds secrets.
@@ -82,7 +89,7 @@ class LocalProvider:
                         f"the local provider runs {n_alive} of {self.capacity} machines: "
                         "raise CORRAL_MAX_MACHINES"
                     )
-                record = {
+                record: dict[str, Any] = {
                     "machine_id": spec.machine_id,
                     "client_token": client_token,
                     "created_at_s": time.time(),
@@ -119,7 +126,7 @@ class LocalProvider:
         agent = self._agent_of(directory)  # the grace is spent outside of the lock
         if agent is not None:
             end_group(agent, stop_signal=signal.SIGTERM, grace_s=self._grace_s)
-        _kill_marked(directory.name)
+        kill_marked(f"{MARK}={directory.name}")
         self._reap()
         ended = [path.parent for path in self.root.glob("*/terminated")]
         for old in sorted(ended, key=lambda path: path.name)[:-KEEP_TERMINATED]:  # ids sort by time
@@ -203,7 +210,7 @@ class LocalProvider:
             if record is not None:
                 identity = ProcessIdentity(int(record["pid"]), int(record["start_time"]))
                 return identity if is_alive(identity) else None
-        for pid in sorted(_marked(directory.name)):
+        for pid in sorted(find_marked(f"{MARK}={directory.name}")):
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(pid) == pid:
                     return identity_of(pid)
@@ -257,27 +264,3 @@ def read_agent_pid(path: Path) -> ProcessIdentity | None:
         return ProcessIdentity(int(record["pid"]), int(record["start_time"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _marked(machine_id: str) -> list[int]:
-    """Pids whose environment carries this machine's mark."""
-    wanted = f"{MARK}={machine_id}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
-
-
-def _kill_marked(machine_id: str) -> None:
-    """The zygote and the replicas have sessions of their own; nothing of a terminated machine may live on."""
-    for _ in range(50):
-        pids = [pid for pid in _marked(machine_id) if identity_of(pid) is not None]
-        if not pids:
-            return
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)

@@ -1,0 +1,138 @@
+"""Carries out commands: each checked against fresh rows, rows written first, then provider or Redis told.
+
+Called by tick.py (a deployment's commands) and reconcile.py (the pool's). Every step may be repeated: rows
+carry the command's id, phases change by compare-and-set, and what Redis misses is restored from the rows.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import redis
+import structlog
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from autoscaler import launch
+from autoscaler.cell import Cell
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.observe import capacity
+from autoscaler.specs import desired_spec, engine_digest, replica_spec, slots
+from autoscaler.types import (
+    Command,
+    DrainReplica,
+    LaunchMachine,
+    StartReplica,
+    StopReplica,
+    TerminateMachine,
+)
+from controlplane import ids
+from controlplane.deployments.models import Deployment
+from infra.providers.base import Provider
+
+log = structlog.get_logger("corral.autoscaler")
+
+_MAX_REASON = 500
+_TAKES_REPLICAS = (MachineState.PENDING, MachineState.ENROLLED, MachineState.READY)
+
+
+def act(
+    command: Command, deployment: Deployment | None, provider: Provider, config: AutoscalerConfig, cell: Cell
+) -> bool:
+    """Carry out one command; False if fresh rows speak against it. Raises what the database raises."""
+    match command:
+        case LaunchMachine(command_id):
+            return launch.launch(UUID(command_id), provider, config, cell) is not None
+        case StartReplica(command_id, machine_id):
+            if deployment is None:
+                return False
+            return _start(UUID(command_id), UUID(machine_id), deployment, config, cell)
+        case DrainReplica(_, replica_id, reason):
+            return drain(UUID(replica_id), reason, cell)
+        case StopReplica(_, replica_id, reason, failure_code):
+            phase = ReplicaPhase.FAILED if failure_code else ReplicaPhase.STOPPED
+            return end(UUID(replica_id), phase, failure_code, reason, cell)
+        case TerminateMachine(_, machine_id, reason):
+            return launch.terminate(UUID(machine_id), reason, provider, cell)
+
+
+def drain(replica_id: UUID, reason: str, cell: Cell) -> bool:
+    """The replica takes nothing new and stops when it is done; False if it was draining or gone."""
+    now = timezone.now()
+    changed = Replica.objects.filter(
+        id=replica_id, phase__in=(ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY)
+    ).update(phase=ReplicaPhase.DRAINING, phase_at=now, reason_message=reason[:_MAX_REASON])
+    replica = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.DRAINING).first()
+    if replica is not None:
+        _tell(lambda: cell.drain(replica_id.hex), replica)
+        _tell(lambda: cell.set_desired(replica.machine_id.hex, desired_spec(replica)), replica)
+    if changed:
+        log.info("replica.draining", replica=replica_id.hex, reason=reason)
+    return bool(changed)
+
+
+def end(replica_id: UUID, phase: ReplicaPhase, code: str, message: str, cell: Cell) -> bool:
+    """The replica is over (`phase` stopped or failed); what it ran moves on. False if it was over before."""
+    now = timezone.now()
+    changed = Replica.objects.filter(id=replica_id, phase__in=LIVE_PHASES).update(
+        phase=phase,
+        phase_at=now,
+        stopped_at=now,
+        reason_code=code[:64],
+        reason_message=message[:_MAX_REASON],
+    )
+    replica = Replica.objects.filter(id=replica_id).first()
+    if replica is not None:
+        _tell(lambda: cell.withdraw_dead(replica_id.hex), replica)
+        _tell(lambda: cell.drop_desired(replica.machine_id.hex, replica_id.hex), replica)
+    if changed:
+        log.info("replica.ended", replica=replica_id.hex, phase=phase.value, code=code, reason=message)
+    return bool(changed)
+
+
+def _start(
+    command_id: UUID, machine_id: UUID, deployment: Deployment, config: AutoscalerConfig, cell: Cell
+) -> bool:
+    try:
+        with transaction.atomic():
+            machine = (
+                Machine.objects.select_for_update().filter(id=machine_id, state__in=_TAKES_REPLICAS).first()
+            )
+            wanted = Deployment.objects.filter(
+                id=deployment.id, generation=deployment.generation, deleted_at=None
+            ).exists()
+            if machine is None or not wanted:
+                return False
+            n_live = Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES).count()
+            if n_live >= capacity(machine, config):
+                return False
+            replica_id = ids.new_id()
+            replica = Replica.objects.create(
+                id=replica_id,
+                organization_id=deployment.organization_id,
+                deployment_id=deployment.id,
+                machine=machine,
+                generation=deployment.generation,
+                slots=slots(deployment),
+                command_id=command_id,
+                spec=replica_spec(deployment, replica_id),
+                spec_digest=engine_digest(deployment),
+            )
+    except IntegrityError:  # this command was carried out before
+        found = Replica.objects.filter(command_id=command_id).first()
+        if found is None:
+            raise
+        replica = found
+    if replica.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING):
+        _tell(lambda: cell.set_desired(machine_id.hex, desired_spec(replica)), replica)
+    log.info("replica.ordered", replica=replica.id.hex, deployment=deployment.id.hex, machine=machine_id.hex)
+    return True
+
+
+def _tell(call: object, replica: Replica) -> None:
+    """Redis being away delays an order, it does not lose it: reconcile restores it from the rows."""
+    try:
+        call()  # type: ignore[operator]
+    except redis.RedisError as error:
+        log.warning("replica.order_delayed", replica=replica.id.hex, error=type(error).__name__)

@@ -1,0 +1,323 @@
+"""The cell's Redis as the autoscaler sees it: load, heartbeats, desired replicas, routing, machine users.
+
+Used by the tick, reconcile, enrolment and the watcher, on the trusted side and synchronously; every call
+waits 2 s at most and is not retried here (redis.RedisError passes through). Postgres has the facts; what
+is written here can always be written again from them. Must never be given a machine's credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from uuid import UUID
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.client import PubSub
+from redis.retry import Retry
+
+from workers.contract import Heartbeat, Notice, ReplicaSpec, ReplicaStatus, Stage, WireError
+from workers.contract import encode as encode_wire
+from workers.keys import RETENTION_MS, CellKeys, MachineKeys
+from workers.scripts import ENROL, SETTLE, WITHDRAW, Script
+
+TIMEOUT_S = 2.0
+DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
+MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
+BELL_MAX = 16
+# A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
+GENERATION_FIELD = "generation"
+_json = msgspec.json.Encoder()
+_decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+_decode_status = msgspec.json.Decoder(ReplicaStatus).decode
+
+POISON = WireError(
+    status=500,
+    code="request_poison",
+    message="this request ended every replica that tried to serve it and is not tried again",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReading:
+    """What Redis holds of one replica. `state` '' : the cell does not know it; `beat` None: none came."""
+
+    state: str = ""
+    slots: int = 0
+    used: int = 0
+    is_routed: bool = False
+    beat: Heartbeat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentReading:
+    """What Redis holds of one deployment."""
+
+    n_queued: int = 0
+    n_routed: int = 0
+
+
+class Cell:
+    """One cell. Safe to share between threads (redis-py's connection pool is)."""
+
+    def __init__(self, url: str, keys: CellKeys) -> None:
+        self.keys = keys
+        self.redis = redis.Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=16,
+            client_name="autoscaler",
+        )
+
+    # -- reading
+
+    def read_replicas(self, replicas: Sequence[tuple[str, str, str]]) -> dict[str, ReplicaReading]:
+        """By replica id, for (replica, machine, deployment) triples. One round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid, did in replicas:
+            pipeline.hmget(self.keys.replica(rid), "state", "slots", "used")
+            pipeline.sismember(self.keys.replicas(did), rid)
+            pipeline.get(self.keys.machine(mid).heartbeat(rid))
+        answers = pipeline.execute() if replicas else []
+        found = {}
+        for i, (rid, mid, _) in enumerate(replicas):
+            (state, slots, used), is_routed, beat = answers[3 * i : 3 * i + 3]
+            found[rid] = ReplicaReading(
+                state=(state or b"").decode(),
+                slots=int(slots or 0),
+                used=max(int(used or 0), 0),
+                is_routed=bool(is_routed),
+                beat=_beat_of(beat, mid, rid),
+            )
+        return found
+
+    def read_deployments(self, deployment_ids: Sequence[str]) -> dict[str, DeploymentReading]:
+        """Queue depth and routed replicas by deployment id. One round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for did in deployment_ids:
+            pipeline.zcard(self.keys.queue(did))
+            pipeline.scard(self.keys.replicas(did))
+        answers = pipeline.execute() if deployment_ids else []
+        return {
+            did: DeploymentReading(int(answers[2 * i]), int(answers[2 * i + 1]))
+            for i, did in enumerate(deployment_ids)
+        }
+
+    def read_agents(self, machine_ids: Sequence[str]) -> dict[str, Heartbeat | None]:
+        """The agents' heartbeats by machine id. One round trip."""
+        if not machine_ids:
+            return {}
+        beats = cast(list[bytes | None], self.redis.mget([self._machine(m).heartbeat() for m in machine_ids]))
+        return {mid: _beat_of(beat, mid, "") for mid, beat in zip(machine_ids, beats, strict=True)}
+
+    def read_actual(self, replicas: Sequence[tuple[str, str]]) -> dict[str, ReplicaStatus]:
+        """What the agents say of these (replica, machine) pairs, by replica id, as far as it parses.
+
+        Asked for by name: a machine may have filled its hash with anything. One round trip.
+        """
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid in replicas:
+            pipeline.hget(self._machine(mid).actual, rid)
+        answers = pipeline.execute() if replicas else []
+        found = {}
+        for (rid, _), payload in zip(replicas, answers, strict=True):
+            status = parse_status(payload) if payload is not None else None
+            if status is not None and status.replica == rid:
+                found[rid] = status
+        return found
+
+    # -- routing
+
+    def enrol(self, *, replica: str, machine: str, deployment: str, slots: int) -> int:
+        """The replica takes requests; answers how many waiting ones it was given. Safe to repeat."""
+        return int(self._run(ENROL, replica, machine, deployment, slots))
+
+    def drain(self, replica: str) -> None:
+        """The replica gets nothing new. Safe to repeat."""
+        self._run(WITHDRAW, replica, "drain", DEATHS_ALLOWED)
+
+    def withdraw_dead(self, replica: str) -> int:
+        """What the replica ran goes back to the queue, or fails as poison; how many went back. Repeatable."""
+        n_requeued = 0
+        for _ in range(MAX_WITHDRAW_CALLS):
+            answer = cast(list[Any], self._run(WITHDRAW, replica, "dead", DEATHS_ALLOWED))
+            n_requeued += int(answer[0])
+            for request in answer[2:]:
+                self.fail_request(request.decode(), POISON)
+            if int(answer[1]) == 0:
+                break
+        return n_requeued
+
+    def fail_request(self, request: str, error: WireError) -> None:
+        """Tell the gateway that awaits it, and settle it at nothing."""
+        gateway = cast(bytes | None, self.redis.hget(self.keys.request(request), "gw"))
+        if gateway is not None:
+            notice = encode_wire(Notice(request=request, error=error))
+            self.redis.publish(self.keys.notice_channel(gateway.decode()), notice)
+        self._run(SETTLE, request, 0, 0, 0, RETENTION_MS)
+
+    def routed(self, deployment: str) -> list[UUID]:
+        """Replicas that the cell gives this deployment's requests to."""
+        members = cast(set[bytes], self.redis.smembers(self.keys.replicas(deployment)))
+        return [UUID(hex=member.decode()) for member in sorted(members)]
+
+    # -- watching
+
+    def hold_watch(self, owner: str, life_ms: int) -> bool:
+        """Whether `owner` is the active watcher: takes the lock if nobody has it, renews its own."""
+        if self.redis.set(self.keys.watcher_lock, owner, nx=True, px=life_ms):
+            return True
+        if self.redis.get(self.keys.watcher_lock) != owner.encode():
+            return False
+        return bool(self.redis.pexpire(self.keys.watcher_lock, life_ms))
+
+    def pubsub(self) -> PubSub:
+        """A connection that hears the agents' events and the requests that wait for a first replica."""
+        pubsub = cast(PubSub, cast(Any, self.redis).pubsub(ignore_subscribe_messages=True))
+        pubsub.psubscribe(self.keys.event_pattern)
+        pubsub.subscribe(self.keys.wake_channel)
+        return pubsub
+
+    def leave_watch(self, owner: str) -> None:
+        if self.redis.get(self.keys.watcher_lock) == owner.encode():
+            self.redis.delete(self.keys.watcher_lock)
+
+    # -- desired state
+
+    def set_desired(self, machine: str, spec: ReplicaSpec) -> None:
+        """The agent of this machine should run this replica as specified."""
+        self._change_desired(machine, {spec.replica: _json.encode(spec)}, ())
+
+    def drop_desired(self, machine: str, *replicas: str) -> None:
+        """The agent of this machine should not run these replicas."""
+        self._change_desired(machine, {}, replicas)
+
+    def restore_desired(self, machine: str, wanted: dict[str, ReplicaSpec], seen: dict[str, bool]) -> bool:
+        """Make the hash agree with rows read AFTER `seen` was (see read_desired); True if it did not.
+
+        Only a field that is missing, one too many, or one that must drain is touched: a change made meanwhile
+        is never undone.
+        """
+        put = {
+            rid: _json.encode(spec)
+            for rid, spec in wanted.items()
+            if rid not in seen or (spec.drain and not seen[rid])
+        }
+        drop = [rid for rid in seen if rid not in wanted and rid != GENERATION_FIELD]
+        if not put and not drop and GENERATION_FIELD in seen:
+            return False
+        self._change_desired(machine, put, drop)
+        return True
+
+    def read_desired(self, machine: str) -> dict[str, bool]:
+        """Replica id -> whether it is told to drain; plus GENERATION_FIELD unless the hash was lost."""
+        fields = cast(dict[bytes, bytes], self.redis.hgetall(self._machine(machine).desired))
+        return {name.decode(): b'"drain":true' in value for name, value in fields.items()}
+
+    def _change_desired(self, machine: str, put: dict[str, bytes], drop: Iterable[str]) -> None:
+        keys = self._machine(machine)
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.hincrby(keys.desired, GENERATION_FIELD, 1)
+        if put:
+            pipeline.hset(keys.desired, mapping=cast(dict[Any, Any], put))
+        if drop := list(drop):
+            pipeline.hdel(keys.desired, *drop)
+        pipeline.lpush(keys.bell, "1")
+        pipeline.ltrim(keys.bell, 0, BELL_MAX - 1)
+        pipeline.execute()
+
+    # -- stages
+
+    def publish_stage(self, stage: Stage) -> None:
+        """Tell waiting clients, and whoever begins to wait later."""
+        key = self.keys.stage(stage.deployment)
+        fields = {
+            "stage": stage.stage,
+            "eta_ms": "" if stage.eta_ms is None else stage.eta_ms,
+            "code": stage.code,
+            "message": stage.message,
+            "retry_after_s": "" if stage.retry_after_s is None else stage.retry_after_s,
+            "at_ms": stage.at_ms,
+        }
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.hset(key, mapping=cast(dict[Any, Any], fields))
+        pipeline.pexpire(key, RETENTION_MS)
+        pipeline.publish(self.keys.stage_channel, _json.encode(stage))
+        pipeline.execute()
+
+    def last_stage(self, deployment: str) -> tuple[str, str]:
+        """(stage, code) as last published; ('', '') when there is none."""
+        stage, code = cast(list[bytes | None], self.redis.hmget(self.keys.stage(deployment), "stage", "code"))
+        return (stage or b"").decode(), (code or b"").decode()
+
+    def forget_stage(self, deployment: str) -> None:
+        self.redis.delete(self.keys.stage(deployment))
+
+    # -- machine users
+
+    def set_user(self, machine: str, password_sha256_hex: str) -> None:
+        """Make (or make again) the machine's user, and save the list where the server keeps one."""
+        keys = self._machine(machine)
+        self._acl("SETUSER", keys.redis_user, *keys.acl_rules(password_sha256_hex))
+        self._save_users()
+
+    def has_user(self, machine: str) -> bool:
+        return self._acl("GETUSER", self._machine(machine).redis_user) is not None
+
+    def delete_machine(self, machine: str) -> None:
+        """Its user goes, with all its connections, and what control and agent told each other.
+
+        Usage that was not booked yet stays.
+        """
+        keys = self._machine(machine)
+        self._acl("DELUSER", keys.redis_user)
+        self._save_users()
+        self.redis.delete(keys.desired, keys.bell, keys.actual, keys.heartbeat())
+
+    def _save_users(self) -> None:
+        # A server without an ACL file refuses; the digests in Postgres make the users again.
+        with contextlib.suppress(redis.ResponseError):
+            self._acl("SAVE")
+
+    # -- plumbing
+
+    def run_id(self) -> str:
+        """Changes when the server was restarted or replaced."""
+        return str(self.redis.info("server")["run_id"])
+
+    def _machine(self, machine: str) -> MachineKeys:
+        return self.keys.machine(machine)
+
+    def _acl(self, *args: str) -> Any:
+        return cast(Any, self.redis).execute_command("ACL", *args)
+
+    def _run(self, script: Script, *args: str | int) -> Any:
+        arguments = (self.keys.prefix, time.time_ns() // 1_000_000, *args)
+        try:
+            return self.redis.evalsha(script.sha, 0, *arguments)
+        except redis.exceptions.NoScriptError:
+            return self.redis.eval(script.source, 0, *arguments)
+
+
+def parse_status(payload: bytes) -> ReplicaStatus | None:
+    """None for anything that is no status: machines are not trusted to speak well."""
+    try:
+        return _decode_status(payload)
+    except msgspec.DecodeError:
+        return None
+
+
+def _beat_of(payload: bytes | None, machine: str, replica: str) -> Heartbeat | None:
+    if payload is None:
+        return None
+    try:
+        beat = _decode_heartbeat(payload)
+    except msgspec.DecodeError:
+        return None
+    return beat if (beat.machine, beat.replica) == (machine, replica) else None

@@ -1,0 +1,174 @@
+"""Buying and giving back machines: the row first, then the provider, so that nothing is paid for twice.
+
+Called by act.py and reconcile.py. A crash between row and provider leaves a pending row that reconcile
+completes with the same client token. Proofs are made here, given to the provider, and stored as digests only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from uuid import UUID
+
+import redis
+import structlog
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from autoscaler.cell import Cell
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from controlplane import ids
+from infra.providers.base import LaunchSpec, Provider, ProviderError, ProviderMachine
+
+log = structlog.get_logger("corral.autoscaler")
+
+_MAX_REASON = 500
+
+
+def launch(command_id: UUID, provider: Provider, config: AutoscalerConfig, cell: Cell) -> Machine | None:
+    """One machine for this command; None when the pool has no place or the provider has no machine.
+
+    Called again with the same command, it completes or returns the machine of the first call.
+    """
+    machine = Machine.objects.filter(command_id=command_id).first()
+    proof = ""
+    if machine is None:
+        proof, digest = new_proof()
+        machine = _insert(command_id, digest, provider, config, cell.keys.cell)
+        if machine is None:
+            return None
+    if machine.state != MachineState.PENDING or machine.provider_ref:
+        return None if machine.state == MachineState.GONE else machine
+    return machine if ask_provider(machine, proof, provider, config) else None
+
+
+def ask_provider(machine: Machine, proof: str, provider: Provider, config: AutoscalerConfig) -> bool:
+    """Have the machine of a pending row launched; False, and the row gone, if the provider refuses.
+
+    Without the proof (lost with whoever made it) a fresh one replaces it first.
+    """
+    if not proof:
+        proof, digest = new_proof()
+        renewed = Machine.objects.filter(
+            id=machine.id, state=MachineState.PENDING, enroll_used_at=None, provider_ref=""
+        ).update(enroll_proof_digest=digest)
+        if not renewed:
+            return True  # it has enrolled meanwhile
+    spec = LaunchSpec(
+        machine_id=machine.id.hex,
+        cell=machine.cell,
+        enrol_url=config.enrol_url,
+        engine=config.engine,
+        model_cache=config.model_cache,
+        redis=config.machine_redis,
+        proof=proof,
+    )
+    try:
+        launched = provider.launch(spec, machine.command_id.hex)
+    except ProviderError as error:
+        log.warning("machine.refused", machine=machine.id.hex, code=error.code, error=str(error))
+        mark_gone(machine.id, f"{error.code}: {error}")
+        return False
+    adopt(machine, launched)
+    log.info("machine.launched", machine=machine.id.hex, provider=provider.name)
+    return True
+
+
+def adopt(machine: Machine, seen: ProviderMachine) -> None:
+    """Note the provider's name of a machine whose row does not have it yet."""
+    Machine.objects.filter(id=machine.id, provider_ref="").exclude(state=MachineState.GONE).update(
+        provider_ref=seen.ref, launched_at=timezone.now()
+    )
+
+
+def terminate(machine_id: UUID, reason: str, provider: Provider, cell: Cell) -> bool:
+    """Give a machine back; False if a replica lives on it or somebody else is doing it."""
+    with transaction.atomic():
+        machine = (
+            Machine.objects.select_for_update().exclude(state=MachineState.GONE).filter(id=machine_id).first()
+        )
+        if machine is None or Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES).exists():
+            return False
+        # From here on nothing is placed on it, whatever becomes of us.
+        Machine.objects.filter(id=machine_id).update(state=MachineState.DRAINING, reason=reason[:_MAX_REASON])
+    if machine.provider_ref:
+        provider.terminate(machine.provider_ref)
+    gone(machine_id, reason, cell)
+    return True
+
+
+def gone(machine_id: UUID, reason: str, cell: Cell) -> list[UUID]:
+    """A machine is no more: its replicas failed, what they ran moves on, its Redis user is deleted.
+
+    Answers the deployments concerned. Safe to repeat.
+    """
+    lost = list(Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES))
+    now = timezone.now()
+    for replica in lost:
+        Replica.objects.filter(id=replica.id, phase__in=LIVE_PHASES).update(
+            phase=ReplicaPhase.FAILED,
+            reason_code="machine_lost",
+            reason_message=reason[:_MAX_REASON],
+            stopped_at=now,
+            phase_at=now,
+        )
+    mark_gone(machine_id, reason)
+    try:
+        for replica in lost:
+            cell.withdraw_dead(replica.id.hex)
+        cell.delete_machine(machine_id.hex)
+    except redis.RedisError as error:  # the watcher and reconcile come back to it
+        log.warning("machine.not_cleaned", machine=machine_id.hex, error=type(error).__name__)
+    return [replica.deployment_id for replica in lost]
+
+
+def mark_gone(machine_id: UUID, reason: str) -> bool:
+    """The row is final; its place in the pool is free again."""
+    marked = (
+        Machine.objects.filter(id=machine_id)
+        .exclude(state=MachineState.GONE)
+        .update(state=MachineState.GONE, gone_at=timezone.now(), reason=reason[:_MAX_REASON])
+    )
+    if marked:
+        log.info("machine.gone", machine=machine_id.hex, reason=reason)
+    return bool(marked)
+
+
+def new_proof() -> tuple[str, bytes]:
+    """(a random 256-bit proof, its SHA-256)."""
+    proof = secrets.token_urlsafe(32)
+    return proof, proof_digest(proof)
+
+
+def proof_digest(proof: str) -> bytes:
+    return hashlib.sha256(proof.encode()).digest()
+
+
+def _insert(
+    command_id: UUID, digest: bytes, provider: Provider, config: AutoscalerConfig, cell_name: str
+) -> Machine | None:
+    """The row of a new machine in the lowest free place of the pool; None when there is none."""
+    taken = set(
+        Machine.objects.filter(cell=cell_name, provider=provider.name)
+        .exclude(state=MachineState.GONE)
+        .values_list("pool_slot", flat=True)
+    )
+    for slot in range(config.max_machines):
+        if slot in taken:
+            continue
+        try:
+            with transaction.atomic():
+                return Machine.objects.create(
+                    id=ids.new_id(),
+                    provider=provider.name,
+                    command_id=command_id,
+                    enroll_proof_digest=digest,
+                    cell=cell_name,
+                    pool_slot=slot,
+                )
+        except IntegrityError:  # somebody took the place, or carried out this very command
+            found = Machine.objects.filter(command_id=command_id).first()
+            if found is not None:
+                return found
+    return None

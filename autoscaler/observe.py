@@ -1,0 +1,166 @@
+"""Builds one Observation of a deployment and the pool, from Postgres (facts) and Redis (load).
+
+Called by tick.py in the control worker, as the operator role. Reads only. Redis being away leaves its figures
+None, which the policy knows how to take; Postgres being away raises django.db.OperationalError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from uuid import UUID
+
+import redis
+import structlog
+from django.db.models import Count, Max, Q
+
+from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import LIVE_PHASES, Machine, Replica, ReplicaPhase
+from autoscaler.models import MachineState as MachineRowState
+from autoscaler.specs import engine_digest
+from autoscaler.types import (
+    Failure,
+    MachineState,
+    MachineView,
+    Observation,
+    ReplicaView,
+    ScalerSpec,
+)
+from autoscaler.types import ReplicaPhase as Phase
+from controlplane.deployments.models import Deployment
+
+log = structlog.get_logger("corral.autoscaler")
+
+MAX_FAILURES_SEEN = 20
+MACHINE_FAILURES_FOR = timedelta(hours=1)
+LIVE_Q = Q(replicas__phase__in=LIVE_PHASES)
+
+
+def observe(
+    deployment: Deployment, spec: ScalerSpec, config: AutoscalerConfig, cell: Cell, now: datetime
+) -> Observation:
+    """What is known of this deployment now."""
+    rows = list(Replica.objects.filter(deployment_id=deployment.id, phase__in=LIVE_PHASES).order_by("id"))
+    readings, load = _ask_redis(cell, deployment.id, rows)
+    digest = engine_digest(deployment)
+    failures, last_good_at_s = _failures(deployment, spec, now)
+    machine_failures, last_machine_good_at_s = _machine_failures(config, cell.keys.cell, now)
+    machines = machine_views(config, cell.keys.cell)
+    return Observation(
+        now_s=now.timestamp(),
+        deployment_id=deployment.id.hex,
+        n_queued=None if load is None else load.n_queued,
+        replicas=tuple(_replica_view(row, readings, digest) for row in rows),
+        machines=machines,
+        n_machines=len(machines),
+        failures=failures,
+        last_good_at_s=last_good_at_s,
+        machine_failures=machine_failures,
+        last_machine_good_at_s=last_machine_good_at_s,
+    )
+
+
+def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView, ...]:
+    """Every machine of the pool that exists, with its room."""
+    rows = (
+        Machine.objects.filter(cell=cell_name, provider=config.provider)
+        .exclude(state=MachineRowState.GONE)
+        .annotate(n_live=Count("replicas", filter=LIVE_Q), emptied_at=Max("replicas__stopped_at"))
+        .order_by("id")
+    )
+    return tuple(
+        MachineView(
+            id=row.id.hex,
+            state=MachineState(row.state),
+            n_free=max(capacity(row, config) - row.n_live, 0),
+            n_replicas=row.n_live,
+            created_at_s=row.created_at.timestamp(),
+            empty_since_s=None if row.n_live else _latest_s((row.emptied_at, row.ready_at)),
+        )
+        for row in rows
+    )
+
+
+def capacity(machine: Machine, config: AutoscalerConfig) -> int:
+    """Replicas a machine holds: what its agent reported, else the pool's default."""
+    told = machine.capabilities.get("max_replicas")
+    if isinstance(told, int) and 1 <= told <= 256:
+        return told
+    return config.replicas_per_machine
+
+
+def _ask_redis(
+    cell: Cell, deployment_id: UUID, rows: list[Replica]
+) -> tuple[dict[str, ReplicaReading] | None, DeploymentReading | None]:
+    did = deployment_id.hex
+    try:
+        readings = cell.read_replicas([(row.id.hex, row.machine_id.hex, did) for row in rows])
+        return readings, cell.read_deployments([did])[did]
+    except redis.RedisError as error:
+        log.warning("autoscaler.redis_away", deployment=did, error=type(error).__name__)
+        return None, None
+
+
+def _replica_view(row: Replica, readings: dict[str, ReplicaReading] | None, digest: str) -> ReplicaView:
+    reading = None if readings is None else readings[row.id.hex]
+    beat = None if reading is None else reading.beat
+    return ReplicaView(
+        id=row.id.hex,
+        machine_id=row.machine_id.hex,
+        phase=Phase(row.phase),
+        created_at_s=row.created_at.timestamp(),
+        phase_at_s=row.phase_at.timestamp(),
+        slots=row.slots,
+        used=None if reading is None else reading.used,
+        beat_seq=None if beat is None else beat.seq,
+        n_requests_total=0 if beat is None else beat.n_requests_total,
+        outdated=bool(row.spec_digest) and row.spec_digest != digest,
+    )
+
+
+def _failures(
+    deployment: Deployment, spec: ScalerSpec, now: datetime
+) -> tuple[tuple[Failure, ...], float | None]:
+    """Newest failures of this generation, oldest first; and when one last had proven itself."""
+    recent = Replica.objects.filter(deployment_id=deployment.id, generation=deployment.generation)
+    last_good_at_s = None
+    for row in recent.filter(ready_at__isnull=False).order_by("-ready_at")[:MAX_FAILURES_SEEN]:
+        if row.ready_at is not None:
+            end_s = (row.stopped_at or now).timestamp()
+            if end_s - row.ready_at.timestamp() >= spec.proven_s:
+                last_good_at_s = max(last_good_at_s or 0.0, end_s)
+    failed = recent.filter(phase=ReplicaPhase.FAILED, stopped_at__isnull=False)
+    failures = [
+        Failure(
+            subject_id=row.id.hex,
+            at_s=row.stopped_at.timestamp(),
+            code=row.reason_code or "unknown",
+            message=row.reason_message,
+            ready_s=(row.stopped_at - row.ready_at).total_seconds() if row.ready_at else 0.0,
+        )
+        for row in failed.order_by("-stopped_at")[:MAX_FAILURES_SEEN]
+        if row.stopped_at is not None
+    ]
+    return tuple(reversed(failures)), last_good_at_s
+
+
+def _machine_failures(
+    config: AutoscalerConfig, cell_name: str, now: datetime
+) -> tuple[tuple[Failure, ...], float | None]:
+    """Machines that never came up, oldest first; and when one last did."""
+    pool = Machine.objects.filter(cell=cell_name, provider=config.provider)
+    failed = pool.filter(
+        state=MachineRowState.GONE, ready_at__isnull=True, gone_at__gte=now - MACHINE_FAILURES_FOR
+    )
+    failures = [
+        Failure(row.id.hex, row.gone_at.timestamp(), "machine_unavailable", row.reason)
+        for row in failed.order_by("-gone_at")[:MAX_FAILURES_SEEN]
+        if row.gone_at is not None
+    ]
+    return tuple(reversed(failures)), _latest_s([pool.aggregate(last=Max("ready_at"))["last"]])
+
+
+def _latest_s(instants: Iterable[datetime | None]) -> float | None:
+    known = [instant.timestamp() for instant in instants if instant is not None]
+    return max(known) if known else None

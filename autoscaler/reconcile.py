@@ -1,0 +1,186 @@
+"""Makes three lists agree: our rows, the provider's machines, and what Redis holds of both.
+
+Run by Celery every 15 s, and in part by the watcher when Redis was lost. A machine we pay for and do not know
+is killed and reported; one that vanished takes its replicas along. Everything may be repeated, and run twice at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from uuid import UUID
+
+import redis
+import structlog
+from django.db.models import F, Q
+from django.utils import timezone
+
+from autoscaler import launch
+from autoscaler.act import act
+from autoscaler.models import LIVE_PHASES, Decision, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.observe import machine_views
+from autoscaler.policy.machines import to_release
+from autoscaler.specs import desired_spec
+from autoscaler.tick import House
+from infra.providers.base import ProviderError, ProviderMachine, ProviderState
+
+log = structlog.get_logger("corral.autoscaler")
+
+MAX_PRUNED = 5000
+# A row is written a moment before its machine exists; younger ones are left to whoever is launching them.
+SETTLED_AFTER = timedelta(seconds=15)
+RESTARTS_FORGIVEN_AFTER = timedelta(minutes=10)
+ENDED_LATELY = timedelta(hours=6)
+
+
+@dataclass(slots=True)
+class Report:
+    """What one pass did; `deployments` lost replicas and want a tick."""
+
+    n_killed: int = 0
+    n_gone: int = 0
+    n_restarted: int = 0
+    n_released: int = 0
+    n_restored: int = 0
+    deployments: set[UUID] = field(default_factory=set)
+
+
+def reconcile(house: House, now: datetime | None = None) -> Report:
+    """One pass. A step that fails is logged and does not keep the others from running."""
+    report, now = Report(), now or timezone.now()
+    for step in (_machines, _release, _restore, _prune):
+        _guarded(step.__name__, lambda step=step: step(house, report, now))  # type: ignore[misc]
+    return report
+
+
+def restore(house: House) -> int:
+    """Users, desired replicas and routes of the cell as the rows say; how many things were put right."""
+    report = Report()
+    _restore(house, report, timezone.now())
+    return report.n_restored
+
+
+def check_machine(machine_id: UUID, house: House) -> Report:
+    """The machine's agent is silent: ask the provider about this one."""
+    report = Report()
+    row = Machine.objects.exclude(state=MachineState.GONE).filter(id=machine_id).first()
+    if row is not None:
+        listed = house.provider.describe()
+        seen = {m.machine_id: m for m in listed if m.state is not ProviderState.GONE}
+        _check(row, seen.get(row.id.hex), house, report, timezone.now())
+    return report
+
+
+def _machines(house: House, report: Report, now: datetime) -> None:
+    listed = [m for m in house.provider.describe() if m.state is not ProviderState.GONE]
+    pool = Machine.objects.filter(provider=house.provider.name, cell=house.cell.keys.cell)
+    rows = {row.id.hex: row for row in pool.exclude(state=MachineState.GONE)}
+    for seen in listed:
+        if seen.machine_id not in rows:
+            log.error("machine.unknown", ref=seen.ref, machine=seen.machine_id, remedy="it is being ended")
+            _guarded("terminate", lambda seen=seen: house.provider.terminate(seen.ref))  # type: ignore[misc]
+            report.n_killed += 1
+    by_id = {seen.machine_id: seen for seen in listed}
+    for mid, row in rows.items():
+        _guarded("check", lambda row=row, mid=mid: _check(row, by_id.get(mid), house, report, now))  # type: ignore[misc]
+
+
+def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Report, now: datetime) -> None:
+    if seen is None:
+        if row.provider_ref:
+            _gone(row, "the provider does not list it any more", house, report)
+        elif now - row.created_at > SETTLED_AFTER:
+            launch.ask_provider(row, "", house.provider, house.config)
+        return
+    if not row.provider_ref:
+        launch.adopt(row, seen)
+    if seen.state is ProviderState.RUNNING and row.n_restarts and row.launched_at:
+        if now - row.launched_at > RESTARTS_FORGIVEN_AFTER:
+            Machine.objects.filter(id=row.id).update(n_restarts=0)
+        return
+    if seen.state is not ProviderState.AGENT_DOWN or now - row.created_at < SETTLED_AFTER:
+        return
+    if row.state == MachineState.PENDING:
+        house.provider.terminate(seen.ref)
+        _gone(row, "its agent ended before it enrolled: see agent.log of the machine", house, report)
+        return
+    allowed = Machine.objects.filter(
+        id=row.id, n_restarts=row.n_restarts, n_restarts__lt=house.config.agent_restarts
+    ).update(n_restarts=F("n_restarts") + 1, launched_at=now)
+    if allowed and house.provider.restart_agent(seen.ref):
+        log.warning("machine.agent_restarted", machine=row.id.hex, n_restarts=row.n_restarts + 1)
+        report.n_restarted += 1
+    elif row.n_restarts >= house.config.agent_restarts:
+        house.provider.terminate(seen.ref)
+        _gone(row, f"its agent ended and was restarted {row.n_restarts} times already", house, report)
+
+
+def _gone(row: Machine, reason: str, house: House, report: Report) -> None:
+    report.deployments.update(launch.gone(row.id, reason, house.cell))
+    report.n_gone += 1
+
+
+def _release(house: House, report: Report, now: datetime) -> None:
+    """Machines that nothing lives on any more."""
+    commands = to_release(
+        machine_views(house.config, house.cell.keys.cell),
+        now.timestamp(),
+        keep_warm_s=house.config.machine_keep_warm_s,
+        pending_timeout_s=house.config.machine_pending_timeout_s,
+    )
+    for command in commands:
+        row = Machine.objects.get(id=UUID(command.machine_id))
+        if row.ready_at is None:  # replicas may be waiting for it in vain
+            if row.provider_ref:
+                house.provider.terminate(row.provider_ref)
+            _gone(row, command.reason, house, report)
+        elif act(command, None, house.provider, house.config, house.cell):
+            log.info("machine.released", machine=command.machine_id, reason=command.reason)
+            report.n_released += 1
+
+
+def _restore(house: House, report: Report, now: datetime) -> None:
+    cell = house.cell
+    pool = Machine.objects.filter(provider=house.provider.name, cell=cell.keys.cell)
+    for row in pool.exclude(state=MachineState.GONE):
+        mid = row.id.hex
+        if row.redis_password_digest and not cell.has_user(mid):
+            cell.set_user(mid, row.redis_password_digest)
+            log.warning("machine.user_restored", machine=mid)
+            report.n_restored += 1
+        seen = cell.read_desired(mid)  # first: see Cell.restore_desired
+        live = Replica.objects.filter(machine_id=row.id, phase__in=LIVE_PHASES)
+        if cell.restore_desired(mid, {r.id.hex: desired_spec(r) for r in live}, seen):
+            report.n_restored += 1
+    _unroute(house, report, now)
+
+
+def _unroute(house: House, report: Report, now: datetime) -> None:
+    """Replicas that Redis still gives work to although their row is over (Redis was away when it ended)."""
+    recent = Q(phase__in=LIVE_PHASES) | Q(stopped_at__gte=now - ENDED_LATELY)
+    for did in set(Replica.objects.filter(recent).values_list("deployment_id", flat=True)):
+        for rid in house.cell.routed(did.hex):
+            row = Replica.objects.filter(id=rid).first()
+            if row is None or row.phase in (ReplicaPhase.STOPPED, ReplicaPhase.FAILED):
+                house.cell.withdraw_dead(rid.hex)
+            elif row.phase == ReplicaPhase.DRAINING:
+                house.cell.drain(rid.hex)
+            else:
+                continue
+            report.n_restored += 1
+
+
+def _prune(house: House, report: Report, now: datetime) -> None:
+    """Decisions are kept for some days; a bounded number goes per pass."""
+    oldest = now - timedelta(days=house.config.decision_days)
+    old = Decision.objects.filter(at__lt=oldest).order_by("at").values_list("id", flat=True)[:MAX_PRUNED]
+    Decision.objects.filter(id__in=list(old)).delete()
+
+
+def _guarded(what: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except (ProviderError, redis.RedisError, OSError) as error:
+        log.warning("reconcile.step_failed", step=what, error=f"{type(error).__name__}: {error}")

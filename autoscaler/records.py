@@ -1,0 +1,104 @@
+"""Rows follow what agents report: phases of replicas, machines that answer.
+
+Called by the recorder (watch/recorder.py) and nothing else. Every change is compare-and-set on the phase, so
+a report that comes twice, late or out of order changes nothing. A machine is believed about its own replicas
+only.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import structlog
+from django.db import transaction
+from django.utils import timezone
+
+from autoscaler import timings
+from autoscaler.act import drain, end
+from autoscaler.cell import Cell
+from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
+from controlplane.deployments.models import Deployment
+from workers.contract import ReplicaPhase as Reported
+from workers.contract import ReplicaStatus
+
+log = structlog.get_logger("corral.autoscaler")
+
+
+def replica_reported(machine_id: UUID, status: ReplicaStatus, cell: Cell) -> UUID | None:
+    """Bring the row up to the report; the deployment to tick when something changed."""
+    replica = (
+        Replica.objects.select_related("machine")
+        .filter(id=UUID(hex=status.replica), machine_id=machine_id)
+        .first()
+    )
+    if replica is None:
+        return None
+    if status.phase is Reported.LOADING:
+        changed = _advance(replica, (ReplicaPhase.STARTING,), ReplicaPhase.LOADING)
+    elif status.phase is Reported.READY:
+        changed = _ready(replica, status)
+    elif status.phase is Reported.DRAINING:
+        changed = drain(replica.id, status.message or "its machine asked for it", cell)
+    elif status.phase is Reported.FAILED:
+        message = status.message or "the agent gave no reason"
+        changed = end(replica.id, ReplicaPhase.FAILED, status.code or "unknown", message, cell)
+    elif status.phase is Reported.STOPPED:
+        changed = _stopped(replica, status, cell)
+    else:
+        changed = False
+    return replica.deployment_id if changed else None
+
+
+def replica_lost(replica_id: UUID, code: str, message: str, cell: Cell) -> UUID | None:
+    """The watcher gave it up; the deployment to tick when the row did not know yet."""
+    replica = Replica.objects.filter(id=replica_id).first()
+    if replica is None:
+        return None
+    if replica.phase == ReplicaPhase.DRAINING:
+        changed = end(replica_id, ReplicaPhase.STOPPED, code, message, cell)
+    else:
+        changed = end(replica_id, ReplicaPhase.FAILED, code, message, cell)
+    return replica.deployment_id if changed else None
+
+
+def machine_answers(machine_id: UUID) -> list[UUID]:
+    """Its agent beats: the machine is ready. Answers the deployments that may wait for it."""
+    now = timezone.now()
+    changed = Machine.objects.filter(id=machine_id, state=MachineState.ENROLLED).update(
+        state=MachineState.READY, ready_at=now
+    )
+    if not changed:
+        return []
+    log.info("machine.ready", machine=machine_id.hex)
+    timings.note_machine(machine_id)
+    live = Deployment.objects.filter(deleted_at=None)
+    return list(live.values_list("id", flat=True))
+
+
+def _advance(replica: Replica, before: tuple[ReplicaPhase, ...], phase: ReplicaPhase) -> bool:
+    changed = Replica.objects.filter(id=replica.id, phase__in=before).update(
+        phase=phase, phase_at=timezone.now()
+    )
+    return bool(changed)
+
+
+def _ready(replica: Replica, status: ReplicaStatus) -> bool:
+    now = timezone.now()
+    with transaction.atomic():
+        changed = Replica.objects.filter(
+            id=replica.id, phase__in=(ReplicaPhase.STARTING, ReplicaPhase.LOADING)
+        ).update(phase=ReplicaPhase.READY, phase_at=now, ready_at=now)
+        if changed:
+            replica.ready_at = now
+            timings.note_replica(replica, status.stages_ms)
+    if changed:
+        log.info("replica.ready", replica=replica.id.hex, stages_ms=status.stages_ms)
+    return bool(changed)
+
+
+def _stopped(replica: Replica, status: ReplicaStatus, cell: Cell) -> bool:
+    """A stop that nobody ordered counts as a failure, or a replica that always stops would start for ever."""
+    if replica.phase == ReplicaPhase.DRAINING:
+        return end(replica.id, ReplicaPhase.STOPPED, status.code, status.message or "drained", cell)
+    message = status.message or "it stopped although nobody asked for it"
+    return end(replica.id, ReplicaPhase.FAILED, status.code or "stopped", message, cell)

@@ -1,0 +1,117 @@
+"""Enrolment: a machine proves that it is the one we launched, once, and is given a Redis user of its own.
+
+Called by controlplane/api/internal.py in the web process. The user reaches the machine's own keys only
+(workers/keys.py); its password is made here, told once and stored as a digest. Neither proof nor password is
+ever logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit, urlunsplit
+from uuid import UUID
+
+import redis
+import structlog
+from django.conf import settings
+from django.utils import timezone
+
+from autoscaler.cell import Cell
+from autoscaler.launch import proof_digest
+from autoscaler.models import Machine, MachineState
+from controlplane.errors import ConflictError, CorralError, InvalidInputError, NotPermittedError
+
+log = structlog.get_logger("corral.autoscaler")
+
+MAX_CAPABILITIES_BYTES = 8192
+MAX_PROOF_CHARS = 256
+
+
+class CellUnavailableError(CorralError):
+    """Redis is away: ask again, with the same proof."""
+
+    status = 503
+    code = "cell_unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """What a machine is told. `redis_url` holds its password."""
+
+    machine_id: str
+    cell: str
+    redis_url: str
+
+
+def enrol(*, machine_id: str, proof: str, capabilities: Mapping[str, object], cell: Cell) -> Enrolled:
+    """Spend the proof, make the machine's user.
+
+    Raises InvalidInputError, NotPermittedError (unknown machine or wrong proof, told alike), ConflictError (the
+    proof was used, or the machine is gone) and CellUnavailableError (nothing was spent).
+    """
+    mid = _machine_id(machine_id)
+    if not 1 <= len(proof) <= MAX_PROOF_CHARS:
+        raise InvalidInputError("proof: give the proof of the launch command", field="proof")
+    if len(json.dumps(capabilities)) > MAX_CAPABILITIES_BYTES:
+        raise InvalidInputError(
+            f"capabilities: at most {MAX_CAPABILITIES_BYTES} bytes of JSON", field="capabilities"
+        )
+    machines = Machine.objects.using(database()).filter(id=mid, cell=cell.keys.cell)
+    machine = machines.first()
+    # The same work and the same answer for a machine that never was.
+    stored = bytes(machine.enroll_proof_digest) if machine is not None else bytes(32)
+    if not hmac.compare_digest(stored, proof_digest(proof)) or machine is None:
+        raise NotPermittedError("the proof is not this machine's: launch the machine again", field="proof")
+
+    password = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    spent = machines.filter(
+        state=MachineState.PENDING, enroll_used_at=None, enroll_proof_digest=stored
+    ).update(
+        state=MachineState.ENROLLED,
+        enroll_used_at=timezone.now(),
+        capabilities=dict(capabilities),
+        redis_user=cell.keys.machine(mid.hex).redis_user,
+        redis_password_digest=digest,
+    )
+    if not spent:
+        raise ConflictError(
+            "the proof was used before, or the machine is gone: launch the machine again", field="proof"
+        )
+    try:
+        cell.set_user(mid.hex, digest)
+    except redis.RedisError as error:
+        machines.filter(state=MachineState.ENROLLED, redis_password_digest=digest).update(
+            state=MachineState.PENDING, enroll_used_at=None, redis_user="", redis_password_digest=""
+        )
+        log.warning("machine.enrol_failed", machine=mid.hex, error=type(error).__name__)
+        raise CellUnavailableError("the cell's Redis is away: try again in a few seconds") from None
+    log.info("machine.enrolled", machine=mid.hex)
+    return Enrolled(mid.hex, cell.keys.cell, _machine_url(cell, mid.hex, password))
+
+
+def database() -> str:
+    """The connection of the operator role, which alone may see machines."""
+    return "default" if settings.ENV.db_role == "operator" else "operator"
+
+
+def _machine_id(text: str) -> UUID:
+    try:
+        if len(text) != 32:
+            raise ValueError
+        return UUID(hex=text)
+    except ValueError:
+        raise InvalidInputError("machine_id: expected 32 hex digits", field="machine_id") from None
+
+
+def _machine_url(cell: Cell, machine_id: str, password: str) -> str:
+    """The cell's URL with the machine's user in place of ours."""
+    parts = urlsplit(settings.ENV.redis_url)
+    host = parts.netloc.rpartition("@")[2]
+    user = cell.keys.machine(machine_id).redis_user
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))

@@ -1,0 +1,75 @@
+"""From a deployment's row to what the policy scales by and what an agent is told to run.
+
+Called by observe, act and reconcile. Reads no database: the deployment comes with its model version loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import Replica, ReplicaPhase
+from autoscaler.types import ScalerSpec
+from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
+from workers.contract import ReplicaSpec
+
+
+def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
+    """The owner's wishes and the pool's limits, as the policy takes them."""
+    return ScalerSpec(
+        generation=deployment.generation,
+        min_replicas=deployment.min_replicas,
+        max_replicas=deployment.max_replicas,
+        idle_timeout_s=float(deployment.idle_timeout_s),
+        slots=slots(deployment),
+        deleted=deployment.deleted_at is not None,
+        max_machines=config.max_machines,
+        machine_timeout_s=config.machine_pending_timeout_s,
+    )
+
+
+def slots(deployment: Deployment) -> int:
+    """Requests a replica runs at once: what its engine batches."""
+    return max(1, int(deployment.engine_profile.get("max_num_seqs", 64)))
+
+
+def engine_digest(deployment: Deployment) -> str:
+    """SHA-256 of what a replica of this deployment runs; scale, price and class are no part of it."""
+    what = {"model": deployment.model_version.digest, "profile": deployment.engine_profile}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def replica_spec(deployment: Deployment, replica_id: UUID) -> dict[str, Any]:
+    """The ReplicaSpec of a new replica, as JSON, to be kept in its row."""
+    version = deployment.model_version
+    spec = ReplicaSpec(
+        replica=replica_id.hex,
+        deployment=deployment.id.hex,
+        model_digest=version.digest,
+        model_source=_source(version),
+        profile=deployment.engine_profile,
+        slots=slots(deployment),
+    )
+    found: dict[str, Any] = msgspec.to_builtins(spec)
+    return found
+
+
+def desired_spec(replica: Replica) -> ReplicaSpec:
+    """What the agent is told about a live replica."""
+    is_draining = replica.phase == ReplicaPhase.DRAINING
+    return msgspec.convert({**replica.spec, "drain": is_draining}, ReplicaSpec)
+
+
+def _source(version: ModelVersion) -> str:
+    if version.source_kind == ModelSource.TOY:
+        return ""
+    if "://" in version.source_uri:
+        return version.source_uri
+    path = Path(version.source_uri)
+    return path.as_uri() if path.is_absolute() else version.source_uri

@@ -1,0 +1,52 @@
+"""Celery entry points of the autoscaler: what happens by the clock. What happens by event is watch/.
+
+Each takes ids, may run twice and twice at once, and does one thing. The schedule is in controlplane/celery.py.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import structlog
+from celery import shared_task
+from django.db import OperationalError
+from django.db.models import Q
+
+from autoscaler import tick as ticking
+from autoscaler.house import build_house
+from autoscaler.models import LIVE_PHASES, Replica
+from autoscaler.reconcile import reconcile as run_reconcile
+from controlplane.deployments.models import Deployment
+
+log = structlog.get_logger("corral.autoscaler")
+
+
+@shared_task(name="autoscaler.tick_deployment")  # type: ignore[untyped-decorator]
+def tick_deployment(deployment_id: str) -> None:
+    """One tick; somebody else holding the lease is as good."""
+    ticking.tick(UUID(hex=deployment_id), build_house())
+
+
+@shared_task(name="autoscaler.tick_all")  # type: ignore[untyped-decorator]
+def tick_all() -> int:
+    """One tick of every deployment that is served or has replicas left; how many failed."""
+    has_replicas = Replica.objects.filter(phase__in=LIVE_PHASES).values("deployment_id")
+    wanted = Deployment.objects.filter(Q(deleted_at=None) | Q(id__in=has_replicas))
+    n_failed = 0
+    for deployment_id in list(wanted.order_by("id").values_list("id", flat=True)):
+        try:
+            ticking.tick(deployment_id, build_house())
+        except OperationalError:
+            raise  # Postgres is away: the others would fail alike
+        except Exception:
+            n_failed += 1
+            log.exception("autoscaler.tick_failed", deployment=deployment_id.hex)
+    return n_failed
+
+
+@shared_task(name="autoscaler.reconcile")  # type: ignore[untyped-decorator]
+def reconcile() -> None:
+    """One pass over machines, rows and Redis; deployments that lost replicas are ticked at once."""
+    house = build_house()
+    for deployment_id in sorted(run_reconcile(house).deployments):
+        ticking.tick(deployment_id, house)

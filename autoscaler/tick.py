@@ -1,0 +1,242 @@
+"""One tick of one deployment: lease, observe, decide, store, act, tell. The heart of the autoscaler's loop.
+
+Called by the watcher (events), by Celery (every few seconds) and by tests; several callers at once are
+fine, one of them gets the lease. A decision is stored before it is acted on, so that everything ever done can
+be replayed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import redis
+import structlog
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from autoscaler import timings
+from autoscaler.act import act
+from autoscaler.cell import Cell
+from autoscaler.codec import from_json, to_json, union_from_json
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import Decision as DecisionRow
+from autoscaler.models import ScalerState
+from autoscaler.observe import observe
+from autoscaler.policy.decide import decide
+from autoscaler.policy.eta import eta_ms
+from autoscaler.specs import scaler_spec
+from autoscaler.types import (
+    COMMANDS,
+    Command,
+    Decision,
+    DeploymentPhase,
+    Observation,
+    ScalerMemory,
+    ScalerSpec,
+    StageName,
+)
+from controlplane import ids
+from controlplane.deployments.models import Deployment, Phase
+from controlplane.deployments.status import record_phase
+from infra.providers.base import Provider
+from workers.contract import Stage
+
+log = structlog.get_logger("corral.autoscaler")
+
+# A machine bought in one round takes replicas in the next.
+MAX_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What every tick needs besides the deployment."""
+
+    config: AutoscalerConfig
+    provider: Provider
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class TickResult:
+    """`busy`: somebody else holds the lease, nothing was done. `decision` is the last round's."""
+
+    busy: bool = False
+    decision: Decision | None = None
+
+
+def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> TickResult:
+    """Decide for one deployment and carry it out. Raises django.db errors when Postgres is away.
+
+    `now` is for tests that walk a clock; the lease always runs on the real one.
+    """
+    deployment = Deployment.objects.select_related("model_version").filter(id=deployment_id).first()
+    if deployment is None:
+        return TickResult()
+    lease = _Lease.take(deployment, house.config)
+    if lease is None:
+        return TickResult(busy=True)
+    try:
+        decision = None
+        for _ in range(MAX_ROUNDS):
+            decision = _round(deployment, house, lease, now or timezone.now())
+            if not any(c.KIND == "launch_machine" for c in decision.commands):
+                break
+        return TickResult(decision=decision)
+    finally:
+        lease.release()
+
+
+def replay(row: DecisionRow) -> tuple[Command, ...]:
+    """The commands `decide` gives for what the row says it was given; they equal `stored_commands(row)`."""
+    return decide(
+        from_json(Observation, row.observation),
+        from_json(ScalerSpec, row.spec),
+        from_json(ScalerMemory, row.memory_in),
+    ).commands
+
+
+def stored_commands(row: DecisionRow) -> tuple[Command, ...]:
+    """The commands as they were ordered."""
+    return tuple(union_from_json(COMMANDS, value) for value in row.commands)
+
+
+def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -> Decision:
+    spec = scaler_spec(deployment, house.config)
+    memory = from_json(ScalerMemory, lease.memory)
+    observation = observe(deployment, spec, house.config, house.cell, now)
+    decision = decide(observation, spec, memory)
+    phase_changed = record_phase(
+        deployment_id=deployment.id,
+        phase=Phase(decision.status.phase.value),
+        last_error=decision.status.last_error,
+    )
+    with transaction.atomic():
+        lease.keep(to_json(decision.memory))
+        if decision.commands or phase_changed:  # a quiet tick that repeats the last one leaves no row
+            _store(deployment, now, observation, spec, memory, decision)
+    for command in decision.commands:
+        done = act(command, deployment, house.provider, house.config, house.cell)
+        log.info(
+            "autoscaler.command",
+            deployment=deployment.id.hex,
+            kind=command.KIND,
+            command=command.command_id,
+            done=done,
+            reasons=decision.reasons,
+        )
+    _publish_stage(deployment, observation, decision, house)
+    return decision
+
+
+def _store(
+    deployment: Deployment,
+    now: datetime,
+    observation: Observation,
+    spec: ScalerSpec,
+    memory: ScalerMemory,
+    decision: Decision,
+) -> None:
+    DecisionRow.objects.create(
+        organization_id=deployment.organization_id,
+        deployment_id=deployment.id,
+        tick_id=ids.new_id(),
+        observation=to_json(observation),
+        spec=to_json(spec),
+        memory_in=to_json(memory),
+        commands=[to_json(command) for command in decision.commands],
+        memory_out=to_json(decision.memory),
+        reasons=list(decision.reasons),
+        at=now,
+    )
+
+
+def _publish_stage(
+    deployment: Deployment, observation: Observation, decision: Decision, house: House
+) -> None:
+    """Tell waiting clients where they stand: on every change, and again while somebody waits."""
+    status, cell, did = decision.status, house.cell, deployment.id.hex
+    try:
+        last = cell.last_stage(did)
+        if status.stage is None:
+            if last != ("", ""):
+                cell.forget_stage(did)
+            return
+        is_news = last != (status.stage.value, status.code)
+        somebody_waits = bool(observation.n_queued) and status.stage is not StageName.READY
+        if not is_news and not somebody_waits:
+            return
+        averages = timings.read(house.config.provider, deployment.model_version.digest)
+        in_stage_s = observation.now_s - (status.stage_since_s or observation.now_s)
+        cell.publish_stage(
+            Stage(
+                deployment=did,
+                stage=status.stage.value,
+                eta_ms=eta_ms(status.stage, in_stage_s, averages),
+                code=status.code,
+                message=_client_message(status.phase, status.code, status.last_error),
+                retry_after_s=status.retry_after_s,
+                at_ms=round(observation.now_s * 1000),
+            )
+        )
+    except redis.RedisError as error:
+        log.warning("autoscaler.stage_not_published", deployment=did, error=type(error).__name__)
+
+
+def _client_message(phase: DeploymentPhase, code: str, last_error: str) -> str:
+    if phase is DeploymentPhase.DELETED:
+        return "this deployment was deleted"
+    return last_error if code else ""
+
+
+class _Lease:
+    """The row lease of one deployment's scaler: compare-and-set on `version`, never a database lock."""
+
+    def __init__(self, deployment_id: UUID, version: int, memory: dict[str, Any]) -> None:
+        self.deployment_id = deployment_id
+        self.version = version
+        self.memory = memory
+
+    @classmethod
+    def take(cls, deployment: Deployment, config: AutoscalerConfig) -> _Lease | None:
+        """None while somebody else holds it."""
+        state, _ = ScalerState.objects.get_or_create(
+            deployment_id=deployment.id, defaults={"organization_id": deployment.organization_id}
+        )
+        now = timezone.now()
+        owner = f"{socket.gethostname()[:20]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
+        taken = (
+            ScalerState.objects.filter(deployment_id=deployment.id, version=state.version)
+            .filter(Q(lease_until=None) | Q(lease_until__lt=now))
+            .update(
+                version=state.version + 1,
+                lease_owner=owner,
+                lease_until=now + timedelta(seconds=config.lease_s),
+            )
+        )
+        return cls(deployment.id, state.version + 1, dict(state.memory)) if taken else None
+
+    def keep(self, memory: dict[str, Any]) -> None:
+        """Store the memory. Raises LeaseLostError when somebody took over: then nothing may be acted on."""
+        kept = ScalerState.objects.filter(deployment_id=self.deployment_id, version=self.version).update(
+            version=self.version + 1, memory=memory
+        )
+        if not kept:
+            raise LeaseLostError(f"the lease of deployment {self.deployment_id.hex} was lost")
+        self.version += 1
+        self.memory = memory
+
+    def release(self) -> None:
+        ScalerState.objects.filter(deployment_id=self.deployment_id, version=self.version).update(
+            version=self.version + 1, lease_owner="", lease_until=None
+        )
+
+
+class LeaseLostError(RuntimeError):
+    """Another worker decides for this deployment now; the next tick will."""

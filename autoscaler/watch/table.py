@@ -1,0 +1,56 @@
+"""What the watcher has to watch: live replicas, machines and deployments, as read from Postgres by the recorder.
+
+The watcher goes on with the last table when Postgres is away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from controlplane.deployments.models import Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class KnownReplica:
+    """A live replica's row, ids as on the wire."""
+
+    id: str
+    machine: str
+    deployment: str
+    slots: int
+    phase: ReplicaPhase
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One reading. `version` grows with every reading."""
+
+    version: int = 0
+    replicas: dict[str, KnownReplica] = field(default_factory=dict)
+    machines: dict[str, MachineState] = field(default_factory=dict)
+    deployments: tuple[str, ...] = ()
+
+
+def read(cell: str, version: int) -> Table:
+    """Three queries. Raises django.db errors when Postgres is away."""
+    replicas = Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell).only(
+        "id", "machine_id", "deployment_id", "slots", "phase"
+    )
+    machines = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE).only("id", "state")
+    deployments = Deployment.objects.filter(deleted_at=None).order_by("id").values_list("id", flat=True)
+    return Table(
+        version=version,
+        replicas={
+            row.id.hex: KnownReplica(
+                id=row.id.hex,
+                machine=row.machine_id.hex,
+                deployment=row.deployment_id.hex,
+                slots=row.slots,
+                phase=ReplicaPhase(row.phase),
+            )
+            for row in replicas
+        },
+        machines={row.id.hex: MachineState(row.state) for row in machines},
+        deployments=tuple(did.hex for did in deployments),
+    )

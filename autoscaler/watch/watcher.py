@@ -1,0 +1,303 @@
+"""Hears and scans the cell's Redis: routes to replicas that are ready, withdraws those that died, wakes those at zero.
+
+Runs as a thread of the control worker; a lock in Redis makes one of several active, and everything it does may be
+done twice. It never asks Postgres (the recorder does) and never stops: with Redis away it waits and comes back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+import redis
+import structlog
+from redis.client import PubSub
+
+from autoscaler.cell import Cell, ReplicaReading, parse_status
+from autoscaler.models import MachineState, ReplicaPhase
+from autoscaler.types import StageName
+from autoscaler.watch.liveness import Liveness
+from autoscaler.watch.recorder import (
+    CellEmptied,
+    Lost,
+    MachineAnswers,
+    MachineSilent,
+    Recorder,
+    Reported,
+    WatchBegins,
+)
+from autoscaler.watch.table import KnownReplica
+from workers.contract import ReplicaPhase as Phase
+from workers.contract import ReplicaStatus, Stage
+
+log = structlog.get_logger("corral.autoscaler")
+
+SCAN_EVERY_S = 0.25
+SLOW_SCAN_EVERY_S = 1.0
+LOCK_LIFE_MS = 4000
+AGENT_STALE_S = 6.0
+MAX_MESSAGES = 1000  # taken in one turn, before the next scan
+MAX_UNMATCHED = 1000
+UNMATCHED_FOR_S = 10.0
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 2.0
+_ID = re.compile(rb"[0-9a-f]{32}\Z")
+_OVER = (Phase.FAILED, Phase.STOPPED)
+
+
+class Watcher:
+    """One cell's watcher. `step` is one turn of at most SCAN_EVERY_S (tests call it with a clock of theirs)."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        recorder: Recorder,
+        *,
+        stale_after_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cell = cell
+        self.recorder = recorder
+        self.owner = f"{socket.gethostname()[:20]}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.is_active = False
+        self._clock = clock
+        self._beats = Liveness(stale_after_s)
+        self._agents = Liveness(AGENT_STALE_S)
+        self._pubsub: PubSub | None = None
+        self._run_id = ""
+        self._next_scan_s = 0.0
+        self._next_slow_scan_s = 0.0
+        self._told: dict[str, tuple[str, str]] = {}  # replica -> (phase, code) as last passed on
+        self._over: set[str] = set()  # replicas withdrawn, until the table forgets them
+        self._unmatched: dict[str, tuple[float, str, ReplicaStatus]] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- life
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="corral-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        n_failures = 0
+        while not self._stop.is_set():
+            try:
+                self.step()
+                n_failures = 0
+            except Exception as error:  # a watcher that stopped would leave dead replicas in the routes
+                n_failures += 1
+                if n_failures == 1 or not isinstance(error, redis.RedisError):
+                    log.warning("watcher.failed", error=f"{type(error).__name__}: {error}")
+                self._disconnected()
+                self._stop.wait(min(BACKOFF_FIRST_S * 2 ** min(n_failures - 1, 10), BACKOFF_MAX_S))
+        try:
+            self.cell.leave_watch(self.owner)
+        except redis.RedisError as error:
+            log.info("watcher.lock_left_behind", error=type(error).__name__)
+
+    def step(self, timeout_s: float = SCAN_EVERY_S) -> None:
+        """Hear what was published, scan when it is due. Raises redis.RedisError."""
+        if not self._hold_lock():
+            self._stop.wait(timeout_s)
+            return
+        self._hear(max(0.0, min(timeout_s, self._next_scan_s - self._clock())))
+        now_s = self._clock()
+        if now_s >= self._next_scan_s:
+            self._next_scan_s = now_s + SCAN_EVERY_S
+            self._scan(now_s)
+
+    def _hold_lock(self) -> bool:
+        now_active = self.cell.hold_watch(self.owner, LOCK_LIFE_MS)
+        if now_active and not self.is_active:
+            self._become_active()
+        elif self.is_active and not now_active:
+            log.warning("watcher.superseded")
+            self._disconnected()
+        self.is_active = now_active
+        return now_active
+
+    def _become_active(self) -> None:
+        """First turn, or first after Redis was away: whatever was published meanwhile is lost, so all is read."""
+        run_id = self.cell.run_id()
+        self._pubsub = self.cell.pubsub()
+        now_s = self._clock()
+        self._beats.forgive(now_s)
+        self._agents.forgive(now_s)
+        self._told.clear()
+        self._next_scan_s = self._next_slow_scan_s = now_s
+        if run_id != self._run_id:
+            self.recorder.note(CellEmptied() if self._run_id else WatchBegins())
+            self._run_id = run_id
+        log.info("watcher.active", owner=self.owner)
+
+    def _disconnected(self) -> None:
+        self.is_active = False
+        pubsub, self._pubsub = self._pubsub, None
+        if pubsub is not None:
+            try:
+                pubsub.close()
+            except redis.RedisError as error:
+                log.info("watcher.close_failed", error=type(error).__name__)
+
+    # -- hearing
+
+    def _hear(self, timeout_s: float) -> None:
+        assert self._pubsub is not None
+        wakes: dict[str, None] = {}
+        message = self._pubsub.get_message(timeout=timeout_s)
+        for _ in range(MAX_MESSAGES):
+            if message is None:
+                break
+            if message["type"] == "pmessage":
+                self._heard(self.cell.keys.machine_of_channel(message["channel"]), message["data"])
+            elif _ID.match(message["data"]):
+                wakes[message["data"].decode()] = None
+            message = self._pubsub.get_message(timeout=0)
+        for did in wakes:
+            self._woken(did)
+
+    def _woken(self, did: str) -> None:
+        """A request waits and nothing serves it: the tick comes first, the word to the client beside it."""
+        self.recorder.want_tick(did)
+        if self.cell.last_stage(did)[0] in ("", StageName.READY):
+            waking = Stage(deployment=did, stage=StageName.WAKING, at_ms=time.time_ns() // 1_000_000)
+            self.cell.publish_stage(waking)
+
+    def _heard(self, mid: str, payload: bytes) -> None:
+        status = parse_status(payload)
+        if status is None or not _ID.match(status.replica.encode()):
+            return
+        known = self.recorder.table.replicas.get(status.replica)
+        if known is None:  # ordered a moment ago by somebody else, or over: the next table knows
+            if len(self._unmatched) < MAX_UNMATCHED:
+                self._unmatched[status.replica] = (self._clock() + UNMATCHED_FOR_S, mid, status)
+            self.recorder.want_table()
+        elif known.machine == mid:
+            self._reported(known, status)
+        else:
+            log.warning("watcher.foreign_report", machine=mid, replica=status.replica)
+
+    def _reported(self, known: KnownReplica, status: ReplicaStatus) -> None:
+        """Routes first, rows later: a request must not wait for Postgres."""
+        if known.id in self._over or self._told.get(known.id) == (status.phase, status.code):
+            return
+        if status.phase is Phase.READY and known.phase is not ReplicaPhase.DRAINING:
+            self._enrol(known, status.slots)
+        elif status.phase is Phase.DRAINING:
+            self.cell.drain(known.id)
+        elif status.phase in _OVER:
+            self._withdraw(known)
+        self._told[known.id] = (status.phase, status.code)
+        self.recorder.note(Reported(known.machine, status))
+
+    # -- scanning
+
+    def _scan(self, now_s: float) -> None:
+        table = self.recorder.table
+        known = table.replicas
+        self._over &= known.keys()
+        self._told = {rid: told for rid, told in self._told.items() if rid in known}
+        self._beats.forget_all_but(set(known))
+        self._agents.forget_all_but(set(table.machines))
+        self._match(now_s)
+        readings = self.cell.read_replicas([(r.id, r.machine, r.deployment) for r in known.values()])
+        for replica in known.values():
+            if replica.id not in self._over:
+                self._judge(replica, readings[replica.id], now_s)
+        if now_s >= self._next_slow_scan_s:
+            self._next_slow_scan_s = now_s + SLOW_SCAN_EVERY_S
+            self._scan_reports(known)
+            self._scan_agents(table.machines, now_s)
+            self._scan_queues(table.deployments, known, readings)
+
+    def _judge(self, replica: KnownReplica, reading: ReplicaReading, now_s: float) -> None:
+        """Dead when it should serve and its beat stands still; routed to when it serves and is not yet."""
+        beat = reading.beat
+        stale = self._beats.look(replica.id, None if beat is None else beat.seq, now_s)
+        serves = replica.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) or reading.state == "ready"
+        if stale and serves:
+            self._withdraw(replica)
+            message = f"no heartbeat for {self._beats.stale_after_s:g} s"
+            self.recorder.note(Lost(replica.id, "heartbeat_lost", message))
+            log.warning("replica.lost", replica=replica.id, machine=replica.machine)
+        elif (
+            beat is not None
+            and not stale
+            and beat.phase is Phase.READY
+            and reading.state == ""
+            and replica.phase is not ReplicaPhase.DRAINING
+        ):
+            self._enrol(replica, beat.slots)  # its event was lost, or the cell was
+
+    def _scan_reports(self, known: dict[str, KnownReplica]) -> None:
+        """Events are heard at most once; the hashes say the same again."""
+        reports = self.cell.read_actual([(r.id, r.machine) for r in known.values()])
+        for rid, status in reports.items():
+            self._reported(known[rid], status)
+
+    def _scan_agents(self, machines: dict[str, MachineState], now_s: float) -> None:
+        watched = [mid for mid, state in machines.items() if state is not MachineState.PENDING]
+        for mid, beat in self.cell.read_agents(watched).items():
+            if self._agents.look(mid, None if beat is None else beat.seq, now_s):
+                self.recorder.note(MachineSilent(mid))
+                self._agents.forget_all_but(set(machines) - {mid})  # ask again after as long again
+            elif beat is not None and beat.phase is Phase.READY and machines[mid] is MachineState.ENROLLED:
+                self.recorder.note(MachineAnswers(mid))
+
+    def _scan_queues(
+        self,
+        deployments: tuple[str, ...],
+        known: dict[str, KnownReplica],
+        readings: dict[str, ReplicaReading],
+    ) -> None:
+        """Requests that wait although a slot is free are handed out; those without any replica wake it."""
+        for did, load in self.cell.read_deployments(deployments).items():
+            if load.n_queued == 0:
+                continue
+            if load.n_routed == 0:
+                self.recorder.want_tick(did)
+                continue
+            for replica in known.values():
+                reading = readings[replica.id]
+                if replica.deployment == did and reading.state == "ready" and reading.used < reading.slots:
+                    self._enrol(replica, reading.slots)
+                    break
+
+    def _match(self, now_s: float) -> None:
+        """Reports that came before the table knew their replica."""
+        for rid, (until_s, mid, status) in list(self._unmatched.items()):
+            known = self.recorder.table.replicas.get(rid)
+            if known is not None and known.machine == mid:
+                self._reported(known, status)
+            if known is not None or now_s > until_s:
+                del self._unmatched[rid]
+
+    # -- acting
+
+    def _enrol(self, replica: KnownReplica, slots: int) -> None:
+        """A machine may offer fewer slots than were asked for, never more."""
+        if replica.id in self._over:
+            return
+        wanted = min(slots, replica.slots) if slots > 0 else replica.slots
+        n_given = self.cell.enrol(
+            replica=replica.id, machine=replica.machine, deployment=replica.deployment, slots=wanted
+        )
+        log.info("replica.enrolled", replica=replica.id, slots=wanted, n_given=n_given)
+
+    def _withdraw(self, replica: KnownReplica) -> None:
+        n_requeued = self.cell.withdraw_dead(replica.id)
+        self.cell.drop_desired(replica.machine, replica.id)  # a hung one is killed by its agent
+        self._over.add(replica.id)
+        if n_requeued:
+            log.warning("replica.requests_requeued", replica=replica.id, n=n_requeued)
