@@ -19,7 +19,16 @@ from controlplane.gateway.auth import Deployment, KeyCache
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, unavailable
 from controlplane.gateway.generate import Generator, Outcome, find_deployment
-from controlplane.gateway.http import JSON, Receive, RequestHeaders, Scope, Send, read_body, respond
+from controlplane.gateway.http import (
+    JSON,
+    Receive,
+    RequestHeaders,
+    Scope,
+    Send,
+    read_body,
+    respond,
+    respond_and_drain,
+)
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
 from workers.contract import Endpoint
@@ -110,7 +119,11 @@ class GatewayApp:
             await self._generator.serve(endpoint, outcome.key, request_id, body, receive, send, own, outcome)
         except ApiError as error:
             outcome.status, outcome.code = error.status, error.code
-            await self._refuse(send, error, own)
+            if error.status == 413:
+                headers_413 = (JSON, *own, *error.response_headers())
+                await respond_and_drain(send, receive, 413, error.body(), headers_413)
+            else:
+                await self._refuse(send, error, own)
         except ClientGone:
             self._metrics.n_disconnects += 1
             outcome.status, outcome.code = 499, "client_gone"

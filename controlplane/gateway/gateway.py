@@ -193,7 +193,7 @@ class Gateway:
             f"{name}entries_repeated": ("Entries received before.", lambda: inbox.n_repeated),
             f"{name}frames_bad": ("Frames that do not decode.", lambda: inbox.n_bad_frames),
             f"{name}catch_ups": ("Journals consulted.", lambda: inbox.n_catch_ups),
-            f"{name}stalls": ("Bound streams that fell silent.", lambda: watch.n_stalls),
+            f"{name}stalls": ("Streams looked at because they were silent.", lambda: watch.n_stalls),
             f"{name}timeouts": ("Requests past their deadline.", lambda: watch.n_timeouts),
             f"{name}settled": ("Requests settled here.", lambda: dispatcher.n_settled),
             f"{name}cancelled": ("Cancels sent.", lambda: dispatcher.n_cancelled),

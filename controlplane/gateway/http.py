@@ -5,14 +5,19 @@ Called by the app and the handlers; knows nothing of models or tenants.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Final
 
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_DRAIN_S: Final = 5.0
+_DRAIN_BYTES: Final = 64 << 20
 
 JSON = (b"content-type", b"application/json")
 
@@ -85,11 +90,30 @@ async def respond(send: Send, status: int, body: bytes, headers: Headers, *, hea
     await send({"type": "http.response.body", "body": b"" if head_only else body})
 
 
-def _too_large(limit: int) -> ApiError:
-    # The rest of the body is not read, so the connection cannot be used again.
-    return ApiError(
-        413,
-        "request_too_large",
-        f"the body is larger than {limit} bytes: send less",
-        headers=((b"connection", b"close"),),
+async def respond_and_drain(send: Send, receive: Receive, status: int, body: bytes, headers: Headers) -> None:
+    """Respond to a body that was not read to its end, and then throw the rest away for a while before the
+    connection closes: most clients send everything first, and would see a reset connection instead of the
+    response.
+    """
+    length = (b"content-length", b"%d" % len(body))
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*headers, length, (b"connection", b"close")],
+        }
     )
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    n_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while n_bytes < _DRAIN_BYTES:
+                message = await receive()
+                n_bytes += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"the body is larger than {limit} bytes: send less")

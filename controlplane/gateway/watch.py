@@ -87,7 +87,7 @@ class Watch:
                     stream.nudge()
                 if now - stream.heard_at >= self._stall_s and not stream.paused and n_checks < _MAX_CHECKS:
                     n_checks += 1
-                    self.n_stalls += stream.machine is not None
+                    self.n_stalls += 1
                     stream.heard_at = now  # next look in another stall_s
                     self._dispatcher.inbox.catch_up(stream)
 

@@ -1,0 +1,261 @@
+"""Keys: good, wrong, revoked, expired, suspended; what the cache may serve, how long, and what ends that."""
+
+import time
+
+import pytest
+
+from controlplane.gateway.auth import KeyCache
+from controlplane.gateway.errors import ApiError
+from controlplane.tenants import api_keys
+from tests.controlplane.gateway.harness import CHAT, KEYS, PEPPER, FakeDirectory, Machine, Running, until
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def directory() -> FakeDirectory:
+    return FakeDirectory()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cache(directory: FakeDirectory, clock: Clock) -> KeyCache:
+    return KeyCache(directory, PEPPER, fresh_s=30, stale_s=900, unknown_s=5, max_keys=4, clock=clock)
+
+
+async def ask(cache: KeyCache, key: str) -> str:
+    """ "ok" or the error's code."""
+    try:
+        await cache.authenticate(b"Bearer " + key.encode(), None)
+    except ApiError as error:
+        return error.code
+    return "ok"
+
+
+def lookup_of(key: str) -> str:
+    lookup = api_keys.lookup_of(key)
+    assert lookup
+    return lookup
+
+
+async def test_key_is_read_once_while_fresh(cache: KeyCache, directory: FakeDirectory, clock: Clock) -> None:
+    key = directory.add_key()
+    for _ in range(5):
+        assert await ask(cache, key) == "ok"
+    assert directory.n_found == 1
+    clock.now += 31
+    assert await ask(cache, key) == "ok"
+    assert directory.n_found == 2
+
+
+async def test_wrong_secret_of_a_known_lookup_is_refused_without_a_query_each(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    key = directory.add_key()
+    for n in range(10):
+        assert await ask(cache, key[:-2] + f"{n:02d}") == "invalid_api_key"
+    assert await ask(cache, key) == "ok"
+    assert directory.n_found == 1
+
+
+async def test_unknown_key_is_remembered_shortly(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock
+) -> None:
+    key = api_keys.generate(PEPPER).plaintext
+    for _ in range(5):
+        assert await ask(cache, key) == "invalid_api_key"
+    assert directory.n_found == 1
+    clock.now += 6
+    await ask(cache, key)
+    assert directory.n_found == 2
+
+
+async def test_key_made_after_it_was_asked_for_works_when_announced(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    key = directory.add_key()
+    record = directory.records.pop(lookup_of(key))
+    assert await ask(cache, key) == "invalid_api_key"
+    directory.records[lookup_of(key)] = record
+    cache.invalidate(f"key:{lookup_of(key)}")
+    assert await ask(cache, key) == "ok"
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_announced_revoke_is_never_served(
+    cache: KeyCache, directory: FakeDirectory, away: bool
+) -> None:
+    key = directory.add_key()
+    assert await ask(cache, key) == "ok"
+    directory.change(key, revoked_at_ms=1)
+    directory.up = not away
+    cache.invalidate(f"key:{lookup_of(key)}")
+    assert await ask(cache, key) == ("auth_unavailable" if away else "revoked_api_key")
+
+
+async def test_change_announced_while_the_key_is_being_read_is_not_lost(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    """The answer may be older than the announcement: it serves who asked, and is read again by the next."""
+    key = directory.add_key()
+    find = directory.find
+
+    async def find_and_revoke(lookup: str) -> object:
+        found = await find(lookup)
+        directory.change(key, revoked_at_ms=1)
+        cache.invalidate(f"key:{lookup}")
+        return found
+
+    directory.find = find_and_revoke  # type: ignore[method-assign, assignment]
+    assert await ask(cache, key) == "ok"
+    assert await ask(cache, key) == "revoked_api_key"
+
+
+@pytest.mark.parametrize("ref", ["prj:" + "1" * 32, "dep:" + "d" * 32, "org:" + "0" * 32, "all"])
+async def test_other_announcements_make_it_read_again(
+    cache: KeyCache, directory: FakeDirectory, ref: str
+) -> None:
+    key = directory.add_key()
+    await ask(cache, key)
+    cache.invalidate("prj:" + "9" * 32)
+    await ask(cache, key)
+    assert directory.n_found == 1, "not its project"
+    cache.invalidate(ref)
+    assert await ask(cache, key) == "ok"
+    assert directory.n_found == 2
+
+
+async def test_stale_key_serves_through_an_outage_for_a_bounded_time(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock
+) -> None:
+    key, never_seen = directory.add_key(), directory.add_key()
+    await ask(cache, key)
+    directory.up = False
+    clock.now += 800
+    assert await ask(cache, key) == "ok"
+    assert await ask(cache, never_seen) == "auth_unavailable"
+    cache.doubt_all()
+    assert await ask(cache, key) == "ok", "a missed announcement is a doubt, not a revoke"
+    clock.now += 101
+    assert await ask(cache, key) == "auth_unavailable"
+    directory.up = True
+    assert await ask(cache, key) == "ok"
+
+
+async def test_suspended_organization_is_not_served_from_the_cache_in_an_outage(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    key = directory.add_key()
+    await ask(cache, key)
+    directory.up = False
+    cache.invalidate("org:" + "0" * 32)
+    assert await ask(cache, key) == "auth_unavailable"
+
+
+async def test_expiry_needs_no_announcement(cache: KeyCache, directory: FakeDirectory) -> None:
+    key = directory.add_key(expires_at_ms=int(time.time() * 1000) + 150)
+    assert await ask(cache, key) == "ok"
+
+    async def expired() -> bool:
+        return await ask(cache, key) == "expired_api_key"
+
+    await until(expired)
+    assert directory.n_found == 1
+
+
+async def test_cache_is_bounded(cache: KeyCache, directory: FakeDirectory) -> None:
+    keys = [directory.add_key() for _ in range(10)]
+    for key in keys:
+        assert await ask(cache, key) == "ok"
+    assert len(cache._entries) <= 4
+    assert len(cache._verified) <= 4
+    for key in keys:
+        assert await ask(cache, key) == "ok"
+
+
+async def test_dropped_entry_is_not_revived_through_its_header(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    """Evicted from the bounded cache, then revoked: the header's old entry must not answer."""
+    key = directory.add_key()
+    await ask(cache, key)
+    for _ in range(3):
+        await ask(cache, api_keys.generate(PEPPER).plaintext)
+    await ask(cache, api_keys.generate(PEPPER).plaintext)
+    directory.change(key, revoked_at_ms=1)
+    cache.invalidate(f"key:{lookup_of(key)}")
+    assert await ask(cache, key) == "revoked_api_key"
+
+
+# -- over HTTP
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({}, "missing_api_key"),
+        ({"authorization": "Bearer sk-wrong"}, "invalid_api_key"),
+        ({"authorization": "Basic dXNlcjpwYXNz"}, "invalid_api_key"),
+        ({"authorization": "Bearer"}, "invalid_api_key"),
+        ({"authorization": "Bearer " + "x" * 5000}, "invalid_api_key"),
+        ({"authorization": "Bearer " + api_keys.generate(PEPPER).plaintext}, "invalid_api_key"),
+        ({"x-api-key": "sk-wrong"}, "invalid_api_key"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models"])
+async def test_bad_key_is_a_401_with_a_code(
+    gw: Running, headers: dict[str, str], code: str, path: str
+) -> None:
+    if path == "/v1/models":
+        response = await gw.http.get(path, headers=headers)
+    else:
+        response = await gw.http.post(path, json=CHAT, headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == code
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_key_may_come_as_x_api_key(gw: Running, machine: Machine) -> None:
+    response = await gw.http.post("/v1/chat/completions", json=CHAT, headers={"x-api-key": gw.key})
+    assert response.status_code == 200
+
+
+async def test_revoked_and_suspended_are_told_apart(gw: Running) -> None:
+    revoked = gw.directory.add_key(revoked_at_ms=1)
+    response = await gw.http.get("/v1/models", headers=gw.auth(revoked))
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "revoked_api_key")
+    suspended = gw.directory.add_key()
+    record = gw.directory.records[lookup_of(suspended)]
+    from msgspec.structs import replace
+
+    organization = replace(record.organization, suspended_at_ms=1)
+    gw.directory.records[lookup_of(suspended)] = replace(record, organization=organization)
+    response = await gw.http.get("/v1/models", headers=gw.auth(suspended))
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "organization_suspended")
+
+
+@pytest.mark.parametrize("by", ["announcement", "note"])
+async def test_revoke_takes_effect_within_a_second(gw: Running, by: str) -> None:
+    """By the announcement on Redis, and by the note in Postgres should that be lost."""
+    assert (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 200
+    gw.directory.change(gw.key, revoked_at_ms=1)
+    ref = f"key:{lookup_of(gw.key)}"
+    if by == "note":
+        gw.directory.noted.append(ref)
+    else:
+        await gw.redis.publish(KEYS.invalidate_channel, ref)
+
+    async def refused() -> bool:
+        return (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 401
+
+    await until(refused, 1.0)
