@@ -1,0 +1,104 @@
+"""Limits and budgets as OpenAI's clients expect them: 429 with the limit, the scope and when to retry."""
+
+import asyncio
+
+from controlplane.gateway.directory import LimitsRow
+from tests.controlplane.gateway.harness import CHAT, KEYS, Job, Machine, Running, until
+from workers.contract import FinishReason
+
+
+async def test_rate_limit_says_which_and_when_to_retry(gw: Running, machine: Machine) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=2))
+    assert [(await gw.post(CHAT)).status_code for _ in range(2)] == [200, 200]
+    response = await gw.post(CHAT)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (429, "rate_limit_exceeded")
+    assert "requests per minute" in error["message"]
+    assert "API key" in error["message"]
+    assert 1 <= int(response.headers["retry-after"]) <= 30
+    assert 0 < int(response.headers["retry-after-ms"]) <= 30_000
+    assert response.headers["x-ratelimit-limit-requests"] == "2"
+    assert response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert response.headers["x-corral-scope"] == "key"
+
+
+async def test_concurrency_is_given_back_at_the_end(gw: Running, machine: Machine) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(max_concurrency=1))
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await go.wait()
+        await job.finish("x", n=1)
+
+    machine.behaviour = wait
+    first = asyncio.ensure_future(gw.post(CHAT))
+    await until(lambda: machine.jobs)
+    refused = await gw.post(CHAT)
+    assert (refused.status_code, refused.headers["x-corral-limit"]) == (429, "concurrency")
+    go.set()
+    assert (await first).status_code == 200
+
+    async def served() -> bool:
+        return (await gw.post(CHAT)).status_code == 200
+
+    await until(served)
+
+
+async def test_used_up_budget_is_insufficient_quota_and_not_retried(gw: Running, machine: Machine) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=100))
+    key = list(gw.directory.records.values())[-1].key.id
+    gw.directory.spent[("key", key)] = 100
+    response = await gw.post(CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert response.json()["error"]["type"] == "insufficient_quota"
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
+
+
+async def test_budget_already_spent_is_read_from_the_ledger_once(gw: Running, machine: Machine) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=1_000_000))
+    key = list(gw.directory.records.values())[-1].key.id
+    gw.directory.spent[("key", key)] = 400
+    assert (await gw.post(CHAT)).status_code == 200
+    gw.directory.spent[("key", key)] = 999_999
+    assert (await gw.post(CHAT)).status_code == 200
+
+    async def booked() -> bool:
+        return (await gw.limit("key", key))[b"spent"] == b"426"
+
+    await until(booked)
+
+
+async def test_budget_cannot_be_read_is_a_503(gw: Running, machine: Machine) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=1_000_000))
+    assert (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 200
+    gw.directory.up = False
+    response = await gw.post(CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "budget_unavailable")
+    assert "retry-after" in response.headers
+
+
+async def test_answer_is_cut_where_the_money_ends(gw: Running, machine: Machine) -> None:
+    """What is left pays for the prompt and some tokens: the lease holds exactly those."""
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=60))
+    n_allowed = 0
+
+    async def spend(job: Job) -> None:
+        nonlocal n_allowed
+        while await job.emit("x ") == "a":
+            n_allowed += 1
+        await job.finish(reason=FinishReason.BUDGET)
+
+    machine.behaviour = spend
+    body = (await gw.post(CHAT)).json()
+    assert body["corral"] == {"finish": "budget"}
+    assert body["usage"]["completion_tokens"] == n_allowed
+    estimated = int((await gw.record(machine.jobs[0].id))[b"in_est"])
+    assert n_allowed == (60 - estimated) // 2
+
+
+async def test_refused_request_leaves_nothing_behind(gw: Running) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(max_concurrency=0))
+    assert (await gw.post(CHAT)).status_code == 429
+    assert not gw.gateway.inbox.streams
+    assert await gw.redis.keys(KEYS.prefix + "*") == []

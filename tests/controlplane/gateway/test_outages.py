@@ -1,0 +1,176 @@
+"""Redis or Postgres away: 503 with Retry-After, never 401, running streams go on or say so, recovery by
+itself."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from controlplane.gateway.directory import PgDirectory
+from infra.local.redis import EmbeddedRedis
+from tests.controlplane.gateway.harness import CHAT, Job, Machine, Running, running, text_of, until
+
+
+@pytest.fixture
+async def own_redis(tmp_path: Path) -> AsyncIterator[EmbeddedRedis]:
+    """A server that the test may stop and start."""
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    server.wait_ready()
+    yield server
+    server.destroy()
+
+
+def restart(server: EmbeddedRedis) -> None:
+    server.start()
+    server.wait_ready()
+
+
+async def ready(gw: Running) -> bool:
+    return (await gw.http.get("/readyz")).status_code == 200
+
+
+async def test_redis_away_is_a_503_and_it_recovers_by_itself(own_redis: EmbeddedRedis) -> None:
+    async with running(own_redis.url()) as gw:
+        machine = Machine(own_redis.url())
+        await machine.start()
+        assert (await gw.post(CHAT)).status_code == 200
+        own_redis.stop()
+        await until(lambda: not gw.gateway.redis.connected)
+        for _ in range(3):
+            response = await gw.post(CHAT)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "cell_unavailable")
+            assert int(response.headers["retry-after"]) >= 1
+        assert (await gw.http.get("/readyz")).status_code == 503
+        assert (await gw.http.get("/healthz")).status_code == 200
+        assert (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 200, "needs no Redis"
+        restart(own_redis)
+        await until(lambda: ready(gw))
+
+        async def served() -> bool:
+            return (await gw.post(CHAT)).status_code == 200
+
+        await until(served)
+        assert not gw.gateway.inbox.streams
+        await machine.stop()
+
+
+async def test_running_stream_survives_a_restart_with_the_log(own_redis: EmbeddedRedis) -> None:
+    """The journal is in the append-only file; what was published meanwhile is read from it."""
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await go.wait()
+        await until(lambda: _try(job.emit("after")))
+        await until(lambda: _try(job.finish()))
+
+    async with running(own_redis.url()) as gw:
+        machine = Machine(own_redis.url())
+        machine.behaviour = wait
+        await machine.start()
+        async with gw.stream(CHAT) as events:
+            await events.next()
+            assert text_of([await events.next()]) == "before "
+            own_redis.stop()
+            await until(lambda: not gw.gateway.redis.connected)
+            restart(own_redis)
+            go.set()
+            assert text_of(await events.rest()) == "after"
+        await machine.stop()
+
+
+async def test_redis_that_came_back_empty_ends_streams_with_a_retryable_error(
+    own_redis: EmbeddedRedis,
+) -> None:
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await go.wait()
+
+    async with running(own_redis.url()) as gw:
+        machine = Machine(own_redis.url())
+        machine.behaviour = wait
+        await machine.start()
+        async with gw.stream(CHAT) as events:
+            await events.next()
+            await events.next()
+            await gw.redis.flushall()
+            assert (await events.rest())[-1]["error"]["code"] == "request_lost"
+        await machine.stop()
+
+
+async def test_redis_away_for_long_ends_streams_with_a_retryable_error(own_redis: EmbeddedRedis) -> None:
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await job.cancelled.wait()
+
+    async with running(own_redis.url(), redis_grace_s=1) as gw:
+        machine = Machine(own_redis.url())
+        machine.behaviour = wait
+        await machine.start()
+        async with gw.stream(CHAT) as events:
+            await events.next()
+            await events.next()
+            own_redis.stop()
+            assert (await events.rest())[-1]["error"]["code"] == "cell_unavailable"
+        restart(own_redis)
+        await until(lambda: not gw.gateway.dispatcher._orphans)
+        await until(machine.jobs[0].cancelled.is_set)  # the cancel is sent once Redis is there
+        await machine.stop()
+
+
+async def test_gateway_starts_without_redis(own_redis: EmbeddedRedis) -> None:
+    url = own_redis.url()
+    own_redis.stop()
+    async with running(url) as gw:
+        assert (await gw.post(CHAT)).status_code == 503
+        restart(own_redis)
+        await until(lambda: ready(gw))
+        machine = Machine(url)
+        await machine.start()
+        assert (await gw.post(CHAT)).status_code == 200
+        await machine.stop()
+
+
+async def test_postgres_away_serves_known_keys_and_503s_unknown_ones(gw: Running, machine: Machine) -> None:
+    never_seen = gw.directory.add_key()
+    assert (await gw.post(CHAT)).status_code == 200
+    gw.directory.up = False
+    gw.gateway.key_cache.doubt_all()
+    assert (await gw.post(CHAT)).status_code == 200
+    response = await gw.http.post("/v1/chat/completions", json=CHAT, headers=gw.auth(never_seen))
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "auth_unavailable")
+    assert int(response.headers["retry-after"]) >= 1
+    gw.directory.up = True
+    response = await gw.http.post("/v1/chat/completions", json=CHAT, headers=gw.auth(never_seen))
+    assert response.status_code == 200
+
+
+async def test_directory_without_postgres_says_so_in_time() -> None:
+    from controlplane.gateway.directory import DirectoryUnavailable
+    from infra.local.ports import free_port
+
+    directory = PgDirectory(f"postgresql://nobody:x@127.0.0.1:{free_port()}/none", timeout_s=0.3)
+    await directory.open()
+    try:
+        async with asyncio.timeout(5):
+            with pytest.raises(DirectoryUnavailable):
+                await directory.find("a" * 12)
+            with pytest.raises(DirectoryUnavailable):
+                await directory.changes(None)
+        assert not directory.up
+    finally:
+        await directory.close()
+
+
+async def _try(work: object) -> bool:
+    import redis.asyncio as aioredis
+
+    try:
+        return await work in ("a", "d")  # type: ignore[misc]
+    except (aioredis.ConnectionError, aioredis.ResponseError):
+        await asyncio.sleep(0.05)
+        return False
