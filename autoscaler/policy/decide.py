@@ -15,11 +15,13 @@ from autoscaler.types import (
     Command,
     Decision,
     LaunchMachine,
+    MachineState,
     Observation,
     ReplicaPhase,
     ReplicaView,
     ScalerMemory,
     ScalerSpec,
+    StageName,
     StartReplica,
 )
 
@@ -62,8 +64,7 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         spec,
         wanted=want.n,
         live=tuple(r for r in present if r.id not in gone),
-        starts=bool(placement.machine_ids),
-        launches=placement.launch,
+        ordered=_ordered_stage(placement, observation),
         gate=replica_gate,
         machine_gate=machine_gate,
         no_room=no_room,
@@ -124,6 +125,13 @@ def _place(
         reasons.append(no_room)
         return found, no_room
     return found, ""
+
+
+def _ordered_stage(placement: Placement, observation: Observation) -> StageName | None:
+    ready = {m.id for m in observation.machines if m.state is MachineState.READY}
+    if any(machine_id in ready for machine_id in placement.machine_ids):
+        return StageName.STARTING_REPLICA
+    return StageName.LAUNCHING_MACHINE if placement.machine_ids or placement.launch else None
 
 
 def _outdated_to_drain(

@@ -20,7 +20,9 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
     memory = _note_activity(replace(memory, beats=beats), observation, known)
     samples = keep_samples((*memory.samples, Sample(now_s, known, possible, 0)), now_s, spec)
     memory = replace(memory, samples=samples)
-    n_live = sum(1 for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
+    present = [r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING]
+    n_outdated = sum(1 for r in present if r.outdated)
+    n_live = max(len(present) - n_outdated, n_outdated)  # a replica and its successor are one
 
     if spec.deleted:
         return Wish(0, memory, ("the deployment is deleted: no replica is wanted",))

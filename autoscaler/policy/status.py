@@ -21,14 +21,13 @@ def status(
     *,
     wanted: int,
     live: tuple[ReplicaView, ...],
-    starts: bool,
-    launches: bool,
+    ordered: StageName | None,
     gate: Gate,
     machine_gate: Gate,
     no_room: str,
     no_room_for_s: float,
 ) -> Status:
-    """`live`: replicas that stay. `starts`, `launches`: this decision orders a replica, a machine.
+    """`live`: replicas that stay. `ordered`: the stage that this decision's own orders begin, if any.
 
     `no_room`: why replicas could not be placed ('' when they could).
     """
@@ -42,9 +41,8 @@ def status(
     if coming:
         stage, since_s = _stage_of(coming, observation)
         return Status(DeploymentPhase.STARTING, error, stage, since_s)
-    if starts or launches:
-        stage = StageName.STARTING_REPLICA if starts else StageName.LAUNCHING_MACHINE
-        return Status(DeploymentPhase.STARTING, error, stage, now_s)
+    if ordered is not None:
+        return Status(DeploymentPhase.STARTING, error, ordered, now_s)
     for closed in (gate, machine_gate):
         if closed.last is not None and not closed.is_open(now_s):
             retry_after_s = max(1, math.ceil(closed.retry_at_s - now_s))

@@ -1,0 +1,70 @@
+"""A provider of machines that exist in memory only, with the failures that real ones have."""
+
+from __future__ import annotations
+
+import time
+
+from infra.providers.base import CapacityError, LaunchSpec, ProviderMachine, ProviderState
+
+
+class FakeProvider:
+    """Keeps the Provider protocol. `lose_reply`: the next launch happens, but its answer never arrives."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.machines: dict[str, ProviderMachine] = {}
+        self.proofs: dict[str, str] = {}
+        self.n_launch_calls = 0
+        self.restarted: list[str] = []
+        self.terminated: list[str] = []
+        self.lose_reply = False
+        self.refuse = False
+        self.can_restart = True
+
+    def launch(self, spec: LaunchSpec, client_token: str) -> ProviderMachine:
+        self.n_launch_calls += 1
+        if self.refuse:
+            raise CapacityError("none left")
+        known = next((m for m in self.machines.values() if m.client_token == client_token), None)
+        if known is None:
+            known = self.add(spec.machine_id, client_token)
+            self.proofs[spec.machine_id] = spec.proof
+        if self.lose_reply:
+            self.lose_reply = False
+            raise TimeoutError("the provider's answer was lost")
+        return known
+
+    def add(self, machine_id: str, client_token: str = "nobody's") -> ProviderMachine:
+        machine = ProviderMachine(
+            ref=f"ref-{machine_id}",
+            machine_id=machine_id,
+            client_token=client_token,
+            state=ProviderState.RUNNING,
+            started_at_s=time.time(),
+        )
+        self.machines[machine.ref] = machine
+        return machine
+
+    def set_state(self, ref: str, state: ProviderState) -> None:
+        old = self.machines[ref]
+        self.machines[ref] = ProviderMachine(
+            ref=old.ref,
+            machine_id=old.machine_id,
+            client_token=old.client_token,
+            state=state,
+            started_at_s=old.started_at_s,
+        )
+
+    def restart_agent(self, ref: str) -> bool:
+        if self.can_restart:
+            self.restarted.append(ref)
+            self.set_state(ref, ProviderState.RUNNING)
+        return self.can_restart
+
+    def terminate(self, ref: str) -> None:
+        self.terminated.append(ref)
+        self.machines.pop(ref, None)
+
+    def describe(self) -> list[ProviderMachine]:
+        return list(self.machines.values())

@@ -1,0 +1,238 @@
+"""Ticks on real rows: launched once, started once, stored whole, replayed exactly, leased."""
+
+from datetime import timedelta
+
+import pytest
+from django.utils import timezone
+
+from autoscaler import reconcile
+from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase, ScalerState
+from autoscaler.tick import replay, stored_commands
+from controlplane.deployments.models import Phase
+from tests.autoscaler.conftest import Scaling
+from workers.contract import ReplicaPhase as Reported
+
+
+def test_idle_deployment_orders_nothing_and_says_so(scaling: Scaling) -> None:
+    scaling.tick()
+    assert scaling.seen().phase == Phase.IDLE
+    assert Machine.objects.count() == 0
+
+
+def test_a_waiting_request_buys_a_machine_and_places_a_replica_on_it_at_once(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    machine, replica = scaling.machine(), scaling.replica()
+    assert (machine.state, machine.provider_ref) == (MachineState.PENDING, f"ref-{machine.id.hex}")
+    assert (replica.phase, replica.machine_id, replica.slots) == (ReplicaPhase.STARTING, machine.id, 4)
+    desired = scaling.house.cell.read_desired(machine.id.hex)
+    assert desired == {"generation": False, replica.id.hex: False}
+    assert scaling.house.cell.redis.llen(scaling.house.cell.keys.machine(machine.id.hex).bell) == 1
+    assert scaling.house.cell.last_stage(scaling.deployment.id.hex) == ("launching_machine", "")
+    assert scaling.seen().phase == Phase.STARTING
+
+
+def test_ticking_twice_launches_and_starts_once(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    scaling.tick()
+    assert (scaling.provider.n_launch_calls, Machine.objects.count(), Replica.objects.count()) == (1, 1, 1)
+
+
+def test_a_tick_whose_memory_was_lost_repeats_no_command(scaling: Scaling) -> None:
+    """Died after acting, before anything could be remembered: the same commands come again, by the same name."""
+    from autoscaler.act import act
+    from autoscaler.types import LaunchMachine
+
+    scaling.queue("a")
+    scaling.tick()
+    for row in Decision.objects.all():
+        for command in stored_commands(row):
+            act(command, scaling.seen(), scaling.provider, scaling.house.config, scaling.house.cell)
+    assert (Machine.objects.count(), Replica.objects.count(), len(scaling.provider.machines)) == (1, 1, 1)
+    assert any(isinstance(c, LaunchMachine) for row in Decision.objects.all() for c in stored_commands(row))
+
+
+def test_a_lost_reply_of_the_provider_ends_in_one_machine(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.provider.lose_reply = True
+    with pytest.raises(TimeoutError):
+        scaling.tick()
+    machine = scaling.machine()
+    assert (machine.state, machine.provider_ref) == (MachineState.PENDING, "")
+    scaling.tick()  # counts on the machine that may be there
+    assert Machine.objects.count() == 1
+    reconcile.reconcile(scaling.house)
+    assert scaling.machine().provider_ref == f"ref-{machine.id.hex}"
+    assert len(scaling.provider.machines) == 1
+
+
+def test_a_machine_that_was_never_asked_for_is_asked_for_again_with_the_same_token(scaling: Scaling) -> None:
+    """Died between row and provider."""
+    scaling.queue("a")
+    scaling.provider.lose_reply = True
+    with pytest.raises(TimeoutError):
+        scaling.tick()
+    machine = scaling.machine()
+    scaling.provider.machines.clear()
+    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=60))
+    reconcile.reconcile(scaling.house)
+    assert [m.client_token for m in scaling.provider.machines.values()] == [machine.command_id.hex]
+    assert scaling.machine_up().state == MachineState.READY  # with the fresh proof
+
+
+def test_every_stored_decision_replays_exactly(scaling: Scaling) -> None:
+    scaling.serving()
+    scaling.tick()
+    scaling.change(min_replicas=0, max_replicas=3)
+    scaling.queue(*(f"r{i}" for i in range(40)))
+    scaling.tick()
+    rows = list(Decision.objects.all())
+    assert len(rows) >= 3
+    for row in rows:
+        assert replay(row) == stored_commands(row)
+        assert row.reasons
+
+
+def test_quiet_ticks_leave_no_rows(scaling: Scaling) -> None:
+    scaling.serving()
+    scaling.tick()
+    n = Decision.objects.count()
+    for _ in range(3):
+        scaling.tick()
+    assert Decision.objects.count() == n
+
+
+def test_a_held_lease_makes_the_tick_step_back_and_an_expired_one_does_not(scaling: Scaling) -> None:
+    scaling.tick()
+    state = ScalerState.objects.filter(deployment_id=scaling.deployment.id)
+    state.update(lease_owner="other", lease_until=timezone.now() + timedelta(seconds=60))
+    scaling.queue("a")
+    assert scaling.tick().busy
+    assert Machine.objects.count() == 0
+    state.update(lease_until=timezone.now() - timedelta(seconds=1))
+    assert not scaling.tick().busy
+    assert Machine.objects.count() == 1
+
+
+def test_the_pool_never_exceeds_its_machines_even_for_two_deployments(scaling: Scaling) -> None:
+    from autoscaler.tick import tick
+    from controlplane.deployments import services
+
+    other = services.create_deployment(
+        organization_id=scaling.world.organization.id,
+        project_id=scaling.world.project.id,
+        name="other",
+        model_version_id=scaling.deployment.model_version_id,
+        engine_profile={"engine": "toy"},
+        min_replicas=1,
+    )
+    scaling.queue("a")
+    scaling.tick()
+    tick(other.id, scaling.house)
+    assert Machine.objects.count() == 1
+    assert Replica.objects.count() == 2  # reuse first
+
+
+def test_no_room_is_said_to_the_owner_and_later_to_clients(scaling: Scaling) -> None:
+    scaling.configure(replicas_per_machine=1)
+    scaling.serving()
+    scaling.change(min_replicas=2, max_replicas=2)
+    scaling.tick()
+    seen = scaling.seen()
+    assert seen.phase == Phase.READY
+    assert seen.last_error == "no room for 1 replicas: all 1 of 1 machines are full"
+
+
+def test_a_provider_without_machines_is_named_and_not_asked_all_the_time(scaling: Scaling) -> None:
+    scaling.provider.refuse = True
+    scaling.queue("a")
+    for _ in range(5):
+        scaling.tick()
+    assert scaling.provider.n_launch_calls == 1  # back-off
+    seen = scaling.seen()
+    assert seen.phase == Phase.FAILED
+    assert "machine_unavailable: no_capacity: none left; retrying in 1 s (1 of 5)" in seen.last_error
+
+
+def test_a_failed_start_is_retried_with_back_off_and_told(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    scaling.machine_up()
+    replica = scaling.replica()
+    scaling.report(replica, Reported.FAILED, "bad_weights", "model.safetensors is damaged")
+    scaling.tick()
+    seen = scaling.seen()
+    assert seen.phase == Phase.FAILED
+    assert seen.last_error == ("failed: bad_weights: model.safetensors is damaged; retrying in 1 s (1 of 5)")
+    assert scaling.house.cell.last_stage(scaling.deployment.id.hex) == ("failed", "bad_weights")
+    assert Replica.objects.count() == 1
+    Replica.objects.update(stopped_at=timezone.now() - timedelta(seconds=2))
+    scaling.tick()
+    assert Replica.objects.count() == 2
+    assert scaling.seen().phase == Phase.STARTING
+
+
+def test_after_five_failures_it_stays_failed_until_the_deployment_changes(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    scaling.machine_up()
+    for n in range(5):
+        scaling.report(scaling.replica(), Reported.FAILED, "engine_died", "killed")
+        if n < 4:
+            Replica.objects.update(stopped_at=timezone.now() - timedelta(seconds=100))
+            scaling.tick()
+    Replica.objects.update(stopped_at=timezone.now() - timedelta(seconds=100))
+    scaling.tick()
+    assert Replica.objects.count() == 5
+    assert "gave up after 5 attempts" in scaling.seen().last_error
+    assert scaling.house.cell.last_stage(scaling.deployment.id.hex) == ("failed", "engine_died")
+    scaling.change(idle_timeout_s=61)
+    scaling.tick()
+    assert Replica.objects.count() == 6
+
+
+def test_a_deleted_deployment_loses_its_replicas(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    scaling.change(deleted_at=timezone.now(), phase=Phase.DELETED)
+    scaling.tick()
+    assert scaling.replica().phase == ReplicaPhase.DRAINING
+    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] is True
+    assert (
+        scaling.house.cell.redis.hget(scaling.house.cell.keys.replica(replica.id.hex), "state") == b"draining"
+    )
+    scaling.report(replica, Reported.STOPPED)
+    assert scaling.replica().phase == ReplicaPhase.STOPPED
+    assert scaling.house.cell.read_desired(replica.machine_id.hex) == {"generation": False}
+
+
+def test_a_new_engine_profile_replaces_the_replica_and_a_new_bound_does_not(scaling: Scaling) -> None:
+    first = scaling.serving()
+    scaling.change(max_replicas=2)
+    scaling.tick()
+    assert Replica.objects.count() == 1
+    scaling.change(engine_profile={**scaling.deployment.engine_profile, "max_num_seqs": 8})
+    scaling.tick()
+    second = scaling.replica()
+    assert (Replica.objects.count(), second.slots) == (2, 8)
+    assert Replica.objects.get(id=first.id).phase == ReplicaPhase.READY  # serves until its successor does
+    scaling.report(second, Reported.READY)
+    scaling.tick()
+    assert Replica.objects.get(id=first.id).phase == ReplicaPhase.DRAINING
+
+
+def test_redis_away_does_not_lose_an_order(scaling: Scaling) -> None:
+    from dataclasses import replace
+
+    from autoscaler.cell import Cell
+
+    good = scaling.house.cell
+    scaling.change(min_replicas=1)
+    scaling.house = replace(scaling.house, cell=Cell("redis://127.0.0.1:1/0", good.keys))
+    scaling.tick()
+    replica = scaling.replica()
+    scaling.house = replace(scaling.house, cell=good)
+    assert good.read_desired(replica.machine_id.hex) == {}
+    assert reconcile.restore(scaling.house) == 1
+    assert good.read_desired(replica.machine_id.hex) == {"generation": False, replica.id.hex: False}
+    assert reconcile.restore(scaling.house) == 0
