@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from celery import Celery
 
 from workers.agent.zygote_client import Zygote
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
-from workers.contract import SERVE_TASK, celery_message
+from workers.app import ConsumerConfig, broker_keys, make_app, run_worker
+from workers.contract import celery_message
 from workers.engine.base import Engine, EngineProfile, EngineRequest, SamplingSpec
 from workers.keys import MachineKeys
 
@@ -64,31 +64,6 @@ class JointFigures:
 
 
 # -- the front
-# ---------------------------------------------------------------------------------------------------
-
-
-def celery_app(redis_url: str, queue: str = "") -> Celery:
-    """The worker's configuration reduced to what this joint needs."""
-    app = Celery("bench", broker=redis_url)
-    app.conf.update(
-        broker_transport="workers.transport:Transport",
-        worker_pool="workers.pool:LoopPool",
-        broker_transport_options={"global_keyprefix": MachineKeys("c0", MACHINE).prefix},
-        broker_connection_retry_on_startup=True,
-        worker_prefetch_multiplier=1,
-        task_acks_late=True,
-        task_ignore_result=True,
-        worker_send_task_events=False,
-        worker_hijack_root_logger=False,
-        task_default_queue=queue or "unused",
-        task_create_missing_queues=True,
-    )
-    app.task(name=SERVE_TASK)(_never_called)
-    return app
-
-
-def _never_called(request_id: str, epoch: int) -> None:
-    raise AssertionError("LoopPool runs the coroutine, not the task")
 
 
 def front(argument: dict[str, Any]) -> int:
@@ -138,18 +113,6 @@ def _run_worker(
         store.rpush(DONE, json.dumps([request_id, len(token_ids), hash(tuple(token_ids))]))
 
     runtime.install(runtime.Runtime(loop, handle, stop_grace_s=GRACE_S))
-    queue = MachineKeys.queue_name(argument["replica"])
-    app = celery_app(argument["redis_url"], queue)
-    worker = app.Worker(
-        hostname=f"{argument['replica']}@{MACHINE}",
-        queues=[queue],
-        concurrency=argument["slots"],
-        without_mingle=True,
-        without_gossip=True,
-        without_heartbeat=True,
-        loglevel="WARNING",
-    )
-    store.rpush(READY, json.dumps(report))
 
     async def publish_stats() -> None:
         while True:
@@ -157,13 +120,22 @@ def _run_worker(
             await asyncio.sleep(0.02)
 
     asyncio.run_coroutine_threadsafe(publish_stats(), loop)
-    worker.start()
+
+    def announce() -> None:
+        store.rpush(READY, json.dumps(report))
+
+    config = _consumer(argument["redis_url"], argument["replica"], argument["slots"])
+    code = run_worker(make_app(config), config, on_ready=announce)
     asyncio.run_coroutine_threadsafe(engine.stop(), loop).result(10)
-    return worker.exitcode or 0
+    return code
+
+
+def _consumer(redis_url: str, replica: str, slots: int) -> ConsumerConfig:
+    prefix = MachineKeys("c0", MACHINE).prefix
+    return ConsumerConfig(redis_url, prefix, replica, max_in_flight=slots)
 
 
 # -- the measurement
-# ---------------------------------------------------------------------------------------------
 
 
 class Joint:
@@ -171,19 +143,16 @@ class Joint:
 
     def __init__(self, redis_url: str, directory: Path, profile: EngineProfile, model_dir: str, slots: int):
         self.store = redis.Redis.from_url(redis_url, socket_timeout=5)
-        self.app = celery_app(redis_url)
-        self.figures = JointFigures()
-        self.keys = MachineKeys("c0", MACHINE)
         self.replica = "r1"
+        self.consumer = _consumer(redis_url, self.replica, slots)
+        self.app = make_app(self.consumer)
+        self.queue_key, self.unacked_key, _ = broker_keys(self.consumer)
+        self.figures = JointFigures()
         self._redis_url, self._directory = redis_url, directory
         self._profile, self._model_dir, self._slots = profile, model_dir, slots
         self._n_forks = 0
         self.zygote: Zygote
         self.core_pids: list[int] = []
-
-    @property
-    def queue_key(self) -> str:
-        return self.keys.prefix + self.keys.queue_name(self.replica)
 
     async def start_zygote(self) -> None:
         began_s = time.monotonic()
@@ -242,7 +211,7 @@ class Joint:
         """A stock `celery inspect` answer of the front."""
         inspector = self.app.control.inspect(timeout=5.0, limit=1)
         answer = await asyncio.to_thread(getattr(inspector, what))
-        return (answer or {}).get(f"{self.replica}@{MACHINE}")
+        return (answer or {}).get(self.consumer.node_name)
 
     async def pool_stats(self) -> dict[str, Any]:
         return ((await self.inspect("stats")) or {}).get("pool", {})
@@ -252,7 +221,7 @@ class Joint:
         return int(self.store.get("bench:running") or 0)
 
     def n_unacked(self) -> int:
-        return self.store.hlen(self.keys.prefix + "unacked")
+        return self.store.hlen(self.unacked_key)
 
     def n_queued(self) -> int:
         return self.store.llen(self.queue_key)
