@@ -105,7 +105,7 @@ class ZygoteServer:
             elif self._agent is None and time.monotonic() - self._alone_since_s > orphan_s:
                 self._begin_stop(10.0)
 
-    # -- the agent -------------------------------------------------------------------------------------------
+    # -- the agent
 
     def _greet(self) -> None:
         """A new agent replaces the old one, and hears what it has missed."""
@@ -186,7 +186,7 @@ class ZygoteServer:
         self._tell(answer)
         return None
 
-    # -- the children ----------------------------------------------------------------------------------------
+    # -- the children
 
     def _fork(self, spec: ForkSpec) -> int:
         """The child's pid, 0 in the child. Raises ValueError when the spec is refused."""

@@ -20,35 +20,30 @@ _N_PRIMING: Final = 32
 class StopMatcher:
     """Cuts a growing text at the first stop string and holds back what might become one."""
 
-    __slots__ = ("_hold", "_n_emitted", "_stops", "_text", "stopped")
+    __slots__ = ("_held", "_n_hold", "_stops", "stopped")
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(s for s in stops if s)
-        self._hold = max((len(s) for s in self._stops), default=1) - 1
-        self._text = ""  # only the tail that can still matter
-        self._n_emitted = 0  # characters of _text already given out
+        self._n_hold = max((len(s) for s in self._stops), default=1) - 1
+        self._held = ""  # the last characters, not emitted yet: a stop string may begin in them
         self.stopped = False
 
     def push(self, piece: str, final: bool = False) -> str:
-        """The text that may be emitted now that `piece` has arrived. After a match `stopped` is True and the
-        text ends before the stop string. `final`: nothing follows, release everything."""
+        """The text that may be emitted now that `piece` has arrived.
+
+        After a match `stopped` is True and the text ends before the stop string. `final`: nothing follows,
+        release everything.
+        """
         if not self._stops:
             return piece
-        search_from = max(0, len(self._text) - self._hold)
-        self._text += piece
-        cuts = [at for s in self._stops if (at := self._text.find(s, search_from)) >= 0]
+        text = self._held + piece
+        cuts = [at for s in self._stops if (at := text.find(s)) >= 0]
         if cuts:
             self.stopped = True
-            until = min(cuts)
-        elif final:
-            until = len(self._text)
-        else:
-            until = max(self._n_emitted, len(self._text) - self._hold)
-        out = self._text[self._n_emitted : until]
-        keep_from = max(0, until - self._hold)
-        self._text = self._text[keep_from:]
-        self._n_emitted = until - keep_from
-        return out
+            return text[: min(cuts)]
+        n_out = len(text) if final else max(0, len(text) - self._n_hold)
+        self._held = text[n_out:]
+        return text[:n_out]
 
 
 class Detokenizer:

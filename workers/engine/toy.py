@@ -131,7 +131,7 @@ class ToyEngine:
         self._last_step_at_s = now_s()
         self._step_ms = 0.0
 
-    # -- the Engine interface --------------------------------------------------------------------------------
+    # -- the Engine interface
 
     def tokenize(self, text: str) -> list[int]:
         return toy_text.tokenize(text, faults=self.profile.toy_faults)
@@ -192,7 +192,7 @@ class ToyEngine:
             if seq.finish is None:
                 self._abort(seq)
 
-    # -- admission and stepping ------------------------------------------------------------------------------
+    # -- admission and stepping
 
     def _admit(self, request: EngineRequest) -> _Sequence:
         n_prompt = len(request.prompt_token_ids)
@@ -277,7 +277,7 @@ class ToyEngine:
                 self._misbehave(seq)
             self._take(seq, n_context)
             self._running.append(seq)
-            seq.n_computed = min(n_context, budget)
+            seq.n_computed = min(n_context, budget)  # a preempted one is computed from the start again
             budget -= seq.n_computed
             if seq.n_computed == n_context:
                 seq.advance()
@@ -294,7 +294,6 @@ class ToyEngine:
         while -(-n_tokens // self._block) - seq.n_blocks > self._n_free:
             victim = self._running.pop()
             self._free(victim)
-            victim.n_computed = 0  # recomputed from the start when it is admitted again
             heapq.heappush(self._waiting, (victim.key, victim))
             self._n_preemptions += 1
             if victim is seq:

@@ -153,7 +153,7 @@ class VllmEngine:
         self._eos = _eos_ids(self._llm)
         self._stopped = False
 
-    # -- the Engine interface --------------------------------------------------------------------------------
+    # -- the Engine interface
 
     @property
     def max_model_len(self) -> int:
@@ -243,7 +243,7 @@ class VllmEngine:
         finally:
             self._board.n_inflight -= 1
 
-    # -- helpers ---------------------------------------------------------------------------------------------
+    # -- helpers
 
     async def _outputs(self, request: EngineRequest, n_left: int) -> AsyncGenerator[Any, None]:
         """vLLM's own outputs, with its errors made ours."""

@@ -121,7 +121,6 @@ def import_gguf_package(
 
 
 # -- what may come in
-# --------------------------------------------------------------------------------------------
 
 
 def _servable_files(directory: Path) -> list[str]:
@@ -194,7 +193,6 @@ def _count_params(path: Path) -> int:
 
 
 # -- bringing it in
-# ----------------------------------------------------------------------------------------------
 
 
 def _import_files(
