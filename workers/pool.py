@@ -28,16 +28,26 @@ from workers.contract import SERVE_TASK
 
 log = logging.getLogger(__name__)
 
-_STOP_POLL_S = 0.1  # how often a stopping pool looks for a second, impatient signal
-
 
 class Job:
     """One delivered message being served. Celery keeps a weak reference and may call `terminate`."""
 
-    __slots__ = ("__weakref__", "_pool", "arguments", "cancel_reason", "on_done", "started_at", "task")
+    __slots__ = (
+        "__weakref__",
+        "_pool",
+        "arguments",
+        "cancel_reason",
+        "on_done",
+        "started_at",
+        "task",
+        "task_id",
+    )
 
-    def __init__(self, pool: LoopPool, arguments: tuple[str, int], on_done: Callable[..., None]) -> None:
+    def __init__(
+        self, pool: LoopPool, task_id: str, arguments: tuple[str, int], on_done: Callable[..., None]
+    ) -> None:
         self._pool = pool
+        self.task_id = task_id
         self.arguments = arguments
         self.on_done = [on_done]  # more than one if the message was redelivered while running
         self.started_at = monotonic()
@@ -46,7 +56,7 @@ class Job:
 
     def terminate(self, signal: Any = None) -> None:
         """Cancel the coroutine. Called by Celery on revoke(terminate=True) and on cold shutdown."""
-        self._pool.cancel(self, "revoked")
+        self._pool.cancel(self, "revoked" if self.task_id in worker_state.revoked else "stopping")
 
 
 class LoopPool(BasePool):
@@ -96,7 +106,7 @@ class LoopPool(BasePool):
             self.n_joined += 1
             running.on_done.append(callback)
             return running
-        job = self._jobs[arguments] = Job(self, arguments, callback)
+        job = self._jobs[arguments] = Job(self, args[1], arguments, callback)
         self.n_started += 1
         self._inbox.append(job)
         if len(self._inbox) == 1:  # otherwise the loop is already on its way
@@ -112,11 +122,14 @@ class LoopPool(BasePool):
         """Nothing to signal: the job is a coroutine of this process. Celery calls `Job.terminate` next."""
 
     def on_stop(self) -> None:
-        """Warm stop: let jobs finish, then cancel the rest, then return. Consuming has ended already."""
+        """Warm stop: let jobs finish, then cancel the rest, then return. Consuming has ended already.
+
+        A cold shutdown asked for meanwhile cuts the grace short: Celery's handler terminates every job.
+        """
         self._stopping = True
         grace_s = self._runtime.stop_grace_s
         log.info("stopping with %d jobs in flight, which have %.1f s to finish", len(self._jobs), grace_s)
-        self._wait_drained(grace_s, impatient=True)
+        self._wait_drained(grace_s)
         self._cancel_all()
 
     def on_terminate(self) -> None:
@@ -132,13 +145,9 @@ class LoopPool(BasePool):
             grace_s = self._runtime.cancel_grace_s
             log.error("%d jobs did not end within %.1f s of being cancelled", len(self._jobs), grace_s)
 
-    def _wait_drained(self, timeout_s: float, impatient: bool = False) -> None:
-        """Until no job is left, the time is over, or (impatient) a cold shutdown was asked for meanwhile."""
-        end_at = monotonic() + timeout_s
-        while self._jobs and (left_s := end_at - monotonic()) > 0:
-            if impatient and worker_state.should_terminate not in (None, False):
-                return
-            self._drained.wait(min(_STOP_POLL_S, left_s))
+    def _wait_drained(self, timeout_s: float) -> None:
+        if self._jobs:  # the last one to end sets the event, as `_stopping` is set by now
+            self._drained.wait(timeout_s)
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
@@ -160,11 +169,12 @@ class LoopPool(BasePool):
         while self._inbox:
             # Popped last: `on_apply` wakes the loop only for a job that finds the inbox empty.
             job = self._inbox[0]
-            task = job.task = loop.create_task(_run(handler, job))
+            task = job.task = loop.create_task(handler(*job.arguments))
             task.add_done_callback(functools.partial(self._finish, job))
             self._inbox.popleft()
 
     def _cancel_task(self, job: Job) -> None:
+        """Comes after the `_start_jobs` of this job, and before its first step if they follow each other."""
         if job.task is not None:
             job.task.cancel(job.cancel_reason)
 
@@ -193,12 +203,6 @@ class LoopPool(BasePool):
         if kind not in self._logged_failures and len(self._logged_failures) < 64:
             self._logged_failures.add(kind)  # the type alone: a message or traceback may quote a prompt
             log.error("a job ended with %s, acknowledged; its lease decides what happens next", kind)
-
-
-async def _run(handler: runtime_registry.Handler, job: Job) -> None:
-    if job.cancel_reason:
-        raise asyncio.CancelledError(job.cancel_reason)
-    await handler(*job.arguments)
 
 
 def _arguments(task_name: str, request: dict[str, Any]) -> tuple[str, int] | None:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from workers.redis_connection import (
     pack,
     parse_url,
 )
+from workers.redis_deadline import DeadlineSweep
 from workers.redis_subscriber import Subscriber
 from workers.scripts import Script
 
@@ -44,7 +44,7 @@ __all__ = [
 
 Arg = str | bytes | int | float
 _SWEEPS_PER_TIMEOUT = 8  # a stall is noticed within timeout × (1 + 1/8)
-_IDLE_SWEEPS_BEFORE_PING = 16
+_IDLE_SWEEPS_BEFORE_PING = 16  # two timeouts without a call
 _NOSCRIPT_RETRY_S = (0.02, 0.08, 0.3)  # when only the trusted side may load scripts, give it this long
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ class Client:
             n_failures = 0
             self._conn = conn
             self._ready.set()
-            conn.closed.add_done_callback(functools.partial(self._forget, conn))
+            conn.on_lost = functools.partial(self._forget, conn)
             try:
                 await self._watch(conn)
             finally:
@@ -250,41 +250,30 @@ class Client:
                 conn.abort()
             await asyncio.sleep(backoff_s(0))
 
-    def _forget(self, conn: Connection, _closed: asyncio.Future[None] | None = None) -> None:
-        """Refuse calls from the very moment the connection ends."""
+    def _forget(self, conn: Connection) -> None:
+        """Refuse calls from the moment the connection ends: a waiter that retries at once must not hang."""
         if self._conn is conn:
             self._conn = None
             self._ready.clear()
             self.n_disconnects += 1
 
     async def _watch(self, conn: Connection) -> None:
-        """The deadline sweep: returns when the connection ended or its oldest call is overdue.
-
-        Marks remember how many calls had been sent at past sweeps, so that calls themselves carry no time.
-        A sweep that comes late means this loop was held up and replies may wait unread: it judges nothing.
-        """
+        """Returns when the connection ended or its oldest call is overdue."""
         loop = self._require_loop()
         interval_s = self._call_timeout_s / _SWEEPS_PER_TIMEOUT
-        n_base = self._n_sent - len(conn.fifo)
-        marks: deque[tuple[float, int]] = deque()
-        n_idle = 0
+        sweep = DeadlineSweep(self._call_timeout_s, interval_s)
+        n_idle, n_sent_before = 0, self._n_sent
         while not conn.closed.done():
-            due_at = loop.time() + interval_s
+            due_at_s = loop.time() + interval_s
             await asyncio.wait([conn.closed], timeout=interval_s)
-            now = loop.time()
-            if now - due_at > interval_s:
-                marks = deque((at + now - due_at, n_sent) for at, n_sent in marks)
-                continue
-            n_answered = self._n_sent - len(conn.fifo)
-            while marks and marks[0][0] <= now - self._call_timeout_s:
-                if n_answered < marks.popleft()[1]:
-                    log.warning(
-                        "redis %s: no answer within %.1f s; reconnecting", self.name, self._call_timeout_s
-                    )
-                    return
-            n_idle = n_idle + 1 if self._n_sent == n_base and not conn.fifo else 0
-            n_base = self._n_sent
-            if n_idle >= _IDLE_SWEEPS_BEFORE_PING:  # notice a dead peer before a request does
+            n_sent, n_answered = self._n_sent, self._n_sent - len(conn.fifo)
+            if sweep.is_overdue(now_s=loop.time(), due_at_s=due_at_s, n_sent=n_sent, n_answered=n_answered):
+                log.warning(
+                    "redis %s: no answer within %.1f s; reconnecting", self.name, self._call_timeout_s
+                )
+                return
+            n_idle = n_idle + 1 if n_sent == n_sent_before else 0
+            n_sent_before = n_sent
+            if n_idle == _IDLE_SWEEPS_BEFORE_PING:  # notice a dead peer before a request does
                 n_idle = 0
-                self._submit(pack(("PING",)), loop.create_future(), lambda _reply: None)
-            marks.append((now, self._n_sent))
+                self.fire("PING")

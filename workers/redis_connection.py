@@ -124,6 +124,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.closed: asyncio.Future[None] = loop.create_future()
         self.fifo: deque[Waiter] = deque()
+        self.on_lost: Callable[[], None] | None = None  # called before any waiter hears of the loss
         self.choked = False
         self.n_received = 0  # reads, not replies: a sign of life
         self._loop = loop
@@ -210,6 +211,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        if self.on_lost is not None:
+            self.on_lost()
         n_sent = len(self.fifo) - (0 if self._on_push else len(self._out))
         self._out.clear()
         for index, waiter in enumerate(self.fifo):

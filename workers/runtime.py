@@ -7,10 +7,11 @@ start a loop. One per process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
-Handler = Callable[[str, int], Awaitable[None]]
+Handler = Callable[[str, int], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True, slots=True)

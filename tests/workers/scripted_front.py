@@ -2,7 +2,7 @@
 
 `python -m tests.workers.scripted_front '<JSON of FrontOptions>'`. Jobs: `quick…` returns, `hold…` waits until
 cancelled, `tidy…` waits, catches the cancellation and returns, `raise…` fails with text that must not be
-logged, `wait…` takes 50 ms. What happened is pushed to `<prefix>log` as `<event> <id>.<epoch>`.
+logged, `wait…` takes 50 ms, `slow…` 1 s. What happened is pushed to `<prefix>log` as `<event> <id>.<epoch>`.
 """
 
 import asyncio
@@ -46,12 +46,16 @@ class ScriptedJobs:
                 raise
         else:
             await self._log("end", name)
+        finally:
+            print("over", name, flush=True)
 
     async def _act(self, request_id: str) -> None:
         if request_id.startswith(("hold", "tidy")):
             await asyncio.Event().wait()
         elif request_id.startswith("wait"):
             await asyncio.sleep(0.05)
+        elif request_id.startswith("slow"):
+            await asyncio.sleep(1.0)
         elif request_id.startswith("raise"):
             raise ValueError("text of a prompt")
 

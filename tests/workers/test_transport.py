@@ -5,6 +5,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Consumer, Exchange, Producer, Queue
 
+from infra.local.redis import EmbeddedRedis
 from tests.workers.fronts import Front, Machine
 from tests.workers.waiting import wait_until
 from workers.app import ConsumerConfig, broker_keys, make_app
@@ -217,6 +219,27 @@ def test_a_lost_connection_neither_ends_running_jobs_nor_leaves_records_behind(m
         assert machine.log().count("start tidy1.1") == 1
         assert front.stop() == 0
         assert machine.unacked() == set()
+
+
+def test_jobs_that_end_while_redis_is_away_are_acknowledged_on_its_return(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    server.wait_ready()
+    try:
+        machine = Machine(server.url())
+        machine.r.acl_save()
+        with Front(machine) as front:
+            machine.send("slow1", "slow2", "slow3")
+            wait_until(lambda: machine.events()["start"] == 3, "all to run")
+            server.stop()
+            wait_until(lambda: front.output.count("over slow") == 3, "all to end")
+            server.start()
+            server.wait_ready()
+            machine.load_scripts()
+            wait_until(lambda: not machine.unacked(), "the acks")
+            assert machine.events()["start"] == 3
+    finally:
+        server.destroy()
 
 
 def test_a_consumer_waits_for_scripts_that_redis_forgot(machine: Machine) -> None:
