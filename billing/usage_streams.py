@@ -16,12 +16,9 @@ import msgspec
 import redis
 
 from billing.vetting import Admission, Delivery, Refusal
+from workers.contract import USAGE_FIELD, WITNESS_FIELD, WITNESS_SPOOL
 from workers.keys import RETENTION_MS, CellKeys
 from workers.scripts import SETTLE
-
-FIELD_EVENT: Final = b"u"
-FIELD_WITNESS: Final = b"w"
-WITNESS_SPOOL: Final = b"spool"
 
 # A replica's front reads its acknowledgements within a second; the list is for one that is away for a while.
 # What falls off is re-published by the spool, booked before, and acknowledged again.
@@ -81,8 +78,8 @@ class UsageStreams:
             Delivery(
                 machine_id=machine,
                 entry_id=entry_id.decode(),
-                payload=fields.get(FIELD_EVENT, b""),
-                from_spool=fields.get(FIELD_WITNESS) == WITNESS_SPOOL,
+                payload=fields.get(USAGE_FIELD.encode(), b""),
+                from_spool=fields.get(WITNESS_FIELD.encode()) == WITNESS_SPOOL.encode(),
             )
             for machine, entries in zip(waiting, pipeline.execute(), strict=False)
             for entry_id, fields in entries

@@ -14,6 +14,7 @@ import logging
 from typing import Final
 
 from workers.config import ServeTuning
+from workers.contract import USAGE_FIELD, WITNESS_FIELD, WITNESS_SPOOL
 from workers.keys import MachineKeys
 from workers.redis_client import Client, RedisError
 from workers.spool import Record, Spool
@@ -74,7 +75,8 @@ class Accounting:
         if not record.confirmed and not await self._was_accepted(record):
             return
         bound = self._tuning.usage_stream_max
-        await self._client.call("XADD", self._keys.usage, "MAXLEN", "~", bound, "*", "u", record.event)
+        fields = (USAGE_FIELD, record.event, WITNESS_FIELD, WITNESS_SPOOL)
+        await self._client.call("XADD", self._keys.usage, "MAXLEN", "~", bound, "*", *fields)
         self.n_announced += 1
 
     async def _was_accepted(self, record: Record) -> bool:

@@ -16,6 +16,11 @@ from workers.keys import WIRE_VERSION
 
 SERVE_TASK: Final = "corral.serve"
 
+# Fields of an entry of the usage stream: the event, and who announces it where it is not the flush (flush.lua).
+USAGE_FIELD: Final = "u"
+WITNESS_FIELD: Final = "w"
+WITNESS_SPOOL: Final = "spool"
+
 
 class FinishReason(str, enum.Enum):
     """Why a generation ended. The first two are OpenAI's; the rest are ours."""
@@ -261,7 +266,9 @@ class FlushVerdict(str, enum.Enum):
     BUDGET = "b"  # tokens beyond the hold: refused
 
 
-_MESSAGE_BODY: Final = r"[[\"%s\", %d], {}, {\"callbacks\": null, \"errbacks\": null, \"chain\": null, \"chord\": null}]"
+_MESSAGE_BODY: Final = (
+    r"[[\"%s\", %d], {}, {\"callbacks\": null, \"errbacks\": null, \"chain\": null, \"chord\": null}]"
+)
 
 # Filled by Python % and by Lua string.format alike, with: id, epoch, tag, id, replica id, tag.
 # body_encoding is left unset: the body is JSON text inside the JSON message, and no script needs base64.
