@@ -106,9 +106,8 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
     var_dir: str
     spec: ReplicaSpec
     model_dir: str = ""
-    # Stages before the fork, e.g. {"fetch": 12}, and the wall clock at the agent's command: for stages_ms.
+    # Milliseconds per stage before the fork, e.g. {"fetch": 12}.
     stages_ms: dict[str, int] = {}
-    commanded_at_ms: int = 0
     tuning: ServeTuning = ServeTuning()
 
     @property

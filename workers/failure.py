@@ -141,7 +141,7 @@ def _reason_in(log_path: Path | None) -> str:
             tail = file.read().decode(errors="replace")
     except OSError:
         return ""
-    found = re.findall(r"^(?:.*?\s)?(\w*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
+    found = re.findall(r"^(?:.*?\s)?([\w.]*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
     causes = [line for line in found if "See root cause above" not in line]
     return _first_line(causes[-1]) if causes else ""
 

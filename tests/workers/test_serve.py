@@ -204,7 +204,7 @@ async def test_request_of_another_machine_is_out_of_reach(cell: Cell, tmp_path: 
         ):
             with pytest.raises(ResponseError, match="NOPERM"):
                 await front.client.call(*command)
-        with pytest.raises(ResponseError, match="NOPERM|No Permission|can't access"):
+        with pytest.raises(ResponseError, match=r"NOPERM|No Permission|can't access"):
             prefix = cell.keys.machine("m2").prefix
             await front.client.evalsha(scripts.CLAIM, (), [prefix, 0, foreign, 1, "r1"])
 

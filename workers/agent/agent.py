@@ -86,7 +86,8 @@ class Agent:
         self._credentials = credentials
         self._keys = MachineKeys(credentials.cell, self._config.machine)
         self._client = Client(credentials.redis_url, name="agent")
-        self._client.start()
+        with contextlib.suppress(RedisError):  # it goes on trying
+            await self._client.connect()
         replicas = self._replicas = Replicas(
             self._config, credentials.cell, credentials.redis_url, lambda: self._zygote, self._report,
             limits=self._limits, tuning=self._tuning,
@@ -147,7 +148,8 @@ class Agent:
                 n_failures = 0
                 await self._hear_exits(zygote)
             except (ZygoteGone, OSError, TimeoutError) as error:
-                log.error("zygote: %s", str(error)[-500:])
+                if not self._stopping.is_set():
+                    log.error("zygote: %s", str(error)[-500:])
             if self._zygote.done():
                 self._zygote = asyncio.get_running_loop().create_future()
                 if self._replicas is not None:
@@ -206,13 +208,11 @@ class Agent:
             if self._seq % 5 == 0:
                 for status in replicas.ended():  # should Redis have lost it
                     self._client.fire("HSET", self._keys.actual, status.replica, _json.encode(status))
-            try:
-                async with asyncio.timeout(interval_s):
-                    if not ready:
-                        await asyncio.shield(self._zygote)
-                    await self._stopping.wait()
-            except TimeoutError:
-                pass
+            # The first beat that says READY follows the zygote at once.
+            if ready:
+                await asyncio.sleep(interval_s)
+            else:
+                await asyncio.wait({self._zygote}, timeout=interval_s)
 
     async def _reconcile(self, replicas: Replicas) -> None:
         """On the bell, on an end, and once a second."""
