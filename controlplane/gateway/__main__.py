@@ -8,9 +8,12 @@ exit 0.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 
 import uvicorn
 import uvloop
@@ -38,11 +41,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, telling the gateway when it begins to drain."""
+    """uvicorn's server: tells the gateway when it begins to drain, and leaves signals to `serve`, because it
+    would raise a caught SIGTERM again and so end the process before the gateway could close."""
 
     def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
         super().__init__(config)
         self._gateway = gateway
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Drain and end; asked again, end at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.draining = True
@@ -68,6 +81,8 @@ async def serve(config: GatewayConfig) -> None:
         ),
         gateway,
     )
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(stop_signal, server.stop)
     sock = listen(config.host, config.port)
     log.info("gateway %s listens on %s:%s", config.name, config.host, config.port)
     try:

@@ -385,7 +385,6 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
         ),
         gateway,
     )  # fmt: skip
-    server.capture_signals = _no_signals  # type: ignore[assignment]
     serving = asyncio.get_running_loop().create_task(server.serve(sockets=[sock]))
     base = f"http://127.0.0.1:{sock.getsockname()[1]}"
     client = aioredis.Redis.from_url(url)
@@ -399,12 +398,6 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
             await serving
             await gateway.close()
             await client.aclose()
-
-
-def _no_signals() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _now_ms() -> int:

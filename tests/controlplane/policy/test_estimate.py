@@ -1,0 +1,57 @@
+"""Prompt token estimates: bounded, monotone, and drawn to the truth by what was counted."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.policy import estimate
+from controlplane.policy.estimate import Calibration
+
+RATIOS = st.floats(0.1, 10)
+
+
+def test_a_thousand_characters_of_prose_are_some_250_tokens() -> None:
+    assert estimate.raw_tokens(1000, 1) == 257
+    assert estimate.raw_tokens(1000, 0) == 250
+    assert estimate.raw_tokens(0, 0) == 1
+
+
+@given(st.integers(0, 10**8), st.integers(0, 10**8), st.integers(0, 1000), RATIOS)
+def test_longer_text_is_never_estimated_shorter(a: int, b: int, n_messages: int, ratio: float) -> None:
+    low, high = sorted((a, b))
+    calibration = Calibration(ratio, 5)
+    assert estimate.estimate(estimate.raw_tokens(low, n_messages), calibration) <= estimate.estimate(
+        estimate.raw_tokens(high, n_messages), calibration
+    )
+
+
+@given(st.integers(1, 10**8), RATIOS)
+def test_lower_bound_is_below_the_estimate_and_at_least_one(raw: int, ratio: float) -> None:
+    estimated = estimate.estimate(raw, Calibration(ratio, 1))
+    assert 1 <= estimate.lower_bound(estimated) <= estimated
+
+
+def test_first_request_counts_fully_and_a_stable_ratio_is_learned() -> None:
+    calibration = estimate.observe(estimate.NEW, 100, 150)
+    assert calibration == Calibration(1.5, 1)
+    for _ in range(50):
+        calibration = estimate.observe(calibration, 200, 300)
+    assert estimate.estimate(1000, calibration) == 1500
+
+
+def test_ratio_follows_a_change_within_some_tens_of_requests() -> None:
+    calibration = Calibration(1.0, 1000)
+    for _ in range(60):
+        calibration = estimate.observe(calibration, 100, 200)
+    assert 1.9 < calibration.ratio <= 2.0
+
+
+@given(st.lists(st.tuples(st.integers(-5, 10**6), st.integers(-5, 10**9)), max_size=50))
+def test_ratio_stays_within_its_bounds_whatever_is_reported(counts: list[tuple[int, int]]) -> None:
+    calibration = estimate.NEW
+    for raw, exact in counts:
+        calibration = estimate.observe(calibration, raw, exact)
+    assert 0.1 <= calibration.ratio <= 10
+
+
+def test_prompt_that_was_never_counted_teaches_nothing() -> None:
+    assert estimate.observe(Calibration(1.2, 3), 100, 0) == Calibration(1.2, 3)
