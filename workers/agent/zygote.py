@@ -88,7 +88,7 @@ class ZygoteServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         while True:
-            for key, _ in self._selector.select(_TICK_S):
+            for key, _ in self._selector.select(self._patience_s()):
                 if key.fileobj is self._wakeup:
                     with contextlib.suppress(BlockingIOError):
                         self._wakeup.recv(4096)
@@ -104,6 +104,12 @@ class ZygoteServer:
                     self._signal_all(signal.SIGKILL)
             elif self._agent is None and time.monotonic() - self._alone_since_s > orphan_s:
                 self._begin_stop(10.0)
+
+    def _patience_s(self) -> float:
+        """How long to wait for something to happen."""
+        if self._stop_at_s is None:
+            return _TICK_S
+        return min(_TICK_S, max(0.01, self._stop_at_s - time.monotonic()))
 
     # -- the agent
 

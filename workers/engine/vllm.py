@@ -308,6 +308,7 @@ class _StatsBoard:
     def n_inflight(self, n: int) -> None:
         if self._n_inflight == 0:
             self.last_step_at_s = time.monotonic()  # an idle engine owes no step
+            self.n_running = 0  # the core's last word was about requests that are gone
         self._n_inflight = n
 
     def record(
