@@ -15,8 +15,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from workers.redis_address import Address, parse_url
 from workers.redis_connection import (
-    Address,
     Connection,
     RedisError,
     RedisOverloaded,
@@ -25,7 +25,6 @@ from workers.redis_connection import (
     backoff_s,
     open_connection,
     pack,
-    parse_url,
 )
 from workers.redis_deadline import DeadlineSweep
 from workers.redis_subscriber import Subscriber

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final, cast
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 
+from workers.redis_address import Address
 from workers.scripts import Script
 
 MAX_WRITE_BUFFER_BYTES: Final = 32 << 20  # beyond this the kernel is not taking our bytes: refuse new calls
@@ -56,50 +54,6 @@ class RedisUnavailable(RedisError):  # noqa: N818 - a state of the world, retrya
 
 class RedisOverloaded(RedisUnavailable):
     """The pipeline is full (calls or bytes); nothing was sent. Shed load, do not retry at once."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where Redis is and who we are there. The password never shows in a repr or a log line."""
-
-    host: str
-    port: int
-    path: str | None
-    db: int
-    username: str | None
-    password: str | None = field(repr=False)
-    tls: ssl.SSLContext | None = field(repr=False)
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
-
-
-def parse_url(url: str) -> Address:
-    """`redis://`, `rediss://` (TLS, verified) or `unix://` → Address; ValueError names the part at fault.
-
-    rediss:// takes `?ssl_ca_certs=`, `ssl_certfile=` and `ssl_keyfile=` (paths); unix:// takes `?db=`.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError(f"Redis URL: scheme is {parts.scheme!r}; use redis://, rediss:// or unix://")
-    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    db_text = query.get("db", "") if parts.scheme == "unix" else parts.path.strip("/") or query.get("db", "")
-    if db_text and not db_text.isdigit():
-        raise ValueError(f"Redis URL: database is {db_text!r}; it must be a number such as /0")
-    tls = None
-    if parts.scheme == "rediss":
-        tls = ssl.create_default_context(cafile=query.get("ssl_ca_certs"))
-        if "ssl_certfile" in query:
-            tls.load_cert_chain(query["ssl_certfile"], query.get("ssl_keyfile"))
-    return Address(
-        host=parts.hostname or "127.0.0.1",
-        port=parts.port or 6379,
-        path=unquote(parts.path) if parts.scheme == "unix" else None,
-        db=int(db_text or 0),
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-        tls=tls,
-    )
 
 
 def backoff_s(n_failures: int, *, first_s: float = 0.05, max_s: float = 2.0) -> float:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from workers.redis_address import parse_url
 from workers.redis_connection import (
     Connection,
     RedisUnavailable,
@@ -20,7 +21,6 @@ from workers.redis_connection import (
     backoff_s,
     open_connection,
     pack,
-    parse_url,
 )
 
 log = logging.getLogger(__name__)

@@ -20,16 +20,14 @@ from kombu.transport import virtual
 from kombu.utils.json import loads as kombu_loads
 from redis.exceptions import NoPermissionError, NoScriptError
 
+from workers.acks import AckPipe
 from workers.redis_connection import pack
 from workers.scripts import POP
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH: Final = 64  # messages per pop: some 45 KB of reply, a few hundred µs of Redis
-MAX_LATE_ACKS: Final = 65_536
-SCRIPT_RETRY_S: Final = (
-    0.2  # while POP is not loaded and we may not load it, ask Redis no more often than this
-)
+SCRIPT_RETRY_S: Final = 0.2  # at most this often, while the pop script is neither loaded nor ours to load
 
 # What the consumer's Redis user must be allowed on its own keys and channels; in keys.MACHINE_COMMANDS.
 CONSUMER_COMMANDS: Final = frozenset(
@@ -41,8 +39,6 @@ CONSUMER_COMMANDS: Final = frozenset(
     )
 )
 
-# Acks whose connection was lost before they were confirmed, by unacked key; the next connection sends them.
-_late_acks: dict[str, list[str]] = {}
 _envelope_decoder = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -68,7 +64,7 @@ class QoS(_StockQoS):
         self._dirty.discard(delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self.channel.ack_later(delivery_tag)
+        self.channel.acks.add(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
@@ -93,10 +89,12 @@ class Channel(_StockChannel):
         self._backlog = True  # there may be more messages than we took
         self._asked: tuple[str, list[str]] = ("BRPOP", [])  # command in flight on the consuming connection
         self._script_wanted_at = 0.0
-        self._acks: list[str] = []
-        self._acks_sent: list[str] = []  # on the wire, reply not read yet
-        self._ack_connection: Any = None
         super().__init__(*args, **kwargs)
+        self.acks = AckPipe(
+            lambda: self.pool.connection_class(**self.pool.connection_kwargs),
+            self._prefixed(self.unacked_key),
+            self._prefixed(self.unacked_index_key),
+        )
 
     # -- consuming
 
@@ -196,53 +194,6 @@ class Channel(_StockChannel):
                 log.warning("the pop script is not loaded in Redis and not ours to load; waiting for it")
             self._script_wanted_at = monotonic() + SCRIPT_RETRY_S
 
-    # -- acknowledging
-
-    def ack_later(self, delivery_tag: str) -> None:
-        """Take an ack; it leaves with all of this hub pass, or by the next connection if this one closed."""
-        if self.closed:
-            self._leave_acks([delivery_tag])
-        else:
-            self._acks.append(delivery_tag)
-
-    def flush_acks(self) -> None:
-        """Send the acks collected so far, after reading the reply to the batch before, long there by now."""
-        if not self._acks and not (_late_acks and self._adopt_late_acks()):
-            return
-        try:
-            self._read_ack_reply()
-            if self._ack_connection is None:
-                self._ack_connection = self.pool.connection_class(**self.pool.connection_kwargs)
-            self._acks_sent, self._acks = self._acks, []
-            # In this order: cut off in between, what is left is an index entry, which restoring ignores.
-            forget = ("HDEL", self._prefixed(self.unacked_key), *self._acks_sent)
-            remove = ("ZREM", self._prefixed(self.unacked_index_key), *self._acks_sent)
-            self._ack_connection.send_packed_command([pack(forget) + pack(remove)])
-        except BaseException:
-            self._drop_ack_connection()
-            raise
-
-    def _read_ack_reply(self) -> None:
-        if self._acks_sent:
-            self._ack_connection.read_response()
-            self._ack_connection.read_response()
-            self._acks_sent = []
-
-    def _leave_acks(self, tags: list[str]) -> None:
-        late = _late_acks.setdefault(self._prefixed(self.unacked_key), [])
-        late.extend(tags[: MAX_LATE_ACKS - len(late)])
-
-    def _adopt_late_acks(self) -> bool:
-        self._acks = _late_acks.pop(self._prefixed(self.unacked_key), [])
-        return bool(self._acks)
-
-    def _drop_ack_connection(self) -> None:
-        """Unconfirmed acks go back into the list: sending one twice does no harm."""
-        connection, self._ack_connection = self._ack_connection, None
-        self._acks, self._acks_sent = self._acks_sent + self._acks, []
-        if connection is not None:
-            connection.disconnect()
-
     # -- control messages
 
     def _subscribe(self) -> None:
@@ -272,15 +223,7 @@ class Channel(_StockChannel):
     def close(self) -> None:
         if self._in_poll and self._asked[0] == "PEEK":
             self._in_poll = None  # a peek has taken nothing: no need to wait for its answer
-        try:
-            self.flush_acks()
-            self._read_ack_reply()
-        except Exception as exc:
-            log.warning("acks left for the next connection: %s", type(exc).__name__)
-        self._drop_ack_connection()
-        if self._acks:
-            self._leave_acks(self._acks)
-            self._acks = []
+        self.acks.close()
         super().close()
 
     def _prefixed(self, key: str) -> str:
@@ -292,7 +235,7 @@ class Poller(_StockPoller):
 
     def on_poll_start(self) -> None:
         for channel in self._channels:
-            channel.flush_acks()
+            channel.acks.flush()
         super().on_poll_start()
 
 
