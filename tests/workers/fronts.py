@@ -104,8 +104,12 @@ class Front:
         self._reader.start()
 
     def __enter__(self) -> Self:
-        wait_until(lambda: "ready" in self._lines or self.process.poll() is not None, "the front")
-        assert self.process.poll() is None, self.output
+        try:
+            wait_until(lambda: "ready" in self._lines or self.process.poll() is not None, "the front")
+            assert self.process.poll() is None, self.output
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def __exit__(
