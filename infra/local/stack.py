@@ -201,6 +201,7 @@ def stack_specs(
                 QUICKSTART,
                 ["manage.py", QUICKSTART],
                 log_path=None,  # its lines and its panel are for whoever started us
+                extra_env={"CORRAL_LOG_LEVEL": "WARNING"},
                 depends_on=tuple(spec.name for spec in specs),
                 one_shot=True,
                 required=False,

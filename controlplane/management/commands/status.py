@@ -71,9 +71,10 @@ def _as_text(status: stack.StackStatus) -> str:
             "",
         ]
         for p in record.processes:
-            restarts = f", {p.n_restarts} restart{'s' if p.n_restarts > 1 else ''}" if p.n_restarts else ""
             pid = f"pid {p.pid}" if p.pid else ""
-            detail = p.detail.splitlines()[0] if p.detail and not p.detail.startswith("pid ") else ""
-            lines.append(f"  {p.name:<11} {p.phase:<12} {pid:<12} {detail}{restarts}".rstrip())
+            notes = [p.detail.splitlines()[0]] if p.detail and not p.detail.startswith("pid ") else []
+            if p.n_restarts:
+                notes.append(f"{p.n_restarts} restart{'s' if p.n_restarts > 1 else ''}")
+            lines.append(f"  {p.name:<11} {p.phase:<12} {pid:<12} {', '.join(notes)}".rstrip())
     lines += [f"  machine     {m.machine_id} ({m.n_processes} processes)" for m in status.machines]
     return "\n".join(lines)
