@@ -180,13 +180,14 @@ class ToyEngine:
                 ids, seq.new_ids = seq.new_ids, []
                 text = seq.new_text[0] if len(seq.new_text) == 1 else "".join(seq.new_text)
                 seq.new_text.clear()
-                if seq.finish is FinishReason.ERROR:
+                finish = seq.finish  # the sequence goes on while our consumer holds the delta
+                if finish is FinishReason.ERROR:
                     raise EngineDead(f"toy engine: {self._dead}")
                 if request.sampling.logprobs is None:
-                    yield Delta(ids, text, seq.finish)
+                    yield Delta(ids, text, finish)
                 else:
-                    yield Delta(ids, text, seq.finish, 0, _logprobs(ids, request.sampling.logprobs))
-                if seq.finish is not None:
+                    yield Delta(ids, text, finish, 0, _logprobs(ids, request.sampling.logprobs))
+                if finish is not None:
                     return
         finally:
             if seq.finish is None:

@@ -1,0 +1,104 @@
+"""What is announced again, and what must not be."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.workers.serving import Cell, Serving, serving
+from workers.accounting import Accounting
+from workers.spool import Spool
+
+
+@pytest.fixture
+def cell(redis_url: str) -> Iterator[Cell]:
+    made = Cell(redis_url)
+    yield made
+    made.close()
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def accounting(front: Serving, path: Path) -> tuple[Clock, Spool, Accounting]:
+    clock = Clock()
+    spool = Spool(path, max_bytes=100_000, now_s=clock)
+    made = Accounting(spool, front.client, front.config.keys, "r1", front.config.tuning)
+    clock.now_s = 11
+    return clock, spool, made
+
+
+async def test_confirmed_end_is_announced_again_until_acknowledged(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit()
+        await front.deliver(request)
+        event = front.spool.pending()[0].event
+        cell.r.delete(cell.keys.machine("m1").usage)
+        clock, spool, keeper = accounting(front, tmp_path / "x")
+        clock.now_s = 0
+        spool.begin(request, 1, event)
+        spool.confirm(request)
+        await keeper.tick()
+        assert cell.usage() == []
+        clock.now_s = 11
+        await keeper.tick()
+        await keeper.tick()  # not due again
+        assert [usage.request_id for usage in cell.usage()] == [request]
+        cell.r.rpush(cell.keys.machine("m1").ack("r1"), request)
+        clock.now_s = 1000
+        await keeper.tick()
+        assert len(spool) == 0 and len(cell.usage()) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "epoch", "announced", "kept"),
+    [
+        ("done", 1, True, True),  # accepted, only the answer was lost
+        ("claimed", 1, False, True),  # not accepted; the reaper decides
+        ("bound", 1, False, True),
+        ("claimed", 2, False, False),  # served again under a newer epoch
+        ("", 0, False, False),  # moved to another machine
+    ],
+)
+async def test_unconfirmed_end_is_judged_by_the_lease(
+    cell: Cell, tmp_path: Path, state: str, epoch: int, announced: bool, kept: bool
+) -> None:
+    async with serving(cell, tmp_path) as front:
+        clock, spool, keeper = accounting(front, tmp_path / "x")
+        clock.now_s = 0
+        spool.begin("a" * 32, 1, b"event")
+        if state:
+            lease = cell.keys.machine("m1").lease("a" * 32)
+            cell.r.hset(lease, mapping={"epoch": epoch, "state": state})
+        clock.now_s = 11
+        await keeper.tick()
+        assert (cell.r.xlen(cell.keys.machine("m1").usage) == 1) is announced
+        assert (len(spool) == 1) is kept
+
+
+async def test_announcements_are_bounded_per_tick(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        clock, spool, keeper = accounting(front, tmp_path / "x")
+        clock.now_s = 0
+        for i in range(250):
+            spool.begin(str(i), 1, b"event")
+            spool.confirm(str(i))
+        clock.now_s = 11
+        await keeper.tick()
+        assert cell.r.xlen(cell.keys.machine("m1").usage) == 100
+
+
+async def test_redis_away_ends_the_tick_and_nothing_else(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        clock, spool, keeper = accounting(front, tmp_path / "x")
+        clock.now_s = 0
+        spool.begin("a", 1, b"event")
+        spool.confirm("a")
+        clock.now_s = 11
+        await front.client.close()
+        await keeper.tick()
+        assert len(spool) == 1
