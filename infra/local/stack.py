@@ -140,6 +140,7 @@ def stack_specs(
                 "env": environment.process_environment(kind, stack, os.environ) | extra_env,
                 "log_path": logs / f"{name}.log",
                 "cwd": ROOT,
+                "ready_timeout_s": 60.0,  # 2 s on an idle machine; imports are slow on a busy one
                 "depends_on": ("migrate",),
                 **fields,
             }
