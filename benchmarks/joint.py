@@ -267,7 +267,6 @@ async def _throughput(joint: Joint, n: int, n_tokens: int) -> None:
     began_s = time.monotonic()
     await until(lambda: joint.running() >= n // 2, 30, "half of the load is in the engine", joint._log_tail)
     joint.figures.n_in_engine = joint.running()
-    joint.figures.n_in_flight = (await joint.pool_stats()).get("in_flight", 0)
     await until(lambda: int(joint.store.llen(DONE)) >= n, 120, "all are served", joint._log_tail)
     joint.figures.tokens_per_s = n * n_tokens / (time.monotonic() - began_s)
     done = joint.done()
@@ -282,6 +281,8 @@ async def _revoke(joint: Joint, n: int) -> None:
     """
     joint.store.delete(DONE)
     running = joint.push("endless", n, 1_000_000)
+    await until(lambda: joint.n_unacked() == n, 30, "all are taken", joint._log_tail)
+    joint.figures.n_in_flight = (await joint.pool_stats()).get("in_flight", 0)
     await until(lambda: joint.running() >= n // 2, 30, "the endless ones run", joint._log_tail)
     active = await joint.inspect("active")
     joint.figures.n_active_seen = len(active or ())
