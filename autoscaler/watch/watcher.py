@@ -44,6 +44,7 @@ AGENT_STALE_S = 6.0
 MAX_MESSAGES = 1000  # taken in one turn, before the next scan
 MAX_UNMATCHED = 1000
 UNMATCHED_FOR_S = 10.0
+UNMATCHED_RETRY_S = 0.02
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0
 _ID = re.compile(rb"[0-9a-f]{32}\Z")
@@ -75,6 +76,7 @@ class Watcher:
         self._told: dict[str, tuple[str, str]] = {}  # replica -> (phase, code) as last passed on
         self._over: set[str] = set()  # replicas withdrawn, until the table forgets them
         self._unmatched: dict[str, tuple[float, str, ReplicaStatus]] = {}
+        self._matched_version = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -111,8 +113,13 @@ class Watcher:
         if not self._hold_lock():
             self._stop.wait(timeout_s)
             return
+        if self._unmatched:  # the table that they wait for is a few milliseconds away
+            timeout_s = min(timeout_s, UNMATCHED_RETRY_S)
         self._hear(max(0.0, min(timeout_s, self._next_scan_s - self._clock())))
         now_s = self._clock()
+        if self._unmatched and self.recorder.table.version != self._matched_version:
+            self._matched_version = self.recorder.table.version
+            self._match(now_s)
         if now_s >= self._next_scan_s:
             self._next_scan_s = now_s + SCAN_EVERY_S
             self._scan(now_s)
@@ -210,7 +217,6 @@ class Watcher:
         self._told = {rid: told for rid, told in self._told.items() if rid in known}
         self._beats.forget_all_but(set(known))
         self._agents.forget_all_but(set(table.machines))
-        self._match(now_s)
         readings = self.cell.read_replicas([(r.id, r.machine, r.deployment) for r in known.values()])
         for replica in known.values():
             if replica.id not in self._over:
@@ -247,13 +253,16 @@ class Watcher:
             self._reported(known[rid], status)
 
     def _scan_agents(self, machines: dict[str, MachineState], now_s: float) -> None:
-        watched = [mid for mid, state in machines.items() if state is not MachineState.PENDING]
-        for mid, beat in self.cell.read_agents(watched).items():
-            if self._agents.look(mid, None if beat is None else beat.seq, now_s):
+        """A beat of a machine that the table calls pending: it has enrolled since the table was read."""
+        for mid, beat in self.cell.read_agents(list(machines)).items():
+            coming_up = machines[mid] in (MachineState.PENDING, MachineState.ENROLLED)
+            if coming_up and beat is not None and beat.phase is Phase.READY:
+                self.recorder.note(MachineAnswers(mid))
+            if machines[mid] is not MachineState.PENDING and self._agents.look(
+                mid, None if beat is None else beat.seq, now_s
+            ):
                 self.recorder.note(MachineSilent(mid))
                 self._agents.forget_all_but(set(machines) - {mid})  # ask again after as long again
-            elif beat is not None and beat.phase is Phase.READY and machines[mid] is MachineState.ENROLLED:
-                self.recorder.note(MachineAnswers(mid))
 
     def _scan_queues(
         self,

@@ -1,0 +1,137 @@
+"""Rows, the provider's list and Redis are made to agree, whoever is wrong."""
+
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+from django.utils import timezone
+
+from autoscaler import reconcile
+from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase
+from infra.providers.base import ProviderState
+from tests.autoscaler.conftest import Scaling
+from workers.contract import ReplicaPhase as Reported
+
+
+def _later(scaling: Scaling) -> None:
+    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=60))
+
+
+def test_an_unknown_machine_is_ended_and_reported(scaling: Scaling, caplog: pytest.LogCaptureFixture) -> None:
+    scaling.serving()
+    stranger = scaling.provider.add("e" * 32)
+    report = reconcile.reconcile(scaling.house)
+    assert report.n_killed == 1
+    assert scaling.provider.terminated == [stranger.ref]
+    assert "machine.unknown" in caplog.text
+
+
+def test_a_vanished_machine_takes_its_replicas_along_and_their_requests_move(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    cell, did = scaling.house.cell, scaling.deployment.id.hex
+    assert cell.redis.zcard(cell.keys.queue(did)) == 0  # "first" was handed to the replica
+    scaling.provider.machines.clear()
+    report = reconcile.reconcile(scaling.house)
+    assert (report.n_gone, report.deployments) == (1, {scaling.deployment.id})
+    assert scaling.machine().state == MachineState.GONE
+    lost = Replica.objects.get(id=replica.id)
+    assert (lost.phase, lost.reason_code) == (ReplicaPhase.FAILED, "machine_lost")
+    assert cell.redis.zrange(cell.keys.queue(did), 0, -1) == [b"first"]
+    assert not cell.has_user(replica.machine_id.hex)
+    scaling.tick()
+    assert Machine.objects.exclude(state=MachineState.GONE).count() == 1
+
+
+def test_a_dead_agent_is_restarted_so_often_and_then_its_machine_replaced(scaling: Scaling) -> None:
+    scaling.serving()
+    _later(scaling)
+    ref = scaling.machine().provider_ref
+    for n in range(3):
+        scaling.provider.set_state(ref, ProviderState.AGENT_DOWN)
+        assert reconcile.reconcile(scaling.house).n_restarted == 1, n
+    scaling.provider.set_state(ref, ProviderState.AGENT_DOWN)
+    report = reconcile.reconcile(scaling.house)
+    assert (report.n_restarted, report.n_gone) == (0, 1)
+    assert scaling.provider.terminated == [ref]
+    assert "restarted 3 times" in scaling.machine().reason
+
+
+def test_an_agent_that_runs_for_long_may_be_restarted_again(scaling: Scaling) -> None:
+    scaling.serving()
+    _later(scaling)
+    Machine.objects.update(n_restarts=3, launched_at=timezone.now() - timedelta(minutes=11))
+    reconcile.reconcile(scaling.house)
+    assert scaling.machine().n_restarts == 0
+
+
+def test_an_agent_that_ended_before_it_enrolled_is_not_restarted(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    _later(scaling)
+    scaling.provider.set_state(scaling.machine().provider_ref, ProviderState.AGENT_DOWN)
+    report = reconcile.reconcile(scaling.house)
+    assert (report.n_gone, scaling.provider.restarted) == (1, [])
+    assert "see agent.log" in scaling.machine().reason
+    assert scaling.replica().reason_code == "machine_lost"
+
+
+def test_a_machine_that_does_not_come_up_is_given_back(scaling: Scaling) -> None:
+    scaling.queue("a")
+    scaling.tick()
+    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=301))
+    reconcile.reconcile(scaling.house)
+    machine = scaling.machine()
+    assert machine.state == MachineState.GONE
+    assert "did not come up in 301 s, allowed 300 s" in machine.reason
+
+
+def test_a_machine_stays_warm_after_its_last_replica_and_is_then_given_back(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    scaling.report(replica, Reported.FAILED, "engine_died")
+    reconcile.reconcile(scaling.house)
+    assert scaling.machine().state == MachineState.READY
+    Replica.objects.update(stopped_at=timezone.now() - timedelta(seconds=901))
+    Machine.objects.update(ready_at=timezone.now() - timedelta(seconds=2000))
+    assert reconcile.reconcile(scaling.house).n_released == 1
+    assert scaling.machine().state == MachineState.GONE
+    assert scaling.provider.machines == {}
+
+
+def test_a_machine_with_a_live_replica_is_never_given_back(scaling: Scaling) -> None:
+    from autoscaler import launch
+
+    scaling.serving()
+    assert not launch.terminate(scaling.machine().id, "no reason", scaling.provider, scaling.house.cell)
+    assert scaling.machine().state == MachineState.READY
+
+
+def test_desired_state_is_restored_after_an_empty_redis_and_extras_are_dropped(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    cell, mid = scaling.house.cell, replica.machine_id.hex
+    keys = cell.keys.machine(mid)
+    before = cell.redis.hget(keys.desired, replica.id.hex)
+    cell.redis.flushall()
+    assert reconcile.restore(scaling.house) == 1
+    assert cell.redis.hget(keys.desired, replica.id.hex) == before
+    cell.redis.hset(keys.desired, "f" * 32, b"{}")
+    assert reconcile.restore(scaling.house) == 1
+    assert set(cell.read_desired(mid)) == {"generation", replica.id.hex}
+
+
+def test_a_replica_that_ended_while_redis_was_away_loses_its_route(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    cell = scaling.house.cell
+    Replica.objects.update(phase=ReplicaPhase.FAILED, stopped_at=timezone.now())
+    assert cell.routed(scaling.deployment.id.hex) == [UUID(hex=replica.id.hex)]
+    reconcile.restore(scaling.house)
+    assert cell.routed(scaling.deployment.id.hex) == []
+    assert cell.redis.zcard(cell.keys.queue(scaling.deployment.id.hex)) == 1
+
+
+def test_old_decisions_are_pruned(scaling: Scaling) -> None:
+    scaling.serving()
+    n = Decision.objects.count()
+    reconcile.reconcile(scaling.house, timezone.now() + timedelta(days=6))
+    assert Decision.objects.count() == n
+    reconcile.reconcile(scaling.house, timezone.now() + timedelta(days=8))
+    assert Decision.objects.count() == 0

@@ -1,0 +1,406 @@
+"""The watcher on a real Redis and a clock of the test: what is routed, withdrawn, woken, told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from autoscaler.cell import Cell
+from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.watch.recorder import Recorder
+from autoscaler.watch.watcher import Watcher
+from controlplane.deployments.models import Phase
+from tests.autoscaler.conftest import Scaling
+from workers.contract import Heartbeat, Notice, ReplicaStatus, Stage
+from workers.contract import ReplicaPhase as Reported
+from workers.scripts import CLAIM
+
+
+@dataclass
+class Watch:
+    """A watcher and its recorder, turned by hand."""
+
+    scaling: Scaling
+    recorder: Recorder
+    watcher: Watcher
+    now: list[float] = field(default_factory=lambda: [1000.0])
+
+    @property
+    def cell(self) -> Cell:
+        return self.scaling.house.cell
+
+    def turn(self, after_s: float = 0.25) -> None:
+        """Time passes, both threads do what is due."""
+        self.now[0] += after_s
+        self.watcher.step(0.05)
+        self.recorder.step()
+
+    def turn_until(self, condition: Callable[[], object], what: str, n: int = 100) -> None:
+        for _ in range(n):
+            if condition():
+                return
+            self.turn(0.01)
+        raise AssertionError(f"not within {n} turns: {what}")
+
+    def say(self, replica: Replica, phase: Reported, machine: str = "", **fields: Any) -> None:
+        """The machine announces a phase, on its channel only (the event may be all there is)."""
+        status = ReplicaStatus(replica=replica.id.hex, phase=phase, **fields)
+        keys = self.cell.keys.machine(machine or replica.machine_id.hex)
+        self.cell.redis.publish(keys.event_channel, msgspec.json.encode(status))
+
+    def routed(self) -> list[str]:
+        return [rid.hex for rid in self.cell.routed(self.scaling.deployment.id.hex)]
+
+    def state(self, replica: Replica) -> bytes | None:
+        return self.cell.redis.hget(self.cell.keys.replica(replica.id.hex), "state")
+
+    def queued(self) -> list[bytes]:
+        return self.cell.redis.zrange(self.cell.keys.queue(self.scaling.deployment.id.hex), 0, -1)
+
+
+@pytest.fixture
+def watch(scaling: Scaling) -> Watch:
+    recorder = Recorder(scaling.house)
+    now = [1000.0]
+    watcher = Watcher(scaling.house.cell, recorder, stale_after_s=2.0, clock=lambda: now[0])
+    found = Watch(scaling, recorder, watcher, now)
+    found.turn()
+    assert watcher.is_active
+    return found
+
+
+@pytest.fixture
+def loading(watch: Watch) -> Replica:
+    """A replica that is about to be ready, and a request that waits for it."""
+    watch.scaling.queue("first")
+    watch.scaling.tick()
+    watch.scaling.machine_up()
+    replica = watch.scaling.replica()
+    watch.say(replica, Reported.LOADING)
+    watch.turn_until(lambda: watch.scaling.replica().phase == ReplicaPhase.LOADING, "loading")
+    return replica
+
+
+@pytest.fixture
+def serving(watch: Watch, loading: Replica) -> Replica:
+    """A replica that is ready, routed to, and runs the request."""
+    watch.scaling.beat(loading, 1)
+    watch.say(loading, Reported.READY, slots=4)
+    watch.turn_until(lambda: watch.scaling.replica().phase == ReplicaPhase.READY, "ready")
+    return loading
+
+
+# -- waking
+
+
+def test_a_wake_up_ticks_at_once_and_tells_the_client(watch: Watch) -> None:
+    stages = watch.cell.redis.pubsub(ignore_subscribe_messages=True)
+    stages.subscribe(watch.cell.keys.stage_channel)
+    stages.get_message(timeout=1)
+    watch.scaling.queue("first")
+    watch.cell.redis.publish(watch.cell.keys.wake_channel, watch.scaling.deployment.id.hex)
+    watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
+    heard = [
+        msgspec.json.decode(m["data"], type=Stage)
+        for m in iter(lambda: stages.get_message(timeout=0.2), None)
+    ]
+    assert list(dict.fromkeys(stage.stage for stage in heard)) == ["waking", "launching_machine"]
+    assert {stage.deployment for stage in heard} == {watch.scaling.deployment.id.hex}
+    stages.close()
+
+
+def test_a_lost_wake_up_is_made_up_for_by_the_scan(watch: Watch) -> None:
+    watch.scaling.queue("first")
+    watch.turn(1.1)
+    watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
+
+
+def test_nonsense_on_the_channels_is_survived(watch: Watch, loading: Replica) -> None:
+    keys = watch.cell.keys.machine(loading.machine_id.hex)
+    watch.cell.redis.publish(watch.cell.keys.wake_channel, b"\xff not an id")
+    watch.cell.redis.publish(keys.event_channel, b"{")
+    watch.cell.redis.publish(keys.event_channel, b'{"replica": "x", "phase": "ready"}')
+    watch.cell.redis.publish(keys.event_channel, b'{"replica": "x", "phase": "sublime"}')
+    watch.cell.redis.set(keys.heartbeat(loading.id.hex), b"\x00")
+    for _ in range(5):
+        watch.turn()
+    assert watch.routed() == []
+
+
+# -- ready
+
+
+def test_a_ready_replica_is_routed_to_and_given_what_waits(watch: Watch, serving: Replica) -> None:
+    assert watch.routed() == [serving.id.hex]
+    assert watch.queued() == []
+    assert watch.cell.redis.hget(watch.cell.keys.request("first"), "rid") == serving.id.hex.encode()
+    watch.turn_until(lambda: watch.scaling.seen().phase == Phase.READY, "the owner sees it")
+    assert watch.cell.last_stage(watch.scaling.deployment.id.hex) == ("ready", "")
+
+
+def test_routing_does_not_wait_for_postgres(watch: Watch, loading: Replica) -> None:
+    watch.scaling.beat(loading, 1)
+    watch.say(loading, Reported.READY, slots=4)
+    for _ in range(50):
+        watch.watcher.step(0.05)  # the recorder never gets its turn
+        if watch.routed():
+            break
+    assert watch.routed() == [loading.id.hex]
+
+
+def test_a_lost_ready_event_is_made_up_for_by_the_heartbeat(watch: Watch, loading: Replica) -> None:
+    watch.scaling.beat(loading, 1)
+    watch.turn()
+    assert watch.routed() == [loading.id.hex]
+
+
+def test_a_lost_ready_event_is_made_up_for_by_the_report(watch: Watch, loading: Replica) -> None:
+    status = ReplicaStatus(replica=loading.id.hex, phase=Reported.READY, slots=4)
+    keys = watch.cell.keys.machine(loading.machine_id.hex)
+    watch.cell.redis.hset(keys.actual, loading.id.hex, msgspec.json.encode(status))
+    watch.turn(1.1)
+    assert watch.routed() == [loading.id.hex]
+    watch.turn_until(lambda: watch.scaling.replica().phase == ReplicaPhase.READY, "the row says so")
+
+
+@pytest.mark.parametrize(("offered", "given"), [(2, b"2"), (400, b"4"), (0, b"4")])
+def test_a_machine_may_offer_fewer_slots_and_not_more(
+    watch: Watch, loading: Replica, offered: int, given: bytes
+) -> None:
+    watch.say(loading, Reported.READY, slots=offered)
+    watch.turn_until(watch.routed, "routed")
+    assert watch.cell.redis.hget(watch.cell.keys.replica(loading.id.hex), "slots") == given
+
+
+def test_a_machine_cannot_speak_for_anothers_replica(watch: Watch, loading: Replica) -> None:
+    watch.say(loading, Reported.READY, machine="e" * 32, slots=4)
+    watch.say(loading, Reported.FAILED, machine="e" * 32)
+    for _ in range(5):
+        watch.turn()
+    assert watch.routed() == []
+    assert watch.scaling.replica().phase == ReplicaPhase.LOADING
+
+
+def test_an_event_that_outruns_the_table_is_kept(watch: Watch) -> None:
+    watch.scaling.queue("first")
+    watch.scaling.tick()  # somebody else's tick: our table does not have its replica yet
+    watch.scaling.machine_up()
+    replica = watch.scaling.replica()
+    assert replica.id.hex not in watch.recorder.table.replicas
+    watch.say(replica, Reported.READY, slots=4)
+    watch.turn_until(watch.routed, "routed")
+
+
+def test_free_slots_are_pumped_when_requests_wait_in_spite_of_them(watch: Watch, serving: Replica) -> None:
+    watch.scaling.queue("second")
+    watch.scaling.beat(serving, 2)
+    watch.turn(1.1)
+    assert watch.queued() == []
+
+
+# -- death
+
+
+def test_a_standing_heartbeat_withdraws_the_replica_and_requeues_its_request(
+    watch: Watch, serving: Replica
+) -> None:
+    for seq in range(2, 10):
+        watch.scaling.beat(serving, seq)
+        watch.turn(0.5)
+    assert watch.routed() == [serving.id.hex]
+    for _ in range(8):
+        watch.turn(0.25)
+    assert watch.routed() == [serving.id.hex]  # 2.0 s
+    watch.turn(0.25)
+    assert watch.state(serving) == b"dead"
+    lost = Replica.objects.get(id=serving.id)
+    assert (lost.phase, lost.reason_code) == (ReplicaPhase.FAILED, "heartbeat_lost")
+    assert serving.id.hex not in watch.cell.read_desired(serving.machine_id.hex)  # its agent kills it
+    assert watch.queued() == [b"first"]
+    watch.turn_until(lambda: watch.scaling.replica().id != serving.id, "its successor was ordered")
+
+
+def test_a_failed_replica_is_withdrawn_at_once_and_its_reason_told(watch: Watch, serving: Replica) -> None:
+    watch.say(serving, Reported.FAILED, code="engine_died", message="the engine core ended")
+    watch.turn_until(lambda: watch.state(serving) == b"dead", "withdrawn")
+    watch.turn_until(lambda: "engine core ended" in watch.scaling.seen().last_error, "the owner reads why")
+    assert Replica.objects.get(id=serving.id).reason_code == "engine_died"
+
+
+def test_a_draining_replica_gets_nothing_new_and_stops(watch: Watch, serving: Replica) -> None:
+    watch.say(serving, Reported.DRAINING)
+    watch.turn_until(lambda: watch.state(serving) == b"draining", "draining")
+    watch.say(serving, Reported.STOPPED)
+    watch.turn_until(lambda: Replica.objects.get(id=serving.id).phase == ReplicaPhase.STOPPED, "stopped")
+
+
+def test_a_stop_that_nobody_ordered_is_a_failure(watch: Watch, serving: Replica) -> None:
+    watch.say(serving, Reported.STOPPED)
+    watch.turn_until(lambda: Replica.objects.get(id=serving.id).phase == ReplicaPhase.FAILED, "failed")
+
+
+def test_poison_is_failed_told_to_its_gateway_and_settled(watch: Watch, serving: Replica) -> None:
+    """It was being served when its first replica died, and now again."""
+    cell = watch.cell
+    notices = cell.redis.pubsub(ignore_subscribe_messages=True)
+    notices.subscribe(cell.keys.notice_channel("g1"))
+    notices.get_message(timeout=1)
+    cell.redis.hset(cell.keys.request("first"), "crashes", 1)
+    prefix = cell.keys.machine(serving.machine_id.hex).prefix
+    epoch = cell.redis.hget(cell.keys.request("first"), "epoch")
+    claimed = cell.redis.eval(CLAIM.source, 0, prefix, 1, "first", epoch, serving.id.hex)
+    assert claimed[0] == b"ok"
+    watch.say(serving, Reported.FAILED, code="killed")
+    watch.turn_until(lambda: cell.redis.hget(cell.keys.request("first"), "state") == b"done", "settled")
+    heard = notices.get_message(timeout=2)
+    notice = msgspec.msgpack.decode(heard["data"], type=Notice)
+    assert (notice.request, notice.error.status, notice.error.code) == ("first", 500, "request_poison")
+    assert watch.queued() == []
+    notices.close()
+
+
+def test_our_own_pause_withdraws_nobody(watch: Watch, serving: Replica) -> None:
+    watch.scaling.beat(serving, 2)
+    watch.turn()
+    watch.scaling.beat(serving, 3)
+    watch.turn(60)
+    assert watch.routed() == [serving.id.hex]
+
+
+# -- machines
+
+
+def _agent_beats(watch: Watch, machine: Machine, seq: int, phase: Reported = Reported.READY) -> None:
+    beat = Heartbeat(machine=machine.id.hex, seq=seq, at_ms=0, phase=phase)
+    watch.cell.redis.set(watch.cell.keys.machine(machine.id.hex).heartbeat(), msgspec.json.encode(beat))
+
+
+def test_an_enrolled_machine_is_ready_when_its_agent_can_start_replicas(watch: Watch) -> None:
+    watch.scaling.queue("first")
+    watch.scaling.tick()
+    Machine.objects.update(state=MachineState.ENROLLED)
+    machine = watch.scaling.machine()
+    _agent_beats(watch, machine, 1, Reported.STARTING)
+    for _ in range(5):
+        watch.turn(1.1)
+    assert watch.scaling.machine().state == MachineState.ENROLLED
+    _agent_beats(watch, machine, 2)
+    for _ in range(3):
+        watch.turn(1.1)
+    assert watch.scaling.machine().state == MachineState.READY
+
+
+def test_a_silent_agent_is_asked_after_and_restarted(watch: Watch, serving: Replica) -> None:
+    from datetime import timedelta
+
+    from django.utils import timezone
+
+    from infra.providers.base import ProviderState
+
+    machine = watch.scaling.machine()
+    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=60))
+    watch.scaling.provider.set_state(machine.provider_ref, ProviderState.AGENT_DOWN)
+    _agent_beats(watch, machine, 1)
+    for seq in range(2, 12):
+        watch.scaling.beat(serving, seq)
+        watch.turn(1.1)
+    assert watch.scaling.provider.restarted == [machine.provider_ref]
+    assert watch.routed() == [serving.id.hex]  # replicas outlive their agent
+
+
+# -- losing Redis, losing Postgres, several watchers
+
+
+def test_after_an_empty_redis_users_desired_state_and_routes_are_back(watch: Watch, serving: Replica) -> None:
+    cell, mid = watch.cell, serving.machine_id.hex
+    cell.redis.flushall()
+    cell.redis.acl_deluser(f"m-{mid}")
+    watch.watcher._run_id = "of the server before"
+    watch.watcher._disconnected()
+    watch.scaling.beat(serving, 50)
+    watch.turn_until(lambda: watch.routed() == [serving.id.hex], "routed again")
+    watch.turn_until(lambda: cell.has_user(mid), "its user is back")
+    watch.turn_until(lambda: serving.id.hex in cell.read_desired(mid), "desired again")
+    assert Replica.objects.get(id=serving.id).phase == ReplicaPhase.READY
+
+
+def test_only_one_watcher_is_active_and_another_takes_over(watch: Watch) -> None:
+    second = Watcher(watch.cell, watch.recorder, stale_after_s=2.0)
+    second.step(0.01)
+    assert (watch.watcher.is_active, second.is_active) == (True, False)
+    watch.cell.leave_watch(watch.watcher.owner)
+    second.step(0.01)
+    assert second.is_active
+    watch.turn()
+    assert not watch.watcher.is_active
+
+
+@pytest.fixture
+def threads(watch: Watch) -> Iterator[Watch]:
+    """Both threads running, on the real clock."""
+    watch.watcher._clock = __import__("time").monotonic
+    watch.watcher._disconnected()
+    watch.watcher._next_scan_s = 0.0
+    watch.recorder.start()
+    watch.watcher.start()
+    yield watch
+    watch.watcher.stop()
+    watch.recorder.stop()
+
+
+def test_threads_outlive_redis_being_away(threads: Watch, eventually: Callable[..., None]) -> None:
+    good = threads.cell.redis.connection_pool
+    away = redis.ConnectionPool(host="127.0.0.1", port=1, retry=None)
+    threads.watcher._disconnected()
+    threads.cell.redis.connection_pool = away
+    eventually(lambda: not threads.watcher.is_active, "it noticed")
+    threads.cell.redis.connection_pool = good
+    threads.scaling.queue("first")
+    eventually(lambda: Replica.objects.exists(), "a replica was ordered")
+
+
+def test_threads_outlive_postgres_being_away(
+    threads: Watch, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from django.db import OperationalError
+
+    from autoscaler.watch import recorder
+
+    away = threading.Event()
+    away.set()
+    real, n_failed = recorder.tick, [0]
+
+    def tick(*args: Any) -> Any:
+        if away.is_set():
+            n_failed[0] += 1
+            raise OperationalError("the server closed the connection")
+        return real(*args)
+
+    monkeypatch.setattr(recorder, "tick", tick)
+    threads.scaling.queue("first")
+    threads.cell.redis.publish(threads.cell.keys.wake_channel, threads.scaling.deployment.id.hex)
+    eventually(lambda: n_failed[0] >= 2, "it tries again")
+    away.clear()
+    eventually(lambda: Replica.objects.exists(), "a replica was ordered")
+
+
+def test_a_dead_replica_is_withdrawn_while_postgres_is_away(watch: Watch, serving: Replica) -> None:
+    for _ in range(12):
+        watch.now[0] += 0.25
+        watch.watcher.step(0.01)  # the recorder hangs
+    assert watch.state(serving) == b"dead"
+    assert watch.queued() == [b"first"]
+
+
+def test_config_of_a_provider_we_do_not_have_is_refused() -> None:
+    from autoscaler import house
+    from autoscaler.config import AutoscalerConfig, ConfigError
+
+    with pytest.raises(ConfigError, match="CORRAL_PROVIDER='moon'"):
+        house._provider(replace(AutoscalerConfig(), provider="moon"))
