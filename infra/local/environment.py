@@ -66,7 +66,7 @@ def process_environment(kind: str, stack: Mapping[str, str], inherited: Mapping[
     role, allowed = PROCESSES[kind]
     env = {name: value for name, value in inherited.items() if name not in _SECRETS}
     env |= {name: value for name, value in stack.items() if name not in _SECRETS or name in allowed}
-    env |= {"CORRAL_DB_ROLE": role, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"CORRAL_DB_ROLE": role, "PYTHONUNBUFFERED": "1"}
     return env
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 def write_private_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically; readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_traversable(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.local.privatefile import make_traversable
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be imported between fork and exec
 
@@ -74,7 +76,7 @@ def spawn(
 
     output: int | None = None
     if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        make_traversable(log_path.parent)
         output = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         return subprocess.Popen(

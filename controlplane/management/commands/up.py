@@ -12,6 +12,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from infra.local import stack
 from infra.local.logfile import bound_log, follow
+from infra.local.privatefile import make_traversable
 from infra.local.stackconfig import ROOT, StackConfig, StackConfigError
 from infra.local.stackstate import AlreadyRunningError
 
@@ -47,7 +48,7 @@ class Command(BaseCommand):
                 "`manage.py status` shows it, `manage.py down` stops it"
             )
         log_path = config.var / "log" / "stack.log"
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        make_traversable(log_path.parent)
         bound_log(log_path, max_bytes=0)
         argv = [sys.executable, "manage.py", "up", *(["--no-question"] if no_question else [])]
         with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
