@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import sys
@@ -59,6 +60,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.draining = True
+        grace_s = self._gateway.config.shutdown_grace_s
+        asyncio.get_running_loop().call_later(grace_s, self._gateway.end_streams)
         await super().shutdown(sockets)
 
 
@@ -77,7 +80,9 @@ async def serve(config: GatewayConfig) -> None:
             access_log=False,
             server_header=False,
             timeout_keep_alive=_IDLE_CONNECTION_S,
-            timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
+            # Behind end_streams, for a client that does not read even the error.
+            timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s) + 2,
+            proxy_headers=False,
         ),
         gateway,
     )

@@ -22,7 +22,7 @@ from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Stream
 from controlplane.policy import admission, estimate
 from workers import contract, scripts
-from workers.contract import RequestEnvelope
+from workers.contract import End, RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
@@ -112,6 +112,7 @@ class Dispatcher:
             stream.replica = verdict[2].decode()
             stream.machine = self._routes.bound(stream.deployment.id, stream.replica)
         elif outcome == b"queued":
+            stream.queued = True
             stream.waited_for_replica = bool(verdict[2])
         elif outcome == b"refused":
             raise _refusal(*verdict[1:6])
@@ -210,10 +211,12 @@ class Dispatcher:
         """Its last entry arrived: settle it now, however slowly the client reads."""
         end = stream.end
         assert end is not None
-        # A machine says these numbers; the holds bound what they can do. Intake vets the bill itself.
+        # A machine says these numbers; the holds bound what they can do here. Intake vets the bill itself.
         n_prompt = min(max(end.n_prompt, 0), stream.deployment.context_tokens)
         n_cached = min(max(end.n_cached, 0), n_prompt)
         n_completion = min(max(end.n_completion, 0), stream.hold.n_output)
+        if (n_prompt, n_cached, n_completion) != (end.n_prompt, end.n_cached, end.n_completion):
+            stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
         if end.error is None or n_completion:
             self._observe(stream, n_prompt)
         self._settle(stream, n_prompt, n_cached, n_completion)

@@ -17,7 +17,7 @@ from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.directory import KeyDirectory, PgDirectory
 from controlplane.gateway.dispatch import Dispatcher
-from controlplane.gateway.errors import from_wire
+from controlplane.gateway.errors import from_wire, unavailable
 from controlplane.gateway.feed import ChangeFeed
 from controlplane.gateway.generate import Generator
 from controlplane.gateway.metrics import GatewayMetrics
@@ -132,6 +132,11 @@ class Gateway:
             await self._pg.close()
         await self.request_log.close()
 
+    def end_streams(self) -> None:
+        """The grace is over: what still runs is told to try elsewhere, and cancelled."""
+        for stream in list(self.inbox.streams.values()):
+            stream.fail(unavailable("gateway_stopping", "the gateway restarts: send the request again"))
+
     def not_ready(self) -> list[str]:
         """What keeps this process from serving. Postgres is not among it: known keys go on without."""
         parts = {
@@ -163,7 +168,7 @@ class Gateway:
     def _on_notice(self, payload: bytes) -> None:
         try:
             notice = _decode_notice(payload)
-        except msgspec.MsgspecError:
+        except ValueError:
             log.warning("undecodable notice")
             return
         for stream in self.inbox.streams.values():  # rare enough for a search

@@ -71,14 +71,14 @@ class Generator:
             loop = asyncio.get_running_loop()
             watcher = loop.create_task(_disconnect(receive))  # ends with the response, if not before
             watcher.add_done_callback(lambda _: stream.fail(ClientGone()))
-            if stream.waited_for_replica:
+            if stream.queued:
                 self._board.wait(stream)
             if stream.streaming:
                 await self._stream(stream, request.include_usage, send, headers, outcome, loop)
             else:
                 await self._answer(stream, send, headers, outcome, loop)
         finally:
-            if stream.waited_for_replica:
+            if stream.queued:
                 self._board.leave(stream)
             self._dispatcher.close(stream)
 

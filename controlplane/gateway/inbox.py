@@ -56,7 +56,7 @@ class Inbox:
         machine = self._machines.get(channel) or self._learn(channel)
         try:
             entries = decode_frame(payload)
-        except msgspec.MsgspecError:
+        except ValueError:  # msgspec's errors, and text that is no UTF-8
             self.n_bad_frames += 1
             return
         self.n_frames += 1
@@ -148,7 +148,7 @@ class Inbox:
                 await self._read_until_level(stream)
         except RedisError:
             pass  # the next frame, the stall check or the reconnect tries again
-        except msgspec.MsgspecError:
+        except ValueError:
             log.error("journal of req_%s is not readable", stream.request)
             stream.fail(unavailable("journal_unreadable", "the answer was lost on its way: try again"))
         finally:

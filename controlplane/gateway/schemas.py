@@ -181,15 +181,18 @@ def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
         return _request(endpoint, chat, limit, _measure_messages(chat.messages), len(chat.messages))
     completion: CompletionBody = _decoded(_decode_completion, body)
     _refuse_unsupported(completion, _COMPLETION_CHECKS)
-    if not isinstance(completion.prompt, str):
+    prompt = completion.prompt
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
         raise bad_request(
-            "prompt: lists of prompts and token ids are not supported; send one string",
+            "prompt: several prompts and token ids are not supported; send one string",
             "prompt",
             "unsupported_value",
         )
-    if not completion.prompt:
+    if not prompt:
         raise bad_request("prompt is empty; send at least one character", "prompt")
-    return _request(endpoint, completion, completion.max_tokens, _n_bytes(completion.prompt), 0)
+    return _request(endpoint, completion, completion.max_tokens, _n_bytes(prompt), 0)
 
 
 def _request(
@@ -301,7 +304,7 @@ def _decoded(decode: Any, body: bytes) -> Any:
         return decode(body)
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # malformed, or text that is no UTF-8
         raise bad_request(f"the body is not valid JSON: {error}", None, "invalid_json") from None
     except RecursionError:
         raise bad_request("the body is nested too deeply", None, "invalid_json") from None

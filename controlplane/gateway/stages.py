@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Final
 
@@ -24,6 +25,7 @@ from workers.redis_client import Client, RedisError
 log = logging.getLogger(__name__)
 
 _DEFAULT_RETRY_S: Final = 5
+_SILENT_S: Final = 1.0
 _decode_stage = msgspec.json.Decoder(Stage).decode
 
 
@@ -41,11 +43,12 @@ class StageBoard:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def wait(self, stream: Stream) -> None:
-        """A queued stream begins to wait without a ready replica."""
+        """A queued stream begins to wait; without any replica it is told why from the start."""
         self._waiting.setdefault(stream.deployment.id, {})[stream.number] = stream
-        if stream.streaming:
-            asyncio.get_running_loop().call_later(self._comment_after_s, self._begin_comments, stream)
-        self._spawn(self._read_stage(stream))
+        if stream.waited_for_replica:
+            if stream.streaming:
+                asyncio.get_running_loop().call_later(self._comment_after_s, self._begin_comments, stream)
+            self._spawn(self._read_stage(stream))
 
     def leave(self, stream: Stream) -> None:
         """It waits no more."""
@@ -59,11 +62,13 @@ class StageBoard:
         """A stage was announced. Never raises."""
         try:
             stage = _decode_stage(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except ValueError:
             log.warning("undecodable stage message")
             return
         for stream in list(self._waiting.get(stage.deployment, {}).values()):
             self._tell(stream, stage)
+        if stage.stage == "failed":
+            self._end_requeued(stage)
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -76,6 +81,21 @@ class StageBoard:
             self._spawn(self._end(stream, stage))
         elif stream.comment_due or stream.wrote_at > stream.admitted_at:  # comments have begun
             stream.nudge()
+
+    def _end_requeued(self, stage: Stage) -> None:
+        """Requests whose replica died went back to the queue without waiting here: the silent ones are asked
+        for."""
+        silent_since = time.monotonic() - _SILENT_S
+        waiting = self._waiting.get(stage.deployment, {})
+        for stream in self._dispatcher.inbox.streams.values():
+            if (
+                stream.deployment.id == stage.deployment
+                and stream.number not in waiting
+                and stream.admitted
+                and not (stream.abandoned or stream.over)
+                and (stream.machine is None or stream.heard_at <= silent_since)
+            ):
+                self._spawn(self._end(stream, stage))
 
     @staticmethod
     def _begin_comments(stream: Stream) -> None:

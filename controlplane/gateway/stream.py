@@ -32,11 +32,43 @@ class Stream:
     """State of one request. Times are monotonic seconds unless named `_ms` (wall clock)."""
 
     __slots__ = (
-        "_buffer", "abandoned", "admitted", "admitted_at", "admitted_at_ms", "catching_up",
-        "comment_due", "deadline", "deployment", "end", "endpoint", "failure", "first_at", "have",
-        "heard_at", "held_back", "hold", "key", "last_at", "live_machine", "machine", "n_entries",
-        "number", "overflowed", "paused", "pieces", "raw_estimate", "replica", "request",
-        "resolve_after", "settled", "stage", "streaming", "waited_for_replica", "waiter", "wrote_at",
+        "_buffer",
+        "abandoned",
+        "admitted",
+        "admitted_at",
+        "admitted_at_ms",
+        "catching_up",
+        "comment_due",
+        "deadline",
+        "deployment",
+        "end",
+        "endpoint",
+        "failure",
+        "first_at",
+        "have",
+        "heard_at",
+        "held_back",
+        "hold",
+        "key",
+        "last_at",
+        "live_machine",
+        "machine",
+        "n_entries",
+        "number",
+        "overflowed",
+        "paused",
+        "pieces",
+        "queued",
+        "raw_estimate",
+        "replica",
+        "request",
+        "resolve_after",
+        "settled",
+        "stage",
+        "streaming",
+        "waited_for_replica",
+        "waiter",
+        "wrote_at",
     )  # fmt: skip
 
     def __init__(
@@ -95,7 +127,8 @@ class Stream:
         # Waiting and the client.
         self.waiter: asyncio.Future[None] | None = None
         self.stage: Stage | None = None
-        self.waited_for_replica = False
+        self.queued = False  # nothing was free at admission
+        self.waited_for_replica = False  # nothing was even there
         self.comment_due = False
         self.wrote_at = now
         self.abandoned = False  # nobody reads it any more; kept to settle it when its end arrives

@@ -292,6 +292,7 @@ class Running:
     redis: aioredis.Redis
     log: ListLog
     key: str
+    server: Server
 
     def auth(self, key: str | None = None) -> dict[str, str]:
         return {"authorization": f"Bearer {key or self.key}"}
@@ -381,7 +382,7 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
     server = Server(
         uvicorn.Config(
             gateway.app, http="httptools", loop="none", lifespan="off", ws="none", log_config=None,
-            access_log=False, timeout_graceful_shutdown=1,
+            access_log=False, timeout_graceful_shutdown=3,
         ),
         gateway,
     )  # fmt: skip
@@ -391,7 +392,7 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
     async with httpx.AsyncClient(base_url=base, timeout=20) as http:
         try:
             await until(lambda: server.started)
-            yield Running(gateway, directory, http, base, client, log, directory.add_key())
+            yield Running(gateway, directory, http, base, client, log, directory.add_key(), server)
         finally:
             server.should_exit = True
             server.force_exit = True

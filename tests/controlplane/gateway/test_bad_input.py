@@ -215,6 +215,11 @@ async def test_harmless_fields_are_accepted(gw: Running, machine: Machine) -> No
     assert sampling.logit_bias == {"5": -100.0}
 
 
+async def test_list_of_one_prompt_is_a_prompt(gw: Running, machine: Machine) -> None:
+    response = await gw.post({**PROMPT, "prompt": ["Say"]}, path="/v1/completions")
+    assert response.status_code == 200
+
+
 async def test_text_parts_and_tool_history_are_accepted(gw: Running, machine: Machine) -> None:
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief"}]},

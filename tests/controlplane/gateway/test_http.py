@@ -1,8 +1,11 @@
-"""The surface around generation: probes, metrics, CORS, request ids."""
+"""The surface around generation: probes, metrics, CORS, request ids, the graceful end."""
 
+import asyncio
+
+import httpx
 import pytest
 
-from tests.controlplane.gateway.harness import CHAT, Machine, Running
+from tests.controlplane.gateway.harness import CHAT, Job, Machine, Running, running, text_of, until
 
 
 async def test_probes(gw: Running) -> None:
@@ -61,3 +64,49 @@ async def test_too_many_requests_at_once_are_shed(gw: Running) -> None:
     gw.gateway.app.n_in_flight = gw.gateway.config.max_in_flight
     response = await gw.post(CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "gateway_overloaded")
+
+
+async def test_running_stream_may_finish_within_the_grace(redis_url: str) -> None:
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await go.wait()
+        await job.emit("after")
+        await job.finish()
+
+    async with running(redis_url, shutdown_grace_s=10) as gw:
+        machine = Machine(redis_url)
+        machine.behaviour = wait
+        await machine.start()
+        async with gw.stream(CHAT) as events:
+            await events.next()
+            await events.next()
+            gw.server.stop()
+            await until(lambda: gw.gateway.draining)
+            with pytest.raises(httpx.ConnectError):
+                async with httpx.AsyncClient() as another:
+                    await another.get(gw.url + "/healthz")
+            go.set()
+            chunks = await events.rest()
+            assert text_of(chunks) == "after"
+            assert chunks[-1] == "[DONE]"
+        await machine.stop()
+
+
+async def test_stream_beyond_the_grace_gets_a_retryable_error_and_is_cancelled(redis_url: str) -> None:
+    async def endless(job: Job) -> None:
+        await job.emit("before ")
+        await job.cancelled.wait()
+
+    async with running(redis_url, shutdown_grace_s=0.2) as gw:
+        machine = Machine(redis_url)
+        machine.behaviour = endless
+        await machine.start()
+        async with gw.stream(CHAT) as events:
+            await events.next()
+            await events.next()
+            gw.server.stop()
+            assert (await events.rest())[-1]["error"]["code"] == "gateway_stopping"
+        await until(machine.jobs[0].cancelled.is_set)
+        await machine.stop()

@@ -135,6 +135,47 @@ async def test_failed_stage_leaves_a_running_request_alone(gw: Running, redis_ur
     await machine.stop()
 
 
+async def test_failed_stage_ends_requests_that_a_dead_replica_gave_back(
+    gw: Running, machine: Machine
+) -> None:
+    """It was running, its replica died, and no other can be started."""
+
+    async def begin(job: Job) -> None:
+        await job.emit("begun ")
+
+    machine.behaviour = begin
+    async with gw.stream(CHAT) as events:
+        await events.next()
+        await events.next()
+        await machine.withdraw()
+        await queued(gw)
+
+        async def told() -> bool:
+            await announce(gw, stage="failed", code="bad_weights", message="broken")
+            return await gw.redis.zcard(KEYS.queue(DEPLOYMENT)) == 0
+
+        await until(told)
+        assert (await events.rest())[-1]["error"]["code"] == "bad_weights"
+
+
+async def test_failed_stage_ends_who_waits_behind_a_busy_replica(gw: Running, redis_url: str) -> None:
+    async def hold(job: Job) -> None:
+        await job.cancelled.wait()
+
+    machine = Machine(redis_url)
+    machine.behaviour = hold
+    await machine.start(slots=1)
+    busy = asyncio.ensure_future(gw.post(CHAT))
+    await until(lambda: machine.jobs)
+    waiting = asyncio.ensure_future(gw.post(CHAT))
+    await queued(gw)
+    await announce(gw, stage="failed", code="gone", message="the deployment was deleted")
+    assert (await waiting).json()["error"]["code"] == "gone"
+    assert not busy.done()
+    busy.cancel()
+    await machine.stop()
+
+
 async def test_notice_ends_a_request_with_its_error(gw: Running) -> None:
     sending = asyncio.ensure_future(gw.post(CHAT))
     await queued(gw)
