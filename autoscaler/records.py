@@ -33,6 +33,9 @@ def replica_reported(machine_id: UUID, status: ReplicaStatus, cell: Cell) -> UUI
     )
     if replica is None:
         return None
+    if status.phase in (Reported.LOADING, Reported.READY) and replica.machine.state == MachineState.ENROLLED:
+        machine_answers(machine_id)  # it starts replicas, so it is ready, whatever its next beat says
+        replica.machine.refresh_from_db()
     if status.phase is Reported.LOADING:
         changed = _advance(replica, (ReplicaPhase.STARTING,), ReplicaPhase.LOADING)
     elif status.phase is Reported.READY:

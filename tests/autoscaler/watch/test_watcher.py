@@ -285,6 +285,7 @@ def test_an_enrolled_machine_is_ready_when_its_agent_can_start_replicas(watch: W
     watch.scaling.queue("first")
     watch.scaling.tick()
     Machine.objects.update(state=MachineState.ENROLLED)
+    watch.recorder.want_table()
     machine = watch.scaling.machine()
     _agent_beats(watch, machine, 1, Reported.STARTING)
     for _ in range(5):
