@@ -131,7 +131,9 @@ def test_data_survives_stop_kill_9_and_a_pid_file_that_names_a_stranger(data_dir
     until(lambda: identity_of(postmaster) is None, "the postmaster to be dead")
     server.stop()
 
-    stranger = subprocess.Popen(["/bin/sleep", "300"], cwd=data)  # stands in the data, is no server
+    # Stands in the data, is of the server's own user, and is no server.
+    account = unprivileged_account()
+    stranger = subprocess.Popen(["/bin/sleep", "300"], cwd=data, user=account.uid if account else None)
     try:
         lines = (data / "postmaster.pid").read_text().split("\n")
         (data / "postmaster.pid").write_text("\n".join([str(stranger.pid), *lines[1:]]))
