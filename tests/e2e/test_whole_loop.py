@@ -142,12 +142,12 @@ def test_scales_to_zero_and_from_zero_while_the_client_is_told(
         row = operator.execute("SELECT phase FROM deployments_deployment WHERE name = 'sleeper'").fetchone()
         return str(row[0]) if row else ""
 
-    eventually(lambda: phase() == "idle", "the deployment falls to zero")
     live = (
         "SELECT count(*) FROM autoscaler_replica r JOIN deployments_deployment d ON d.id = r.deployment_id "
+        "WHERE d.name = 'sleeper' AND r.phase NOT IN ('stopped', 'failed')"
     )
-    live += "WHERE d.name = 'sleeper' AND r.phase NOT IN ('stopped', 'failed')"
-    assert operator.execute(live).fetchone() == (0,)
+    eventually(lambda: operator.execute(live).fetchone() == (0,), "the last replica is gone")
+    eventually(lambda: phase() == "idle", "the deployment says that it sleeps")
     assert ask(stack.facts.base_url, stack.facts.api_key, "sleeper", "again").n_completion_tokens > 0
     decisions = operator.execute(
         "SELECT count(*) FROM autoscaler_decision c JOIN deployments_deployment d ON d.id = c.deployment_id "
