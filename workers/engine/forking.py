@@ -60,11 +60,10 @@ def name_process(name: str) -> None:
 
 
 class ForkWatch:
-    """While active, every child this process forks dies with it, and what was running at each fork is
-    recorded.
+    """While active, children die with this process, and what ran at each fork is recorded.
 
-    Leaving the block raises UnsafeForkError if a fork happened with a second Python thread alive. Native
-    threads are only recorded (`threads_at_fork`), see vllm.py for why they are harmless there.
+    Entering with a second Python thread alive raises UnsafeForkError, and so does leaving if a fork met one.
+    Native threads are only recorded (`threads_at_fork`), see vllm.py for why they are harmless there.
     """
 
     _active: ForkWatch | None = None
@@ -76,6 +75,8 @@ class ForkWatch:
         self._n_python_threads: list[int] = []
 
     def __enter__(self) -> ForkWatch:
+        if threading.active_count() > 1:
+            raise UnsafeForkError(f"fork from a process with several Python threads: {thread_names()}")
         if not ForkWatch._hooked:
             os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
             ForkWatch._hooked = True

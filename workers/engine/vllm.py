@@ -145,7 +145,7 @@ class VllmEngine:
                 config, disable_log_stats=True, stat_loggers=[self._board.logger]
             )
         self.threads_at_fork = watch.threads_at_fork
-        self.core_pids = [child.pid for child in multiprocessing.active_children()]
+        self.core_pids = [child.pid for child in multiprocessing.active_children() if child.pid]
         # The core may have reduced it to what its KV cache can hold.
         self._max_model_len: int = self._llm.model_config.max_model_len
         self._hf = self._llm.get_tokenizer()
@@ -247,6 +247,7 @@ class VllmEngine:
 
     async def _outputs(self, request: EngineRequest, n_left: int) -> AsyncGenerator[Any, None]:
         """vLLM's own outputs, with its errors made ours."""
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -264,8 +265,9 @@ class VllmEngine:
             raise EngineDead("the engine core has ended") from error
         except EngineGenerateError as error:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
-        except ValueError as error:  # vLLM's validation errors are ValueErrors
-            raise EngineInputError("invalid_request", "body", str(error)) from None
+        except (VLLMClientError, ValueError) as error:
+            param = getattr(error, "parameter", None) or "body"
+            raise EngineInputError("invalid_request", param, str(error)) from None
 
     def _logprobs(self, completion: Any, n: int) -> tuple[TokenLogprob, ...]:
         found = []

@@ -26,7 +26,8 @@ class Answer:
         return len(self.token_ids)
 
     def texts_after(self, n_tokens: int) -> str:
-        """Text of the deltas that came after the first `n_tokens` tokens; needs one token per delta."""
+        """Text of the deltas that came after the first `n_tokens` tokens, where a delta must end."""
+        assert any(n == n_tokens for n, _ in self.pieces)
         return "".join(text for n, text in self.pieces if n > n_tokens)
 
 

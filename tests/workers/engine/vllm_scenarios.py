@@ -1,0 +1,258 @@
+"""What the vLLM adapter must do, run inside a child of the zygote (the engine may not be made in pytest's
+process).
+
+`run` makes one engine on the tiny model, runs every coroutine named `check_*`, and writes its result to a
+file.
+"""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from tests.workers.engine.reading import read
+from workers.contract import FinishReason
+from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
+from workers.engine.forking import UnsafeForkError
+from workers.engine.vllm import VllmEngine
+
+PROFILE = EngineProfile(max_model_len=1024, max_num_seqs=32, kv_cache_bytes=64 << 20, block_size=32)
+
+
+def run(argument: dict[str, Any]) -> None:
+    """Entry: all checks against one engine."""
+    engine = VllmEngine(PROFILE, Path(argument["model_dir"]))
+    results = {}
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    asyncio.run_coroutine_threadsafe(engine.start(), loop).result(60)
+    for name, check in checks().items():
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.wait_for(check(engine), 60), loop).result(70)
+            results[name] = "ok"
+        except BaseException:
+            results[name] = traceback.format_exc()
+    Path(argument["file"]).write_text(json.dumps(results))
+
+
+def run_with_second_thread(argument: dict[str, Any]) -> int:
+    """Entry: constructing beside another thread must be refused, before anything is forked."""
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    try:
+        VllmEngine(PROFILE, Path(argument["model_dir"]))
+    except UnsafeForkError:
+        return 0
+    return 1
+
+
+def run_with_bad_model(argument: dict[str, Any]) -> int:
+    """Entry: a model that cannot be loaded raises within the constructor."""
+    try:
+        VllmEngine(PROFILE, Path(argument["model_dir"]))
+    except Exception as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 0
+    return 1
+
+
+def checks() -> dict[str, Callable]:
+    """By name, in order; the one that kills the core is last."""
+    found = inspect.getmembers(sys.modules[__name__], inspect.iscoroutinefunction)
+    return {n: f for n, f in found if n.startswith("check_")}
+
+
+def a_request(
+    engine: VllmEngine, text: str = "What is a journal?", prior=(), salt=None, **sampling
+) -> EngineRequest:
+    ids = engine.tokenize_chat([{"role": "user", "content": text}])
+    spec = SamplingSpec(**{"max_tokens": 60, "temperature": 0.0, **sampling})
+    return EngineRequest(f"t-{text[:8]}", ids, spec, prior_token_ids=list(prior), cache_salt=salt)
+
+
+async def settle(engine: VllmEngine) -> None:
+    """Until the core has told us that nothing runs."""
+    end_s = time.monotonic() + 10
+    while engine._board.n_running and time.monotonic() < end_s:
+        # The core reports with its outputs only, so give it something to report.
+        await read(engine, a_request(engine, "tick", max_tokens=2, ignore_eos=True))
+    assert engine.stats().n_running == 0
+
+
+async def check_a_resumed_request_continues_identically_in_ids_and_text(engine: VllmEngine) -> None:
+    """Random weights give invalid and multi-byte characters, so half characters are among the cuts."""
+    for sampling in (
+        {"ignore_eos": True},
+        {"repetition_penalty": 1.3},
+        {"ignore_eos": True, "stop": ("zzzz",)},
+    ):
+        for text in ("one", "two"):
+            whole = await read(engine, a_request(engine, text, **sampling))
+            assert whole.n_tokens > 20
+            for cut, _ in whole.pieces[:-1:4]:  # where deltas end: they merge when the loop is late
+                rest = await read(engine, a_request(engine, text, prior=whole.token_ids[:cut], **sampling))
+                ids = whole.token_ids[:cut] + rest.token_ids
+                assert ids == whole.token_ids, (text, cut, sampling, ids, whole.token_ids)
+                assert rest.text == whole.texts_after(cut), (text, cut, sampling)
+                assert rest.finish is whole.finish
+
+
+async def check_a_stop_string_ends_text_before_it_and_frees_the_engine(engine: VllmEngine) -> None:
+    whole = await read(engine, a_request(engine, ignore_eos=True))
+    stop = next(whole.text[i : i + 3] for i in range(10, 100) if whole.text[i : i + 3].isascii())
+    answer = await read(engine, a_request(engine, ignore_eos=True, stop=(stop,)))
+    assert answer.finish is FinishReason.STOP
+    assert answer.text == whole.text.partition(stop)[0]
+    assert answer.n_tokens < whole.n_tokens
+    await settle(engine)
+    # A resume after the stop string was journaled, but its end was not, ends at once.
+    again = await read(engine, a_request(engine, ignore_eos=True, stop=(stop,), prior=answer.token_ids))
+    assert (again.token_ids, again.text, again.finish) == ([], "", FinishReason.STOP)
+
+
+async def check_finished_priors_need_no_engine(engine: VllmEngine) -> None:
+    n_steps = engine.stats().n_steps
+    length = await read(engine, a_request(engine, max_tokens=3, prior=[300, 301, 302]))
+    assert (length.token_ids, length.finish) == ([], FinishReason.LENGTH)
+    eos = await read(engine, a_request(engine, max_tokens=30, prior=[300, engine._hf.eos_token_id]))
+    assert (eos.token_ids, eos.finish) == ([], FinishReason.STOP)
+    assert engine.stats().n_steps == n_steps
+
+
+async def check_max_tokens_and_context_bound_the_output(engine: VllmEngine) -> None:
+    answer = await read(engine, a_request(engine, max_tokens=7, ignore_eos=True))
+    assert (answer.n_tokens, answer.finish) == (7, FinishReason.LENGTH)
+    ids = [300 + i % 100 for i in range(1020)]
+    answer = await read(engine, EngineRequest("ctx", ids, SamplingSpec(max_tokens=99, ignore_eos=True)))
+    assert (answer.n_tokens, answer.finish) == (4, FinishReason.LENGTH)
+
+
+async def check_bad_input_is_refused_by_name(engine: VllmEngine) -> None:
+    ids = [300] * 1024
+    cases: list[tuple[Any, str]] = [
+        (
+            lambda: read(engine, EngineRequest("long", ids, SamplingSpec(max_tokens=1))),
+            "context_length_exceeded",
+        ),
+        (lambda: read(engine, EngineRequest("none", [], SamplingSpec(max_tokens=1))), "empty_prompt"),
+        (lambda: read(engine, a_request(engine, temperature=-1.0)), "invalid_request"),
+        (lambda: read(engine, a_request(engine, logit_bias={99_999: 1.0})), "invalid_request"),
+        (
+            lambda: asyncio.to_thread(engine.tokenize_chat, [{"role": "wizard", "content": "x"}]),
+            "invalid_role",
+        ),
+        (
+            lambda: asyncio.to_thread(engine.tokenize_chat, [{"role": "developer", "content": "x"}]),
+            "invalid_messages",
+        ),
+    ]
+    for call, code in cases:
+        try:
+            await call()
+        except EngineInputError as error:
+            assert error.code == code, (error.code, code)
+        else:
+            raise AssertionError(f"{code}: was not refused")
+    assert (await read(engine, a_request(engine))).n_tokens  # and the engine lives
+
+
+async def check_cancelling_stops_the_core(engine: VllmEngine) -> None:
+    async def consume(i: int) -> None:
+        await read(engine, a_request(engine, f"endless {i}", max_tokens=900, ignore_eos=True))
+
+    tasks = [asyncio.create_task(consume(i)) for i in range(8)]
+    while engine.stats().n_running < 8:
+        await asyncio.sleep(0.005)
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(r, asyncio.CancelledError) for r in results)
+    assert engine.stats().n_waiting == 0
+    await settle(engine)
+
+
+async def check_leaving_a_stream_stops_the_core(engine: VllmEngine) -> None:
+    async with aclosing(engine.generate(a_request(engine, max_tokens=900, ignore_eos=True))) as deltas:
+        async for _ in deltas:
+            break
+    await settle(engine)
+
+
+async def check_prefixes_are_cached_within_a_salt_only(engine: VllmEngine) -> None:
+    text = "journal " * 100
+    for salt, expected in (("a", False), ("a", True), ("b", False), (None, False), (None, True)):
+        answer = await read(engine, a_request(engine, text, salt=salt))
+        assert (answer.n_cached >= 64) is expected, (salt, answer.n_cached)
+    assert engine.stats().n_prefix_hits > 0
+
+
+async def check_lower_priority_numbers_run_first(engine: VllmEngine) -> None:
+    order: list[str] = []
+
+    async def serve(name: str, priority: int, n_tokens: int) -> None:
+        ids = engine.tokenize(name)
+        spec = SamplingSpec(max_tokens=n_tokens, temperature=0.0, ignore_eos=True)
+        await read(engine, EngineRequest(name, ids, spec, priority=priority))
+        order.append(name)
+
+    fill = [asyncio.create_task(serve(f"fill{i}", 0, 200)) for i in range(PROFILE.max_num_seqs)]
+    while engine.stats().n_running < PROFILE.max_num_seqs:
+        await asyncio.sleep(0.005)
+    low = [asyncio.create_task(serve(f"low{i}", 9, 200)) for i in range(PROFILE.max_num_seqs)]
+    await asyncio.sleep(0.05)
+    high = asyncio.create_task(serve("high", 1, 2))
+    await asyncio.gather(*fill, *low, high)
+    assert order.index("high") < min(order.index(f"low{i}") for i in range(PROFILE.max_num_seqs))
+
+
+async def check_logprobs_cover_every_token_in_order(engine: VllmEngine) -> None:
+    answer = await read(engine, a_request(engine, logprobs=3, max_tokens=8, ignore_eos=True))
+    assert [lp.token_id for lp in answer.logprobs] == answer.token_ids
+    for lp in answer.logprobs:
+        assert lp.logprob <= 0
+        ranked = [p for _, _, p in lp.top]
+        assert len(ranked) >= 3
+        assert ranked == sorted(ranked, reverse=True)
+        assert lp.top[0][0] == lp.token_id  # greedy
+
+
+async def check_stats_tell_work_from_idleness(engine: VllmEngine) -> None:
+    await asyncio.sleep(0.2)
+    idle = engine.stats()
+    assert (idle.n_running, idle.n_waiting, idle.kv_used_ratio) == (0, 0, 0.0)
+    stream = engine.generate(a_request(engine, ignore_eos=True))
+    await anext(stream)
+    busy = engine.stats()
+    assert busy.n_running == 1
+    assert busy.n_steps > idle.n_steps
+    assert time.monotonic() - busy.last_step_at_s < 0.2
+    assert busy.kv_used_ratio > 0
+    await stream.aclose()
+
+
+async def check_z_a_dead_core_fails_requests_and_health(engine: VllmEngine) -> None:
+    await engine.check_health()
+    stream = engine.generate(a_request(engine, max_tokens=900, ignore_eos=True))
+    await anext(stream)
+    (core_pid,) = engine.core_pids
+    os.kill(core_pid, signal.SIGKILL)
+    for call in (lambda: _drain(stream), lambda: read(engine, a_request(engine)), engine.check_health):
+        try:
+            await asyncio.wait_for(call(), 10)
+        except EngineDead:
+            continue
+        raise AssertionError("a dead core was not noticed")
+    await engine.stop()
+
+
+async def _drain(stream: Any) -> None:
+    async for _ in stream:
+        pass
