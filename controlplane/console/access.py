@@ -1,8 +1,8 @@
 """Who may see a page: wraps every view of the console but sign-in.
 
-Anonymous visitors go to sign-in and come back; a user without an organization is told so; a refusal of a service or
-selector becomes a page with its status. What a view reads is scoped by its membership's organization, and
-row-level security is the second lock (TenantMiddleware).
+Anonymous visitors go to sign-in and come back; a user without an organization is told so; a refusal of a
+service or selector becomes a page with its status. What a view reads is scoped by its membership's
+organization, and row-level security is the second lock (TenantMiddleware).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from controlplane.console.pages import error_page
 from controlplane.errors import CorralError
 from controlplane.tenants.context import current_tenant
 from controlplane.tenants.middleware import TenantRequest
+from controlplane.tenants.models import User
 from controlplane.tenants.rights import Right, require
 from controlplane.tenants.selectors import Membership
 
@@ -31,6 +32,7 @@ View = Callable[Concatenate["MemberRequest", P], HttpResponse]
 class MemberRequest(TenantRequest):
     """A request of a signed-in user who acts under a membership."""
 
+    user: User
     membership: Membership
 
 

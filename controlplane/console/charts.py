@@ -1,6 +1,7 @@
 """Geometry of the console's charts: numbers in, SVG coordinates out. Pure; templates draw them.
 
-Coordinates are in a fixed view box; the page stretches it. Empty or flat input gives a flat line, never an error.
+Coordinates are in a fixed view box; the page stretches it. Empty or flat input gives a flat line, never an
+error.
 """
 
 from __future__ import annotations

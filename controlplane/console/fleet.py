@@ -1,4 +1,4 @@
-"""Deployments of an organization with their replicas, as rows say and as they live. Read by overview and details."""
+"""Deployments of an organization with their replicas: what rows say, and how they live this second."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from django import forms
 
@@ -37,4 +37,5 @@ class CreateKeyForm(forms.Form):
 
     def __init__(self, *args: Any, projects: Sequence[Project], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fields["project"].choices = [(project.id.hex, project.name) for project in projects]  # type: ignore[attr-defined]
+        field = cast(forms.TypedChoiceField, self.fields["project"])
+        field.choices = [(project.id.hex, project.name) for project in projects]

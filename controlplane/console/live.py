@@ -1,8 +1,8 @@
 """What runs this second, from Redis: queues, slots, heartbeats, and what waiting clients are told.
 
-Called by the overview and the deployment page, every two seconds per open page: one round trip, bounded by the
-number of deployments and replicas shown. Redis away is an answer (`available` False), not an error: the rest of
-the page comes from Postgres. Reads only ids that the caller selected within its tenant.
+Called by the overview and the deployment page, every two seconds per open page: one round trip, bounded by
+the number of deployments and replicas shown. Redis away is an answer (`available` False), not an error: the
+rest of the page comes from Postgres. Reads only ids that the caller selected within its tenant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _beat_decoder = msgspec.json.Decoder(Heartbeat)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLive:
-    """A replica now. `tokens_per_s` is None until two of its heartbeats were seen; `beat` is False without one."""
+    """A replica now. `beat`: it has a heartbeat. `tokens_per_s` is None until two of them were seen."""
 
     used: int = 0
     slots: int = 0
@@ -149,7 +149,7 @@ class Rates:
         self._last: OrderedDict[UUID, tuple[int, int, float | None]] = OrderedDict()
 
     def rate(self, replica_id: UUID, at_ms: int, n_total: int) -> float | None:
-        """Rate since the heartbeat before this one; None for the first. The same heartbeat again changes nothing."""
+        """Rate since the heartbeat before this one, None for the first; the same again changes nothing."""
         with self._lock:
             last = self._last.get(replica_id)
             if (

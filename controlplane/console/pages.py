@@ -1,7 +1,7 @@
 """Pages that are no view's own: refusals, things not found, and what is away.
 
-Django calls the handlers (urls.py) for errors nobody answered. They must work with Postgres and Redis away, so
-their template knows nothing of users, tenants or sessions.
+Django calls the handlers (urls.py) for errors nobody answered. They must work with Postgres and Redis away,
+so their template knows nothing of users, tenants or sessions.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def failed(request: HttpRequest) -> HttpResponse:
-    """500, or 503 where the cause is a server that is away: Django calls this while handling the exception."""
+    """500, or 503 where a server is away: Django calls this while it handles the exception."""
     if isinstance(sys.exc_info()[1], _AWAY):
         return error_page(
             request,
             status=503,
-            message="The console cannot reach its database. Running requests go on; this page comes back by itself.",
+            message="The console cannot reach its database. Running requests go on. Try again in a moment.",
             code="database_unavailable",
         )
     return error_page(

@@ -28,7 +28,8 @@ ON CONFLICT (subject) DO UPDATE SET
 """
 _PRUNE: Final = """
 DELETE FROM console_signinfailures WHERE subject IN (
-    SELECT subject FROM console_signinfailures WHERE since < %(window)s LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    SELECT subject FROM console_signinfailures WHERE since < %(window)s LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED)
 """
 
 

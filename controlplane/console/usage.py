@@ -28,10 +28,16 @@ MAX_EXPORT_ROWS: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The last ten minutes, in bins of ten seconds (oldest first), by the moment a request ended."""
+    """The last ten minutes, in bins of ten seconds (oldest first), by the moment a request ended.
+
+    `running_…` are of the bin that is not over, `running_s` seconds old: charts leave it out, rates do not.
+    """
 
     requests: tuple[int, ...]
     tokens: tuple[int, ...]  # completion tokens
+    running_requests: int
+    running_tokens: int
+    running_s: float
     n_failed: int
     ttft_p50_ms: int | None
     ttft_p95_ms: int | None
@@ -39,17 +45,24 @@ class Traffic:
 
     @property
     def requests_per_s(self) -> float:
-        """Over the last minute."""
-        return sum(self.requests[-RATE_OVER_S // BIN_S :]) / RATE_OVER_S
+        """Over the last minute and the running bin."""
+        return self._rate(self.requests, self.running_requests)
 
     @property
     def tokens_per_s(self) -> float:
-        """Completion tokens over the last minute."""
-        return sum(self.tokens[-RATE_OVER_S // BIN_S :]) / RATE_OVER_S
+        """Completion tokens over the last minute and the running bin."""
+        return self._rate(self.tokens, self.running_tokens)
 
     @property
     def n_requests(self) -> int:
-        return sum(self.requests)
+        return sum(self.requests) + self.running_requests
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.tokens) + self.running_tokens
+
+    def _rate(self, bins: tuple[int, ...], running: int) -> float:
+        return (sum(bins[-RATE_OVER_S // BIN_S :]) + running) / (RATE_OVER_S + self.running_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,9 @@ SELECT bin, count(*), sum(n_completion_tokens), count(*) FILTER (WHERE status >=
        grouping(bin),
        percentile_cont(0.95) WITHIN GROUP (ORDER BY first_token_ms)
 FROM (
-    SELECT floor(extract(epoch FROM admitted_at + duration_ms * interval '1 millisecond' - %(since)s) / %(bin_s)s) AS bin,
+    SELECT floor(
+               extract(epoch FROM admitted_at + duration_ms * interval '1 millisecond' - %(since)s) / %(bin_s)s
+           ) AS bin,
            n_completion_tokens, status, first_token_ms
     FROM billing_usageevent
     WHERE organization_id = %(organization)s AND day >= %(day)s AND admitted_at >= %(admitted)s
@@ -97,10 +112,9 @@ _LONGEST: Final = timedelta(minutes=15)
 
 def traffic(*, organization_id: UUID, now: datetime, deployment_id: UUID | None = None) -> Traffic:
     """Rates and latencies of the last ten minutes."""
-    since = (
-        datetime.fromtimestamp(now.timestamp() // BIN_S * BIN_S, tz=UTC) + timedelta(seconds=BIN_S) - WINDOW
-    )
-    requests, tokens, ttft = [0] * BINS, [0] * BINS, [0.0] * BINS
+    running_since = datetime.fromtimestamp(now.timestamp() // BIN_S * BIN_S, tz=UTC)
+    since = running_since - WINDOW
+    requests, tokens, ttft = [0] * (BINS + 1), [0] * (BINS + 1), [0.0] * (BINS + 1)
     n_failed, p50, p95 = 0, None, None
     with connection.cursor() as cursor:
         cursor.execute(
@@ -117,16 +131,19 @@ def traffic(*, organization_id: UUID, now: datetime, deployment_id: UUID | None 
         for bin_number, n, n_tokens, failed, median, is_total, high in cursor.fetchall():
             if is_total:
                 n_failed, p50, p95 = failed, median, high
-            elif bin_number < BINS:
+            elif bin_number <= BINS:
                 index = int(bin_number)
                 requests[index], tokens[index], ttft[index] = n, int(n_tokens or 0), float(median or 0)
     return Traffic(
-        requests=tuple(requests),
-        tokens=tuple(tokens),
+        requests=tuple(requests[:BINS]),
+        tokens=tuple(tokens[:BINS]),
+        running_requests=requests[BINS],
+        running_tokens=tokens[BINS],
+        running_s=(now - running_since).total_seconds(),
         n_failed=n_failed,
         ttft_p50_ms=None if p50 is None else round(p50),
         ttft_p95_ms=None if p95 is None else round(p95),
-        ttft_bins_ms=tuple(ttft),
+        ttft_bins_ms=tuple(ttft[:BINS]),
     )
 
 
@@ -141,7 +158,7 @@ def recent(
     *,
     organization_id: UUID,
     limit: int,
-    filters: Filters = Filters(),  # noqa: B008 - frozen
+    filters: Filters = Filters(),
     deployment_id: UUID | None = None,
     since: datetime | None = None,
 ) -> list[UsageEvent]:

@@ -102,6 +102,12 @@ def ago(at: datetime | None, now: datetime | None = None) -> str:
 
 
 @register.filter
+def age(at: datetime, now: datetime) -> str:
+    """Time since an instant in one unit: `5 min`."""
+    return ago(at, now).removesuffix(" ago").replace("now", "0 s")
+
+
+@register.filter
 def until(at: datetime | None, now: datetime) -> str:
     """Time to an instant in one unit: `in 5 min`."""
     if at is None:

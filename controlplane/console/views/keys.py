@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from controlplane.console.forms import CreateKeyForm
 from controlplane.console.views.playground import is_playground_key
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.tenants import selectors, services
+from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Right, may
 
 
@@ -30,7 +31,7 @@ def key_list(request: MemberRequest) -> HttpResponse:
 @require_POST
 @member_page(Right.USE_MODELS)
 def create_key(request: MemberRequest) -> HttpResponse:
-    """Answers with the plaintext in the page itself: it is stored nowhere, so there is nothing to redirect to."""
+    """Answers with the plaintext in the page: it is stored nowhere, so nothing could be redirected to."""
     organization_id = request.membership.organization_id
     form = CreateKeyForm(request.POST, projects=selectors.projects(organization_id=organization_id))
     if not form.is_valid():
@@ -77,14 +78,18 @@ def _context(request: MemberRequest) -> dict[str, Any]:
         "now": now,
         "form": CreateKeyForm(projects=projects),
         "projects": projects,
-        # Playground keys come and go by themselves; only those that still work are of interest.
-        "keys": [
-            (key, key.is_active(now), is_playground_key(key))
-            for key in found
-            if key.is_active(now) or not is_playground_key(key)
-        ],
+        "keys": _rows(found, now),
         "may_manage": may(request.membership.role, Right.USE_MODELS),
     }
+
+
+def _rows(found: list[ApiKey], now: datetime) -> list[tuple[ApiKey, bool, bool]]:
+    """(key, active, made by the playground), newest first, the playground's last.
+
+    Those come and go by themselves, so only the ones that still work are of interest.
+    """
+    rows = [(key, key.is_active(now), is_playground_key(key)) for key in found]
+    return sorted((row for row in rows if row[1] or not row[2]), key=lambda row: row[2])
 
 
 def _key_id(text: str) -> UUID:

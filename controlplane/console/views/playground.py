@@ -1,7 +1,7 @@
 """The playground: the page, and the short-lived key with which the browser calls the real gateway.
 
-The key lives an hour, belongs to one browser session, is replaced when another is asked for, and never appears on
-a page. Usage made with it is billed and limited like any other.
+The key lives an hour, belongs to one browser session, is replaced when another is asked for, and never
+appears on a page. Usage made with it is billed and limited like any other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from django.views.decorators.http import require_GET, require_POST
 from controlplane import ids
 from controlplane.console.access import MemberRequest, member_page
 from controlplane.deployments import selectors as deployments
+from controlplane.deployments.models import Deployment, Phase
 from controlplane.errors import NotFoundError
 from controlplane.tenants import services
 from controlplane.tenants.models import ApiKey
@@ -44,7 +45,7 @@ def playground(request: MemberRequest) -> HttpResponse:
     found = deployments.deployments(organization_id=request.membership.organization_id)
     context = {
         "deployments": found,
-        "chosen": request.GET.get("model", ""),
+        "chosen": _chosen(found, request.GET.get("model", "")),
         "base_url": f"{settings.ENV.gateway_url.rstrip('/')}/v1",
         "may_chat": may(request.membership.role, Right.USE_MODELS),
     }
@@ -73,6 +74,14 @@ def playground_key(request: MemberRequest) -> HttpResponse:
     )
     _replace_earlier(request, key)
     return JsonResponse({"api_key": plaintext, "expires_at": expires_at.isoformat()})
+
+
+def _chosen(found: list[Deployment], text: str) -> Deployment | None:
+    """The one asked for, else the first that answers at once, else the first that does not fail."""
+    order = {Phase.READY: 0, Phase.FAILED: 2}
+    wanted = [deployment for deployment in found if str(deployment) == text]
+    by_phase = sorted(found, key=lambda deployment: order.get(Phase(deployment.phase), 1))
+    return next(iter([*wanted, *by_phase]), None)
 
 
 def _replace_earlier(request: MemberRequest, key: ApiKey) -> None:

@@ -41,7 +41,7 @@ def sign_out(request: HttpRequest) -> HttpResponse:
 @require_POST
 @member_page()
 def switch_organization(request: MemberRequest) -> HttpResponse:
-    """Work for another of the user's organizations from the next request on; any other choice changes nothing."""
+    """Work for another of the user's organizations from the next request on; other choices are ignored."""
     for membership in request.memberships:
         if membership.organization_id.hex == request.POST.get("organization"):
             choose_organization(request, membership.organization_id)

@@ -181,9 +181,26 @@ function told(comment) {
   if (found[1] !== "running") stage((STAGES[found[1]] ?? found[1].replaceAll("_", " ")) + eta);
 }
 
+const ENDINGS = { stop: "", length: "reached max tokens", budget: "the budget is used up" };
+
 function summary(run) {
-  const endings = { length: "Reached max tokens", budget: "The budget is used up", stop: "" };
-  return endings[run.reason] ?? run.reason;
+  const figures = measure(run);
+  const ending = ENDINGS[run.reason] ?? run.reason;
+  return [`${figures.out} tokens`, `first after ${figures.ttft}`, figures.speed, ending].filter((part) => part && part !== "–").join(" · ");
+}
+
+/* Text of each figure; "–" where there is nothing to measure. */
+function measure(run) {
+  const nTokens = run.usage?.completion_tokens ?? run.n;
+  const streamedMs = (run.lastAt ?? 0) - (run.firstAt ?? 0);
+  return {
+    ttft: run.firstAt === null ? "–" : seconds(run.firstAt - run.started),
+    // Between the first and the last token: the wait before is a figure of its own.
+    speed: streamedMs > 0 ? `${((nTokens - 1) * 1000 / streamedMs).toFixed(1)} tokens/s` : "–",
+    in: String(run.usage?.prompt_tokens ?? "–"),
+    out: String(nTokens || "–"),
+    total: seconds(performance.now() - run.started),
+  };
 }
 
 /* -- the page ------------------------------------------------------------------------------------------------ */
@@ -242,14 +259,7 @@ function busy(on) {
 }
 
 function show(run) {
-  const nTokens = run.usage?.completion_tokens ?? run.n;
-  const streamedMs = (run.lastAt ?? 0) - (run.firstAt ?? 0);
-  byId("stat-ttft").textContent = run.firstAt === null ? "–" : seconds(run.firstAt - run.started);
-  // Between the first and the last token: the wait before is the line above.
-  byId("stat-speed").textContent = streamedMs > 0 ? `${((nTokens - 1) * 1000 / streamedMs).toFixed(1)} tokens/s` : "–";
-  byId("stat-in").textContent = run.usage?.prompt_tokens ?? "–";
-  byId("stat-out").textContent = nTokens || "–";
-  byId("stat-total").textContent = seconds(performance.now() - run.started);
+  for (const [name, text] of Object.entries(measure(run))) byId(`stat-${name}`).textContent = text;
 }
 
 function seconds(ms) {
