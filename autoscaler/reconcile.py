@@ -31,7 +31,7 @@ log = structlog.get_logger("corral.autoscaler")
 MAX_PRUNED = 5000
 # A row is written a moment before its machine exists; younger ones are left to whoever is launching them.
 SETTLED_AFTER = timedelta(seconds=15)
-RESTARTS_FORGIVEN_AFTER = timedelta(minutes=10)
+RESTARTS_FORGIVEN_AFTER = timedelta(minutes=2)
 ENDED_LATELY = timedelta(hours=6)
 
 
@@ -100,7 +100,10 @@ def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Rep
         if now - row.launched_at > RESTARTS_FORGIVEN_AFTER:
             Machine.objects.filter(id=row.id).update(n_restarts=0)
         return
-    if seen.state is not ProviderState.AGENT_DOWN or now - row.created_at < SETTLED_AFTER:
+    if (
+        seen.state is not ProviderState.AGENT_DOWN
+        or now - (row.launched_at or row.created_at) < SETTLED_AFTER
+    ):
         return
     if row.state == MachineState.PENDING:
         house.provider.terminate(seen.ref)

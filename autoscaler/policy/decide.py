@@ -63,6 +63,7 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         observation,
         spec,
         wanted=want.n,
+        n_missing=n_missing,
         live=tuple(r for r in present if r.id not in gone),
         ordered=_ordered_stage(placement, observation),
         gate=replica_gate,

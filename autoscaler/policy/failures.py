@@ -51,7 +51,8 @@ class Gate:
                 f"{head}; gave up after {self.n} attempts, one more every {self.delay_s:.0f} s "
                 "while requests wait, or change the deployment"
             )
-        return f"{head}; retrying in {self.delay_s:.0f} s ({self.n} of {spec.max_failures})"
+        when = f"in {self.delay_s:.0f} s" if self.delay_s else "at once"
+        return f"{head}; retrying {when} ({self.n} of {spec.max_failures})"
 
 
 def gate(failures: tuple[Failure, ...], last_good_at_s: float | None, spec: ScalerSpec) -> Gate:

@@ -20,6 +20,7 @@ def status(
     spec: ScalerSpec,
     *,
     wanted: int,
+    n_missing: int,
     live: tuple[ReplicaView, ...],
     ordered: StageName | None,
     gate: Gate,
@@ -27,16 +28,18 @@ def status(
     no_room: str,
     no_room_for_s: float,
 ) -> Status:
-    """`live`: replicas that stay. `ordered`: the stage that this decision's own orders begin, if any.
+    """`live`: replicas that stay; `n_missing` of those wanted do not exist.
 
-    `no_room`: why replicas could not be placed ('' when they could).
+    `ordered`: the stage that this decision's own orders begin, if any. `no_room`: why replicas could not be
+    placed ('' when they could).
     """
     now_s = observation.now_s
     if spec.deleted:
         return Status(DeploymentPhase.DELETED, "", StageName.FAILED, now_s, "deployment_deleted")
     error = gate.describe(spec) or machine_gate.describe(spec)
     if any(r.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) for r in observation.replicas if r in live):
-        return Status(DeploymentPhase.READY, error or no_room, StageName.READY, now_s)
+        trouble = (error or no_room) if n_missing else ""  # what serves has outlived what failed before
+        return Status(DeploymentPhase.READY, trouble, StageName.READY, now_s)
     coming = [r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING)]
     if coming:
         stage, since_s = _stage_of(coming, observation)

@@ -95,6 +95,7 @@ class LocalProvider:
                     "created_at_s": time.time(),
                     "agent_args": self._agent_args(spec),
                 }
+                self._dir(spec.machine_id).mkdir(mode=0o700, exist_ok=True)
                 write_private_json(self._dir(spec.machine_id) / "machine.json", record)
             else:
                 record = known

@@ -77,7 +77,7 @@ def test_a_wake_up_ends_in_a_replica_that_survives_kills(
 
     os.kill(agent.pid, signal.SIGKILL)
     eventually(lambda: identity_of(agent.pid) is None, "the agent is gone")
-    Machine.objects.update(created_at=machine.created_at.replace(year=2020))
+    Machine.objects.update(launched_at=machine.created_at.replace(year=2020))
     eventually(lambda: real.machine().n_restarts == 1, "the agent was started again", 30)
     assert [r.hex for r in cell.routed(did)] == [real.replica().id.hex]
 

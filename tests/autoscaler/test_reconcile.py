@@ -14,7 +14,8 @@ from workers.contract import ReplicaPhase as Reported
 
 
 def _later(scaling: Scaling) -> None:
-    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=60))
+    past = timezone.now() - timedelta(seconds=60)
+    Machine.objects.update(created_at=past, launched_at=past)
 
 
 def test_an_unknown_machine_is_ended_and_reported(scaling: Scaling, caplog: pytest.LogCaptureFixture) -> None:
@@ -49,6 +50,7 @@ def test_a_dead_agent_is_restarted_so_often_and_then_its_machine_replaced(scalin
     for n in range(3):
         scaling.provider.set_state(ref, ProviderState.AGENT_DOWN)
         assert reconcile.reconcile(scaling.house).n_restarted == 1, n
+        _later(scaling)
     scaling.provider.set_state(ref, ProviderState.AGENT_DOWN)
     report = reconcile.reconcile(scaling.house)
     assert (report.n_restarted, report.n_gone) == (0, 1)
@@ -59,7 +61,7 @@ def test_a_dead_agent_is_restarted_so_often_and_then_its_machine_replaced(scalin
 def test_an_agent_that_runs_for_long_may_be_restarted_again(scaling: Scaling) -> None:
     scaling.serving()
     _later(scaling)
-    Machine.objects.update(n_restarts=3, launched_at=timezone.now() - timedelta(minutes=11))
+    Machine.objects.update(n_restarts=3, launched_at=timezone.now() - timedelta(minutes=3))
     reconcile.reconcile(scaling.house)
     assert scaling.machine().n_restarts == 0
 

@@ -305,7 +305,8 @@ def test_a_silent_agent_is_asked_after_and_restarted(watch: Watch, serving: Repl
     from infra.providers.base import ProviderState
 
     machine = watch.scaling.machine()
-    Machine.objects.update(created_at=timezone.now() - timedelta(seconds=60))
+    past = timezone.now() - timedelta(seconds=60)
+    Machine.objects.update(created_at=past, launched_at=past)
     watch.scaling.provider.set_state(machine.provider_ref, ProviderState.AGENT_DOWN)
     _agent_beats(watch, machine, 1)
     for seq in range(2, 12):
