@@ -308,14 +308,14 @@ class Server:
                     run.n_cached = delta.n_cached_prompt_tokens
                 held.append(delta)
                 n_held += n
+                if delta.finish is not None:
+                    run.finish = run.reason_at_limit if delta.finish is FinishReason.LENGTH else delta.finish
+                    return  # the end leaves with the last tokens
                 if n_held >= coalesce:
                     _release_to(output, held)
                     n_held = 0
                     if lane.full:
                         await lane.room()
-                if delta.finish is not None:
-                    run.finish = run.reason_at_limit if delta.finish is FinishReason.LENGTH else delta.finish
-                    return
         finally:
             _release_to(output, held)  # an interrupted answer journals what it made, too
 

@@ -33,6 +33,7 @@ async def test_streamed_request_is_served_journaled_and_metered(cell: Cell, tmp_
         await front.deliver(request)
         entries = cell.stream(request)
         assert 2 < len(entries) <= 12  # steps, merged only while a flush was under way
+        assert entries[-1].n > 0  # the end leaves with the last token, not after it
         end = cell.end(request)
         assert (end.reason, end.n_completion, end.attempts) == (FinishReason.LENGTH, 12, 1)
         assert end.n_prompt == len(front.engine.tokenize_chat([{"role": "user", "content": "badi hoga"}]))

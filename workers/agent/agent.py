@@ -16,10 +16,8 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import msgspec
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from workers.agent import bell
 from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.replicas import Limits, Replicas
 from workers.agent.spools import DeadSpools
@@ -34,7 +32,6 @@ log = logging.getLogger(__name__)
 # A field of `desired` beside the replica ids. Without it the hash was lost (a new Redis) and says nothing.
 GENERATION: Final = b"generation"
 _POLL_S: Final = 1.0
-_BELL_S: Final = 5.0
 _ZYGOTE_RETRY_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 _ORPHAN_S: Final = 120.0
 _ZYGOTE_STOP_S: Final = 3.0
@@ -101,7 +98,7 @@ class Agent:
             for work in (
                 self._beat(replicas),
                 self._reconcile(replicas),
-                self._answer_bell(),
+                bell.listen(credentials.redis_url, self._keys.bell, self._changed.set),
                 self._watch(replicas, spools),
                 self._until_stopped(),
             )
@@ -243,25 +240,6 @@ class Agent:
                 return None  # written by a newer control: better to do nothing than to stop what runs
             found[spec.replica] = spec
         return found
-
-    async def _answer_bell(self) -> None:
-        """A blocking pop on a connection of its own; only a wake-up, the poll covers its absence."""
-        bell = redis.asyncio.Redis.from_url(
-            self._credentials.redis_url,
-            socket_timeout=_BELL_S + 5,
-            socket_connect_timeout=2,
-            retry=Retry(NoBackoff(), 0),
-        )
-        try:
-            while True:
-                try:
-                    if await bell.blpop([self._keys.bell], timeout=_BELL_S):
-                        self._changed.set()
-                except (redis.RedisError, OSError):
-                    await asyncio.sleep(1.0)
-        finally:
-            with contextlib.suppress(Exception):
-                await bell.aclose()
 
     async def _watch(self, replicas: Replicas, spools: DeadSpools) -> None:
         """Once a second: fronts without a sign of life, spools without an owner."""

@@ -143,7 +143,7 @@ def test_end_while_no_agent_ran_is_reported_by_the_next(cell: Cell, tmp_path: Pa
 
 def test_killed_front_is_reported_and_its_request_can_be_resumed(cell: Cell, tmp_path: Path) -> None:
     with agent_on(cell, tmp_path) as agent:
-        agent.desire(spec())
+        agent.desire(spec(profile=EngineProfile(engine="toy", toy_step_ms=10, max_model_len=512).to_json()))
         pid = agent.await_phase("r1", READY).pid
         cell.enrol("r1")
         request = cell.admit(max_tokens=400, sampling={"ignore_eos": True})
