@@ -84,6 +84,7 @@ class BenchStack:
 def bench_stack(engine: str = "toy", *, keep: bool = False) -> Iterator[BenchStack]:
     """Starts a stack in a temporary directory, yields it, stops it and removes its data."""
     var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
+    var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
     env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
     try:

@@ -118,6 +118,11 @@ def save(var: Path, stack: Mapping[str, str]) -> None:
     write_private_json(var / SAVED, dict(stack))
 
 
+def load(var: Path) -> dict[str, str]:
+    """What `save` kept; empty when no stack was ever started from this data directory."""
+    return dict(read_json(var / SAVED) or {})
+
+
 def adopt(argv: list[str], environ: MutableMapping[str, str]) -> None:
     """Give a command run by hand the environment of its data directory's stack, if it has none of its own.
 
@@ -126,7 +131,7 @@ def adopt(argv: list[str], environ: MutableMapping[str, str]) -> None:
     """
     if environ.get("CORRAL_PG_DSN_APP") or len(argv) < 2 or argv[1] in _STACK_COMMANDS:
         return
-    saved = read_json(Path(environ.get("CORRAL_VAR") or ROOT / "var") / SAVED) or {}
+    saved = load(Path(environ.get("CORRAL_VAR") or ROOT / "var"))
     if saved:
         saved["CORRAL_LOG_LEVEL"] = "WARNING"  # a command answers a person; its log lines are for services
         saved["CORRAL_DB_ROLE"] = "owner" if argv[1] in _OWNER_COMMANDS else "operator"

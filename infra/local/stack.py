@@ -6,6 +6,7 @@ imports Django. PostgreSQL and Redis are embedded unless URLs of external ones a
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ QUICKSTART = "quickstart"
 QUICKSTART_TIMEOUT_S = 900.0
 DOWN_TIMEOUT_S = 90.0
 GATEWAY_GRACE_S = 5.0  # how long streams may run on when the stack stops; a fleet gives them longer
+_QUICKSTART_ENV = {"CORRAL_LOG_LEVEL": "WARNING"}  # people read its lines
 _PYTHON = sys.executable
 
 
@@ -195,14 +197,14 @@ def stack_specs(
     )
     beat = python("beat", "beat", ["-m", "celery", "-A", "controlplane", "beat", "--pidfile="])
     specs += [*gateways, web, control, beat]
-    if ask and (ROOT / "controlplane" / "management" / "commands" / f"{QUICKSTART}.py").exists():
+    if ask:
         specs.append(
             python(
                 QUICKSTART,
                 QUICKSTART,
                 ["manage.py", QUICKSTART],
                 log_path=None,  # its lines and its panel are for whoever started us
-                extra_env={"CORRAL_LOG_LEVEL": "WARNING"},
+                extra_env=_QUICKSTART_ENV,
                 depends_on=tuple(spec.name for spec in specs),
                 one_shot=True,
                 required=False,
@@ -280,10 +282,25 @@ def status(config: StackConfig) -> StackStatus:
     return StackStatus(record.phase if record and running else "down", record, machines)
 
 
-def is_up(config: StackConfig, supervisor_pid: int) -> bool | None:
-    """Whether that supervisor has everything up and the first question answered; None while it is at it."""
+def is_up(config: StackConfig, supervisor_pid: int) -> bool:
+    """Whether the stack of that supervisor has everything running."""
     record = read_state(config.var)
-    if record is None or record.supervisor.pid != supervisor_pid or record.phase != "running":
-        return None
-    asked = {process.name: process.phase for process in record.processes}.get(QUICKSTART, "done")
-    return asked == "done" if asked in ("done", "failed") else None
+    return record is not None and record.supervisor.pid == supervisor_pid and record.phase == "running"
+
+
+def first_question(config: StackConfig) -> int:
+    """Set up the demo and ask a running stack its first question, on our own output; the exit status.
+
+    For detached stacks: what it prints has a key and a password in it, which belong into no log.
+    """
+    env = environment.process_environment(QUICKSTART, environment.load(config.var), os.environ)
+    try:
+        return subprocess.run(
+            [_PYTHON, "manage.py", QUICKSTART],
+            cwd=ROOT,
+            env=env | _QUICKSTART_ENV,
+            timeout=QUICKSTART_TIMEOUT_S,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 1

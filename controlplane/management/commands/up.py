@@ -6,6 +6,7 @@ Thin over infra/local/stack.py. Runs before there is a database, so it must not 
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
@@ -16,7 +17,7 @@ from infra.local.privatefile import make_traversable
 from infra.local.stackconfig import ROOT, StackConfig, StackConfigError
 from infra.local.stackstate import AlreadyRunningError
 
-DETACHED_TIMEOUT_S = 1200.0
+DETACHED_TIMEOUT_S = 600.0
 
 
 class Command(BaseCommand):
@@ -40,7 +41,7 @@ class Command(BaseCommand):
             sys.exit(code)
 
     def _detached(self, config: StackConfig, no_question: bool) -> int:
-        """Start ourselves in a session of its own, and show its lines until everything is up."""
+        """Start ourselves in a session of its own, show its lines until all runs, then ask from here."""
         running = stack.status(config)
         if running.phase != "down" and running.record:
             raise AlreadyRunningError(
@@ -50,24 +51,28 @@ class Command(BaseCommand):
         log_path = config.var / "log" / "stack.log"
         make_traversable(log_path.parent)
         bound_log(log_path, max_bytes=0)
-        argv = [sys.executable, "manage.py", "up", *(["--no-question"] if no_question else [])]
         with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
             child = subprocess.Popen(
-                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "manage.py", "up", "--no-question"],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
-        outcome: list[bool] = []
+        deadline_s = time.monotonic() + DETACHED_TIMEOUT_S
+        over = is_up = False
 
         def _over() -> bool:
-            if not outcome:
-                verdict = stack.is_up(config, child.pid)
-                if child.poll() is not None:
-                    verdict = False
-                if verdict is None:
-                    return False
-                outcome.append(verdict)
-                return False  # once more round, for the last lines
-            return True
+            nonlocal over, is_up
+            if over:
+                return True  # after one more round, for the last lines
+            is_up = stack.is_up(config, child.pid)
+            over = is_up or child.poll() is not None or time.monotonic() > deadline_s
+            return False
 
         for _, line in follow({"stack": log_path}, n_lines=0, stop=_over):
             self.stdout.write(line)
-        return 0 if outcome[0] else 1
+        if not is_up:
+            return 1
+        return 0 if no_question else stack.first_question(config)

@@ -18,6 +18,7 @@ from infra.local.postgres import EmbeddedPostgres
 from infra.local.process import find_marked, identity_of
 from infra.local.stackconfig import ROOT
 from infra.local.stackstate import read_state, run_mark
+from infra.providers.local import MARK
 from tests.infra.local.conditions import until
 
 pytestmark = pytest.mark.stack
@@ -48,6 +49,12 @@ class Stack:
         done = self.manage("up", "--detach", "--no-question")
         assert done.returncode == 0, done.stdout + done.stderr
         return self.status()
+
+    def ask(self) -> str:
+        """Second start with everything, first question included; what the user sees."""
+        done = self.manage("up", "--detach")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.manage("status", "--json").stdout))
@@ -149,7 +156,7 @@ def test_what_is_killed_comes_back_and_the_rest_recovers_without_restart(running
     }
 
 
-def test_kill_9_of_the_whole_stack_then_a_second_start_then_down(running: Stack) -> None:
+def test_kill_9_of_the_whole_stack_then_a_second_start_that_answers_then_down(running: Stack) -> None:
     before, ports = read_state(running.var), (running.var / "ports.json").read_text()
     pids = [process.pid for process in before.processes if process.pid]
     os.kill(before.supervisor.pid, signal.SIGKILL)
@@ -157,12 +164,20 @@ def test_kill_9_of_the_whole_stack_then_a_second_start_then_down(running: Stack)
     assert not find_marked(run_mark(before.run_id))
     assert running.manage("status").returncode == 3
 
-    assert running.up()["healthy"]
+    panel = running.ask()
+    status = running.status()
+    assert status["healthy"] and len(status["machines"]) == 1
     assert (running.var / "ports.json").read_text() == ports
+    facts = json.loads((running.var / "quickstart.json").read_text())
+    assert "first answer" in panel and facts["api_key"] in panel and facts["admin_password"] in panel
+    logs = "".join(path.read_text() for path in running.var.glob("**/*.log*"))
+    assert facts["api_key"] not in logs and facts["admin_password"] not in logs
 
+    machine_mark = f"{MARK}={status['machines'][0]['machine_id']}"
+    assert find_marked(machine_mark)
     down = running.manage("down")
     assert down.returncode == 0 and "down" in down.stdout
-    assert not find_marked(run_mark(read_state(running.var).run_id))
+    assert not find_marked(run_mark(read_state(running.var).run_id)) and not find_marked(machine_mark)
     assert running.manage("down").stdout.strip() == "nothing was running"
     assert running.manage("status").returncode == 3
 
