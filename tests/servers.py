@@ -5,6 +5,8 @@ settled at once (the ports held by bound sockets) and put into the environment, 
 server starts none. The embedded ones always: a newer server on PATH would hide what the packaged one lacks.
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -16,12 +18,17 @@ from infra.local.embedded import EmbeddedServer
 from infra.local.postgres import EmbeddedPostgres
 from infra.local.redis import EmbeddedRedis
 
+_PREFIX = "corral-test-run-"
+
 
 class ThrowawayServers:
     """Both servers of this run, in a temporary directory that `destroy` removes."""
 
     def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="corral-test-"))
+        _sweep()
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._alive = (self.directory / "alive").open("w")
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
         self.directory.chmod(0o711)  # PostgreSQL runs as another user when we are root
         holds = _hold_port(), _hold_port()
         pg_port, redis_port = (int(hold.getsockname()[1]) for hold in holds)
@@ -58,7 +65,16 @@ class ThrowawayServers:
             server.destroy()
         for hold in self._holds.values():
             hold.close()
+        self._alive.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove what killed runs left behind: a run that lives holds its file locked."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (directory / "alive").open("r+") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _hold_port() -> socket.socket:
