@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import uvloop
 
 from workers.agent.zygote_client import Zygote
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
@@ -83,7 +84,7 @@ def front(argument: dict[str, Any]) -> int:
 
         engine = ToyEngine(profile)
     made_s = time.monotonic()
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     threading.Thread(target=loop.run_forever, name="engine-loop", daemon=True).start()
     asyncio.run_coroutine_threadsafe(engine.start(), loop).result(60)
     report = {
@@ -214,7 +215,7 @@ class Joint:
         return (answer or {}).get(self.consumer.node_name)
 
     async def pool_stats(self) -> dict[str, Any]:
-        return ((await self.inspect("stats")) or {}).get("pool", {})
+        return dict(((await self.inspect("stats")) or {}).get("pool", {}))
 
     def running(self) -> int:
         """Sequences in the engine's batch, as of 20 ms ago."""

@@ -149,7 +149,8 @@ class Zygote:
             raise ZygoteGone("the zygote has ended")
         self._seq += 1
         command.seq = self._seq
-        answer = self._answers[command.seq] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        self._answers[command.seq] = answer
         try:
             self._writer.write(encode(command) + b"\n")
             async with asyncio.timeout(_ANSWER_S):

@@ -235,7 +235,7 @@ class ToyEngine:
 
         A sequence whose whole context is computed in this step gets its next token.
         """
-        budget, running, n_preempted, ended = self._budget, self._running, self._n_preemptions, False
+        budget, running, ended = self._budget, self._running, False
         at = 0
         while at < len(running) and budget > 0:
             seq = running[at]
@@ -257,7 +257,7 @@ class ToyEngine:
                 if seq.finish is not None:
                     self._free(seq)
             self._running = [seq for seq in running if seq.finish is None]
-        if self._waiting and n_preempted == self._n_preemptions:
+        if self._waiting:
             self._admit_waiting(budget)
         now_s = self._now_s()
         self._n_steps += 1

@@ -123,8 +123,8 @@ async def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> Non
         n_steps = engine.stats().n_steps - n_before
         assert (await first).n_tokens == 60
     assert answer.n_tokens == 1
-    assert n_steps >= 400 // 16  # and the decoding one took a token of each step's budget
-    assert n_steps <= 400 // 15 + 3
+    # 15 tokens a step, because the decoding sequence takes one of the 16.
+    assert 27 <= n_steps <= 30
 
 
 async def test_when_blocks_run_out_the_last_admitted_gives_way_and_nobody_loses_a_token() -> None:
@@ -137,6 +137,18 @@ async def test_when_blocks_run_out_the_last_admitted_gives_way_and_nobody_loses_
         assert engine.stats().n_preemptions > 0
         assert engine.stats().kv_used_ratio == 0
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+
+
+async def test_who_was_admitted_first_is_not_the_one_that_gives_way() -> None:
+    async with running(kv_cache_bytes=1 << 20, block_size=512, max_model_len=4096) as engine:
+        assert engine.n_blocks == 2
+        first = asyncio.create_task(read(engine, a_request(engine, "a", ignore_eos=True, max_tokens=800)))
+        await until_running(engine, 1)
+        second = asyncio.create_task(read(engine, a_request(engine, "b", ignore_eos=True, max_tokens=800)))
+        await first
+        assert engine.stats().n_steps < 810  # it ran through
+        assert engine.stats().n_preemptions == 1
+        await second
 
 
 async def test_lower_priority_numbers_run_first() -> None:
@@ -265,15 +277,18 @@ async def test_fault_words_are_ordinary_text_unless_asked_for() -> None:
 
 
 async def test_an_idle_engine_owes_no_step() -> None:
+    """The watchdog's clock starts when work arrives, not at the last step before a long idleness."""
     now_s = 100.0
-    engine = ToyEngine(EngineProfile(engine="toy", toy_step_ms=0.0), now_s=lambda: now_s)
+    engine = ToyEngine(EngineProfile(engine="toy", toy_step_ms=60_000.0), now_s=lambda: now_s)
     await engine.start()
     now_s = 900.0
-    deltas = engine.generate(a_request(engine))
-    await anext(deltas)
+    task = asyncio.create_task(read(engine, a_request(engine)))
+    while not engine.stats().n_waiting:
+        await asyncio.sleep(0)
+    assert engine.stats().n_steps == 0
     assert engine.stats().last_step_at_s == 900.0
-    await deltas.aclose()
     await engine.stop()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_logprobs_cover_every_token() -> None:
