@@ -124,6 +124,8 @@ class Dispatcher:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
             )
+        elif outcome == b"gone":
+            raise unavailable("cell_unavailable", "the request could not be stored: try again shortly", 1.0)
         else:
             raise ApiError(409, "request_exists", "a request with this id exists: send it again")
         stream.admitted = True

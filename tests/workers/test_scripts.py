@@ -116,7 +116,9 @@ def test_request_waits_in_the_fair_queue_until_a_slot_frees(cell: Cell) -> None:
 def test_nobody_overtakes_the_queue(cell: Cell) -> None:
     cell.admit("q1")
     cell.now_ms += 1
-    cell.r.hset(KEYS.replica("r1"), mapping={"mid": "m1", "dep": "d1", "state": "ready", "slots": 1, "used": 0})
+    cell.r.hset(
+        KEYS.replica("r1"), mapping={"mid": "m1", "dep": "d1", "state": "ready", "slots": 1, "used": 0}
+    )
     cell.r.sadd(KEYS.replicas("d1"), "r1")
     assert cell.admit("q2", candidates=("r1",))[0] == b"queued"
     assert cell.r.hget(KEYS.request("q1"), "state") == b"bound", "the older one got the slot"
@@ -289,6 +291,49 @@ def test_only_a_claimed_request_counts_a_death_and_poison_is_named(cell: Cell) -
     cell.claim("poison", 2, "r2")
     assert cell.withdraw("r2", deaths=1) == [1, 0, b"poison"]
     assert cell.r.zrange(KEYS.queue("d1"), 0, -1) == [b"waiting"]
+
+
+def test_without_a_body_nothing_is_taken(cell: Cell) -> None:
+    """The SET before it was refused, for instance because Redis is full."""
+    cell.enrol("r1")
+    cell.r.set(KEYS.body("other"), b"B")
+    admit = cell.r.evalsha
+    limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, "p1", *[NO_LIMIT] * 5, "o1", *[NO_LIMIT] * 5]
+    verdict = admit(
+        scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 1000, 2,
+        *limits, "r1",
+    )  # fmt: skip
+    assert verdict == [b"gone"]
+    assert cell.limit("key", "k1") == {}
+    assert cell.used("r1") == 0
+    assert not cell.r.exists(KEYS.request("q1"))
+
+
+def test_buckets_refill_with_time_and_not_beyond_their_size(cell: Cell) -> None:
+    assert cell.admit("q1", key_rpm=2)[0] == b"queued"
+    assert cell.admit("q2", key_rpm=2)[0] == b"queued"
+    refused = cell.admit("q3", key_rpm=2)
+    assert refused[3] == 30_000, "one request every half minute"
+    cell.now_ms += 29_999
+    assert cell.admit("q4", key_rpm=2)[0] == b"refused"
+    cell.now_ms += 1
+    assert cell.admit("q5", key_rpm=2)[0] == b"queued"
+    cell.now_ms += 10 * 60_000
+    assert [cell.admit(f"q{i}", key_rpm=2)[0] for i in (6, 7, 8)] == [b"queued", b"queued", b"refused"]
+
+
+def test_a_refund_never_lifts_a_bucket_above_its_size(cell: Cell) -> None:
+    cell.admit("q1", key_out=20)
+    cell.now_ms += 60_000
+    cell.settle("q1", n_out=0)
+    assert cell.admit("q2", key_out=20)[0] == b"queued"
+    assert cell.admit("q3", key_out=20)[0] == b"refused", "20 a minute are 20, refund or not"
+
+
+def test_a_clock_that_runs_behind_refills_nothing(cell: Cell) -> None:
+    cell.admit("q1", key_rpm=1)
+    cell.now_ms -= 120_000
+    assert cell.admit("q2", key_rpm=1)[0] == b"refused"
 
 
 def test_draining_replica_gets_no_new_work_and_keeps_what_it_runs(cell: Cell) -> None:

@@ -8,12 +8,12 @@
 --       15.. three scopes of 6: id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano (-1 = no limit),
 --       33.. ranked candidate replica ids.
 -- Returns {'bound', epoch, rid, hold_out} | {'queued', depth, waiting_for_replica 0|1, hold_out}
---       | {'refused', scope, limit, retry_ms, limit_value, remaining} | {'seed', scope, id} | {'full', depth}.
+--       | {'refused', scope, limit, retry_ms, limit_value, remaining} | {'seed', scope, id} | {'full', depth}
+--       | {'exists'} (the id was used before) | {'gone'} (no body: nothing was taken).
 local P, now = ARGV[1], tonumber(ARGV[2])
 local id, did = ARGV[3], ARGV[4]
 local n_in, n_out, money = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local out_rate = tonumber(ARGV[14])
-local SCOPE = {'key', 'prj', 'org'}
 local rec_key = P .. 'req:' .. id
 
 local function refuse(scope, limit, retry_ms, cap, left)
@@ -21,49 +21,70 @@ local function refuse(scope, limit, retry_ms, cap, left)
   return {'refused', scope, limit, math.ceil(retry_ms), math.floor(cap), math.floor(left)}
 end
 
+-- Milliseconds until a bucket at `level` holds `need`.
+local function wait_ms(need, level, cap)
+  return (need - level) * 60000 / math.max(cap, 1)
+end
+
 if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 
 -- First pass: would every scope allow it? Nothing is written before all of them do.
 local money_left = nil
+local taken = {} -- per scope: the fields to write once admitted
 for s = 1, 3 do
   local a = 15 + (s - 1) * 6
-  local h = P .. 'lim:' .. SCOPE[s] .. ':' .. ARGV[a]
+  local h = scope_key(P, s, ARGV[a])
   local rpm, itpm, otpm = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
-  local conc, budget = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
+  local cap_conc, budget = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
+  local v = redis.call('HMGET', h, 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held')
+  local elapsed_ms = math.max(now - tonumber(v[4] or now), 0)
+  local set = {'ms', math.max(now, tonumber(v[4] or now))}
   if rpm >= 0 then
-    local l = level(h, 'rq', rpm, now)
-    if l < 1 then return refuse(SCOPE[s], 'requests_per_minute', (1 - l) * 60000 / math.max(rpm, 1), rpm, 0) end
+    local l = refilled(v[1], rpm, elapsed_ms)
+    if l < 1 then return refuse(SCOPE[s], 'requests_per_minute', wait_ms(1, l, rpm), rpm, 0) end
+    set[#set + 1] = 'rq'
+    set[#set + 1] = l - 1
   end
   if itpm >= 0 then
-    local l = level(h, 'in', itpm, now)
+    local l = refilled(v[2], itpm, elapsed_ms)
     -- A prompt larger than the whole minute is let through when the bucket is full, and the level goes negative.
-    if l < math.min(n_in, itpm) or itpm == 0 then
-      return refuse(SCOPE[s], 'input_tokens_per_minute', (math.min(n_in, itpm) - l) * 60000 / math.max(itpm, 1), itpm, l)
+    local need = math.min(n_in, itpm)
+    if l < need or itpm == 0 then
+      return refuse(SCOPE[s], 'input_tokens_per_minute', wait_ms(need, l, itpm), itpm, l)
     end
+    set[#set + 1] = 'in'
+    set[#set + 1] = l - n_in
   end
   if otpm >= 0 then
-    local l = level(h, 'out', otpm, now)
-    if l < math.min(n_out, otpm) or otpm == 0 then
-      return refuse(SCOPE[s], 'output_tokens_per_minute', (math.min(n_out, otpm) - l) * 60000 / math.max(otpm, 1), otpm, l)
+    local l = refilled(v[3], otpm, elapsed_ms)
+    local need = math.min(n_out, otpm)
+    if l < need or otpm == 0 then
+      return refuse(SCOPE[s], 'output_tokens_per_minute', wait_ms(need, l, otpm), otpm, l)
     end
+    -- The number taken may still shrink with the money; written below.
+    set[#set + 1] = 'out'
+    set[#set + 1] = l
+    set.out_at = #set
   end
-  if conc >= 0 then
-    local c = tonumber(redis.call('HGET', h, 'conc') or '0')
-    if c >= conc then return refuse(SCOPE[s], 'concurrency', 1000, conc, conc - c) end
+  local conc = tonumber(v[5] or '0')
+  if cap_conc >= 0 and conc >= cap_conc then
+    return refuse(SCOPE[s], 'concurrency', 1000, cap_conc, cap_conc - conc)
   end
+  set[#set + 1] = 'conc'
+  set[#set + 1] = conc + 1
   if budget >= 0 then
-    local m = redis.call('HMGET', h, 'spent', 'held')
-    if not m[1] then
+    if not v[6] then
       redis.call('DEL', P .. 'body:' .. id)
       return {'seed', SCOPE[s], ARGV[a]}
     end
-    local left = budget - tonumber(m[1]) - tonumber(m[2] or '0')
+    local left = budget - tonumber(v[6]) - tonumber(v[7] or '0')
     if not money_left or left < money_left then money_left = left end
     -- hold = min(worst case, what is left): the prompt and one token must fit.
     if left < money - out_rate * math.max(n_out - 1, 0) then
       return refuse(SCOPE[s], 'budget', -1, budget, math.max(left, 0))
     end
   end
+  taken[s] = set
 end
 if money_left and money_left < money and out_rate > 0 then
   local cut = math.ceil((money - money_left) / out_rate)
@@ -73,43 +94,44 @@ end
 
 -- Room: a candidate with a slot, else a place in the queue.
 local q = P .. 'dep:' .. did .. ':q'
-local rid = nil
-if redis.call('ZCARD', q) == 0 then
+local depth = redis.call('ZCARD', q)
+local rid, mid = nil, nil
+if depth == 0 then
   for i = 33, #ARGV do
-    if has_slot(P, ARGV[i]) then rid = ARGV[i]; break end
+    mid = with_slot(P, ARGV[i])
+    if mid then rid = ARGV[i]; break end
   end
 end
-local depth = redis.call('ZCARD', q)
+if rid and not move_body(P, P .. 'm:' .. mid .. ':', id) then return {'gone'} end
 if not rid and depth >= tonumber(ARGV[12]) then
   redis.call('DEL', P .. 'body:' .. id)
   return {'full', depth}
 end
 
 -- Second pass: take the holds.
+local held = string.format('%.0f', money)
 for s = 1, 3 do
   local a = 15 + (s - 1) * 6
-  local h = P .. 'lim:' .. SCOPE[s] .. ':' .. ARGV[a]
-  local rpm, itpm, otpm = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
-  if rpm >= 0 then put_level(h, 'rq', level(h, 'rq', rpm, now) - 1, now) end
-  if itpm >= 0 then put_level(h, 'in', level(h, 'in', itpm, now) - n_in, now) end
-  if otpm >= 0 then put_level(h, 'out', level(h, 'out', otpm, now) - n_out, now) end
-  redis.call('HINCRBY', h, 'conc', 1)
-  if tonumber(ARGV[a + 5]) >= 0 then redis.call('HINCRBY', h, 'held', string.format('%.0f', money)) end
+  local h, set = scope_key(P, s, ARGV[a]), taken[s]
+  if set.out_at then set[set.out_at] = set[set.out_at] - n_out end
+  redis.call('HSET', h, unpack(set))
+  if tonumber(ARGV[a + 5]) >= 0 then redis.call('HINCRBY', h, 'held', held) end
 end
 
-redis.call('HSET', rec_key, 'state', 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6], 'pv', ARGV[7],
-  'in_est', n_in, 'out_est', n_out, 'hold_out', n_out, 'money', string.format('%.0f', money), 'adm_ms', ARGV[2],
+redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],
+  'pv', ARGV[7], 'in_est', n_in, 'out_est', n_out, 'hold_out', n_out, 'money', held, 'adm_ms', ARGV[2],
   'key', ARGV[15], 'prj', ARGV[21], 'org', ARGV[27],
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
   'caps', table.concat({ARGV[17], ARGV[18], ARGV[20], ARGV[23], ARGV[24], ARGV[26], ARGV[29], ARGV[30], ARGV[32]}, ','),
-  'n', 0, 'epoch', 0, 'attempt', 0, 'crashes', 0)
-redis.call('PEXPIRE', rec_key, 21600000)
+  'n', 0, 'crashes', 0, 'epoch', rid and 1 or 0, 'attempt', rid and 1 or 0, 'rid', rid or '', 'mid', mid or '',
+  'bound_ms', rid and now or 0)
+redis.call('PEXPIRE', rec_key, LEASE_GC_MS)
 if rid then
-  local epoch = bind(P, id, rid, now)
-  if epoch then return {'bound', epoch, rid, n_out} end
+  hand_over(P, P .. 'm:' .. mid .. ':', id, rid, 1, 1, ARGV[5], ARGV[6], 0, n_out)
+  return {'bound', 1, rid, n_out}
 end
 redis.call('ZADD', q, ARGV[11], id)
-redis.call('PEXPIRE', P .. 'body:' .. id, 21600000)
+redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
 pump(P, did, now)
 if redis.call('HGET', rec_key, 'state') == 'bound' then
   local r = redis.call('HMGET', rec_key, 'epoch', 'rid')

@@ -4,35 +4,42 @@
 
 local LEASE_GC_MS = 21600000
 
--- True when the replica takes new work and has a free slot.
-local function has_slot(P, rid)
-  local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots')
-  return r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0')
+-- The machine of a replica that takes new work and has a free slot; nil otherwise.
+local function with_slot(P, rid)
+  local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots', 'mid')
+  if r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0') then return r[4] end
+  return nil
 end
 
--- Binds an admitted request (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
--- the body is gone (expired or deleted: nothing to serve).
-local function bind(P, id, rid, now_ms)
-  local rec_key = P .. 'req:' .. id
-  local mid = redis.call('HGET', P .. 'rep:' .. rid, 'mid')
-  local M = P .. 'm:' .. mid .. ':'
-  if redis.call('EXISTS', P .. 'body:' .. id) == 0 then return nil end
-  redis.call('RENAME', P .. 'body:' .. id, M .. 'body:' .. id)
-  if redis.call('EXISTS', P .. 'jrn:' .. id) == 1 then
-    redis.call('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id)
-  end
-  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt')
-  local epoch = redis.call('HINCRBY', rec_key, 'epoch', 1)
-  redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms)
-  redis.call('HINCRBY', rec_key, 'attempt', 1)
+-- Moves the body under the machine's prefix; false when it is gone (expired or deleted: nothing to serve).
+local function move_body(P, M, id)
+  local moved = redis.pcall('RENAME', P .. 'body:' .. id, M .. 'body:' .. id)
+  return not moved.err
+end
+
+-- Lease, slot and message of one attempt; the body lies under the machine's prefix already.
+local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
   local lease = M .. 'req:' .. id
-  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'rid', rid, 'gw', rec[1], 'stream', rec[2],
-             'n', rec[3] or 0, 'hold', rec[4] or 0, 'attempt', (tonumber(rec[5] or '0')) + 1)
+  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'rid', rid, 'gw', gw, 'stream', stream, 'n', n,
+             'hold', hold, 'attempt', attempt)
   redis.call('PEXPIRE', lease, LEASE_GC_MS)
   redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', 1)
   redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)
   local tag = id .. '.' .. epoch
   redis.call('LPUSH', M .. 'replica.' .. rid, string.format(MESSAGE_TEMPLATE, id, epoch, tag, id, rid, tag))
+end
+
+-- Binds a request that waits (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
+-- the body is gone.
+local function bind(P, id, rid, mid, now_ms)
+  local rec_key, M = P .. 'req:' .. id, P .. 'm:' .. mid .. ':'
+  if not move_body(P, M, id) then return nil end
+  redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
+  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch')
+  local epoch, attempt = tonumber(rec[6]) + 1, tonumber(rec[5]) + 1
+  redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms, 'epoch', epoch,
+             'attempt', attempt)
+  hand_over(P, M, id, rid, epoch, attempt, rec[1], rec[2], rec[3], rec[4])
   return epoch
 end
 
@@ -70,10 +77,12 @@ local function pump(P, did, now_ms)
   local n_bound = 0
   if redis.call('ZCARD', q) == 0 then return 0 end
   for _, rid in ipairs(redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')) do
-    while n_bound < 256 and has_slot(P, rid) do
+    while n_bound < 256 do
+      local mid = with_slot(P, rid)
+      if not mid then break end
       local head = redis.call('ZPOPMIN', q)
       if not head[1] then return n_bound end
-      if redis.call('HGET', P .. 'req:' .. head[1], 'state') == 'queued' and bind(P, head[1], rid, now_ms) then
+      if redis.call('HGET', P .. 'req:' .. head[1], 'state') == 'queued' and bind(P, head[1], rid, mid, now_ms) then
         n_bound = n_bound + 1
       end
     end

@@ -1,16 +1,16 @@
 -- Included by admission and settlement: token buckets, concurrency and money holds of key, project and organization.
--- A scope's hash holds: rq, in, out (bucket levels), rq_ms, in_ms, out_ms (their instants), conc, held (nano-dollars
+-- A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight), held (nano-dollars
 -- held), spent (nano-dollars booked since the budget began; absent until seeded from the ledger).
 
--- Level of a bucket of `cap` units a minute after refill; a bucket never seen is full.
-local function level(h, name, cap, now_ms)
-  local v = redis.call('HMGET', h, name, name .. '_ms')
-  if not v[1] then return cap end
-  local l = tonumber(v[1]) + (now_ms - tonumber(v[2])) * cap / 60000
-  if l > cap then l = cap end
-  return l
+local SCOPE = {'key', 'prj', 'org'}
+
+local function scope_key(P, s, scope_id)
+  return P .. 'lim:' .. SCOPE[s] .. ':' .. scope_id
 end
 
-local function put_level(h, name, value, now_ms)
-  redis.call('HSET', h, name, string.format('%.6f', value), name .. '_ms', string.format('%.0f', now_ms))
+-- Level of a bucket of `cap` units a minute, `elapsed_ms` after it stood at `stored`; a bucket never seen is full.
+-- A refund may have lifted `stored` above the cap: clamped here, where it is read.
+local function refilled(stored, cap, elapsed_ms)
+  if not stored then return cap end
+  return math.min(tonumber(stored) + elapsed_ms * cap / 60000, cap)
 end

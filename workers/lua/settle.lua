@@ -8,18 +8,27 @@ local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps')
 if not r[1] or r[1] == 'done' then return {0} end
 local did = r[2]
+local back_in, back_out = tonumber(r[6]) - tonumber(ARGV[4]), tonumber(r[7]) - tonumber(ARGV[5])
 local caps = {}
 for c in string.gmatch(r[9], '[^,]+') do caps[#caps + 1] = tonumber(c) end
-local SCOPE = {'key', 'prj', 'org'}
 for s = 1, 3 do
-  local h = P .. 'lim:' .. SCOPE[s] .. ':' .. r[s + 2]
+  local h = scope_key(P, s, r[s + 2])
   local itpm, otpm, budget = caps[s * 3 - 2], caps[s * 3 - 1], caps[s * 3]
-  if itpm >= 0 then put_level(h, 'in', math.min(level(h, 'in', itpm, now) + tonumber(r[6]) - tonumber(ARGV[4]), itpm), now) end
-  if otpm >= 0 then put_level(h, 'out', math.min(level(h, 'out', otpm, now) + tonumber(r[7]) - tonumber(ARGV[5]), otpm), now) end
-  if redis.call('HINCRBY', h, 'conc', -1) < 0 then redis.call('HSET', h, 'conc', 0) end
+  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent')
+  local set = {'conc', math.max(tonumber(v[3] or '0') - 1, 0)}
+  -- Refunds lift the level as it stood at ms; whoever reads it next refills and clamps.
+  if itpm >= 0 and v[1] then
+    set[#set + 1] = 'in'
+    set[#set + 1] = tonumber(v[1]) + back_in
+  end
+  if otpm >= 0 and v[2] then
+    set[#set + 1] = 'out'
+    set[#set + 1] = tonumber(v[2]) + back_out
+  end
+  redis.call('HSET', h, unpack(set))
   if budget >= 0 then redis.call('HINCRBY', h, 'held', '-' .. r[8]) end
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
-  if redis.call('HEXISTS', h, 'spent') == 1 then redis.call('HINCRBY', h, 'spent', ARGV[6]) end
+  if v[4] then redis.call('HINCRBY', h, 'spent', ARGV[6]) end
 end
 if r[1] == 'queued' then
   redis.call('ZREM', P .. 'dep:' .. did .. ':q', id)
