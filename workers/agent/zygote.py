@@ -11,7 +11,8 @@ and the next agent
 - Replicas do not outlive the zygote (PR_SET_PDEATHSIG), nor engine cores their replica. So ending the zygote,
 even
   by SIGKILL, ends everything on the machine; nothing can leak.
-- When a replica ends, the rest of its session is killed and reaped too (this process is the subreaper).
+- When a replica ends, so does whatever it started: the rest of its session, and, this process being the
+  subreaper, what has left that session.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from workers.engine import forking
 MAX_CHILDREN: Final = 256
 MAX_REMEMBERED_EXITS: Final = 1024
 _TICK_S: Final = 1.0
+_APPEND: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 # What a replica front needs besides its engine.
 _PREIMPORTED: Final = (
     "asyncio",
@@ -240,6 +242,7 @@ class ZygoteServer:
             _, status, usage = os.wait4(pid, 0)
             if child is None:
                 continue  # an adopted grandchild
+            self._kill_strays()
             code = os.waitstatus_to_exitcode(status)
             exit_ = ChildExit(
                 pid=pid,
@@ -250,6 +253,17 @@ class ZygoteServer:
             )
             self._exits.append(exit_)
             self._tell(Event(kind="exit", exit=exit_))
+
+    def _kill_strays(self) -> None:
+        """What a replica had put into a session of its own is our child now that the replica is gone."""
+        try:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+            return
+        for pid in map(int, children.split()):
+            if pid not in self._children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _begin_stop(self, grace_s: float) -> None:
         if self._stop_at_s is None:
@@ -268,14 +282,9 @@ def run_child(spec: ForkSpec) -> int:
     Exit code.
     """
     forking.name_process("corral-replica")
-    log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-    os.close(log)
-    os.close(null)
-    os.environ.update(spec.env)
     try:
+        _redirect(spec.log)
+        os.environ.update(spec.env)
         module, _, function = spec.entry.partition(":")
         return int(getattr(importlib.import_module(module), function)(dict(spec.argument)) or 0)
     except SystemExit as stop:
@@ -283,6 +292,15 @@ def run_child(spec: ForkSpec) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def _redirect(log: str) -> None:
+    """Standard input from nowhere, output and errors to the end of the log."""
+    null, sink = os.open(os.devnull, os.O_RDONLY), os.open(log, _APPEND, 0o600)
+    for source, target in ((null, 0), (sink, 1), (sink, 2)):
+        os.dup2(source, target)
+    os.close(null)
+    os.close(sink)
 
 
 def preimport(wanted: tuple[str, ...], extra: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -298,6 +316,7 @@ def preimport(wanted: tuple[str, ...], extra: tuple[str, ...]) -> tuple[tuple[st
             engines.append("vllm")
         except Exception as error:  # whatever a broken wheel raises: a machine without vLLM still serves toy
             missing["vllm"] = f"{type(error).__name__}: {error}"
+    sys.stdout.flush()  # or every child would write what the imports have said
     gc.collect()
     gc.freeze()
     return tuple(engines), missing

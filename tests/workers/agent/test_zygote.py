@@ -101,6 +101,14 @@ async def test_a_failing_entry_ends_with_its_traceback_in_the_log(tmp_path: Path
     assert all(s in log for s in ("made to fail", "no_such_module", "no_such_function"))
 
 
+async def test_a_log_that_cannot_be_opened_fails_the_child_alone(tmp_path: Path) -> None:
+    async with a_zygote(tmp_path) as zygote:
+        log = str(tmp_path / "no" / "such" / "directory")
+        await zygote.fork(ForkSpec(entry=f"{CHILDREN}:wait", tag="r1", log=log))
+        assert (await next_exit(zygote)).code == 1
+        assert log in (tmp_path / "zygote.log").read_text()
+
+
 async def test_a_killed_child_is_reported_with_its_signal(tmp_path: Path) -> None:
     async with a_zygote(tmp_path) as zygote:
         pid = await zygote.fork(spec("wait"))
@@ -185,9 +193,10 @@ async def test_when_the_zygote_dies_its_replicas_die(tmp_path: Path) -> None:
             await zygote.fork(spec("wait"))
 
 
-async def test_what_a_replica_started_ends_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["session", "strangers"])
+async def test_what_a_replica_started_ends_with_it(tmp_path: Path, family: str) -> None:
     async with a_zygote(tmp_path) as zygote:
-        grandchild = await waiting_child(zygote, tmp_path, family=True)
+        grandchild = await waiting_child(zygote, tmp_path, family=family)
         (pid,) = (c.pid for c in (await Zygote.connect(tmp_path / "z.sock")).adopted)
         os.kill(pid, signal.SIGKILL)
         # Gone entirely, not a zombie: the zygote is its reaper.

@@ -40,7 +40,8 @@ def wait(argument: dict[str, Any]) -> None:
     if argument.get("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if argument.get("family"):
-        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        grandchild = subprocess.Popen(command, start_new_session=argument["family"] == "strangers")
         Path(argument["file"]).write_text(str(grandchild.pid))
     elif "file" in argument:
         Path(argument["file"]).write_text(str(os.getpid()))
