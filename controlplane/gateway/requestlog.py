@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -98,6 +99,10 @@ class RequestLog:
 
 def timestamp(at_ms: int) -> str:
     """ISO 8601 in UTC, as the other processes write it."""
-    return (
-        datetime.fromtimestamp(at_ms / 1000, tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )
+    second, ms = divmod(at_ms, 1000)
+    return f"{_second_text(second)}.{ms:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second_text(second: int) -> str:
+    return datetime.fromtimestamp(second, tz=UTC).strftime("%Y-%m-%dT%H:%M:%S")
