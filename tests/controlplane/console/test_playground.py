@@ -8,6 +8,7 @@ from django.utils import timezone
 
 from controlplane.console.views.playground import KEY_NAME, is_playground_key
 from controlplane.deployments.models import Deployment, Phase
+from controlplane.errors import ConflictError
 from controlplane.tenants import api_keys, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey
@@ -45,6 +46,17 @@ def test_a_session_has_one_key_at_a_time(
     assert first.revoked_at is not None
     assert second.revoked_at is None  # another session's
     assert third.revoked_at is None
+
+
+def test_a_refusal_leaves_nothing_written(
+    owner: Client, world: World, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConflictError("changed since")
+
+    monkeypatch.setattr("controlplane.console.views.playground._replace_earlier", refuse)
+    assert ask(owner, deployment).status_code == 409
+    assert keys(world) == []
 
 
 def test_its_answer_is_not_kept_anywhere(owner: Client, deployment: Deployment) -> None:

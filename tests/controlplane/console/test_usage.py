@@ -158,6 +158,7 @@ def test_traffic_is_binned_by_the_end_of_a_request(world: World, usage_event) ->
     [ended] = [index for index, n in enumerate(traffic.tokens) if n == 900]
     assert 28 <= ended <= 31
     assert traffic.ttft_p50_ms == 80
+    assert set(traffic.ttft_bins_ms) == {0.0, 80.0}
     assert 0 < traffic.requests_per_s <= 1 / 60
 
 
