@@ -42,7 +42,11 @@ def ask(
     on_text: Callable[[str], None] = lambda text: None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Answer:
-    """Asks and returns the whole answer; `on_text` gets each piece, `on_stage` what the server says while waking."""
+    """Asks and returns the whole answer; `on_text` gets each piece, `on_stage` what the server says while waking.
+
+    `timeout_s` bounds the silence between two lines and, at the next line, the whole. Raises AskError, or
+    httpx.TransportError when the server cannot be reached.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -67,6 +71,10 @@ def ask(
         if response.status_code != 200:
             raise AskError(_refusal(response.status_code, response.read()))
         for line in response.iter_lines():
+            if (
+                time.perf_counter() - started_s > timeout_s
+            ):  # comments keep the connection alive, not the hope
+                raise AskError(f"no whole answer within {timeout_s:.0f} s")
             if line.startswith(":"):
                 on_stage(line[1:].strip())
             if not line.startswith("data: ") or line == "data: [DONE]":

@@ -100,6 +100,22 @@ class Command(BaseCommand):
 
     def _first_question(self, facts: Quickstart) -> Answer:
         self._step(f"asking: {QUESTION}")
+        last = ""
+
+        def on_stage(text: str) -> None:
+            """A line per stage, not one per second."""
+            nonlocal last
+            told = dict(part.partition("=")[::2] for part in text.removeprefix("corral ").split())
+            stage = told.get("stage", "")
+            if stage and stage != last:
+                last = stage
+                eta = (
+                    f", about {int(told['eta_ms']) / 1000:.0f} s to go"
+                    if told.get("eta_ms", "0") != "0"
+                    else ""
+                )
+                self._step(f"  {stage.replace('_', ' ')}{eta}")
+
         try:
             return ask(
                 facts.base_url,
@@ -108,7 +124,7 @@ class Command(BaseCommand):
                 QUESTION,
                 max_tokens=60,
                 timeout_s=FIRST_ANSWER_TIMEOUT_S,
-                on_stage=lambda stage: self._step(stage.removeprefix("corral ")),
+                on_stage=on_stage,
             )
         except (AskError, httpx.TransportError) as error:
             raise CommandError(
