@@ -241,16 +241,17 @@ def resume_blockers(sampling: SamplingSpec, dtype: str) -> tuple[str, ...]:
     """Features that keep a resumed request from continuing exactly as the undisturbed run would have.
 
     Empty: resuming from the journal is exact. Not empty: drain such a request to its end where there is time,
-    else resume and say so. Measured on vLLM 0.32 (2026-11-20): penalties look at output tokens only, and
-    resumed output is prompt to the engine; the random generator of a seeded request restarts; below float32
-    batching changes greedy choices (15 of 24). An unseeded sampled request promises no particular
-    continuation, so sampling itself blocks nothing.
+    else resume and say so. Measured on vLLM 0.32 (2026-11-20): the random generator of a seeded request
+    restarts, and below float32 batching changes greedy choices (15 of 24). Presence and frequency penalties
+    are carried over by resume_penalties.py, which cannot be combined with repetition_penalty. An unseeded
+    sampled request promises no particular continuation, so sampling itself blocks nothing.
     """
     reasons = []
-    if sampling.presence_penalty:
-        reasons.append("presence_penalty")
-    if sampling.frequency_penalty:
-        reasons.append("frequency_penalty")
+    if sampling.repetition_penalty != 1.0:
+        if sampling.presence_penalty:
+            reasons.append("presence_penalty")
+        if sampling.frequency_penalty:
+            reasons.append("frequency_penalty")
     if sampling.temperature > 0 and sampling.seed is not None:
         reasons.append("seed")
     if dtype != "float32" and sampling.temperature == 0:

@@ -80,6 +80,7 @@ _PREIMPORTED: Final = (
     "vllm.model_executor.models.llama",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.tokenizers.hf",
+    "workers.engine.resume_penalties",
 )
 _PREIMPORTED_CPU: Final = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
 _SHUTDOWN_S: Final = 3.0
@@ -121,6 +122,8 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from workers.engine.resume_penalties import ResumePenalties
+
         self.profile = profile
         self._board = _StatsBoard()
         args = AsyncEngineArgs(
@@ -136,6 +139,7 @@ class VllmEngine:
             scheduling_policy="priority",
             enable_prefix_caching=True,
             trust_remote_code=False,
+            logits_processors=[ResumePenalties],
             disable_log_stats=True,  # our own logger below; vLLM's would keep a Prometheus registry
         )
         config = args.create_engine_config()
@@ -255,7 +259,7 @@ class VllmEngine:
             request.prompt_token_ids + request.prior_token_ids, cache_salt=request.cache_salt or None
         )
         try:
-            params = _sampling_params(request.sampling, n_left)
+            params = _sampling_params(request.sampling, n_left, request.prior_token_ids)
             async with aclosing(
                 self._llm.generate(prompt, params, request.id, priority=request.priority)
             ) as outputs:
@@ -358,10 +362,15 @@ class _StatsBoard:
         pass
 
 
-def _sampling_params(sampling: SamplingSpec, max_tokens: int) -> Any:
+def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    presence, frequency, extra = sampling.presence_penalty, sampling.frequency_penalty, None
+    if prior_token_ids and (presence or frequency):
+        from workers.engine.resume_penalties import extra_args
+
+        extra, presence, frequency = extra_args(prior_token_ids, presence, frequency), 0.0, 0.0
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=sampling.temperature,
@@ -369,12 +378,13 @@ def _sampling_params(sampling: SamplingSpec, max_tokens: int) -> Any:
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         seed=sampling.seed,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
         repetition_penalty=sampling.repetition_penalty,
         logprobs=sampling.logprobs,
         ignore_eos=sampling.ignore_eos,
         logit_bias=sampling.logit_bias or None,
+        extra_args=extra,
         detokenize=False,  # ours is exact across attempts, see text.py
         output_kind=RequestOutputKind.DELTA,
     )

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -118,9 +119,13 @@ async def test_a_killed_child_is_reported_with_its_signal(tmp_path: Path) -> Non
 
 
 async def test_only_living_children_can_be_killed(tmp_path: Path) -> None:
+    stranger = subprocess.Popen(["sleep", "600"])
     async with a_zygote(tmp_path) as zygote:
-        with pytest.raises(ZygoteRefused, match=str(os.getpid())):
-            await zygote.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(ZygoteRefused, match=str(stranger.pid)):
+            await zygote.kill(stranger.pid, signal.SIGKILL)
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
 
 
 async def test_a_tag_runs_once(tmp_path: Path) -> None:

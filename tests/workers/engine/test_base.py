@@ -41,8 +41,9 @@ def test_bad_profiles_name_the_knob(data: dict, says: str) -> None:
         ({"temperature": 0.7, "seed": 1}, "float32", ("seed",)),
         ({"temperature": 0.0, "seed": 1}, "float32", ()),
         ({"temperature": 0.0, "repetition_penalty": 1.2, "stop": ("x",)}, "float32", ()),
+        ({"presence_penalty": 1.0, "frequency_penalty": 1.0}, "float32", ()),
         (
-            {"presence_penalty": 1.0, "frequency_penalty": 1.0},
+            {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
             "float32",
             ("presence_penalty", "frequency_penalty"),
         ),
