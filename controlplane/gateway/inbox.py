@@ -18,8 +18,8 @@ from typing import Final
 import msgspec
 
 from controlplane.gateway.errors import unavailable
-from controlplane.gateway.stream import MAX_HELD_BACK, Stream
-from workers.contract import End, FrameEntry, decode_frame, decode_journal_entry
+from controlplane.gateway.stream import MAX_HELD_BACK, HeldBack, Stream
+from workers.contract import FrameEntry, JournalEntry, decode_frame, decode_journal_entry
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError
 
@@ -71,7 +71,7 @@ class Inbox:
                 self._unexpected(stream, machine, entry, now)
             elif entry.offset == stream.have:
                 if stream.end is None:
-                    stream.accept(entry.n, entry.text, entry.end, now)
+                    stream.accept(entry.n, entry.text, entry.end, now, entry.logprobs)
                     if entry.end is not None:
                         self._on_end(stream)
             elif entry.offset > stream.have:
@@ -138,7 +138,9 @@ class Inbox:
     @staticmethod
     def _hold_back(stream: Stream, machine: str, entry: FrameEntry) -> None:
         if len(stream.held_back) < MAX_HELD_BACK:
-            stream.held_back.append((machine, entry.offset, entry.n, entry.text, entry.end))
+            stream.held_back.append(
+                HeldBack(machine, entry.offset, entry.n, entry.text, entry.end, entry.logprobs)
+            )
         else:
             stream.overflowed = True
 
@@ -186,7 +188,7 @@ class Inbox:
             page = await self._redis.call("LRANGE", journal, stream.n_entries, stream.n_entries + _PAGE - 1)
             for raw in page:
                 entry = decode_journal_entry(raw)
-                if not self._take(stream, entry.offset, len(entry.token_ids), entry.text, entry.end):
+                if not self._take(stream, entry, len(entry.token_ids)):
                     raise msgspec.ValidationError("journal offsets do not continue")
                 if stream.paused:
                     return
@@ -196,20 +198,20 @@ class Inbox:
     def _take_held_back(self, stream: Stream, machine: str) -> bool:
         """Take what that machine sent meanwhile; False when something is still missing in between."""
         held_back, stream.held_back = stream.held_back, []
-        for sender, offset, n, text, end in held_back:
+        for entry in held_back:
             if stream.paused:
                 return True
-            if sender == machine and not self._take(stream, offset, n, text, end):
+            if entry.machine == machine and not self._take(stream, entry, entry.n):
                 return False
         return not stream.overflowed
 
-    def _take(self, stream: Stream, offset: int, n: int, text: str, end: End | None) -> bool:
+    def _take(self, stream: Stream, entry: JournalEntry | HeldBack, n: int) -> bool:
         """Take an entry if it is next; False when there is a gap before it."""
-        if stream.end is not None or offset < stream.have:
+        if stream.end is not None or entry.offset < stream.have:
             return True
-        if offset > stream.have:
+        if entry.offset > stream.have:
             return False
-        stream.accept(n, text, end, time.monotonic())
-        if end is not None:
+        stream.accept(n, entry.text, entry.end, time.monotonic(), entry.logprobs)
+        if entry.end is not None:
             self._on_end(stream)
         return True

@@ -82,11 +82,11 @@ class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: _Label | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     # Accepted at their neutral values only: see _UNSUPPORTED.
     service_tier: str | None = None
     store: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -101,11 +101,11 @@ class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
 
 class CompletionBody(_Common, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[Any]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     # Accepted at their neutral values only.
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
 class GenerationRequest(msgspec.Struct, gc=False):
@@ -120,6 +120,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
     n_messages: int
     body: ChatBody | CompletionBody
     stop: tuple[str, ...]
+    logprobs: int | None  # alternatives per token; 0 = the chosen one only; None = off
 
     def sampling(self, max_tokens: int) -> Sampling:
         """Parameters for the replica; `max_tokens` is what is held."""
@@ -136,6 +137,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            logprobs=self.logprobs,
             ignore_eos=bool(body.ignore_eos),
             logit_bias=body.logit_bias or {},
         )
@@ -148,8 +150,6 @@ _UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "best_of": ((None, 1), "leave it out"),
     "echo": ((None, False), "leave it out and prepend the prompt yourself"),
     "suffix": ((None, ""), "leave it out"),
-    "logprobs": ((None, False), "leave it out"),
-    "top_logprobs": ((None,), "leave it out"),
     "response_format": ((None, {"type": "text"}), 'leave it out or send {"type": "text"}'),
     "tools": ((None, []), "leave it out"),
     "tool_choice": ((None, "none", "auto"), "leave it out"),
@@ -217,6 +217,7 @@ def _request(
         n_messages=n_messages,
         body=body,
         stop=_stops(body.stop),
+        logprobs=_logprobs(body),
     )
 
 
@@ -248,6 +249,16 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if not all(stops):
         raise bad_request("stop: an empty string would stop everything; leave it out", "stop")
     return stops
+
+
+def _logprobs(body: ChatBody | CompletionBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise bad_request("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+    return None
 
 
 def _check_bias(bias: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from controlplane.gateway.errors import ApiError
+from controlplane.gateway.logprobs import chat_logprobs, completion_logprobs, tokens_of
 from controlplane.gateway.stream import Piece, Stream
 from workers.contract import End, Endpoint, FinishReason
 
@@ -41,9 +42,13 @@ def usage(end: End) -> dict[str, Any]:
 
 def answer(stream: Stream, end: End) -> bytes:
     """The body of a request that does not stream; takes the stream's text."""
-    text = "".join(piece.text for piece in stream.take())
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(end)}
-    if stream.endpoint is Endpoint.CHAT:
+    pieces = stream.take()
+    text = "".join(piece.text for piece in pieces)
+    tokens = [token for piece in pieces for token in tokens_of(piece.logprobs)]
+    is_chat = stream.endpoint is Endpoint.CHAT
+    logprobs = chat_logprobs(tokens) if is_chat else completion_logprobs(tokens, 0)
+    choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason(end)}
+    if is_chat:
         choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
         choice["text"] = text
@@ -54,7 +59,10 @@ def answer(stream: Stream, end: End) -> bytes:
 class ChunkWriter:
     """Renders the events of one stream."""
 
-    __slots__ = ("_after", "_before", "_id", "_include_usage", "_is_chat", "_stream", "begun")
+    __slots__ = (
+        "_after", "_before", "_id", "_include_usage", "_is_chat", "_middle", "_n_chars", "_plain_after", "_stream",
+        "begun",
+    )  # fmt: skip
 
     def __init__(self, stream: Stream, *, include_usage: bool) -> None:
         self._stream = stream
@@ -65,21 +73,29 @@ class ChunkWriter:
         tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
         if self._is_chat:
             self._before = f'\ndata: {head},"choices":[{{"index":0,"delta":{{"content":'
-            self._after = f'}},"logprobs":null,"finish_reason":null}}]{tail}'
+            self._middle = '},"logprobs":'
         else:
             self._before = f'\ndata: {head},"choices":[{{"index":0,"text":'
-            self._after = f',"logprobs":null,"finish_reason":null}}]{tail}'
+            self._middle = ',"logprobs":'
+        self._after = f',"finish_reason":null}}]{tail}'
+        self._plain_after = f"{self._middle}null{self._after}"
+        self._n_chars = 0  # of completion text, where token probabilities are asked for
         self.begun = False
 
     def pieces(self, pieces: list[Piece]) -> bytes:
         """One event per piece, in one write; in front of the first the chunk that names the role."""
         out = [] if self.begun else self._opening()
-        id_, before, after = self._id, self._before, self._after
+        id_, before, after = self._id, self._before, self._plain_after
         for piece in pieces:
             text = _encode(piece.text).decode()
             if not text.isascii():
                 text = _without_line_ends(text)
-            out.append(f"{id_}{piece.offset}{before}{text}{after}")
+            if piece.logprobs:
+                out.append(
+                    f"{id_}{piece.offset}{before}{text}{self._middle}{self._logprobs(piece)}{self._after}"
+                )
+            else:
+                out.append(f"{id_}{piece.offset}{before}{text}{after}")
         return "".join(out).encode()
 
     def end(self, end: End) -> bytes:
@@ -99,6 +115,15 @@ class ChunkWriter:
 
     def comment(self, text: str) -> bytes:
         return f": {text}\n".encode() if self.begun else f": {text}\n\n".encode()
+
+    def _logprobs(self, piece: Piece) -> str:
+        tokens = tokens_of(piece.logprobs)
+        if self._is_chat:
+            rendered = chat_logprobs(tokens)
+        else:
+            rendered = completion_logprobs(tokens, self._n_chars)
+            self._n_chars += sum(len(text) for text, _, _ in tokens)
+        return _without_line_ends(_encode(rendered).decode())
 
     def _opening(self) -> list[str]:
         self.begun = True

@@ -8,7 +8,7 @@ drained.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone
@@ -19,13 +19,26 @@ MAX_HELD_BACK: Final = 256  # entries kept aside while the journal is being read
 
 
 class Piece:
-    """Text to show, and the token offset after it."""
+    """Text to show, the token offset after it, and what is known of its tokens' probabilities (as on the
+    wire)."""
 
-    __slots__ = ("offset", "text")
+    __slots__ = ("logprobs", "offset", "text")
 
-    def __init__(self, offset: int, text: str) -> None:
+    def __init__(self, offset: int, text: str, logprobs: list[object] | None) -> None:
         self.offset = offset
         self.text = text
+        self.logprobs = logprobs
+
+
+class HeldBack(NamedTuple):
+    """A frame's entry kept aside, and the machine it came from."""
+
+    machine: str
+    offset: int
+    n: int
+    text: str
+    end: End | None
+    logprobs: list[object] | None
 
 
 class Stream:
@@ -121,7 +134,7 @@ class Stream:
         self.catching_up = False
         self.paused = False
         self.overflowed = False  # more was held back than fits: the journal must be read once more
-        self.held_back: list[tuple[str, int, int, str, End | None]] = []
+        self.held_back: list[HeldBack] = []
         self.resolve_after = 0.0
 
         # Waiting and the client.
@@ -139,7 +152,7 @@ class Stream:
         """Nothing more will arrive."""
         return self.end is not None or self.failure is not None
 
-    def accept(self, n: int, text: str, end: End | None, now: float) -> None:
+    def accept(self, n: int, text: str, end: End | None, now: float, logprobs: list[object] | None) -> None:
         """Take the entry at offset `have`."""
         self.have += n
         self.n_entries += 1
@@ -152,8 +165,8 @@ class Stream:
             self.end = end
         if self.abandoned:
             return
-        if text:
-            self.pieces.append(Piece(self.have, text))
+        if text or logprobs:
+            self.pieces.append(Piece(self.have, text, logprobs))
         if self.streaming:
             if len(self.pieces) >= self._buffer and self.end is None:
                 self.paused = True

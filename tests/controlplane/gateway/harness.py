@@ -147,9 +147,11 @@ class Job:
     journal: list[bytes]
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def emit(self, text: str, n: int = 1, *, lost: bool = False) -> str:
+    async def emit(
+        self, text: str, n: int = 1, *, lost: bool = False, logprobs: list[object] | None = None
+    ) -> str:
         """Flush one entry; `lost` journals it and publishes to nobody. Returns the verdict."""
-        return await self._flush(text, n, None, lost)
+        return await self._flush(text, n, None, lost, logprobs)
 
     async def finish(
         self,
@@ -165,9 +167,11 @@ class Job:
         end = End(reason, n_prompt, n_cached, self.offset + n, error, self.attempt)
         return await self._flush(text, n, end, lost)
 
-    async def _flush(self, text: str, n: int, end: End | None, lost: bool) -> str:
-        frame = encode(FrameEntry(self.stream, 0, self.offset, n, text, end))
-        journal = encode(JournalEntry(0, self.offset, [9] * n, text, end))
+    async def _flush(
+        self, text: str, n: int, end: End | None, lost: bool, logprobs: list[object] | None = None
+    ) -> str:
+        frame = encode(FrameEntry(self.stream, 0, self.offset, n, text, end, logprobs))
+        journal = encode(JournalEntry(0, self.offset, [9] * n, text, end, logprobs))
         machine = self.machine
         verdict = await machine.redis.evalsha(
             scripts.FLUSH.sha, 0, machine.keys.prefix, "nobody" if lost else self.gateway, RETENTION_MS, 1000,

@@ -85,8 +85,9 @@ def refusal(body: Any, endpoint: Endpoint = Endpoint.CHAT) -> ApiError:
         (chat(tool_choice="required"), "tool_choice", "unsupported_parameter"),
         (chat(functions=[{}]), "functions", "unsupported_parameter"),
         (chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"),
-        (chat(logprobs=True), "logprobs", "unsupported_parameter"),
-        (chat(top_logprobs=2), "top_logprobs", "unsupported_parameter"),
+        (chat(top_logprobs=2), "top_logprobs", "invalid_value"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
+        (chat(logprobs=3), "logprobs", "invalid_type"),
         (chat(modalities=["audio"]), "modalities", "unsupported_parameter"),
         (chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
         (chat(service_tier="flex"), "service_tier", "unsupported_parameter"),
@@ -110,7 +111,8 @@ def test_bad_chat_field_is_named(body: Any, param: str, code: str) -> None:
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"echo": True}, "echo", "unsupported_parameter"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
-        ({"logprobs": 1}, "logprobs", "unsupported_parameter"),
+        ({"logprobs": 6}, "logprobs", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_type"),
         ({"messages": []}, "messages", "unknown_parameter"),
     ],
 )
@@ -189,3 +191,16 @@ def test_defaults_are_neutral() -> None:
     assert sampling.max_tokens == 9
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (1.0, 1.0, 0, ())
     assert parse(Endpoint.CHAT, json.dumps(chat(temperature=0)).encode()).sampling(9).temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+    ],
+)
+def test_token_probabilities_are_asked_of_the_replica(asked: dict[str, Any], sent: int | None) -> None:
+    assert parse(Endpoint.CHAT, json.dumps(chat(**asked)).encode()).sampling(9).logprobs == sent
