@@ -29,7 +29,7 @@ _ANSWER_S = 10.0
 
 
 class ZygoteGone(RuntimeError):  # noqa: N818
-    """The zygote has ended, and every replica with it. Start another."""
+    """The zygote has ended, and every replica with it, or it does not answer. Start another."""
 
 
 class ZygoteRefused(RuntimeError):  # noqa: N818
@@ -125,7 +125,7 @@ class Zygote:
         """
         while (ended := await self._exits.get()) is not None:
             yield ended
-            with contextlib.suppress(ZygoteGone, ZygoteRefused, TimeoutError):
+            with contextlib.suppress(ZygoteGone, ZygoteRefused):
                 await self._ask(Command(op="forget", pid=ended.pid))
         self._exits.put_nowait(None)
         raise ZygoteGone("the zygote has ended")
@@ -155,6 +155,8 @@ class Zygote:
             self._writer.write(encode(command) + b"\n")
             async with asyncio.timeout(_ANSWER_S):
                 event = await answer
+        except TimeoutError:
+            raise ZygoteGone(f"the zygote has not answered for {_ANSWER_S} s") from None
         finally:
             self._answers.pop(command.seq, None)
         if event.error:

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import joint
 from tests.workers.waiting import until
+from workers.agent import zygote_client
 from workers.agent.zygote_client import Zygote, ZygoteGone, ZygoteRefused
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.engine.base import EngineProfile
@@ -196,6 +197,22 @@ async def test_when_the_zygote_dies_its_replicas_die(tmp_path: Path) -> None:
         await until(lambda: not alive(pid), "the replica is gone")
         with pytest.raises(ZygoteGone):
             await zygote.fork(spec("wait"))
+
+
+async def test_a_question_the_zygote_cannot_answer_any_more_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_zygote(tmp_path) as zygote:
+        os.kill(zygote.pid, signal.SIGSTOP)
+        monkeypatch.setattr(zygote_client, "_ANSWER_S", 0.05)
+        with pytest.raises(ZygoteGone, match="not answered"):
+            await zygote.fork(spec("wait"))
+        monkeypatch.undo()
+        question = asyncio.create_task(zygote.fork(spec("wait", "r2")))
+        await asyncio.sleep(0)
+        os.kill(zygote.pid, signal.SIGKILL)
+        with pytest.raises(ZygoteGone, match="ended"):
+            await question
 
 
 @pytest.mark.parametrize("family", ["session", "strangers"])
