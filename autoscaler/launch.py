@@ -29,18 +29,16 @@ _MAX_REASON = 500
 def launch(command_id: UUID, provider: Provider, config: AutoscalerConfig, cell: Cell) -> Machine | None:
     """One machine for this command; None when the pool has no place or the provider has no machine.
 
-    Called again with the same command, it completes or returns the machine of the first call.
+    Called again with the same command, it answers the machine of the first call. Only who made the row asks
+    the provider, since only they have the proof; a row left behind by a crash is completed by reconcile.
     """
+    proof, digest = new_proof()
     machine = Machine.objects.filter(command_id=command_id).first()
-    proof = ""
     if machine is None:
-        proof, digest = new_proof()
-        machine = _insert(command_id, digest, provider, config, cell.keys.cell)
-        if machine is None:
-            return None
-    if machine.state != MachineState.PENDING or machine.provider_ref:
-        return None if machine.state == MachineState.GONE else machine
-    return machine if ask_provider(machine, proof, provider, config) else None
+        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell)
+        if machine is not None and is_ours:
+            return machine if ask_provider(machine, proof, provider, config) else None
+    return None if machine is None or machine.state == MachineState.GONE else machine
 
 
 def ask_provider(machine: Machine, proof: str, provider: Provider, config: AutoscalerConfig) -> bool:
@@ -147,8 +145,8 @@ def proof_digest(proof: str) -> bytes:
 
 def _insert(
     command_id: UUID, digest: bytes, provider: Provider, config: AutoscalerConfig, cell_name: str
-) -> Machine | None:
-    """The row of a new machine in the lowest free place of the pool; None when there is none."""
+) -> tuple[Machine | None, bool]:
+    """The row of a new machine in the lowest free place of the pool, None without one; whether we made it."""
     taken = set(
         Machine.objects.filter(cell=cell_name, provider=provider.name)
         .exclude(state=MachineState.GONE)
@@ -159,7 +157,7 @@ def _insert(
             continue
         try:
             with transaction.atomic():
-                return Machine.objects.create(
+                machine = Machine.objects.create(
                     id=ids.new_id(),
                     provider=provider.name,
                     command_id=command_id,
@@ -167,8 +165,9 @@ def _insert(
                     cell=cell_name,
                     pool_slot=slot,
                 )
+                return machine, True
         except IntegrityError:  # somebody took the place, or carried out this very command
             found = Machine.objects.filter(command_id=command_id).first()
             if found is not None:
-                return found
-    return None
+                return found, False
+    return None, False

@@ -398,6 +398,20 @@ def test_a_dead_replica_is_withdrawn_while_postgres_is_away(watch: Watch, servin
         watch.watcher.step(0.01)  # the recorder hangs
     assert watch.state(serving) == b"dead"
     assert watch.queued() == [b"first"]
+    assert serving.id.hex not in watch.cell.read_desired(serving.machine_id.hex)
+
+
+def test_having_been_cut_off_ourselves_kills_nobody(watch: Watch, serving: Replica) -> None:
+    watch.scaling.beat(serving, 2)
+    for _ in range(7):
+        watch.turn(0.25)
+    watch.watcher._disconnected()  # Redis was away, and with it the beats
+    watch.turn(10)
+    watch.turn(0.25)
+    assert watch.routed() == [serving.id.hex]
+    for _ in range(9):
+        watch.turn(0.25)
+    assert watch.state(serving) == b"dead"
 
 
 def test_config_of_a_provider_we_do_not_have_is_refused() -> None:
