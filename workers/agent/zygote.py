@@ -1,16 +1,15 @@
 """The process that has everything imported and only forks: `python -m workers.agent.zygote --socket PATH`.
 
 Started by the agent (`zygote_client.Zygote.start`), once per machine. It imports the engine (7-11 s), freezes
-the heap and stays single-threaded for good, so a fork is safe and a replica starts in under a second from
-shared pages. It never runs an engine, a loop or a tensor operation, and never talks to anything but the
-agent.
+the heap and stays single-threaded for good, so a fork is safe and a replica starts in a second from shared
+pages. It never runs an engine, a loop or a tensor operation, and never talks to anything but the agent.
 
-Lives and deaths - Replicas outlive the agent, because the zygote does: it keeps its socket, remembers exits,
-and the next agent
-  that connects is told what runs. Without an agent for `--orphan-s` it ends its replicas and itself.
+Lives and deaths:
+
+- Replicas outlive the agent, because the zygote does: it keeps its socket, remembers exits, and the next
+  agent that connects is told what runs. Without an agent for `--orphan-s` it ends its replicas and itself.
 - Replicas do not outlive the zygote (PR_SET_PDEATHSIG), nor engine cores their replica. So ending the zygote,
-even
-  by SIGKILL, ends everything on the machine; nothing can leak.
+  even by SIGKILL, ends everything on the machine; nothing can leak.
 - When a replica ends, so does whatever it started: the rest of its session, and, this process being the
   subreaper, what has left that session.
 """
@@ -49,6 +48,8 @@ from workers.engine import forking
 MAX_CHILDREN: Final = 256
 MAX_REMEMBERED_EXITS: Final = 1024
 _TICK_S: Final = 1.0
+_STOP_GRACE_S: Final = 10.0
+_HANDLED: Final = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 _APPEND: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 # What a replica front needs besides its engine.
 _PREIMPORTED: Final = (
@@ -75,6 +76,7 @@ class ZygoteServer:
         self._agent: socket.socket | None = None
         self._inbox = b""
         self._alone_since_s = time.monotonic()
+        self._sigterm = False
         self._stop_at_s: float | None = None  # when what still runs is killed
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_in = socket.socketpair()
@@ -85,7 +87,7 @@ class ZygoteServer:
             each.setblocking(False)
         signal.set_wakeup_fd(self._wakeup_in.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: self._begin_stop(10.0))
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
@@ -99,13 +101,18 @@ class ZygoteServer:
                 elif key.fileobj is self._agent and (spec := self._hear()) is not None:
                     return spec
             self._reap()
+            if self._sigterm:
+                self._begin_stop(_STOP_GRACE_S)
             if self._stop_at_s is not None:
                 if not self._children:
                     return None
                 if time.monotonic() >= self._stop_at_s:
                     self._signal_all(signal.SIGKILL)
             elif self._agent is None and time.monotonic() - self._alone_since_s > orphan_s:
-                self._begin_stop(10.0)
+                self._begin_stop(_STOP_GRACE_S)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._sigterm = True  # the loop is woken by the wakeup fd
 
     def _patience_s(self) -> float:
         """How long to wait for something to happen."""
@@ -206,10 +213,15 @@ class ZygoteServer:
             raise ValueError(f"a child with tag {spec.tag!r} is running")
         forking.require_single_thread("zygote")
         zygote_pid = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_child(zygote_pid)
-            return 0
+        # A signal to the child before it has shed our handlers must wait until it has.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_child(zygote_pid)
+                return 0
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         self._children[pid] = ChildInfo(pid=pid, tag=spec.tag, started_at_s=time.time())
         return pid
 
@@ -217,7 +229,7 @@ class ZygoteServer:
         """Shed everything of the zygote: signals, sockets, session."""
         forking.die_with_parent(zygote_pid)
         signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        for signum in _HANDLED:
             signal.signal(signum, signal.SIG_DFL)
         self._selector.close()
         for each in (self._listener, self._agent, self._wakeup, self._wakeup_in):
@@ -277,10 +289,7 @@ class ZygoteServer:
 
 
 def run_child(spec: ForkSpec) -> int:
-    """In a child that has shed the zygote: redirect output, set the environment, call the entry.
-
-    Exit code.
-    """
+    """In a child that has shed the zygote: redirect output, set the environment, call the entry; exit code."""
     forking.name_process("corral-replica")
     try:
         _redirect(spec.log)

@@ -1,27 +1,27 @@
 """vLLM behind the `Engine` interface: one AsyncLLM in this process, its EngineCore forked from it.
 
-Order of construction (why a replica starts in one second and never deadlocks)
---------------------------------------------------------------------------- 1. The zygote
-(`workers.agent.zygote`) calls `preimport()` and stays single-threaded. 2. The forked replica front calls
-`VllmEngine(profile, model_dir)` on its main thread, before any other thread, hub
-   or loop exists. vLLM builds its configuration, binds its ZeroMQ sockets and forks the EngineCore. At that
-   fork the process has one Python thread; libzmq's own threads are there too, but they run no Python and hold
-   no lock of ours, the child makes a ZeroMQ context of its own, and this is the path vLLM itself takes on a
-   GPU. `forking.ForkWatch` refuses the fork if a second Python thread exists, so the order cannot rot
-   unnoticed.
-3. No asyncio loop is needed so far: AsyncLLM starts its tasks, and pyzmq registers its sockets, on the loop
-that
-   first uses them (vLLM says so in `add_request`: "so we can call __init__ before the event loop").
-   The sockets move to the loop's thread once, with the thread's start as the memory fence.
-4. `await start()` on the loop's thread makes the first token. From then on only that loop may touch the
-engine.
+The order of construction is why a replica starts in one second and cannot deadlock:
 
-The core is forked by the *main* thread because PR_SET_PDEATHSIG fires when the forking thread ends: the core
-dies with its front, even by SIGKILL, and never holds memory as an orphan.
+1. The zygote (`workers.agent.zygote`) calls `preimport()` and stays single-threaded.
+2. The forked replica front calls `VllmEngine(profile, model_dir)` on its main thread, before any other
+   thread, hub or loop exists. vLLM makes its configuration, binds its ZeroMQ sockets and forks the
+   EngineCore. At that fork the process has one Python thread. libzmq's own threads are there too, but they
+   run no Python and hold no lock of ours, the child makes a ZeroMQ context of its own, and this is the path
+   vLLM itself takes on a GPU. `forking.ForkWatch` refuses to fork beside a second Python thread, so the order
+   cannot rot unnoticed.
+3. No asyncio loop is needed so far: AsyncLLM starts its tasks, and pyzmq registers its sockets, on the loop
+   that first uses them (AsyncLLM.add_request: "so we can call __init__ before the event loop"). The sockets
+   move to the loop's thread once, and that thread's start is the memory fence.
+4. `await start()` on the loop's thread makes the first token. From then on only that loop may touch the
+   engine.
+
+The core is forked by the *main* thread because PR_SET_PDEATHSIG fires when the forking thread ends: so the
+core dies with its front, even by SIGKILL, and never holds memory as an orphan.
 
 The fork needs VLLM_WORKER_MULTIPROC_METHOD=fork, set after the configuration is made: the CPU platform
 overwrites it with "spawn" while checking the configuration (22 s instead of 1 s). Everything else that is
-particular to the CPU build is in `_CPU_ENVIRONMENT`; a GPU runs the same code with the ordinary vllm wheel.
+particular to the CPU build is in `_CPU_ENVIRONMENT`; a GPU runs the same code with the ordinary vllm wheel
+(not tried: no GPU where this was written).
 """
 
 from __future__ import annotations
@@ -114,8 +114,11 @@ def preimport() -> None:
 
 
 class VllmEngine:
-    """See the module for where and when to construct. Blocks until the core is ready; raises RuntimeError
-    with the reason when it is not (bad weights, out of memory)."""
+    """See the module for where and when to construct.
+
+    Blocks until the core is ready; raises when it cannot be (bad weights, out of memory: the core's own
+    traceback is in the log, the exception is vLLM's), UnsafeForkError beside another thread.
+    """
 
     def __init__(self, profile: EngineProfile, model_dir: Path) -> None:
         prepare_environment()

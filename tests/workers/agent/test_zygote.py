@@ -119,6 +119,24 @@ async def test_a_killed_child_is_reported_with_its_signal(tmp_path: Path) -> Non
         assert (ended.code, ended.signum, ended.describe()) == (None, signal.SIGKILL, "killed by SIGKILL")
 
 
+async def test_a_signal_right_after_the_fork_hits_the_child_alone(tmp_path: Path) -> None:
+    """Before it has shed the zygote's handlers, it would take SIGTERM for an order to end all replicas."""
+    async with a_zygote(tmp_path) as zygote:
+        bystander = await waiting_child(zygote, tmp_path, "bystander")
+        for _ in range(30):
+            pid = await zygote.fork(spec("wait"))
+            await zygote.kill(pid, signal.SIGTERM)
+            assert (await next_exit(zygote)).signum == signal.SIGTERM
+        assert alive(bystander)
+
+
+async def test_sigterm_ends_the_zygote_and_its_replicas(tmp_path: Path) -> None:
+    async with a_zygote(tmp_path) as zygote:
+        pid = await waiting_child(zygote, tmp_path)
+        os.kill(zygote.pid, signal.SIGTERM)
+        await until(lambda: not alive(pid) and not alive(zygote.pid), "both are gone")
+
+
 async def test_only_living_children_can_be_killed(tmp_path: Path) -> None:
     stranger = subprocess.Popen(["sleep", "600"])
     async with a_zygote(tmp_path) as zygote:
