@@ -178,10 +178,10 @@ class Cell:
         return bool(self.redis.pexpire(self.keys.watcher_lock, life_ms))
 
     def pubsub(self) -> PubSub:
-        """A connection that hears the agents' events and the requests that wait for a first replica."""
+        """A connection that hears the agents' events, requests that wait for a first replica, and changes."""
         pubsub = cast(PubSub, cast(Any, self.redis).pubsub(ignore_subscribe_messages=True))
         pubsub.psubscribe(self.keys.event_pattern)
-        pubsub.subscribe(self.keys.wake_channel)
+        pubsub.subscribe(self.keys.wake_channel, self.keys.invalidate_channel)
         return pubsub
 
     def leave_watch(self, owner: str) -> None:

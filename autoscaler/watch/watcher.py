@@ -48,6 +48,7 @@ UNMATCHED_RETRY_S = 0.02
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0
 _ID = re.compile(rb"[0-9a-f]{32}\Z")
+_CHANGED_DEPLOYMENT = re.compile(rb"dep:([0-9a-f]{32})\Z")
 _OVER = (Phase.FAILED, Phase.STOPPED)
 
 
@@ -168,8 +169,11 @@ class Watcher:
                 break
             if message["type"] == "pmessage":
                 self._heard(self.cell.keys.machine_of_channel(message["channel"]), message["data"])
-            elif _ID.match(message["data"]):
-                wakes[message["data"].decode()] = None
+            elif message["channel"] == self.cell.keys.wake_channel.encode():
+                if _ID.match(message["data"]):
+                    wakes[message["data"].decode()] = None
+            elif (changed := _CHANGED_DEPLOYMENT.match(message["data"])) is not None:
+                self.recorder.want_tick(changed[1].decode())
             message = self._pubsub.get_message(timeout=0)
         for did in wakes:
             self._woken(did)

@@ -121,6 +121,29 @@ def test_a_lost_wake_up_is_made_up_for_by_the_scan(watch: Watch) -> None:
     watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
 
 
+def test_a_change_by_the_owner_is_acted_on_at_once(watch: Watch) -> None:
+    from controlplane.deployments.services import Change, update_deployment
+
+    update_deployment(
+        organization_id=watch.scaling.world.organization.id,
+        deployment_id=watch.scaling.deployment.id,
+        change=Change(min_replicas=1),
+    )
+    watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
+
+
+def test_clients_of_a_deleted_deployment_are_told(watch: Watch) -> None:
+    from controlplane.deployments.services import delete_deployment
+
+    watch.scaling.queue("first")
+    delete_deployment(
+        organization_id=watch.scaling.world.organization.id, deployment_id=watch.scaling.deployment.id
+    )
+    did = watch.scaling.deployment.id.hex
+    watch.turn_until(lambda: watch.cell.last_stage(did) == ("failed", "deployment_deleted"), "told")
+    assert Replica.objects.count() == 0
+
+
 def test_nonsense_on_the_channels_is_survived(watch: Watch, loading: Replica) -> None:
     keys = watch.cell.keys.machine(loading.machine_id.hex)
     watch.cell.redis.publish(watch.cell.keys.wake_channel, b"\xff not an id")
