@@ -23,6 +23,8 @@ BINS: Final = 60
 BIN_S: Final = 10
 WINDOW: Final = timedelta(seconds=BINS * BIN_S)
 RATE_OVER_S: Final = 60
+# 499: the client went away or pressed stop, and got what it wanted until then.
+FAILED: Final = Q(status__gte=400) & ~Q(status=499)
 MAX_EXPORT_ROWS: Final = 100_000
 
 
@@ -90,7 +92,7 @@ class Filters:
 
 
 _TRAFFIC: Final = """
-SELECT bin, count(*), sum(n_completion_tokens), count(*) FILTER (WHERE status >= 400),
+SELECT bin, count(*), sum(n_completion_tokens), count(*) FILTER (WHERE status >= 400 AND status <> 499),
        percentile_cont(0.5) WITHIN GROUP (ORDER BY first_token_ms),
        grouping(bin),
        percentile_cont(0.95) WITHIN GROUP (ORDER BY first_token_ms)
@@ -178,7 +180,7 @@ def by_day(*, organization_id: UUID, first: date, zone: str) -> list[DayModel]:
         .values("model", on=TruncDate("admitted_at", tzinfo=tz))
         .annotate(
             n_requests=Count("request_id"),
-            n_failed=Count("request_id", filter=Q(status__gte=400)),
+            n_failed=Count("request_id", filter=FAILED),
             n_prompt=Sum("n_prompt_tokens"),
             n_cached=Sum("n_cached_tokens"),
             n_completion=Sum("n_completion_tokens"),
@@ -230,8 +232,7 @@ def _filtered(events: QuerySet[UsageEvent], filters: Filters) -> QuerySet[UsageE
     if filters.model:
         events = events.filter(model=filters.model)
     if filters.outcome:
-        failed = Q(status__gte=400)
-        events = events.filter(failed if filters.outcome == "failed" else ~failed)
+        events = events.filter(FAILED if filters.outcome == "failed" else ~FAILED)
     if filters.key_id is not None:
         events = events.filter(api_key_id=filters.key_id)
     if filters.before is not None:

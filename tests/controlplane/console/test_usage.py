@@ -31,9 +31,10 @@ def test_totals_and_days_add_up(owner: Client, usage_event) -> None:
         usage_event()
     usage_event(model="other", cost_nano=1_000_000_000)
     usage_event(status=503, finish_reason="error", cost_nano=0)
+    usage_event(status=499, finish_reason="abort", cost_nano=0)  # the client stopped it: no failure
     text = text_of(owner, "/usage")
     assert "$1.000045 exactly" in text
-    assert '5</p><p class="sub">1 failed' in text
+    assert '6</p><p class="sub">1 failed' in text
     assert "40 % from the prefix cache" in text
     assert '<td class="side-note">other</td>' in text
 
