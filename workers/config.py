@@ -94,6 +94,8 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     # An engine with work that has not stepped for max(this, 4 × its usual step) is hung.
     hang_s: float = 5.0
     journal_life_ms: int = RETENTION_MS
+    # Of a project that keeps nothing: only as long as its gateway may need to fill a gap of the running answer.
+    zero_retention_journal_life_ms: int = 30_000
     usage_stream_max: int = USAGE_STREAM_MAX
 
 

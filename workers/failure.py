@@ -1,8 +1,8 @@
 """Why a replica could not start or go on: stable codes, a sentence, and the file that tells the agent.
 
 Codes: invalid_profile, engine_missing, bad_weights, out_of_memory, engine_died, engine_hung, loop_hung,
-redis_refused, start_failed; the agent adds start_timeout, killed, zygote_gone, fetch_failed. Control shows
-them to tenants.
+redis_refused, consumer_died, start_failed. The agent adds the model store's, and start_timeout, fork_failed,
+fetch_failed, front_hung, killed, crashed, lost, no_room, zygote_gone. Control shows them to tenants.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _serve(config: FrontConfig, engine: Engine, born_at_s: float) -> int:
         run_worker(make_app(consumer), consumer, on_ready)
     except Exception as error:
         loop.call_soon_threadsafe(
-            replica.fail, ReplicaFailure("start_failed", f"consumer: {type(error).__name__}")
+            replica.fail, ReplicaFailure("consumer_died", f"consumer: {type(error).__name__}")
         )
         log.exception("the consumer ended")
     watchdog.stop()

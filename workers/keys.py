@@ -21,7 +21,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
 | `m:<mid>:usage` | stream | machine | finished requests, until intake has booked them |
-| `m:<mid>:ack:<rid>` | list | machine | request ids of that replica's usage that intake has booked: its spool may forget them |
+| `m:<mid>:ack:<rid>` | list | machine | ids of that replica's requests that intake has booked |
 | `m:<mid>:hb:<rid>` | string | machine | heartbeat (JSON) of a replica; `m:<mid>:hb` of the agent |
 | `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |

@@ -42,7 +42,7 @@ from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, Eng
 from workers.journal import JournalBroken, inherit
 from workers.prompt import Prompts
 from workers.publisher import Output, Publisher
-from workers.redis_client import Client, RedisUnavailable, ResponseError
+from workers.redis_client import Client, RedisError, RedisUnavailable, ResponseError
 from workers.scripts import CLAIM, RELEASE
 from workers.spool import Spool
 
@@ -183,7 +183,7 @@ class Server:
         )
         output.on_verdict = lambda verdict: attempt.interrupt(_STOP_OF[verdict])
         try:
-            body = claim.body or await self._client.call("GET", self._keys.body(attempt.request_id))
+            body = claim.body or await self._retried("GET", self._keys.body(attempt.request_id))
             if not body:
                 return False  # zero retention, or settled meanwhile: nobody waits for it
             run = _Run(decode_envelope(body), claim, output)
@@ -194,6 +194,12 @@ class Server:
             except asyncio.CancelledError:
                 await self._hand_back(attempt, output)
                 raise
+            except Exception:
+                # A fault of ours. The client gets an end in any case, and not a silence.
+                log.exception("attempt failed", extra=self._ids(attempt))
+                return await self._refuse(
+                    run, attempt, _internal("the worker failed; send the request again")
+                )
         finally:
             self._publisher.close(output)
 
@@ -346,6 +352,9 @@ class Server:
         finally:
             if ended:
                 self._spool.confirm(attempt.request_id)
+                if run.envelope.zero_retention:
+                    life_ms = self._config.tuning.zero_retention_journal_life_ms
+                    self._client.fire("PEXPIRE", self._keys.journal(attempt.request_id), life_ms)
             elif run.output.closed_by is not None:
                 self._spool.forget((attempt.request_id,))
             # else: interrupted while Redis was away; the lease will tell which it was.
@@ -366,11 +375,17 @@ class Server:
         """Unclaim, once nothing of ours is under way; then it may be claimed again."""
         await self._publisher.settle(output, _SETTLE_S)
         output.drop()
-        try:
-            args: list[str | int] = [self._keys.prefix, attempt.request_id, attempt.epoch]
-            return int(await self._client.evalsha(RELEASE, (), args)) == 1
-        except (RedisUnavailable, ResponseError):
-            return False
+        args = (self._keys.prefix, attempt.request_id, attempt.epoch)
+        return int(await self._retried("EVALSHA", RELEASE.sha, 0, *args) or 0) == 1
+
+    async def _retried(self, *command: str | int) -> Any:
+        """An idempotent command, tried until the patience of `_RETRY_S` ends; None then."""
+        for wait_s in _RETRY_S:
+            try:
+                return await self._client.call(*command)
+            except RedisError:
+                await asyncio.sleep(wait_s)
+        return None
 
     async def _hand_back(self, attempt: Attempt, output: Output) -> None:
         """The replica stops: journal what was made, then let go of the lease so that no death is counted."""

@@ -218,8 +218,8 @@ class Spool:
             os.close(fd)
             self._n_file_bytes = n_before
             raise
-        os.close(self._fd)
-        self._fd = fd
+        old_fd, self._fd = self._fd, fd
+        os.close(old_fd)
 
 
 def _open_owned(path: Path) -> int:

@@ -135,23 +135,6 @@ async def test_refused_flushes_are_given_up_after_a_bounded_number_of_tries(
         cell.r.execute_command("ACL", "SETUSER", user, "+evalsha")
 
 
-async def test_repeated_end_counts_as_accepted(cell: Cell, tmp_path: Path) -> None:
-    async with serving(cell, tmp_path) as front:
-        request = cell.admit(max_tokens=8, sampling={"ignore_eos": True})
-        cell.r.execute_command("CLIENT", "PAUSE", 120)
-
-        async def cut() -> None:
-            """The end is on its way when the connection goes; whether it was applied is not known."""
-            await until(lambda: len(front.spool) == 1, "the end to be begun")
-            await asyncio.sleep(0)
-            front.client._conn.abort()  # type: ignore[union-attr]
-
-        await asyncio.gather(front.deliver(request), cut())
-        [record] = front.spool.pending()
-        assert record.confirmed
-        assert len(cell.usage()) == 1
-
-
 async def test_stream_goes_on_across_a_restart_of_redis_with_its_log(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path / "redis")
     server.start()

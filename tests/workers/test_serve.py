@@ -1,6 +1,7 @@
 """Serving requests end to end: real scripts, a restricted Redis user, the toy engine."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import msgspec
 import pytest
 import redis
 
-from tests.workers.serving import Cell, serving
+from tests.workers.serving import Cell, Serving, serving
 from tests.workers.waiting import until
 from workers import scripts
 from workers.config import ServeTuning
@@ -146,6 +147,18 @@ async def test_cancel_by_channel_ends_within_a_step_and_bills_what_was_made(
         assert 0 < end.n_completion == sum(entry.n for entry in cell.stream(request)) < 400
         [usage] = cell.usage()
         assert (usage.n_completion, usage.status) == (end.n_completion, 499)
+        assert task.cancelling() == 0  # a cancellation left behind would break the next timeout of that task
+
+
+async def test_cancel_does_not_wait_for_the_next_token(cell: Cell, tmp_path: Path) -> None:
+    frozen = EngineProfile(engine="toy", toy_step_ms=60_000, max_model_len=512)
+    async with serving(cell, tmp_path, profile=frozen) as front:
+        request = cell.admit()
+        task = front.deliver(request)
+        await until(lambda: cell.stream(request), "the first token")
+        cell.cancel(request)
+        await task
+        assert cell.end(request).reason is FinishReason.ABORT
 
 
 async def test_cancel_told_only_by_the_flush_ends_it_too(cell: Cell, tmp_path: Path) -> None:
@@ -249,17 +262,60 @@ async def test_drained_request_is_handed_back_unharmed(cell: Cell, tmp_path: Pat
         assert cell.r.hget(cell.keys.request(request), "crashes") == b"0"
 
 
+async def lose_next_answer(front: Serving) -> None:
+    """Let Redis execute what is in flight, and cut the connection before its answer is read."""
+    async with asyncio.timeout(15):
+        while not front.client.n_in_flight:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it is in the socket
+    time.sleep(0.1)  # the loop reads nothing meanwhile
+    assert front.client.n_in_flight
+    front.client._conn.abort()  # type: ignore[union-attr]
+
+
 async def test_lost_answer_to_a_claim_does_not_strand_the_request(cell: Cell, tmp_path: Path) -> None:
     async with serving(cell, tmp_path) as front:
         request = cell.admit(max_tokens=12, sampling={"ignore_eos": True})
-        cell.r.execute_command("CLIENT", "PAUSE", 300)
         task = front.deliver(request)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert front.client.n_in_flight == 1
-        front.client._conn.abort()  # type: ignore[union-attr]
+        await lose_next_answer(front)
+        assert cell.lease(request)[b"state"] == b"claimed"  # it was executed
         await task
         assert cell.end(request).n_completion == 12
+
+
+async def test_lost_answer_to_the_end_keeps_the_usage(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit(max_tokens=12, stream=False, sampling={"ignore_eos": True})
+        task = front.deliver(request)
+        while not len(front.spool):  # the end is begun, and leaves with this very pass of the loop
+            await asyncio.sleep(0)
+        await lose_next_answer(front)
+        assert cell.lease(request)[b"state"] == b"done"
+        await task
+        [record] = front.spool.pending()
+        assert record.confirmed
+        assert len(cell.usage()) == 1
+
+
+async def test_end_that_is_refused_leaves_no_usage(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path, profile=SLOW) as front:
+        request = cell.admit(max_tokens=20, stream=False, sampling={"ignore_eos": True})
+        task = front.deliver(request)
+        await until(lambda: front.server.n_tokens_total >= 3, "some tokens")
+        cell.r.hincrby(cell.keys.machine("m1").lease(request), "epoch", 1)  # served elsewhere by now
+        await task
+        assert cell.end(request) is None and cell.usage() == []
+        assert len(front.spool) == 0
+
+
+async def test_prompt_refused_by_the_engine_is_free(cell: Cell, tmp_path: Path) -> None:
+    # 1 MiB of cache holds 1,024 tokens: less than the context, which only the engine knows.
+    small = EngineProfile(engine="toy", toy_step_ms=0, max_model_len=4096, kv_cache_bytes=1 << 20)
+    async with serving(cell, tmp_path, profile=small) as front:
+        request = cell.admit("badi " * 1500)
+        await front.deliver(request)
+        assert cell.end(request).error.code == "context_length_exceeded"
+        assert (cell.end(request).n_prompt, cell.usage()[0].n_prompt) == (0, 0)
 
 
 async def test_redis_connection_lost_midway_costs_no_token(cell: Cell, tmp_path: Path) -> None:
@@ -310,6 +366,31 @@ async def test_engine_death_leaves_the_request_to_be_resumed(cell: Cell, tmp_pat
         assert len(front.deaths) == 1
         assert cell.end(request) is None and cell.usage() == []
         assert cell.lease(request)[b"state"] == b"claimed"  # a death: it counts against the request
+
+
+async def test_fault_of_the_worker_ends_the_request_with_an_error(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(cell, tmp_path) as front:
+
+        def broken(_request: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(front.engine, "generate", broken)
+        request = cell.admit()
+        await front.deliver(request)
+        assert cell.end(request).error.code == "internal_error"
+        assert front.server.n_running == 0
+
+
+async def test_project_that_keeps_nothing_leaves_no_journal(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit(zero_retention=True)
+        await front.deliver(request)
+        await front.client.call("PING")
+        keys = cell.keys.machine("m1")
+        assert 0 < cell.r.pttl(keys.journal(request)) <= 30_000
+        assert not cell.r.exists(keys.body(request))
 
 
 async def test_full_spool_takes_nothing_new(cell: Cell, tmp_path: Path) -> None:
