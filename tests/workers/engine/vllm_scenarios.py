@@ -89,10 +89,13 @@ async def settle(engine: VllmEngine) -> None:
 
 async def check_a_resumed_request_continues_identically_in_ids_and_text(engine: VllmEngine) -> None:
     """Random weights give invalid and multi-byte characters, so half characters are among the cuts."""
+    few = dict.fromkeys(range(300, 312), 100.0)  # only these can win, so that penalties decide among them
     for sampling in (
         {"ignore_eos": True},
         {"repetition_penalty": 1.3},
         {"ignore_eos": True, "stop": ("zzzz",)},
+        {"ignore_eos": True, "frequency_penalty": 1.5, "logit_bias": few},
+        {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 0.3, "logit_bias": few},
     ):
         for text in ("one", "two"):
             whole = await read(engine, a_request(engine, text, **sampling))
