@@ -5,6 +5,7 @@ Housekeeping only: the autoscaler's ticks, billing intake, partitions. Requests 
 replicas have an application of their own (workers/app.py). Results are off: facts go to Postgres.
 """
 
+import logging
 import os
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
@@ -12,8 +13,11 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
 from celery import Celery
 from celery.signals import setup_logging, worker_ready
 from django.conf import settings
+from prometheus_client import start_http_server
 
 from autoscaler.watch.bootstep import WatcherStep
+
+log = logging.getLogger(__name__)
 
 app = Celery("corral-control")
 app.conf.update(
@@ -84,5 +88,11 @@ def _keep_our_logging(**_: object) -> None:
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _say_ready(**_: object) -> None:
-    """Tell the supervisor of the local stack that this worker consumes."""
+    """Serve the worker's metrics, and tell the supervisor of the local stack that it consumes."""
+    port = settings.ENV.control_metrics_port
+    if port:
+        try:
+            start_http_server(port, addr="127.0.0.1")
+        except OSError as error:  # work matters more than being watched
+            log.warning("no metrics: CORRAL_CONTROL_METRICS_PORT=%d cannot be bound: %s", port, error)
     (settings.ENV.var / "control.ready").write_text(str(os.getpid()))

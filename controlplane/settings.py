@@ -36,6 +36,7 @@ class Environment:
     key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
+    control_metrics_port: int = 0  # where the control worker serves /metrics, on loopback; 0 = nowhere
     engine: str = "vllm"  # what the demo deployment runs on: vllm, or toy where vllm cannot run
     static_root: Path | None = None
     debug: bool = False
@@ -74,6 +75,7 @@ class Environment:
             key_pepper=pepper,
             gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
             console_url=console_url,
+            control_metrics_port=number("CORRAL_CONTROL_METRICS_PORT", 0, 0, 65_535),
             engine=environ.get("CORRAL_ENGINE", cls.engine),
             static_root=Path(environ["CORRAL_STATIC_ROOT"]) if environ.get("CORRAL_STATIC_ROOT") else None,
             debug=environ.get("CORRAL_DEBUG", "") == "1",

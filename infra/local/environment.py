@@ -50,6 +50,7 @@ def stack_environment(
         "CORRAL_ENGINE": engine,
         "CORRAL_GATEWAY_PORT": str(ports["gateway"]),
         "CORRAL_WEB_PORT": str(ports["web"]),
+        "CORRAL_CONTROL_METRICS_PORT": str(ports["control_metrics"]),
         "CORRAL_GATEWAY_URL": f"http://127.0.0.1:{ports['gateway']}",
         "CORRAL_CONSOLE_URL": f"http://127.0.0.1:{ports['web']}",
         "CORRAL_REDIS_URL": redis_url,

@@ -48,6 +48,7 @@ def up(config: StackConfig, *, ask: bool = True) -> int:
             {
                 "gateway": config.gateway_port,
                 "web": config.web_port,
+                "control_metrics": None,
                 **({"postgres": None} if config.embedded_postgres else {}),
                 **({"redis": None} if config.embedded_redis else {}),
             },

@@ -28,7 +28,7 @@ DSNS = {
 def stack(tmp_path: Path) -> dict[str, str]:
     return stack_environment(
         StackConfig(var=tmp_path),
-        ports={"gateway": 8000, "web": 8080},
+        ports={"gateway": 8000, "web": 8080, "control_metrics": 8090},
         engine="toy",
         pg_dsns=DSNS,
         redis_url="redis://corral:redis-password@127.0.0.1:1/0",
