@@ -18,7 +18,7 @@ from uuid import UUID
 import redis
 import structlog
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from autoscaler import timings
@@ -196,12 +196,14 @@ def _client_message(phase: DeploymentPhase, code: str, last_error: str) -> str:
 
 
 class _Lease:
-    """The row lease of one deployment's scaler: compare-and-set on `version`, never a database lock."""
+    """The row lease of one deployment's scaler: compare-and-set, never a database lock.
 
-    def __init__(self, deployment_id: UUID, version: int, memory: dict[str, Any]) -> None:
-        self.deployment_id = deployment_id
-        self.version = version
+    Taken by version; `owner` is unique to this tick, so while the row names it the lease is ours.
+    """
+
+    def __init__(self, deployment_id: UUID, owner: str, memory: dict[str, Any]) -> None:
         self.memory = memory
+        self._rows = ScalerState.objects.filter(deployment_id=deployment_id, lease_owner=owner)
 
     @classmethod
     def take(cls, deployment: Deployment, config: AutoscalerConfig) -> _Lease | None:
@@ -220,22 +222,16 @@ class _Lease:
                 lease_until=now + timedelta(seconds=config.lease_s),
             )
         )
-        return cls(deployment.id, state.version + 1, dict(state.memory)) if taken else None
+        return cls(deployment.id, owner, dict(state.memory)) if taken else None
 
     def keep(self, memory: dict[str, Any]) -> None:
         """Store the memory. Raises LeaseLostError when somebody took over: then nothing may be acted on."""
-        kept = ScalerState.objects.filter(deployment_id=self.deployment_id, version=self.version).update(
-            version=self.version + 1, memory=memory
-        )
-        if not kept:
-            raise LeaseLostError(f"the lease of deployment {self.deployment_id.hex} was lost")
-        self.version += 1
+        if not self._rows.update(version=F("version") + 1, memory=memory):
+            raise LeaseLostError("somebody else decides for this deployment now")
         self.memory = memory
 
     def release(self) -> None:
-        ScalerState.objects.filter(deployment_id=self.deployment_id, version=self.version).update(
-            version=self.version + 1, lease_owner="", lease_until=None
-        )
+        self._rows.update(version=F("version") + 1, lease_owner="", lease_until=None)
 
 
 class LeaseLostError(RuntimeError):

@@ -84,6 +84,27 @@ def test_a_full_machine_takes_no_more_whatever_was_decided(scaling: Scaling) -> 
     assert [_do(scaling, _start(machine)) for _ in range(3)] == [True, True, False]
 
 
+def test_racing_starts_do_not_overfill_a_machine(scaling: Scaling) -> None:
+    scaling.configure(replicas_per_machine=2)
+    machine = _launch(scaling, uuid4())
+    assert machine is not None
+    barrier, done = threading.Barrier(6), []
+
+    def run() -> None:
+        try:
+            barrier.wait(10)
+            done.append(_do(scaling, _start(machine)))
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (done.count(True), Replica.objects.count()) == (2, 2)
+
+
 def test_a_machine_says_itself_how_much_it_holds(scaling: Scaling) -> None:
     machine = _launch(scaling, uuid4())
     assert machine is not None

@@ -120,6 +120,29 @@ def test_desired_state_is_restored_after_an_empty_redis_and_extras_are_dropped(s
     assert set(cell.read_desired(mid)) == {"generation", replica.id.hex}
 
 
+def test_restoring_never_undoes_what_was_ordered_meanwhile(scaling: Scaling) -> None:
+    """Our rows were read before somebody drained the replica; the hash is ahead of them."""
+    from autoscaler.specs import desired_spec
+
+    replica = scaling.serving()
+    cell, mid = scaling.house.cell, replica.machine_id.hex
+    stale = {replica.id.hex: desired_spec(replica)}
+    Replica.objects.update(phase=ReplicaPhase.DRAINING)
+    cell.set_desired(mid, desired_spec(scaling.replica()))
+    assert not cell.restore_desired(mid, stale, cell.read_desired(mid))
+    assert cell.read_desired(mid)[replica.id.hex] is True
+
+
+def test_a_drain_that_redis_missed_is_restored(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    Replica.objects.update(phase=ReplicaPhase.DRAINING)
+    reconcile.restore(scaling.house)
+    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] is True
+    assert (
+        scaling.house.cell.redis.hget(scaling.house.cell.keys.replica(replica.id.hex), "state") == b"draining"
+    )
+
+
 def test_a_replica_that_ended_while_redis_was_away_loses_its_route(scaling: Scaling) -> None:
     replica = scaling.serving()
     cell = scaling.house.cell

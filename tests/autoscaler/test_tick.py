@@ -1,6 +1,7 @@
 """Ticks on real rows: launched once, started once, stored whole, replayed exactly, leased."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from django.utils import timezone
@@ -113,6 +114,42 @@ def test_a_held_lease_makes_the_tick_step_back_and_an_expired_one_does_not(scali
     state.update(lease_until=timezone.now() - timedelta(seconds=1))
     assert not scaling.tick().busy
     assert Machine.objects.count() == 1
+
+
+def test_a_decision_that_cannot_be_stored_is_neither_remembered_nor_acted_on(
+    scaling: Scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autoscaler import tick as ticking
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no space left")
+
+    scaling.queue("a")
+    monkeypatch.setattr(ticking, "_store", fail)
+    with pytest.raises(RuntimeError, match="no space left"):
+        scaling.tick()
+    state = ScalerState.objects.get(deployment_id=scaling.deployment.id)
+    assert (state.memory, state.lease_until, Machine.objects.count()) == ({}, None, 0)
+
+
+def test_a_lease_lost_while_deciding_means_nothing_is_done(
+    scaling: Scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autoscaler import tick as ticking
+
+    real = ticking.observe
+
+    def slow(*args: Any) -> Any:
+        ScalerState.objects.update(version=77, lease_owner="other")
+        return real(*args)
+
+    scaling.queue("a")
+    monkeypatch.setattr(ticking, "observe", slow)
+    with pytest.raises(ticking.LeaseLostError):
+        scaling.tick()
+    state = ScalerState.objects.get(deployment_id=scaling.deployment.id)
+    assert (state.version, state.lease_owner) == (77, "other")
+    assert (Machine.objects.count(), Decision.objects.count()) == (0, 0)
 
 
 def test_the_pool_never_exceeds_its_machines_even_for_two_deployments(scaling: Scaling) -> None:
