@@ -117,6 +117,11 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str,
     options: dict[str, Any] = {
         **dict(parse_qsl(parts.query)),
         "connect_timeout": 3,
+        # A server that vanished without a word (partition, power): given up after seconds, not TCP's quarter hour.
+        "tcp_user_timeout": 10_000,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
         "application_name": "corral",
         "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
     }
