@@ -22,12 +22,12 @@ _MAX_MESSAGE: Final = 500
 _LOG_TAIL_BYTES: Final = 65_536
 _MEMORY: Final = re.compile(
     r"out of memory|cannot allocate memory|not enough memory|no available memory|OutOfMemoryError|MemoryError"
-    r"|larger than the (?:available|maximum)|less than desired|KV cache is needed",
+    r"|larger than the (?:available|maximum)|less than (?:desired|requested)|KV cache is needed",
     re.IGNORECASE,
 )
 _WEIGHTS: Final = re.compile(
     r"safetensor|incomplete metadata|header ?too|invalid header|state_dict|config\.json|tokenizer"
-    r"|size mismatch|no such file|not a valid|weights|architectures",
+    r"|size mismatch|must match the size|no such file|not a valid|weights|architectures",
     re.IGNORECASE,
 )
 
@@ -69,7 +69,7 @@ def classify(error: BaseException, log_path: Path | None = None) -> ReplicaFailu
     """
     if isinstance(error, ReplicaFailure):
         return error
-    sentence = f"{type(error).__name__}: {_first_line(str(error))}"
+    sentence = f"{type(error).__name__}: {_short(str(error))}"
     if isinstance(error, ProfileError):
         return ReplicaFailure("invalid_profile", str(error))
     if isinstance(error, ImportError):
@@ -143,8 +143,8 @@ def _reason_in(log_path: Path | None) -> str:
         return ""
     found = re.findall(r"^(?:.*?\s)?([\w.]*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
     causes = [line for line in found if "See root cause above" not in line]
-    return _first_line(causes[-1]) if causes else ""
+    return _short(causes[-1]) if causes else ""
 
 
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0][:300]
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -28,6 +28,8 @@ CORE = "Engine core initialization failed. See root cause above."  # what vLLM's
         (RuntimeError(CORE), "x\nRuntimeError: not enough memory: you tried to allocate 9\n", "out_of_memory"),
         (RuntimeError(CORE), "(EngineCore) ERROR s_rust.SafetensorError: incomplete metadata\n", "bad_weights"),
         (ValueError("Model architectures ['Foo'] are not supported"), "", "bad_weights"),
+        (RuntimeError("The size of tensor a (512) must match the size of tensor b (256)"), "", "bad_weights"),
+        (ValueError("Available memory is less than requested memory for kv (4096 GiB)"), "", "out_of_memory"),
         (RuntimeError("something else"), "", "start_failed"),
         (ReplicaFailure("bad_weights", "as it says"), "", "bad_weights"),
     ],

@@ -45,8 +45,9 @@ class Credentials(msgspec.Struct, kw_only=True):
 async def credentials_of(config: AgentConfig) -> Credentials:
     """Stored credentials, else enrol and store them. EnrolRefused when that is hopeless."""
     path = config.dirs.credentials
-    found = _read(path, config.machine) or await _enrol(config)
-    if not path.exists():
+    found = _read(path, config.machine)
+    if found is None:
+        found = await _enrol(config)
         _write(path, found)
     found.redis_url = _at_address(found.redis_url, config.redis)
     return found
