@@ -29,8 +29,9 @@ def measure(*, repeats: int = 7, progress: Callable[[str], None] = lambda text: 
     request_ms, command_ms, stages = [], [], []
     with bench_stack("toy") as stack:
         progress("importing the tiny model; waiting for machine and zygote (the engine is imported once)")
-        stack.manage("deploy", MODEL, "--model", "tiny", "--idle-timeout-s", str(IDLE_TIMEOUT_S),
-                     "--profile", "max_model_len=512", "--profile", "kv_cache_bytes=67108864", timeout_s=300)  # fmt: skip
+        profile = ("--profile", "max_model_len=512", "--profile", "kv_cache_bytes=67108864")
+        idle = ("--idle-timeout-s", str(IDLE_TIMEOUT_S))
+        stack.manage("deploy", MODEL, "--model", "tiny", *idle, *profile, timeout_s=300)  # fmt: skip
         for turn in range(repeats + 1):
             at_ms = time.time() * 1000
             seen: list[str] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-TYPED = ["controlplane", "workers", "autoscaler", "billing", "infra"]
+TYPED = ["controlplane", "workers", "autoscaler", "billing", "infra", "benchmarks"]
 
 
 def stages(full: bool, lint_only: bool) -> list[tuple[str, list[str]]]:

@@ -22,7 +22,7 @@ WITNESS_FIELD: Final = "w"
 WITNESS_SPOOL: Final = "spool"
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a generation ended. The first two are OpenAI's; the rest are ours."""
 
     STOP = "stop"
@@ -32,12 +32,12 @@ class FinishReason(str, enum.Enum):
     BUDGET = "budget"
 
 
-class Endpoint(str, enum.Enum):
+class Endpoint(enum.StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
 
 
-class ReplicaPhase(str, enum.Enum):
+class ReplicaPhase(enum.StrEnum):
     """Life of a replica as its agent reports it."""
 
     STARTING = "starting"
@@ -63,7 +63,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     logprobs: int | None = None
     ignore_eos: bool = False
-    logit_bias: dict[str, float] = {}  # noqa: RUF012 - msgspec copies mutable defaults
+    logit_bias: dict[str, float] = {}
 
 
 class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -219,7 +219,7 @@ class ReplicaStatus(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_model_len: int = 0
     pid: int = 0
     # Milliseconds spent per start stage, e.g. {"fetch": 12, "fork": 40, "load": 610}.
-    stages_ms: dict[str, int] = {}  # noqa: RUF012
+    stages_ms: dict[str, int] = {}
     v: int = WIRE_VERSION
 
 
@@ -245,7 +245,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     v: int = WIRE_VERSION
 
 
-class ClaimVerdict(str, enum.Enum):
+class ClaimVerdict(enum.StrEnum):
     """Answer of the claim script."""
 
     OK = "ok"
@@ -255,7 +255,7 @@ class ClaimVerdict(str, enum.Enum):
     CANCELLED = "cancelled"
 
 
-class FlushVerdict(str, enum.Enum):
+class FlushVerdict(enum.StrEnum):
     """Answer of the flush script per entry, one character each."""
 
     ACCEPTED = "a"

@@ -367,5 +367,5 @@ def test_machine_user_reaches_its_own_keys_and_no_others(cell: Cell) -> None:
             lambda: stranger.config_get("*"),
             lambda: stranger.flushall(),
         ):
-            with pytest.raises(redis.ResponseError, match="NOPERM|can't access|no permissions"):
+            with pytest.raises(redis.ResponseError, match=r"NOPERM|can't access|no permissions"):
                 attempt()
