@@ -1,34 +1,27 @@
-"""From a checked request to a replica or the queue in one write, and back: cancel, settle.
+"""From a checked request to a replica or the queue in one write.
 
-Called by the generation handler and the inbox. All numbers are computed here from the pure policies; the
-admission script only compares and takes. A request this process admitted is always ended by somebody: by its
-End here, by the cancel here, or by billing intake and the reaper if this process dies.
+Called by the generation handler. All numbers are computed here from the pure policies; the admission script
+only compares and takes. How a request ends is in ends.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
 from typing import Any, Final
 
-from billing.money import request_cost
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
+from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, unavailable
-from controlplane.gateway.inbox import Inbox
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Stream
 from controlplane.policy import admission, estimate
 from workers import contract, scripts
-from workers.contract import End, RequestEnvelope
+from workers.contract import RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
-
-_MAX_CALIBRATIONS: Final = 50_000
-_MAX_ORPHANS: Final = 10_000
-TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake settles what has not
 
 _SCOPE_NAMES: Final = {"key": "API key", "prj": "project", "org": "organization"}
 _LIMIT_NAMES: Final = {
@@ -40,7 +33,7 @@ _LIMIT_NAMES: Final = {
 
 
 class Dispatcher:
-    """Admission, cancellation and settlement for one gateway process. Belongs to one event loop."""
+    """Admission for one gateway process. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -49,30 +42,24 @@ class Dispatcher:
         gateway: str,
         directory: KeyDirectory,
         routes: RouteTable,
+        ends: Ends,
         *,
         queue_bound: int,
         request_timeout_s: float,
         stream_buffer: int,
     ) -> None:
-        self.inbox = Inbox(redis, keys, self.on_end)
-        self.n_settled = self.n_cancelled = 0
         self._redis = redis
         self._keys = keys
         self._gateway = gateway
         self._directory = directory
         self._routes = routes
+        self._ends = ends
         self._queue_bound = queue_bound
         self._timeout_s = request_timeout_s
         self._buffer = stream_buffer
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
         self._body_ms = int(request_timeout_s * 1000) + RETENTION_MS
         self._n_streams = 0
-        self._calibrations: OrderedDict[tuple[str, str], estimate.Calibration] = OrderedDict()
-        # Cancels that Redis was not there for, oldest dropped first (intake and reaper are behind them).
-        self._orphans: deque[Stream] = deque(maxlen=_MAX_ORPHANS)
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    # -- admission
 
     def open(
         self, request_id: str, key: KeyContext, deployment: Deployment, request: GenerationRequest
@@ -80,7 +67,7 @@ class Dispatcher:
         """A stream for the request, known to the inbox before anything is sent, because frames may be
         quick."""
         raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
-        calibration = self._calibrations.get((key.organization, deployment.id), estimate.NEW)
+        calibration = self._ends.calibration(key.organization, deployment.id)
         n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
         self._n_streams += 1
         stream = Stream(
@@ -97,7 +84,7 @@ class Dispatcher:
             timeout_s=self._timeout_s,
             buffer=self._buffer,
         )
-        self.inbox.streams[stream.number] = stream
+        self._ends.inbox.streams[stream.number] = stream
         return stream
 
     async def admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> None:
@@ -132,7 +119,7 @@ class Dispatcher:
         if stream.end is None:
             stream.live_machine = stream.machine
             if stream.held_back:
-                self.inbox.catch_up(stream)
+                self._ends.inbox.catch_up(stream)
 
     async def _try_admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> list[Any]:
         key, deployment, hold = stream.key, stream.deployment, stream.hold
@@ -206,111 +193,6 @@ class Dispatcher:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
             ) from error
-
-    # -- ends
-
-    def on_end(self, stream: Stream) -> None:
-        """Its last entry arrived: settle it now, however slowly the client reads."""
-        end = stream.end
-        assert end is not None
-        # A machine says these numbers; the holds bound what they can do here. Intake vets the bill itself.
-        n_prompt = min(max(end.n_prompt, 0), stream.deployment.context_tokens)
-        n_cached = min(max(end.n_cached, 0), n_prompt)
-        n_completion = min(max(end.n_completion, 0), stream.hold.n_output)
-        if (n_prompt, n_cached, n_completion) != (end.n_prompt, end.n_cached, end.n_completion):
-            stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
-        if end.error is None or n_completion:
-            self._observe(stream, n_prompt)
-        self._settle(stream, n_prompt, n_cached, n_completion)
-        if stream.abandoned:
-            self.inbox.streams.pop(stream.number, None)
-
-    def close(self, stream: Stream) -> None:
-        """The handler is done with it. What has not ended is cancelled and kept until it has."""
-        if stream.end is not None or not stream.admitted:
-            self.inbox.streams.pop(stream.number, None)
-            return
-        stream.abandoned = True
-        stream.deadline = time.monotonic() + TOMBSTONE_S
-        stream.pieces.clear()
-        self._start_cancel(stream)
-
-    def retry_orphans(self) -> None:
-        """Redis is there: send the cancels that it was not there for. Bounded per call."""
-        for _ in range(min(len(self._orphans), 256)):
-            if not self._redis.connected:
-                return
-            self._start_cancel(self._orphans.popleft())
-
-    async def cancel_queued(self, stream: Stream) -> bool:
-        """Take a request out of the queue and settle it; False when it is not waiting there (any more)."""
-        state = await self._redis.call("HGET", self._keys.request(stream.request), "state")
-        if state != b"queued":
-            return False
-        return await self._cancel(stream) == b"queued"
-
-    async def drain(self) -> None:
-        """Let cancels under way finish (bounded by the client's own deadline)."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start_cancel(self, stream: Stream) -> None:
-        task = asyncio.get_running_loop().create_task(self._cancel_abandoned(stream))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _cancel_abandoned(self, stream: Stream) -> None:
-        try:
-            outcome = await self._cancel(stream)
-        except RedisError:
-            self._orphans.append(stream)
-            return
-        if outcome == b"bound":
-            self.inbox.catch_up(stream)  # whatever state it was in, its end must be heard
-        else:
-            self.inbox.streams.pop(stream.number, None)
-
-    async def _cancel(self, stream: Stream) -> bytes:
-        now_ms = time.time_ns() // 1_000_000
-        outcome: bytes = await self._redis.evalsha(
-            scripts.CANCEL, (), (self._keys.prefix, now_ms, stream.request)
-        )
-        self.n_cancelled += 1
-        if outcome == b"queued":
-            # It may have run elsewhere before: what it produced is charged, else nothing.
-            self._settle(stream, stream.hold.n_prompt if stream.have else 0, 0, stream.have)
-        return outcome
-
-    def _settle(self, stream: Stream, n_prompt: int, n_cached: int, n_completion: int) -> None:
-        """Idempotent on the other side, and a lost one is made up for by intake: nobody waits for the
-        answer."""
-        if stream.settled:
-            return
-        stream.settled = True
-        self.n_settled += 1
-        if stream.replica:
-            self._routes.released(stream.deployment.id, stream.replica)
-        cost = request_cost(
-            stream.deployment.rates, n_prompt=n_prompt, n_cached=n_cached, n_completion=n_completion
-        )
-        self._redis.fire(
-            "EVALSHA",
-            scripts.SETTLE.sha,
-            0,
-            self._keys.prefix,
-            time.time_ns() // 1_000_000,
-            stream.request,
-            n_prompt,
-            n_completion,
-            cost,
-            RETENTION_MS,
-        )
-
-    def _observe(self, stream: Stream, n_prompt: int) -> None:
-        pair = (stream.key.organization, stream.deployment.id)
-        known = self._calibrations.pop(pair, estimate.NEW)
-        self._calibrations[pair] = estimate.observe(known, stream.raw_estimate, n_prompt)
-        if len(self._calibrations) > _MAX_CALIBRATIONS:
-            self._calibrations.popitem(last=False)
 
 
 def _refusal(scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -> ApiError:

@@ -17,6 +17,7 @@ from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.directory import KeyDirectory, PgDirectory
 from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import from_wire, unavailable
 from controlplane.gateway.feed import ChangeFeed
 from controlplane.gateway.generate import Generator
@@ -70,28 +71,30 @@ class Gateway:
         )
         self.feed = ChangeFeed(self.directory, self.key_cache, poll_s=config.change_poll_s)
         self.routes = RouteTable(self.redis, keys)
+        self.ends = Ends(self.redis, keys, self.routes)
+        self.inbox = self.ends.inbox
         self.dispatcher = Dispatcher(
             self.redis,
             keys,
             self.id,
             self.directory,
             self.routes,
+            self.ends,
             queue_bound=config.queue_bound,
             request_timeout_s=config.request_timeout_s,
             stream_buffer=config.stream_buffer,
         )
-        self.inbox = self.dispatcher.inbox
-        self.board = StageBoard(self.redis, keys, self.dispatcher, comment_after_s=config.comment_after_s)
+        self.board = StageBoard(self.redis, keys, self.ends, comment_after_s=config.comment_after_s)
         self.watch = Watch(
             self.redis,
-            self.dispatcher,
+            self.ends,
             stall_s=config.stall_s,
             keepalive_s=config.keepalive_s,
             redis_grace_s=config.redis_grace_s,
         )
         self.metrics = GatewayMetrics(config.name)
         self.request_log = request_log or RequestLog(config.log_sample)
-        generator = Generator(self.dispatcher, self.board)
+        generator = Generator(self.dispatcher, self.ends, self.board)
         self.app = GatewayApp(
             config, self.key_cache, generator, self.metrics, self.request_log, self.not_ready
         )
@@ -123,7 +126,7 @@ class Gateway:
         await self.watch.close()
         await self.feed.close()
         await self.board.close()
-        await self.dispatcher.drain()
+        await self.ends.drain()
         await self.inbox.close()
         await self.routes.close()
         await self.subscriber.close()
@@ -178,7 +181,7 @@ class Gateway:
 
     def _publish_internals(self) -> None:
         """Figures of the parts, read when /metrics is asked."""
-        inbox, cache, dispatcher, watch = self.inbox, self.key_cache, self.dispatcher, self.watch
+        inbox, cache, ends, watch = self.inbox, self.key_cache, self.ends, self.watch
         pg = self._pg
         name = "corral_gateway_"
         self.metrics.gauges |= {
@@ -200,8 +203,8 @@ class Gateway:
             f"{name}catch_ups": ("Journals consulted.", lambda: inbox.n_catch_ups),
             f"{name}stalls": ("Streams looked at because they were silent.", lambda: watch.n_stalls),
             f"{name}timeouts": ("Requests past their deadline.", lambda: watch.n_timeouts),
-            f"{name}settled": ("Requests settled here.", lambda: dispatcher.n_settled),
-            f"{name}cancelled": ("Cancels sent.", lambda: dispatcher.n_cancelled),
+            f"{name}settled": ("Requests settled here.", lambda: ends.n_settled),
+            f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),
             f"{name}key_lookups": ("Keys asked of Postgres.", lambda: cache.n_lookups),
             f"{name}key_stale_served": ("Stale keys served with Postgres away.", lambda: cache.n_stale),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from controlplane.gateway import schemas
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
 from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.sse import ChunkWriter, answer
@@ -41,10 +42,11 @@ class Outcome:
 
 
 class Generator:
-    """Serves generation requests with one process's dispatcher and stage board."""
+    """Serves generation requests with the parts of one process."""
 
-    def __init__(self, dispatcher: Dispatcher, board: StageBoard) -> None:
+    def __init__(self, dispatcher: Dispatcher, ends: Ends, board: StageBoard) -> None:
         self._dispatcher = dispatcher
+        self._ends = ends
         self._board = board
 
     async def serve(
@@ -80,7 +82,7 @@ class Generator:
         finally:
             if stream.queued:
                 self._board.leave(stream)
-            self._dispatcher.close(stream)
+            self._ends.close(stream)
 
     @staticmethod
     async def _answer(
@@ -119,7 +121,7 @@ class Generator:
                 stream.wrote_at = time.monotonic()
                 await send({"type": "http.response.body", "body": out, "more_body": True})
             if stream.paused and not stream.pieces:
-                self._dispatcher.inbox.catch_up(stream)  # it has drained
+                self._ends.inbox.catch_up(stream)  # it has drained
             if not (stream.pieces or stream.over or stream.comment_due):
                 await stream.wait(loop)
         try:

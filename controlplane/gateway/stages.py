@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.stream import Stream
 from workers.contract import Stage
@@ -32,12 +32,10 @@ _decode_stage = msgspec.json.Decoder(Stage).decode
 class StageBoard:
     """Waiting streams by deployment. Belongs to one event loop."""
 
-    def __init__(
-        self, redis: Client, keys: CellKeys, dispatcher: Dispatcher, *, comment_after_s: float
-    ) -> None:
+    def __init__(self, redis: Client, keys: CellKeys, ends: Ends, *, comment_after_s: float) -> None:
         self._redis = redis
         self._keys = keys
-        self._dispatcher = dispatcher
+        self._ends = ends
         self._comment_after_s = comment_after_s
         self._waiting: dict[str, dict[int, Stream]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +85,7 @@ class StageBoard:
         for."""
         silent_since = time.monotonic() - _SILENT_S
         waiting = self._waiting.get(stage.deployment, {})
-        for stream in self._dispatcher.inbox.streams.values():
+        for stream in self._ends.inbox.streams.values():
             if (
                 stream.deployment.id == stage.deployment
                 and stream.number not in waiting
@@ -129,7 +127,7 @@ class StageBoard:
 
     async def _end(self, stream: Stream, stage: Stage) -> None:
         try:
-            waits = await self._dispatcher.cancel_queued(stream)
+            waits = await self._ends.cancel_queued(stream)
         except RedisError:
             return  # the deadline ends it
         if waits:

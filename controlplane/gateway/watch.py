@@ -11,7 +11,7 @@ import logging
 import time
 from typing import Final
 
-from controlplane.gateway.dispatch import Dispatcher
+from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.stream import Stream
 from workers.redis_client import Client
@@ -23,12 +23,12 @@ _MAX_CHECKS: Final = 256  # journals looked at per pass
 
 
 class Watch:
-    """The periodic pass over a dispatcher's streams."""
+    """The periodic pass over a process's streams."""
 
     def __init__(
         self,
         redis: Client,
-        dispatcher: Dispatcher,
+        ends: Ends,
         *,
         stall_s: float,
         keepalive_s: float,
@@ -36,7 +36,7 @@ class Watch:
     ) -> None:
         self.n_stalls = self.n_timeouts = 0
         self._redis = redis
-        self._dispatcher = dispatcher
+        self._ends = ends
         self._stall_s = stall_s
         self._keepalive_s = keepalive_s
         self._redis_grace_s = redis_grace_s
@@ -64,13 +64,13 @@ class Watch:
         """One pass."""
         if self._redis.connected:
             self._redis_seen_at = now
-            self._dispatcher.retry_orphans()
+            self._ends.retry_orphans()
         redis_gone = now - self._redis_seen_at > self._redis_grace_s
         n_checks = 0
-        for stream in list(self._dispatcher.inbox.streams.values()):
+        for stream in list(self._ends.inbox.streams.values()):
             if stream.abandoned:
                 if stream.over or now >= stream.deadline:
-                    self._dispatcher.inbox.streams.pop(stream.number, None)
+                    self._ends.inbox.streams.pop(stream.number, None)
             elif stream.over or not stream.admitted:
                 continue  # its handler is on it
             elif now >= stream.deadline:
@@ -89,7 +89,7 @@ class Watch:
                     n_checks += 1
                     self.n_stalls += 1
                     stream.heard_at = now  # next look in another stall_s
-                    self._dispatcher.inbox.catch_up(stream)
+                    self._ends.inbox.catch_up(stream)
 
 
 def _timed_out(stream: Stream) -> ApiError:

@@ -1,6 +1,7 @@
 """Every wrong request gets the status, code and field that name what is wrong, before anything is
 reserved."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -59,8 +60,19 @@ async def test_model_of_another_tenant_looks_unknown(gw: Running) -> None:
 
 
 async def test_declared_body_over_the_limit_is_a_413_before_it_is_read(gw: Running) -> None:
-    limit = gw.gateway.config.max_body_bytes
-    response = await gw.post(b"x" * (limit + 1))
+    """Nothing of the body was sent when the answer comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gw.url.rsplit(":", 1)[1]))
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + gw.key.encode()
+        + b"\r\ncontent-length: %d\r\n\r\n" % (gw.gateway.config.max_body_bytes + 1)
+    )  # fmt: skip
+    head = await asyncio.wait_for(reader.readuntil(b"request_too_large"), 10)
+    assert head.startswith(b"HTTP/1.1 413")
+    writer.close()
+
+
+async def test_client_that_sends_everything_first_still_sees_the_413(gw: Running) -> None:
+    response = await gw.post(b"x" * (gw.gateway.config.max_body_bytes + 1))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
 

@@ -117,9 +117,34 @@ async def test_redis_away_for_long_ends_streams_with_a_retryable_error(own_redis
             own_redis.stop()
             assert (await events.rest())[-1]["error"]["code"] == "cell_unavailable"
         restart(own_redis)
-        await until(lambda: not gw.gateway.dispatcher._orphans)
+        await until(lambda: not gw.gateway.ends.n_orphans)
         await until(machine.jobs[0].cancelled.is_set)  # the cancel is sent once Redis is there
         await machine.stop()
+
+
+async def test_interrupted_subscription_is_made_up_for_at_once(gw: Running, machine: Machine) -> None:
+    """Only the subscription breaks: keys are read again, and streams read what they missed from the
+    journal."""
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await go.wait()
+        await job.emit("after", lost=True)
+        await job.finish(lost=True)
+        await gw.redis.client_kill_filter(_type="pubsub")
+
+    machine.behaviour = wait
+    gw.gateway.watch._stall_s = 60
+    async with gw.stream(CHAT) as events:
+        await events.next()
+        await events.next()
+        n_found = gw.directory.n_found
+        gw.directory.change(gw.key, revoked_at_ms=1)
+        go.set()
+        assert text_of(await events.rest()) == "after"
+    assert (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 401
+    assert gw.directory.n_found == n_found + 1
 
 
 async def test_gateway_starts_without_redis(own_redis: EmbeddedRedis) -> None:

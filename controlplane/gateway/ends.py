@@ -1,0 +1,156 @@
+"""How a request ends on this side: settled at its last entry, cancelled when its client has gone.
+
+Called by the inbox, the generation handler, the watch and the stage board. A request that this process
+admitted is always ended by somebody: here at its last entry, here by a cancel, or by billing intake and the
+watcher if this process dies. Settling happens once; whoever is first wins, and later calls change nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from typing import Final
+
+from billing.money import request_cost
+from controlplane.gateway.inbox import Inbox
+from controlplane.gateway.routes import RouteTable
+from controlplane.gateway.stream import Stream
+from controlplane.policy import estimate
+from workers import scripts
+from workers.contract import End
+from workers.keys import RETENTION_MS, CellKeys
+from workers.redis_client import Client, RedisError
+
+_MAX_CALIBRATIONS: Final = 50_000
+_MAX_ORPHANS: Final = 10_000
+_ORPHANS_PER_CALL: Final = 256
+_TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake settles what has not
+
+
+class Ends:
+    """The streams of one gateway process until they are over, in `inbox`. Belongs to one event loop."""
+
+    def __init__(self, redis: Client, keys: CellKeys, routes: RouteTable) -> None:
+        self.inbox = Inbox(redis, keys, self.on_end)
+        self.n_settled = self.n_cancelled = 0
+        self._redis = redis
+        self._keys = keys
+        self._routes = routes
+        self._calibrations: OrderedDict[tuple[str, str], estimate.Calibration] = OrderedDict()
+        # Cancels that Redis was not there for, oldest dropped first.
+        self._orphans: deque[Stream] = deque(maxlen=_MAX_ORPHANS)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def n_orphans(self) -> int:
+        """Cancels that wait for Redis."""
+        return len(self._orphans)
+
+    def calibration(self, organization: str, deployment: str) -> estimate.Calibration:
+        """What its finished requests taught about this tenant's prompts for this model."""
+        return self._calibrations.get((organization, deployment), estimate.NEW)
+
+    def on_end(self, stream: Stream) -> None:
+        """Its last entry arrived: settle it now, however slowly the client reads."""
+        end = stream.end
+        assert end is not None
+        # A machine says these numbers; the holds bound what they can do here. Intake vets the bill itself.
+        n_prompt = min(max(end.n_prompt, 0), stream.deployment.context_tokens)
+        n_cached = min(max(end.n_cached, 0), n_prompt)
+        n_completion = min(max(end.n_completion, 0), stream.hold.n_output)
+        if (n_prompt, n_cached, n_completion) != (end.n_prompt, end.n_cached, end.n_completion):
+            stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
+        if end.error is None or n_completion:
+            self._observe(stream, n_prompt)
+        self._settle(stream, n_prompt, n_cached, n_completion)
+        if stream.abandoned:
+            self.inbox.streams.pop(stream.number, None)
+
+    def close(self, stream: Stream) -> None:
+        """The handler is done with it. What has not ended is cancelled and kept until it has."""
+        if stream.end is not None or not stream.admitted:
+            self.inbox.streams.pop(stream.number, None)
+            return
+        stream.abandoned = True
+        stream.deadline = time.monotonic() + _TOMBSTONE_S
+        stream.pieces.clear()
+        self._start_cancel(stream)
+
+    def retry_orphans(self) -> None:
+        """Redis is there: send the cancels that it was not there for. Bounded per call."""
+        for _ in range(min(len(self._orphans), _ORPHANS_PER_CALL)):
+            if not self._redis.connected:
+                return
+            self._start_cancel(self._orphans.popleft())
+
+    async def cancel_queued(self, stream: Stream) -> bool:
+        """Take a request out of the queue and settle it; False when it is not waiting there (any more)."""
+        state = await self._redis.call("HGET", self._keys.request(stream.request), "state")
+        if state != b"queued":
+            return False
+        return await self._cancel(stream) == b"queued"
+
+    async def drain(self) -> None:
+        """Let cancels under way finish (bounded by the client's own deadline)."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start_cancel(self, stream: Stream) -> None:
+        task = asyncio.get_running_loop().create_task(self._cancel_abandoned(stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _cancel_abandoned(self, stream: Stream) -> None:
+        try:
+            outcome = await self._cancel(stream)
+        except RedisError:
+            self._orphans.append(stream)
+            return
+        if outcome == b"bound":
+            self.inbox.catch_up(stream)  # whatever state it was in, its end must be heard
+        else:
+            self.inbox.streams.pop(stream.number, None)
+
+    async def _cancel(self, stream: Stream) -> bytes:
+        now_ms = time.time_ns() // 1_000_000
+        outcome: bytes = await self._redis.evalsha(
+            scripts.CANCEL, (), (self._keys.prefix, now_ms, stream.request)
+        )
+        self.n_cancelled += 1
+        if outcome == b"queued":
+            # At nothing, even if a replica that died had produced something: no witness is left to book it
+            # by.
+            self._settle(stream, 0, 0, 0)
+        return outcome
+
+    def _settle(self, stream: Stream, n_prompt: int, n_cached: int, n_completion: int) -> None:
+        """Idempotent on the other side, and a lost one is made up for by intake: nobody waits for the
+        answer."""
+        if stream.settled:
+            return
+        stream.settled = True
+        self.n_settled += 1
+        if stream.replica:
+            self._routes.released(stream.deployment.id, stream.replica)
+        cost = request_cost(
+            stream.deployment.rates, n_prompt=n_prompt, n_cached=n_cached, n_completion=n_completion
+        )
+        self._redis.fire(
+            "EVALSHA",
+            scripts.SETTLE.sha,
+            0,
+            self._keys.prefix,
+            time.time_ns() // 1_000_000,
+            stream.request,
+            n_prompt,
+            n_completion,
+            cost,
+            RETENTION_MS,
+        )
+
+    def _observe(self, stream: Stream, n_prompt: int) -> None:
+        pair = (stream.key.organization, stream.deployment.id)
+        known = self._calibrations.pop(pair, estimate.NEW)
+        self._calibrations[pair] = estimate.observe(known, stream.raw_estimate, n_prompt)
+        if len(self._calibrations) > _MAX_CALIBRATIONS:
+            self._calibrations.popitem(last=False)
