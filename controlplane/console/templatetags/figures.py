@@ -28,6 +28,12 @@ _TONES: Final = {
     "stopped": "rest",
     "deleted": "rest",
 }
+_RESULTS: Final = {
+    "stop": "done",
+    "length": "max tokens",
+    "budget": "budget used up",
+    "abort": "cancelled",
+}
 _STAGES: Final = {
     "waking": "waking up",
     "launching_machine": "launching a machine",
@@ -140,6 +146,12 @@ def tone(phase: str) -> str:
 @register.filter
 def stage_words(name: str) -> str:
     return _STAGES.get(name, name.replace("_", " "))
+
+
+@register.filter
+def result_words(finish_reason: str) -> str:
+    """How a request ended, for people: `stop` reads as if somebody had stopped it."""
+    return _RESULTS.get(finish_reason, finish_reason)
 
 
 @register.filter
