@@ -53,6 +53,10 @@ def stack_environment(
         "CORRAL_CONTROL_METRICS_PORT": str(ports["control_metrics"]),
         "CORRAL_GATEWAY_URL": f"http://127.0.0.1:{ports['gateway']}",
         "CORRAL_CONSOLE_URL": f"http://127.0.0.1:{ports['web']}",
+        # The playground's page calls the gateway; to a browser `localhost` is another origin.
+        "CORRAL_GATEWAY_CORS_ORIGINS": ",".join(
+            f"http://{host}:{ports['web']}" for host in ("127.0.0.1", "localhost")
+        ),
         "CORRAL_REDIS_URL": redis_url,
         "CORRAL_PG_DSN_OWNER": pg_dsns["owner"],
         "CORRAL_PG_DSN_APP": pg_dsns["app"],
