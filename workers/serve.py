@@ -237,7 +237,8 @@ class Server:
         if claim.verdict is ClaimVerdict.CANCELLED and claim.n_done == 0:
             return await self._end(run, attempt, FinishReason.ABORT)  # before any work: nothing to bill
         try:
-            prior = inherit(claim.entries, claim.n_done).token_ids if claim.n_done else []
+            # A cancelled claim comes without journal: nothing will be continued, but what was made is billed.
+            prior = inherit(claim.entries, claim.n_done).token_ids if claim.verdict is ClaimVerdict.OK else []
             prompt = await self._prompts.token_ids(envelope)
         except EngineInputError as error:
             return await self._refuse(run, attempt, WireError(400, error.code, error.message, error.param))
@@ -262,6 +263,7 @@ class Server:
             prior_token_ids=prior,
             priority=envelope.priority,
             cache_salt=envelope.cache_salt or None,
+            min_delta_tokens=self._coalesce(envelope),
         )
         attempt.generating = attempt.stop is None
         run.n_prefill = len(prompt) + len(prior)
@@ -298,7 +300,7 @@ class Server:
         """Hand each step to the publisher; a plain answer gathers `coalesce_tokens` first."""
         output = run.output
         lane = output.lane
-        coalesce = 1 if run.envelope.stream else self._config.tuning.coalesce_tokens
+        coalesce = self._coalesce(run.envelope)
         held: list[Delta] = []
         n_held = 0
         delta: Delta
@@ -324,6 +326,10 @@ class Server:
                         await lane.room()
         finally:
             _release_to(output, held)  # an interrupted answer journals what it made, too
+
+    def _coalesce(self, envelope: RequestEnvelope) -> int:
+        """Tokens per flush: each step of a stream is seen by somebody, a plain answer only at its end."""
+        return 1 if envelope.stream else self._config.tuning.coalesce_tokens
 
     def _first_token(self, run: _Run) -> None:
         run.first_token_ms = max(0, self._now_ms() - run.envelope.admitted_at_ms)

@@ -70,6 +70,8 @@ class EngineRequest:
     prior_token_ids: output already journaled by earlier attempts; deltas start after it. Empty on attempt 1.
     priority: lower runs first; ties by arrival.
     cache_salt: prefix-cache isolation domain (per tenant), None = shared.
+    min_delta_tokens: deltas between the first and the last need not come sooner than with so many tokens. A hint that saves
+    the wake-up per token where nobody watches; an engine may ignore it.
     """
 
     id: str
@@ -78,6 +80,7 @@ class EngineRequest:
     prior_token_ids: list[int] = field(default_factory=list)
     priority: int = 0
     cache_salt: str | None = None
+    min_delta_tokens: int = 1
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

@@ -45,6 +45,7 @@ class _Sequence:
         "matcher",
         "n_blocks",
         "n_computed",
+        "n_delta",
         "n_end",
         "n_out",
         "n_prompt",
@@ -61,6 +62,7 @@ class _Sequence:
         self.request = request
         self.key = key
         self.n_prompt = len(request.prompt_token_ids)
+        self.n_delta = 1  # tokens that make a delta; the first one is told at once, whatever the hint
         self.n_out = 0
         self.n_computed = self.n_blocks = self.n_room = 0
         self.seed = toy_text.seed_of(
@@ -174,12 +176,13 @@ class ToyEngine:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                if not seq.new_ids and seq.finish is None:
+                if len(seq.new_ids) < seq.n_delta and seq.finish is None:
                     seq.waiter = loop.create_future()
                     await seq.waiter
                 ids, seq.new_ids = seq.new_ids, []
                 text = seq.new_text[0] if len(seq.new_text) == 1 else "".join(seq.new_text)
                 seq.new_text.clear()
+                seq.n_delta = request.min_delta_tokens
                 finish = seq.finish  # the sequence goes on while our consumer holds the delta
                 if finish is FinishReason.ERROR:
                     raise EngineDead(f"toy engine: {self._dead}")
@@ -249,7 +252,11 @@ class ToyEngine:
                 seq.advance()
                 ended = ended or seq.finish is not None
                 waiter = seq.waiter
-                if waiter is not None and not waiter.done():
+                if (
+                    waiter is not None
+                    and (len(seq.new_ids) >= seq.n_delta or seq.finish is not None)
+                    and not waiter.done()
+                ):
                     waiter.set_result(None)
             at += 1
         if ended:
@@ -282,7 +289,8 @@ class ToyEngine:
             budget -= seq.n_computed
             if seq.n_computed == n_context:
                 seq.advance()
-                seq.wake()
+                if len(seq.new_ids) >= seq.n_delta or seq.finish is not None:
+                    seq.wake()
                 if seq.finish is not None:
                     self._running.pop()
                     self._free(seq)

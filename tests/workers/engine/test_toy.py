@@ -9,7 +9,14 @@ import pytest
 from tests.workers.engine.reading import Answer, read
 from workers.contract import FinishReason
 from workers.engine import toy_text
-from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
+from workers.engine.base import (
+    Delta,
+    EngineDead,
+    EngineInputError,
+    EngineProfile,
+    EngineRequest,
+    SamplingSpec,
+)
 from workers.engine.toy import KV_BYTES_PER_TOKEN, ToyEngine
 
 
@@ -304,3 +311,19 @@ async def until_running(engine: ToyEngine, n: int) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError(f"never had {n} sequences running")
+
+
+async def test_a_plain_answer_comes_in_few_deltas_and_with_the_same_tokens() -> None:
+    """The hint saves wake-ups; first token and end are not held back by it."""
+
+    async def deltas(min_delta_tokens: int) -> list[Delta]:
+        sampling = SamplingSpec(max_tokens=50, ignore_eos=True)
+        request = EngineRequest("r", [5, 6, 7], sampling, min_delta_tokens=min_delta_tokens)
+        async with running() as engine:
+            return [delta async for delta in engine.generate(request)]
+
+    plain, streamed = await deltas(20), await deltas(1)
+    assert [len(delta.token_ids) for delta in plain] == [1, 20, 20, 9]
+    assert len(streamed) == 50
+    assert [t for d in plain for t in d.token_ids] == [t for d in streamed for t in d.token_ids]
+    assert "".join(d.text for d in plain) == "".join(d.text for d in streamed)
