@@ -180,6 +180,21 @@ async def test_request_cancelled_before_its_claim_costs_nothing(cell: Cell, tmp_
         assert (end.reason, end.n_prompt, end.n_completion) == (FinishReason.ABORT, 0, 0)
 
 
+async def test_request_cancelled_between_two_attempts_bills_the_first(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path, profile=SLOW) as first:
+        request = cell.admit(max_tokens=150, sampling={"ignore_eos": True})
+        first.deliver(request)
+        await until(lambda: len(cell.journal(request)) >= 2, "something in the journal")
+        cell.withdraw("r1")
+    async with serving(cell, tmp_path, replica="r2", machine="m2") as second:
+        n_made = sum(len(entry.token_ids) for entry in cell.journal(request, "m2"))
+        cell.cancel(request)
+        await second.deliver(request, 2)
+        end = cell.end(request)
+        assert (end.reason, end.n_completion) == (FinishReason.ABORT, n_made)
+        assert end.n_prompt > 0
+
+
 async def test_stale_epoch_stops_without_a_word(cell: Cell, tmp_path: Path) -> None:
     async with serving(cell, tmp_path, profile=SLOW) as front:
         request = cell.admit(max_tokens=400, sampling={"ignore_eos": True})
@@ -301,7 +316,7 @@ async def test_end_that_is_refused_leaves_no_usage(cell: Cell, tmp_path: Path) -
     async with serving(cell, tmp_path, profile=SLOW) as front:
         request = cell.admit(max_tokens=20, stream=False, sampling={"ignore_eos": True})
         task = front.deliver(request)
-        await until(lambda: front.server.n_tokens_total >= 3, "some tokens")
+        await until(lambda: front.server.n_tokens_total >= 1, "its first token")
         cell.r.hincrby(cell.keys.machine("m1").lease(request), "epoch", 1)  # served elsewhere by now
         await task
         assert cell.end(request) is None and cell.usage() == []
