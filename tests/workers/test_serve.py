@@ -313,8 +313,9 @@ async def test_lost_answer_to_the_end_keeps_the_usage(cell: Cell, tmp_path: Path
 
 
 async def test_end_that_is_refused_leaves_no_usage(cell: Cell, tmp_path: Path) -> None:
-    async with serving(cell, tmp_path, profile=SLOW) as front:
-        request = cell.admit(max_tokens=20, stream=False, sampling={"ignore_eos": True})
+    slower = EngineProfile(engine="toy", toy_step_ms=40, max_model_len=512)
+    async with serving(cell, tmp_path, profile=slower) as front:
+        request = cell.admit(max_tokens=30, stream=False, sampling={"ignore_eos": True})
         task = front.deliver(request)
         await until(lambda: front.server.n_tokens_total >= 1, "its first token")
         cell.r.hincrby(cell.keys.machine("m1").lease(request), "epoch", 1)  # served elsewhere by now
