@@ -100,7 +100,8 @@ def test_revoking_a_key_asks_in_a_dialog(page: Page, visit: Visit) -> None:
 
 def test_the_keyboard_alone_signs_in_and_reaches_the_content(page: Page, visit: Visit) -> None:
     page.goto("/login")
-    page.keyboard.type(visit.email)  # the first field has the focus
+    expect(page.get_by_label("E-mail")).to_be_focused()
+    page.keyboard.type(visit.email)
     page.keyboard.press("Tab")
     page.keyboard.type(visit.password)
     page.keyboard.press("Enter")
