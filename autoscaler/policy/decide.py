@@ -107,6 +107,9 @@ def _place(
         )
         return nothing, ""
     if replica_gate.n:  # one at a time until one has proven itself
+        if any(r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING) for r in observation.replicas):
+            reasons.append(f"{replica_gate.n} failed in a row: the one under way comes first")
+            return nothing, ""
         n = 1
     found = place(n, observation, spec)
     if found.machine_ids:
