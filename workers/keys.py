@@ -172,6 +172,10 @@ class MachineKeys:
         """Celery queue of a replica; its Redis key is `prefix + queue_name`."""
         return f"replica.{replica_id}"
 
+    def unacked(self, replica_id: str) -> tuple[str, str]:
+        """Hash and index of the messages that a replica's consumer was handed and has not acknowledged."""
+        return f"{self.prefix}unacked.{replica_id}", f"{self.prefix}unacked_index.{replica_id}"
+
     def lease(self, request_id: str) -> str:
         return f"{self.prefix}req:{request_id}"
 

@@ -265,12 +265,12 @@ async def test_drained_request_is_handed_back_unharmed(cell: Cell, tmp_path: Pat
     async with serving(cell, tmp_path, profile=SLOW) as front:
         request = cell.admit(max_tokens=400, stream=False, sampling={"ignore_eos": True})
         task = front.deliver(request)
-        await until(lambda: front.server.n_tokens_total >= 5, "some tokens")
+        await until(lambda: front.server.n_tokens_total, "the first token")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         made = sum(len(entry.token_ids) for entry in cell.journal(request))
-        assert made >= 5  # what was made is in the journal, although no portion was full
+        assert made > 0  # what the engine told is in the journal, although no portion was full
         assert cell.lease(request)[b"state"] == b"bound"
         assert cell.end(request) is None and cell.usage() == []
         cell.withdraw("r1")

@@ -220,6 +220,7 @@ class Agent:
                 desired = None
             for replica in replicas.reconcile(desired):
                 self._client.fire("HDEL", self._keys.actual, replica)
+                self._client.fire("DEL", *self._keys.unacked(replica))  # its leases say all that matters
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
                     await self._changed.wait()

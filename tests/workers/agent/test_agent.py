@@ -53,6 +53,7 @@ def test_desired_replica_starts_serves_and_stops(cell: Cell, tmp_path: Path) -> 
         assert len(cell.usage()) == 8
         agent.desire()
         wait_until(lambda: agent.status("r1") is None, "control to be told that it is gone")
+        assert not list(cell.r.scan_iter(agent.keys.prefix + "unacked*"))
         phases = [event.phase.value for event in agent.hear()]
         assert phases[:4] == ["starting", "loading", "ready", "draining"]
         assert set(phases[4:]) == {"stopped"}
