@@ -40,8 +40,8 @@ def cpu_s(pids: Sequence[int]) -> float:
 
 
 def snapshot(groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """CPU seconds by group; `groups` maps a name to root pids."""
-    return {name: cpu_s(tree(pids)) for name, pids in groups.items()}
+    """CPU seconds by group of pids."""
+    return {name: cpu_s(pids) for name, pids in groups.items()}
 
 
 def spent(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

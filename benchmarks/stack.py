@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu import tree
 from controlplane import quickstart_file
 from controlplane.quickstart_file import Quickstart
 from infra.local.environment import SAVED
@@ -31,6 +32,7 @@ UP_TIMEOUT_S = 300
 # Which supervised processes a figure belongs to. On the path of a request: gateways, Redis, the machine.
 ON_PATH = ("gateway", "redis", "machine")
 OFF_PATH = ("intake", "postgres", "web")
+_GROUP_OF = {"control": "intake", "beat": "intake"}
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,18 @@ class BenchStack:
     def manage_json(self, *args: str) -> dict[str, Any]:
         return dict(json.loads(self.manage(*args, "--json")))
 
-    def roots(self) -> dict[str, list[int]]:
-        """Root pids by group, as benchmarks.cpu wants them."""
+    def processes(self) -> dict[str, list[int]]:
+        """All live pids by group. The agent is a child of the control worker, yet no part of it."""
         state = read_state(self.var)
         if state is None:
             raise RuntimeError(f"no stack state in {self.var}")
         groups: dict[str, list[int]] = {name: [] for name in (*ON_PATH, *OFF_PATH)}
-        for process in state.processes:
-            if process.pid is None:
-                continue
-            group = {"control": "intake", "beat": "intake"}.get(process.name, process.name.split("-")[0])
-            if group in groups:
-                groups[group].append(process.pid)
         for machine in (self.var / "machines").glob("*"):
             groups["machine"] += find_marked(f"{MARK}={machine.name}")
+        for process in state.processes:
+            group = _GROUP_OF.get(process.name, process.name.split("-")[0])
+            if process.pid is not None and group in groups:
+                groups[group] += [pid for pid in tree([process.pid]) if pid not in groups["machine"]]
         return groups
 
 
