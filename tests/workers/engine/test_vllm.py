@@ -1,6 +1,7 @@
 """The vLLM adapter on the real engine (CPU, tiny model); the checks themselves are in vllm_scenarios.py."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.workers.engine import vllm_scenarios
+from tests.workers.waiting import until
 from workers.agent.zygote_client import Zygote
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.modelcache.tiny import make_tiny_model
@@ -32,7 +34,8 @@ class Lab:
         """Run a scenario to its end; how it ended, and its log."""
         return asyncio.run(self._run(entry, model_dir or self.model_dir))
 
-    async def _run(self, entry: str, model_dir: Path) -> tuple[ChildExit, str]:
+    async def zygote(self) -> Zygote:
+        """A connection to this lab's zygote, started if need be."""
         zygote = await Zygote.start(
             self.directory / "z.sock",
             log=self.directory / "zygote.log",
@@ -41,6 +44,10 @@ class Lab:
         )
         self.zygote_pid = zygote.pid
         assert "vllm" in zygote.engines, zygote.missing
+        return zygote
+
+    async def _run(self, entry: str, model_dir: Path) -> tuple[ChildExit, str]:
+        zygote = await self.zygote()
         log = self.directory / f"{entry}.log"
         argument: dict[str, object] = {"model_dir": str(model_dir), "file": str(self.directory / "results")}
         spec = ForkSpec(entry=f"{SCENARIOS}:{entry}", tag=entry, argument=argument, log=str(log))
@@ -58,7 +65,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(tmp_path_factory.mktemp("vllm"))
     yield lab
     if lab.zygote_pid:
-        os.kill(lab.zygote_pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(lab.zygote_pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +95,19 @@ def test_damaged_weights_fail_the_constructor(lab: Lab) -> None:
     ended, log = lab.run("run_with_bad_model", broken)
     assert ended.code == 0, log[-5000:]
     assert "refused: " in log
+
+
+async def test_when_the_zygote_dies_the_core_dies_with_its_front(lab: Lab) -> None:
+    """Nobody is left to clean up: front and core must go by themselves."""
+    zygote = await lab.zygote()
+    file = lab.directory / "core_pid"
+    argument: dict[str, object] = {"model_dir": str(lab.model_dir), "file": str(file)}
+    await zygote.fork(ForkSpec(entry=f"{SCENARIOS}:run_and_wait", tag="wait", argument=argument))
+    async with asyncio.timeout(60):
+        while not file.exists() or not file.read_text():
+            await asyncio.sleep(0.05)
+    core = Path("/proc") / file.read_text()
+    assert core.exists()
+    os.kill(zygote.pid, signal.SIGKILL)
+    await until(lambda: not core.exists() or " Z " in (core / "stat").read_text(), "the core is gone")
+    await zygote.close()

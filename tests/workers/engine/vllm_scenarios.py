@@ -64,6 +64,13 @@ def run_with_bad_model(argument: dict[str, Any]) -> int:
     return 1
 
 
+def run_and_wait(argument: dict[str, Any]) -> None:
+    """Entry: an engine that does nothing until it is killed; writes its core's pid."""
+    engine = VllmEngine(PROFILE, Path(argument["model_dir"]))
+    Path(argument["file"]).write_text(str(engine.core_pids[0]))
+    time.sleep(600)
+
+
 def checks() -> dict[str, Callable]:
     """By name, in order; the one that kills the core is last."""
     found = inspect.getmembers(sys.modules[__name__], inspect.iscoroutinefunction)
