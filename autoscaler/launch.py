@@ -170,4 +170,4 @@ def _insert(
             found = Machine.objects.filter(command_id=command_id).first()
             if found is not None:
                 return found, False
-    return None, False
+    return Machine.objects.filter(command_id=command_id).first(), False  # it may have taken the last place
