@@ -131,6 +131,15 @@ def test_while_another_process_books_this_one_waits(client: redis.Redis, machine
     assert not client.exists(KEYS.intake_lock)
 
 
+def test_a_run_that_outlives_its_lock_has_booked_all_the_same(
+    client: redis.Redis, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = Tenant()
+    deliver(client, machine, event(tenant, machine))
+    monkeypatch.setattr(tasks._Runner, "machines", lambda _: client.delete(KEYS.intake_lock) and [machine])
+    assert tasks.run_intake().n_booked == 1
+
+
 def test_partitions_are_made_ahead() -> None:
     tasks.ensure_partitions()
     with connections["operator"].cursor() as cursor:
