@@ -47,6 +47,11 @@
     target.querySelector("[data-focus]")?.focus();
   });
 
+  // Nobody looks: the next poll after the page is shown again brings it up to date.
+  document.addEventListener("htmx:beforeRequest", (event) => {
+    if (document.hidden && event.detail.elt.hasAttribute("data-live")) event.preventDefault();
+  });
+
   // A poll that got no answer must not look like a quiet system.
   const pulse = () => document.getElementById("pulse");
   document.addEventListener("htmx:afterRequest", (event) => {
