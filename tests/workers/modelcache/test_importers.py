@@ -1,6 +1,7 @@
 """Importers: what is refused and why, what a version records, and that doing it twice costs nothing."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,28 @@ def test_a_changed_model_is_another_version(model: Path, tmp_path: Path) -> None
     assert second.digest != first.digest
     assert second.manifest.max_model_len == 64
     assert store.digests() == sorted([first.digest, second.digest])
+
+
+def test_a_change_of_equal_size_is_noticed(model: Path, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "store")
+    first = import_directory(model, store)
+    status = (model / "config.json").stat()
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(
+        text.replace('"max_position_embeddings": 512', '"max_position_embeddings": 256')
+    )
+    os.utime(model / "config.json", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    second = import_directory(model, store)
+    assert (first.manifest.max_model_len, second.manifest.max_model_len) == (512, 256)
+
+
+def test_a_version_that_was_removed_is_imported_anew(model: Path, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "store")
+    first = import_directory(model, store)
+    shutil.rmtree(first.path)
+    again = import_directory(model, store)
+    assert (again.digest, again.already) == (first.digest, False)
+    store.verify(again.digest)
 
 
 def test_the_tiny_model_is_the_same_everywhere(tiny: Path, tmp_path: Path) -> None:
