@@ -43,12 +43,19 @@ class MachineDirs:
         return self.root / "spool"
 
     @property
+    def logs(self) -> Path:
+        return self.root / "log"
+
+    @property
     def credentials(self) -> Path:
         return self.root / "credentials.json"
 
     def record(self, replica_id: str) -> Path:
         """The agent's note of a replica it started: pid, start time, phase."""
         return self.run / f"{replica_id}.json"
+
+    def log(self, replica_id: str) -> Path:
+        return self.logs / f"{replica_id}.log"
 
     def outcome(self, replica_id: str) -> Path:
         """Written by a front that fails: code and sentence."""
@@ -62,7 +69,7 @@ class MachineDirs:
         return self.spool / f"{replica_id}.spool"
 
     def create(self) -> None:
-        for path in (self.root, self.run, self.spool):
+        for path in (self.root, self.run, self.spool, self.logs):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -20,9 +20,10 @@ from typing import Any, Final
 import msgspec
 
 from workers.config import ServeTuning
-from workers.contract import End, FlushVerdict
+from workers.contract import FlushVerdict
 from workers.keys import MachineKeys
-from workers.redis_client import Client, RedisError, RedisUnavailable
+from workers.output import Output
+from workers.redis_client import Client, RedisUnavailable
 from workers.scripts import FLUSH
 
 log = logging.getLogger(__name__)
@@ -34,85 +35,6 @@ _KEPT = (_ACCEPTED, ord(FlushVerdict.DUPLICATE.value), _CANCELLED)
 _FIELDS_PER_ENTRY: Final = 7
 _RETRY_S: Final = 0.05  # first wait after a failed flush; doubles to the last
 _RETRY_MAX_S: Final = 1.0
-
-
-class Output:
-    """What one attempt sends to one client stream. Offsets count tokens from 0 over all attempts.
-
-    `closed_by` is the verdict that ended it from outside (stale, gap, budget); nothing added later is sent.
-    `on_verdict(verdict)` is called for those and, once, when the client turns out to have gone.
-    """
-
-    __slots__ = (
-        "closed_by",
-        "end",
-        "ended",
-        "epoch",
-        "ids",
-        "lane",
-        "logprobs",
-        "n_accepted",
-        "n_unanswered",
-        "offset",
-        "on_verdict",
-        "request_id",
-        "stream",
-        "text",
-        "usage",
-    )
-
-    def __init__(self, lane: Lane, request_id: str, epoch: int, stream: int, offset: int) -> None:
-        self.lane = lane
-        self.request_id = request_id
-        self.epoch = epoch
-        self.stream = stream
-        self.offset = self.n_accepted = offset
-        self.ids: list[int] = []
-        self.text = ""
-        self.logprobs: list[object] | None = None
-        self.end: End | None = None
-        self.usage = b""
-        self.n_unanswered = 0
-        self.closed_by: FlushVerdict | None = None
-        self.ended: asyncio.Future[bool] | None = None
-        self.on_verdict: Callable[[FlushVerdict], None] | None = None
-
-    def add(self, ids: list[int], text: str, logprobs: list[object] | None = None) -> None:
-        """Tokens of a step. Text without tokens waits for the next tokens or the end."""
-        if self.closed_by is not None:
-            return
-        if ids and not self.ids:
-            self.lane.enqueue(self)
-        self.ids += ids
-        self.text += text
-        if logprobs:
-            self.logprobs = logprobs if self.logprobs is None else self.logprobs + logprobs
-        self.lane.n_pending += len(ids)
-
-    def finish(self, end: End, usage: bytes) -> asyncio.Future[bool]:
-        """The last entry. The future gives True once Redis holds it, False when it was refused
-        (`closed_by`).
-        """
-        loop = asyncio.get_running_loop()
-        self.ended = loop.create_future()
-        if self.closed_by is not None:
-            self.ended.set_result(False)
-            return self.ended
-        self.end, self.usage = end, usage
-        if not self.ids:
-            self.lane.enqueue(self)
-        return self.ended
-
-    def drop(self) -> None:
-        """Send nothing further; what has left has left."""
-        if self.closed_by is None:
-            self._close(FlushVerdict.STALE)
-
-    def _close(self, verdict: FlushVerdict) -> None:
-        self.closed_by = verdict
-        self.lane.forget(self)
-        if self.ended is not None and not self.ended.done():
-            self.ended.set_result(False)
 
 
 class _Batch:
@@ -233,7 +155,7 @@ class Lane:
                     output.on_verdict(FlushVerdict.CANCELLED)
             elif output.closed_by is None:
                 verdict = _VERDICT_OF[code]
-                output._close(verdict)
+                output.close(verdict)
                 if output.on_verdict is not None:
                     output.on_verdict(verdict)
         self._publisher.n_flushes += 1
@@ -246,10 +168,12 @@ class Lane:
         tries.
         """
         self._publisher.n_failed_flushes += 1
-        if not isinstance(error, RedisUnavailable):
+        code = getattr(error, "code", type(error).__name__)
+        # A full Redis is a Redis that is away: somebody will make room. It says so before a script's first write.
+        if not isinstance(error, RedisUnavailable) and "OOM" not in str(error):
             batch.n_refused += 1
             if batch.n_refused >= self._publisher.tuning.max_refusals:
-                self._give_up(batch, error)
+                self._give_up(batch, code)
                 return
         self._again.append(batch)
         if not self._scheduled:
@@ -257,19 +181,18 @@ class Lane:
             self._publisher.loop.call_later(self._retry_s, self._flush)
             self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
 
-    def _give_up(self, batch: _Batch, error: BaseException) -> None:
-        code = (
-            error.code if isinstance(error, RedisError) and hasattr(error, "code") else type(error).__name__
-        )
+    def _give_up(self, batch: _Batch, code: str) -> None:
+        """Not our keys any more, or a fault of ours: these requests cannot end here."""
         log.error("flush refused for good", extra={"code": code, "n_streams": len(batch.entries)})
         self.n_pending -= batch.n_tokens
         for output, _, _ in batch.entries:
             output.n_unanswered -= 1
             if output.closed_by is None:
-                output._close(FlushVerdict.STALE)
+                output.close(FlushVerdict.STALE)
                 if output.on_verdict is not None:
                     output.on_verdict(FlushVerdict.STALE)
         self._open_room()
+        self._publisher.on_refused(code)
 
     def _open_room(self) -> None:
         if not self.full:
@@ -279,8 +202,16 @@ class Lane:
 class Publisher:
     """All lanes of a replica."""
 
-    def __init__(self, client: Client, keys: MachineKeys, tuning: ServeTuning) -> None:
+    def __init__(
+        self,
+        client: Client,
+        keys: MachineKeys,
+        tuning: ServeTuning,
+        on_refused: Callable[[str], None] = lambda code: None,
+    ) -> None:
+        """`on_refused(code)`: Redis answers, and will not take a flush; the replica is of no use any more."""
         self.client = client
+        self.on_refused = on_refused
         self.tuning = tuning
         self.prefix = keys.prefix
         self.loop = asyncio.get_running_loop()

@@ -72,7 +72,7 @@ class Replica:
             republish_max_s=tuning.republish_max_s,
         )
         self.beat = BeatFile(config.dirs.beat(config.replica))
-        self.publisher = Publisher(self.client, config.keys, tuning)
+        self.publisher = Publisher(self.client, config.keys, tuning, self._on_refused)
         self.server = Server(
             config, self.engine, self.client, self.publisher, self.spool, self._on_engine_dead
         )
@@ -145,6 +145,9 @@ class Replica:
         if hasattr(self, "reporter"):
             self.reporter.enter(ReplicaPhase.FAILED, failure.code, failure.message)
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, EXIT_FAILED)
+
+    def _on_refused(self, code: str) -> None:
+        self.fail(ReplicaFailure("redis_refused", f"the cell's Redis refuses this machine's work ({code})"))
 
     def _on_engine_dead(self, error: EngineDead) -> None:
         self.fail(classify(error))

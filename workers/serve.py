@@ -17,15 +17,13 @@ Never logs text; every log line carries request and replica ids.
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, Final
 
-import msgspec
-
+from workers.attempt import STOP_OF, Attempt, Run, Stop, sampling_of, usage_of
 from workers.config import FrontConfig
 from workers.contract import (
     ClaimVerdict,
@@ -33,77 +31,25 @@ from workers.contract import (
     FinishReason,
     FlushVerdict,
     RequestEnvelope,
-    UsageEvent,
     WireError,
     decode_envelope,
     encode,
 )
-from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, EngineRequest, SamplingSpec
+from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, EngineRequest
 from workers.journal import JournalBroken, inherit
+from workers.leases import Leases
+from workers.output import Output
 from workers.prompt import Prompts
-from workers.publisher import Output, Publisher
-from workers.redis_client import Client, RedisError, RedisUnavailable, ResponseError
-from workers.scripts import CLAIM, RELEASE
+from workers.publisher import Publisher
+from workers.redis_client import Client
 from workers.spool import Spool
 
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS: Final = 3
-_RETRY_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 _SETTLE_S: Final = 2.0
 # Before the first measurement: what the slowest engine we run (a 135M model on a busy CPU) certainly reaches.
 _PREFILL_PRIOR_PER_S: Final = 100.0
-_STATUS: Final = {FinishReason.ABORT: 499, FinishReason.ERROR: 500}
-
-
-class Stop(enum.Enum):
-    """Why a running attempt was interrupted from within the replica."""
-
-    CANCELLED = "cancelled"  # the client has gone
-    STALE = "stale"  # somebody else's request now
-    RESTART = "restart"  # journal or hold are not what we think: claim again and resume
-    ENGINE_DEAD = "engine_dead"
-
-
-_STOP_OF: Final = {
-    FlushVerdict.CANCELLED: Stop.CANCELLED,
-    FlushVerdict.STALE: Stop.STALE,
-    FlushVerdict.GAP: Stop.RESTART,
-    FlushVerdict.BUDGET: Stop.RESTART,
-}
-
-
-class Attempt:
-    """A claimed attempt while it runs."""
-
-    __slots__ = ("epoch", "generating", "request_id", "stop", "task")
-
-    def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
-        self.request_id = request_id
-        self.epoch = epoch
-        self.task = task
-        self.stop: Stop | None = None
-        self.generating = False
-
-    def interrupt(self, stop: Stop) -> None:
-        """Remember why, and end the generation if it runs. The first reason counts."""
-        if self.stop is None:
-            self.stop = stop
-            if self.generating:
-                self.task.cancel()
-
-
-class _Claim(msgspec.Struct, frozen=True):
-    """The claim script's answer."""
-
-    verdict: ClaimVerdict
-    body: bytes = b""
-    gateway: str = ""
-    stream: int = 0
-    n_done: int = 0
-    hold: int = 0
-    n_attempt: int = 1
-    entries: tuple[bytes, ...] = ()
 
 
 class Server:
@@ -124,6 +70,7 @@ class Server:
         self._engine = engine
         self._client = client
         self._publisher = publisher
+        self._leases = Leases(config, client)
         self._spool = spool
         self._on_engine_dead = on_engine_dead
         self._now_ms = now_ms
@@ -174,19 +121,18 @@ class Server:
 
     async def _once(self, attempt: Attempt, *, give_up: bool) -> bool:
         """Claim and serve. True: the attempt must be claimed again."""
-        claim = await self._claim(attempt)
+        claim = await self._leases.claim(attempt.request_id, attempt.epoch)
         if claim.verdict not in (ClaimVerdict.OK, ClaimVerdict.CANCELLED):
             log.info("claim refused: %s", claim.verdict.value, extra=self._ids(attempt))
             return False
         output = self._publisher.open(
             attempt.request_id, attempt.epoch, claim.gateway, claim.stream, claim.n_done
         )
-        output.on_verdict = lambda verdict: attempt.interrupt(_STOP_OF[verdict])
+        output.on_verdict = lambda verdict: attempt.interrupt(STOP_OF[verdict])
         try:
-            body = claim.body or await self._retried("GET", self._keys.body(attempt.request_id))
-            if not body:
+            if not claim.body:
                 return False  # zero retention, or settled meanwhile: nobody waits for it
-            run = _Run(decode_envelope(body), claim, output)
+            run = Run(decode_envelope(claim.body), claim, output)
             try:
                 if give_up:
                     return await self._refuse(run, attempt, _internal("the request could not be continued"))
@@ -203,36 +149,7 @@ class Server:
         finally:
             self._publisher.close(output)
 
-    async def _claim(self, attempt: Attempt) -> _Claim:
-        """Ask until Redis answers (bounded by the replica's life; a stop cancels it)."""
-        args: list[str | int] = [
-            self._keys.prefix,
-            self._now_ms(),
-            attempt.request_id,
-            attempt.epoch,
-            self._config.replica,
-        ]
-        maybe_ours, n_failures, n_refusals = False, 0, 0
-        while True:
-            try:
-                reply = await self._client.evalsha(CLAIM, (), args)
-                claim = _claim_of(reply)
-                if claim.verdict is ClaimVerdict.HELD and maybe_ours:
-                    # The answer to our own claim was lost; nobody else consumes this replica's queue.
-                    await self._client.evalsha(RELEASE, (), [self._keys.prefix, *args[2:4]])
-                    maybe_ours = False
-                    continue
-                return claim
-            except RedisUnavailable as error:
-                maybe_ours = maybe_ours or error.maybe_applied
-            except ResponseError:
-                n_refusals += 1
-                if n_refusals >= self._config.tuning.max_refusals:
-                    raise
-            await asyncio.sleep(_RETRY_S[min(n_failures, len(_RETRY_S) - 1)])
-            n_failures += 1
-
-    async def _serve_claimed(self, run: _Run, attempt: Attempt) -> bool:
+    async def _serve_claimed(self, run: Run, attempt: Attempt) -> bool:
         claim, envelope = run.claim, run.envelope
         if claim.verdict is ClaimVerdict.CANCELLED and claim.n_done == 0:
             return await self._end(run, attempt, FinishReason.ABORT)  # before any work: nothing to bill
@@ -254,12 +171,12 @@ class Server:
             return await self._end(run, attempt, run.reason_at_limit)
         return await self._generate(run, attempt, prompt, prior)
 
-    async def _generate(self, run: _Run, attempt: Attempt, prompt: list[int], prior: list[int]) -> bool:
+    async def _generate(self, run: Run, attempt: Attempt, prompt: list[int], prior: list[int]) -> bool:
         envelope = run.envelope
         request = EngineRequest(
             id=f"{attempt.request_id}.{attempt.epoch}.{id(run):x}",
             prompt_token_ids=prompt,
-            sampling=_sampling(envelope, run.limit),
+            sampling=sampling_of(envelope, run.limit),
             prior_token_ids=prior,
             priority=envelope.priority,
             cache_salt=envelope.cache_salt or None,
@@ -296,7 +213,7 @@ class Server:
             case _:
                 return False
 
-    async def _publish(self, run: _Run, deltas: Any) -> None:
+    async def _publish(self, run: Run, deltas: Any) -> None:
         """Hand each step to the publisher; a plain answer gathers `coalesce_tokens` first."""
         output = run.output
         lane = output.lane
@@ -331,7 +248,7 @@ class Server:
         """Tokens per flush: each step of a stream is seen by somebody, a plain answer only at its end."""
         return 1 if envelope.stream else self._config.tuning.coalesce_tokens
 
-    def _first_token(self, run: _Run) -> None:
+    def _first_token(self, run: Run) -> None:
         run.first_token_ms = max(0, self._now_ms() - run.envelope.admitted_at_ms)
         rate = (run.n_prefill - run.n_cached) / max(time.monotonic() - run.prefill_at_s, 1e-3)
         if run.n_prefill >= 64:  # shorter ones measure the step, not the prefill
@@ -344,13 +261,13 @@ class Server:
     # -- ends ------------------------------------------------------------------------------------------------
 
     async def _end(
-        self, run: _Run, attempt: Attempt, reason: FinishReason, error: WireError | None = None
+        self, run: Run, attempt: Attempt, reason: FinishReason, error: WireError | None = None
     ) -> bool:
         """The last entry, with exact counts, once. True when the flush says that it must be tried again."""
         if reason is FinishReason.ERROR and error is None:
             error = _internal("the engine could not finish this request; send it again")
         end = End(reason, run.n_prompt, run.n_cached, run.n_completion, error, run.claim.n_attempt)
-        usage = encode(self._usage(run, end))
+        usage = encode(usage_of(run, end, self._config, self._now_ms()))
         self._spool.begin(attempt.request_id, attempt.epoch, usage)
         ended = False
         try:
@@ -371,7 +288,7 @@ class Server:
             return await self._release(attempt, run.output)
         return False
 
-    async def _refuse(self, run: _Run, attempt: Attempt, error: WireError) -> bool:
+    async def _refuse(self, run: Run, attempt: Attempt, error: WireError) -> bool:
         """End with an error. A prompt that was never served is not billed."""
         if run.n_completion == 0:
             run.n_prompt = run.n_cached = 0
@@ -381,122 +298,15 @@ class Server:
         """Unclaim, once nothing of ours is under way; then it may be claimed again."""
         await self._publisher.settle(output, _SETTLE_S)
         output.drop()
-        args = (self._keys.prefix, attempt.request_id, attempt.epoch)
-        return int(await self._retried("EVALSHA", RELEASE.sha, 0, *args) or 0) == 1
-
-    async def _retried(self, *command: str | int) -> Any:
-        """An idempotent command, tried until the patience of `_RETRY_S` ends; None then."""
-        for wait_s in _RETRY_S:
-            try:
-                return await self._client.call(*command)
-            except RedisError:
-                await asyncio.sleep(wait_s)
-        return None
+        return await self._leases.release(attempt.request_id, attempt.epoch)
 
     async def _hand_back(self, attempt: Attempt, output: Output) -> None:
         """The replica stops: journal what was made, then let go of the lease so that no death is counted."""
         released = await self._release(attempt, output)
         log.info("handed back", extra={**self._ids(attempt), "released": released})
 
-    def _usage(self, run: _Run, end: End) -> UsageEvent:
-        envelope = run.envelope
-        return UsageEvent(
-            request_id=envelope.id,
-            org=envelope.org,
-            project=envelope.project,
-            key=envelope.key,
-            deployment=envelope.deployment,
-            replica=self._config.replica,
-            machine=self._config.machine,
-            model=envelope.model,
-            endpoint=envelope.endpoint,
-            n_prompt=end.n_prompt,
-            n_cached=end.n_cached,
-            n_completion=end.n_completion,
-            attempts=end.attempts,
-            finish_reason=end.reason,
-            status=end.error.status if end.error else _STATUS.get(end.reason, 200),
-            admitted_at_ms=envelope.admitted_at_ms,
-            # Unknown when an earlier attempt made the first token.
-            first_token_ms=run.first_token_ms if run.claim.n_done == 0 else None,
-            duration_ms=max(0, self._now_ms() - envelope.admitted_at_ms),
-            price_version=envelope.price_version,
-        )
-
     def _ids(self, attempt: Attempt) -> dict[str, object]:
         return {"request": attempt.request_id, "epoch": attempt.epoch, "replica": self._config.replica}
-
-
-class _Run:
-    """What is known about a claimed request while it is served."""
-
-    __slots__ = (
-        "claim",
-        "envelope",
-        "finish",
-        "first_token_ms",
-        "limit",
-        "n_cached",
-        "n_new",
-        "n_prefill",
-        "n_prompt",
-        "output",
-        "prefill_at_s",
-        "reason_at_limit",
-    )
-
-    def __init__(self, envelope: RequestEnvelope, claim: _Claim, output: Output) -> None:
-        self.envelope = envelope
-        self.claim = claim
-        self.output = output
-        self.n_prompt = self.n_cached = self.n_new = self.limit = self.n_prefill = 0
-        self.prefill_at_s = 0.0
-        self.reason_at_limit = FinishReason.LENGTH
-        self.finish: FinishReason | None = None
-        self.first_token_ms: int | None = None
-
-    @property
-    def n_completion(self) -> int:
-        """Tokens produced over all attempts."""
-        return self.claim.n_done + self.n_new
-
-    def set_limit(self, n_context: int) -> None:
-        """Most output tokens over all attempts: what was asked, what is held, what the context has left."""
-        asked, held = self.envelope.sampling.max_tokens, self.claim.n_done + self.claim.hold
-        room = n_context - self.n_prompt
-        self.limit = min(held, room) if self.envelope.open_ended else min(asked, held, room)
-        # The hold is the asked maximum unless money cut it, at admission of the request or before.
-        if self.limit < room and (self.limit < asked or self.envelope.budget_bound):
-            self.reason_at_limit = FinishReason.BUDGET
-
-
-def _claim_of(reply: list[Any]) -> _Claim:
-    verdict = ClaimVerdict(reply[0].decode())
-    if len(reply) == 1:
-        return _Claim(verdict)
-    _, body, gateway, stream, n_done, hold, n_attempt = reply[:7]
-    return _Claim(
-        verdict, body, gateway.decode(), int(stream), int(n_done), int(hold), int(n_attempt), tuple(reply[7:])
-    )
-
-
-def _sampling(envelope: RequestEnvelope, limit: int) -> SamplingSpec:
-    asked = envelope.sampling
-    return SamplingSpec(
-        max_tokens=limit,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
-        seed=asked.seed,
-        stop=asked.stop,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        repetition_penalty=asked.repetition_penalty,
-        logprobs=asked.logprobs,
-        ignore_eos=asked.ignore_eos,
-        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
-    )
 
 
 def _release_to(output: Output, held: list[Delta]) -> None:

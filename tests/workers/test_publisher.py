@@ -13,7 +13,7 @@ from workers import scripts
 from workers.config import ServeTuning
 from workers.contract import End, FinishReason, FlushVerdict
 from workers.engine.base import EngineProfile
-from workers.publisher import Output
+from workers.output import Output
 
 
 @pytest.fixture
@@ -124,15 +124,30 @@ async def test_refused_flushes_are_given_up_after_a_bounded_number_of_tries(
     async with serving(cell, tmp_path, tuning=ServeTuning(max_refusals=3)) as front:
         [output] = await claimed(cell, front)
         verdicts: list[FlushVerdict] = []
+        refused: list[str] = []
+        front.publisher.on_refused = refused.append
         output.on_verdict = verdicts.append
         user = front.config.keys.redis_user
         cell.r.execute_command("ACL", "SETUSER", user, "-evalsha")
         output.add([1], "x")
         await until(lambda: output.closed_by, "the end of patience")
-        assert verdicts == [FlushVerdict.STALE]
+        assert (verdicts, refused) == ([FlushVerdict.STALE], ["NOPERM"])
         assert front.publisher.n_failed_flushes == 3
         assert output.lane.n_pending == 0
         cell.r.execute_command("ACL", "SETUSER", user, "+evalsha")
+
+
+async def test_full_redis_is_waited_for(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path, tuning=ServeTuning(max_refusals=1)) as front:
+        [output] = await claimed(cell, front)
+        cell.r.config_set("maxmemory", 1)
+        try:
+            output.add([1], "x")
+            await until(lambda: front.publisher.n_failed_flushes >= 3, "several tries")
+        finally:
+            cell.r.config_set("maxmemory", 0)
+        await settled(output)
+        assert cell.text(output.request_id) == "x"
 
 
 async def test_stream_goes_on_across_a_restart_of_redis_with_its_log(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from workers.agent.plan import Life, Step, plan
+from workers.agent.records import Record, Records
 from workers.agent.zygote_client import Zygote, ZygoteGone, ZygoteRefused
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.beat import read_beat
@@ -32,15 +33,7 @@ log = logging.getLogger(__name__)
 
 FRONT_ENTRY: Final = "workers.front:run"
 MAX_REPLICAS: Final = 64
-_KEEP_LOGS: Final = 32
 _HAND_BACK_S: Final = 5.0  # from "stop now" to the kill: time to journal and release
-
-
-class Record(msgspec.Struct):
-    """What the disk remembers of a replica. `end` is None until it has ended."""
-
-    spec: ReplicaSpec
-    end: ReplicaStatus | None = None
 
 
 @dataclass(slots=True)
@@ -88,11 +81,14 @@ class Replicas:
         self._report = report
         self._limits = limits
         self._tuning = tuning
+        self._records = Records(self._dirs)
         self._store = ModelStore(config.model_cache)
         self._known: dict[str, Known] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        (self._dirs.root / "log").mkdir(mode=0o700, exist_ok=True)
-        self._remember()
+        for record in self._records.read_all():
+            # What had ended has ended; the rest is presumed to run until adoption tells.
+            life = Life.RUNNING if record.end is None else Life.ENDED
+            self._known[record.spec.replica] = Known(record.spec, life, end=record.end)
 
     # -- seen from outside
 
@@ -202,7 +198,7 @@ class Replicas:
                 spec.replica, ReplicaPhase.FAILED, "no_room", f"this machine runs {MAX_REPLICAS} replicas"
             )
             return
-        self._write(spec.replica, Record(spec))
+        self._records.write(Record(spec))
         self._report(
             ReplicaStatus(replica=spec.replica, phase=ReplicaPhase.STARTING, deployment=spec.deployment)
         )
@@ -263,8 +259,12 @@ class Replicas:
             tuning=self._tuning,
         )
         argument: dict[str, Any] = msgspec.to_builtins(front)
-        log_path = self._dirs.root / "log" / f"{known.spec.replica}.log"
-        return ForkSpec(entry=FRONT_ENTRY, tag=known.spec.replica, argument=argument, log=str(log_path))
+        return ForkSpec(
+            entry=FRONT_ENTRY,
+            tag=known.spec.replica,
+            argument=argument,
+            log=str(self._dirs.log(known.spec.replica)),
+        )
 
     # -- stopping
 
@@ -333,7 +333,7 @@ class Replicas:
             pid=known.pid,
             stages_ms=known.stages_ms,
         )
-        self._write(replica, Record(known.spec, known.end))
+        self._records.write(Record(known.spec, known.end))
         log.info("ended: %s", message or phase.value, extra={"replica": replica, "code": code})
         self._report(known.end)
 
@@ -348,30 +348,7 @@ class Replicas:
 
     def _forget(self, replica: str) -> None:
         del self._known[replica]
-        for path in (self._dirs.record(replica), self._dirs.outcome(replica), self._dirs.beat(replica)):
-            path.unlink(missing_ok=True)
-        logs = sorted((self._dirs.root / "log").glob("*.log"), key=lambda path: path.stat().st_mtime)
-        for path in logs[:-_KEEP_LOGS]:
-            path.unlink(missing_ok=True)
-
-    def _remember(self) -> None:
-        """Records of the agent before us: what had ended has ended; the rest is presumed to run until
-        adoption.
-        """
-        for path in self._dirs.run.glob("*.json"):
-            try:
-                record = msgspec.json.decode(path.read_bytes(), type=Record)
-            except (OSError, msgspec.MsgspecError):
-                path.unlink(missing_ok=True)
-                continue
-            life = Life.RUNNING if record.end is None else Life.ENDED
-            self._known[record.spec.replica] = Known(record.spec, life, end=record.end)
-
-    def _write(self, replica: str, record: Record) -> None:
-        path = self._dirs.record(replica)
-        scratch = path.with_suffix(".new")
-        scratch.write_bytes(msgspec.json.encode(record))
-        scratch.rename(path)
+        self._records.forget(replica)
 
 
 def _judge(

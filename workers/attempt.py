@@ -1,0 +1,145 @@
+"""One attempt of a request while a replica serves it: what interrupts it, what limits it, what it has used.
+
+Built by serve.py from a claim and an envelope. No I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import Any, Final
+
+from workers.config import FrontConfig
+from workers.contract import End, FinishReason, FlushVerdict, RequestEnvelope, UsageEvent
+from workers.engine.base import SamplingSpec
+from workers.leases import Claim
+from workers.output import Output
+
+_STATUS: Final = {FinishReason.ABORT: 499, FinishReason.ERROR: 500}
+
+
+class Stop(enum.Enum):
+    """Why a running attempt was interrupted from within the replica."""
+
+    CANCELLED = "cancelled"  # the client has gone
+    STALE = "stale"  # somebody else's request now
+    RESTART = "restart"  # journal or hold are not what we think: claim again and resume
+    ENGINE_DEAD = "engine_dead"
+
+
+STOP_OF: Final = {
+    FlushVerdict.CANCELLED: Stop.CANCELLED,
+    FlushVerdict.STALE: Stop.STALE,
+    FlushVerdict.GAP: Stop.RESTART,
+    FlushVerdict.BUDGET: Stop.RESTART,
+}
+
+
+class Attempt:
+    """A claimed attempt while it runs."""
+
+    __slots__ = ("epoch", "generating", "request_id", "stop", "task")
+
+    def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
+        self.request_id = request_id
+        self.epoch = epoch
+        self.task = task
+        self.stop: Stop | None = None
+        self.generating = False
+
+    def interrupt(self, stop: Stop) -> None:
+        """Remember why, and end the generation if it runs. The first reason counts."""
+        if self.stop is None:
+            self.stop = stop
+            if self.generating:
+                self.task.cancel()
+
+
+class Run:
+    """What is known about a claimed request while it is served."""
+
+    __slots__ = (
+        "claim",
+        "envelope",
+        "finish",
+        "first_token_ms",
+        "limit",
+        "n_cached",
+        "n_new",
+        "n_prefill",
+        "n_prompt",
+        "output",
+        "prefill_at_s",
+        "reason_at_limit",
+    )
+
+    def __init__(self, envelope: RequestEnvelope, claim: Claim, output: Output) -> None:
+        self.envelope = envelope
+        self.claim = claim
+        self.output = output
+        self.n_prompt = self.n_cached = self.n_new = self.limit = self.n_prefill = 0
+        self.prefill_at_s = 0.0
+        self.reason_at_limit = FinishReason.LENGTH
+        self.finish: FinishReason | None = None
+        self.first_token_ms: int | None = None
+
+    @property
+    def n_completion(self) -> int:
+        """Tokens produced over all attempts."""
+        return self.claim.n_done + self.n_new
+
+    def set_limit(self, n_context: int) -> None:
+        """Most output tokens over all attempts: what was asked, what is held, what the context has left."""
+        asked, held = self.envelope.sampling.max_tokens, self.claim.n_done + self.claim.hold
+        room = n_context - self.n_prompt
+        self.limit = min(held, room) if self.envelope.open_ended else min(asked, held, room)
+        # The hold is the asked maximum unless money cut it, at admission of the request or before.
+        if self.limit < room and (self.limit < asked or self.envelope.budget_bound):
+            self.reason_at_limit = FinishReason.BUDGET
+
+
+def sampling_of(envelope: RequestEnvelope, limit: int) -> SamplingSpec:
+    """What the engine is told; `limit` output tokens over all attempts."""
+    asked = envelope.sampling
+    return SamplingSpec(
+        max_tokens=limit,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        seed=asked.seed,
+        stop=asked.stop,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logprobs=asked.logprobs,
+        ignore_eos=asked.ignore_eos,
+        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
+    )
+
+
+def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent:
+    """What is billed and measured; counts are those of the end the client sees."""
+    envelope = run.envelope
+    return UsageEvent(
+        request_id=envelope.id,
+        org=envelope.org,
+        project=envelope.project,
+        key=envelope.key,
+        deployment=envelope.deployment,
+        replica=config.replica,
+        machine=config.machine,
+        model=envelope.model,
+        endpoint=envelope.endpoint,
+        n_prompt=end.n_prompt,
+        n_cached=end.n_cached,
+        n_completion=end.n_completion,
+        attempts=end.attempts,
+        finish_reason=end.reason,
+        status=end.error.status if end.error else _STATUS.get(end.reason, 200),
+        admitted_at_ms=envelope.admitted_at_ms,
+        # Unknown when an earlier attempt made the first token.
+        first_token_ms=run.first_token_ms if run.claim.n_done == 0 else None,
+        duration_ms=max(0, now_ms - envelope.admitted_at_ms),
+        price_version=envelope.price_version,
+    )
