@@ -27,11 +27,11 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections import deque
 from pathlib import Path
 from typing import Final
 
+from workers.agent.zygote_child import run_child
 from workers.agent.zygote_protocol import (
     MAX_LINE_BYTES,
     ChildExit,
@@ -50,7 +50,6 @@ MAX_REMEMBERED_EXITS: Final = 1024
 _TICK_S: Final = 1.0
 _STOP_GRACE_S: Final = 10.0
 _HANDLED: Final = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
-_APPEND: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 # What a replica front needs besides its engine.
 _PREIMPORTED: Final = (
     "asyncio",
@@ -286,30 +285,6 @@ class ZygoteServer:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-
-
-def run_child(spec: ForkSpec) -> int:
-    """In a child that has shed the zygote: redirect output, set the environment, call the entry; exit code."""
-    forking.name_process("corral-replica")
-    try:
-        _redirect(spec.log)
-        os.environ.update(spec.env)
-        module, _, function = spec.entry.partition(":")
-        return int(getattr(importlib.import_module(module), function)(dict(spec.argument)) or 0)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-
-def _redirect(log: str) -> None:
-    """Standard input from nowhere, output and errors to the end of the log."""
-    null, sink = os.open(os.devnull, os.O_RDONLY), os.open(log, _APPEND, 0o600)
-    for source, target in ((null, 0), (sink, 1), (sink, 2)):
-        os.dup2(source, target)
-    os.close(null)
-    os.close(sink)
 
 
 def preimport(wanted: tuple[str, ...], extra: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:

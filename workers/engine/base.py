@@ -68,10 +68,9 @@ class EngineRequest:
     """One attempt of one request.
 
     prior_token_ids: output already journaled by earlier attempts; deltas start after it. Empty on attempt 1.
-    priority: lower runs first; ties by arrival.
-    cache_salt: prefix-cache isolation domain (per tenant), None = shared.
-    min_delta_tokens: deltas between the first and the last need not come sooner than with so many tokens: a hint
-    that saves the wake-up per token where nobody watches. An engine may ignore it.
+    priority: lower runs first; ties by arrival. cache_salt: prefix-cache isolation domain (per tenant), None
+    = shared. min_delta_tokens: deltas between the first and the last need not come sooner than with so many
+    tokens: a hint that saves the wake-up per token where nobody watches. An engine may ignore it.
     """
 
     id: str

@@ -10,12 +10,14 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_SETTLE_S: Final = 1.0
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a freshly forked child must not import or link
 
 
@@ -32,6 +34,10 @@ def thread_names(pid: int | None = None) -> list[str]:
         except OSError:  # the thread ended in between
             continue
     return names
+
+
+def _own_name() -> str:
+    return Path("/proc/self/comm").read_text().strip()
 
 
 def require_single_thread(purpose: str) -> None:
@@ -89,8 +95,16 @@ class ForkWatch:
             raise UnsafeForkError(f"forked with several Python threads alive: {self.threads_at_fork}")
 
     def note_fork(self) -> None:
+        """Runs just before the fork, which waits until native threads that have just begun have come to rest."""
         self._n_python_threads.append(threading.active_count())
-        self.threads_at_fork.append(thread_names())
+        end_s = time.monotonic() + _SETTLE_S
+        while True:
+            # A thread carries its creator's name until it has set itself up; libzmq's name themselves last.
+            names = thread_names()
+            if names.count(_own_name()) <= 1 or time.monotonic() > end_s:
+                break
+            time.sleep(0.001)
+        self.threads_at_fork.append(names)
 
 
 def _before_fork() -> None:

@@ -29,86 +29,9 @@ from workers.engine.base import (
     TokenLogprob,
     context_exceeded,
 )
-from workers.engine.text import StopMatcher
+from workers.engine.toy_sequence import Sequence
 
 KV_BYTES_PER_TOKEN = 1024  # pretended; with it `kv_cache_bytes` means what it means for a small model
-MIN_NATURAL_TOKENS, MAX_NATURAL_TOKENS = 16, 200  # the "model" ends by itself within these
-
-
-class _Sequence:
-    """One request inside the engine. `n_computed` tokens of prompt + output have (pretended) KV."""
-
-    __slots__ = (
-        "ended",
-        "finish",
-        "key",
-        "matcher",
-        "n_blocks",
-        "n_computed",
-        "n_delta",
-        "n_end",
-        "n_out",
-        "n_prompt",
-        "n_room",
-        "new_ids",
-        "new_text",
-        "request",
-        "seed",
-        "waiter",
-    )
-
-    def __init__(self, request: EngineRequest, key: tuple[int, int], n_context_left: int) -> None:
-        sampling = request.sampling
-        self.request = request
-        self.key = key
-        self.n_prompt = len(request.prompt_token_ids)
-        self.n_delta = 1  # tokens that make a delta; the first one is told at once, whatever the hint
-        self.n_out = 0
-        self.n_computed = self.n_blocks = self.n_room = 0
-        self.seed = toy_text.seed_of(
-            request.prompt_token_ids, sampling.seed if sampling.temperature else None
-        )
-        natural = MIN_NATURAL_TOKENS + self.seed % (MAX_NATURAL_TOKENS - MIN_NATURAL_TOKENS + 1)
-        limit = min(sampling.max_tokens, n_context_left)
-        # Position at which the end-of-sequence token comes; beyond the limit it never does.
-        self.n_end = limit if sampling.ignore_eos else min(limit, natural)
-        self.ended = FinishReason.LENGTH if sampling.ignore_eos or limit < natural else FinishReason.STOP
-        self.matcher = StopMatcher(sampling.stop)
-        self.finish: FinishReason | None = None
-        self.new_ids: list[int] = []
-        self.new_text: list[str] = []
-        self.waiter: asyncio.Future[None] | None = None
-
-    def advance(self) -> None:
-        """One output token: id, text, end."""
-        at = self.n_out
-        self.n_out = at + 1
-        last = self.n_out >= self.n_end
-        if last and self.ended is FinishReason.STOP:
-            token, piece = toy_text.EOS, ""
-        else:
-            token = toy_text.token_at(self.seed, at)
-            piece = toy_text.PIECES[token] if at else toy_text.PIECES[token][1:]
-        self.new_ids.append(token)
-        self.new_text.append(self.matcher.push(piece, last))
-        if self.matcher.stopped:
-            self.finish = FinishReason.STOP
-        elif last:
-            self.finish = self.ended
-
-    def replay(self) -> None:
-        """Bring the state to where earlier attempts left off, emitting nothing."""
-        for _ in self.request.prior_token_ids:
-            if self.finish is not None:
-                break
-            self.advance()
-        self.new_ids.clear()
-        self.new_text.clear()
-
-    def wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
 
 
 class ToyEngine:
@@ -122,8 +45,8 @@ class ToyEngine:
         self.n_blocks = max(1, profile.kv_cache_bytes // (KV_BYTES_PER_TOKEN * self._block))
         self._n_free = self.n_blocks
         self._budget = profile.max_num_batched_tokens or max(2048, profile.max_num_seqs)
-        self._waiting: list[tuple[tuple[int, int], _Sequence]] = []
-        self._running: list[_Sequence] = []
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._running: list[Sequence] = []
         self._n_arrived = 0
         self._task: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
@@ -198,7 +121,7 @@ class ToyEngine:
 
     # -- admission and stepping
 
-    def _admit(self, request: EngineRequest) -> _Sequence:
+    def _admit(self, request: EngineRequest) -> Sequence:
         n_prompt = len(request.prompt_token_ids)
         n_context = min(self.max_model_len, self.n_blocks * self._block)
         if not n_prompt:
@@ -206,7 +129,7 @@ class ToyEngine:
         if n_prompt >= n_context:
             raise context_exceeded(n_prompt, n_context)
         self._n_arrived += 1
-        seq = _Sequence(request, (request.priority, self._n_arrived), n_context - n_prompt)
+        seq = Sequence(request, (request.priority, self._n_arrived), n_context - n_prompt)
         seq.replay()
         if seq.finish is None:
             if not self._running and not self._waiting:
@@ -295,7 +218,7 @@ class ToyEngine:
                     self._running.pop()
                     self._free(seq)
 
-    def _grow(self, seq: _Sequence, n_tokens: int) -> bool:
+    def _grow(self, seq: Sequence, n_tokens: int) -> bool:
         """Room for `n_tokens`, at the cost of the sequences admitted last.
 
         False: `seq` itself had to give way.
@@ -310,16 +233,16 @@ class ToyEngine:
         self._take(seq, n_tokens)
         return True
 
-    def _take(self, seq: _Sequence, n_tokens: int) -> None:
+    def _take(self, seq: Sequence, n_tokens: int) -> None:
         n_blocks = -(-n_tokens // self._block)
         self._n_free -= n_blocks - seq.n_blocks
         seq.n_blocks, seq.n_room = n_blocks, n_blocks * self._block
 
-    def _free(self, seq: _Sequence) -> None:
+    def _free(self, seq: Sequence) -> None:
         self._n_free += seq.n_blocks
         seq.n_blocks = seq.n_room = 0
 
-    def _abort(self, seq: _Sequence) -> None:
+    def _abort(self, seq: Sequence) -> None:
         seq.finish = FinishReason.ABORT
         self._free(seq)
         if seq in self._running:
@@ -336,7 +259,7 @@ class ToyEngine:
             seq.wake()
         self._running, self._waiting, self._n_free = [], [], self.n_blocks
 
-    def _misbehave(self, seq: _Sequence) -> None:
+    def _misbehave(self, seq: Sequence) -> None:
         if toy_text.DIE in seq.request.prompt_token_ids:
             os._exit(70)
         if toy_text.HANG in seq.request.prompt_token_ids:

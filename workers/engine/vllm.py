@@ -31,7 +31,6 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
-import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from pathlib import Path
@@ -51,6 +50,7 @@ from workers.engine.base import (
     context_exceeded,
 )
 from workers.engine.chat import check_messages
+from workers.engine.stats_board import StatsBoard
 from workers.engine.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class VllmEngine:
         from workers.engine.resume_penalties import ResumePenalties
 
         self.profile = profile
-        self._board = _StatsBoard()
+        self._board = StatsBoard()
         args = AsyncEngineArgs(
             model=str(model_dir),
             dtype=profile.dtype,
@@ -293,76 +293,6 @@ class VllmEngine:
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-
-class _StatsBoard:
-    """The last figures the core sent with its outputs. Written and read on the loop, once per engine step."""
-
-    def __init__(self) -> None:
-        self._n_inflight = 0
-        self.n_running = self.n_waiting = self.n_steps = self.n_preemptions = 0
-        self.n_prefix_queries = self.n_prefix_hits = 0
-        self.kv_used_ratio = self.step_ms = 0.0
-        self.last_step_at_s = time.monotonic()
-
-    def logger(self, config: object, engine_index: int = 0) -> _StatsBoard:
-        """vLLM's factory of stat loggers; this object is the logger."""
-        return self
-
-    @property
-    def n_inflight(self) -> int:
-        return self._n_inflight
-
-    @n_inflight.setter
-    def n_inflight(self, n: int) -> None:
-        if self._n_inflight == 0:
-            self.last_step_at_s = time.monotonic()  # an idle engine owes no step
-            self.n_running = 0  # the core's last word was about requests that are gone
-        self._n_inflight = n
-
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: object = None,
-        engine_idx: int = 0,
-    ) -> None:
-        if iteration_stats is not None:
-            self.n_preemptions += iteration_stats.num_preempted_reqs
-        if scheduler_stats is None:
-            return
-        now_s = time.monotonic()
-        self.n_steps += 1
-        self.step_ms += 0.2 * ((now_s - self.last_step_at_s) * 1000 - self.step_ms)
-        self.last_step_at_s = now_s
-        self.n_running = scheduler_stats.num_running_reqs
-        self.n_waiting = scheduler_stats.num_waiting_reqs
-        self.kv_used_ratio = scheduler_stats.kv_cache_usage
-        self.n_prefix_queries += scheduler_stats.prefix_cache_stats.queries
-        self.n_prefix_hits += scheduler_stats.prefix_cache_stats.hits
-
-    def read(self) -> EngineStats:
-        n_running = min(self.n_running, self._n_inflight)  # the core's last word may predate an abort
-        return EngineStats(
-            n_running=n_running,
-            n_waiting=self._n_inflight - n_running,
-            kv_used_ratio=self.kv_used_ratio if self._n_inflight else 0.0,
-            n_steps=self.n_steps,
-            last_step_at_s=self.last_step_at_s,
-            step_ms=self.step_ms,
-            n_preemptions=self.n_preemptions,
-            n_prefix_queries=self.n_prefix_queries,
-            n_prefix_hits=self.n_prefix_hits,
-        )
-
-    def log_engine_initialized(self) -> None:
-        pass
-
-    def log(self) -> None:
-        pass
-
-    def record_sleep_state(self, is_awake: int, level: int) -> None:
-        pass
 
 
 def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:
