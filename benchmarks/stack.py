@@ -37,11 +37,12 @@ _GROUP_OF = {"control": "intake", "beat": "intake"}
 
 @dataclass(frozen=True)
 class BenchStack:
-    """A running stack: its data directory, environment for `manage.py`, and quickstart facts."""
+    """A running stack: its data directory, environment for `manage.py`, quickstart facts, and what `up` printed."""
 
     var: Path
     env: Mapping[str, str]
     facts: Quickstart
+    printed: str
 
     @property
     def port(self) -> int:
@@ -94,7 +95,7 @@ def bench_stack(engine: str = "toy", *, keep: bool = False) -> Iterator[BenchSta
         )  # fmt: skip
         if up.returncode:
             raise RuntimeError(f"the stack did not start:\n{up.stdout[-3000:]}\n{up.stderr[-2000:]}")
-        yield BenchStack(var, env, quickstart_file.read(var))
+        yield BenchStack(var, env, quickstart_file.read(var), up.stdout)
     finally:
         subprocess.run(
             [sys.executable, "manage.py", "down"],

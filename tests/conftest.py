@@ -23,6 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.DATABASES  # noqa: B018
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, then those that start a whole stack, then the browser's.
+
+    Playwright's synchronous API keeps an event loop running in this thread until the run ends, and no asyncio
+    test can start after that.
+    """
+    items.sort(
+        key=lambda item: (bool(item.get_closest_marker("browser")), bool(item.get_closest_marker("stack")))
+    )
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the servers, also after a run that was interrupted."""
     SERVERS.destroy()
