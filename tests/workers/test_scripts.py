@@ -181,6 +181,16 @@ def test_money_hold_is_the_worst_case_or_what_is_left(cell: Cell) -> None:
     assert cell.limit("key", "k1")[b"spent"] == b"34"
 
 
+def test_money_stays_exact_beyond_what_a_double_holds(cell: Cell) -> None:
+    """Lua counts in doubles: 2^53 nano-dollars are nine million dollars."""
+    spent = 2**60 + 1
+    cell.run(scripts.SEED, KEYS.prefix, "org", "o1", spent)
+    cell.admit("q1", org_budget=2**62)
+    cell.settle("q1", cost=3)
+    assert int(cell.limit("org", "o1")[b"spent"]) == spent + 3
+    assert int(cell.limit("org", "o1")[b"held"]) == 0
+
+
 def test_settle_happens_once(cell: Cell) -> None:
     cell.enrol("r1", slots=2)
     cell.admit("q1", candidates=("r1",), key_conc=5, key_out=100)

@@ -77,7 +77,8 @@ for s = 1, 3 do
       redis.call('DEL', P .. 'body:' .. id)
       return {'seed', SCOPE[s], ARGV[a]}
     end
-    local left = budget - tonumber(v[6]) - tonumber(v[7] or '0')
+    set.held = v[7] or '0'
+    local left = budget - tonumber(v[6]) - tonumber(set.held)
     if not money_left or left < money_left then money_left = left end
     -- hold = min(worst case, what is left): the prompt and one token must fit.
     if left < money - out_rate * math.max(n_out - 1, 0) then
@@ -114,8 +115,8 @@ for s = 1, 3 do
   local a = 15 + (s - 1) * 6
   local h, set = scope_key(P, s, ARGV[a]), taken[s]
   if set.out_at then set[set.out_at] = set[set.out_at] - n_out end
+  if set.held then put_money(h, set, 'held', set.held, money) end
   redis.call('HSET', h, unpack(set))
-  if tonumber(ARGV[a + 5]) >= 0 then redis.call('HINCRBY', h, 'held', held) end
 end
 
 redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],

@@ -14,3 +14,17 @@ local function refilled(stored, cap, elapsed_ms)
   if not stored then return cap end
   return math.min(tonumber(stored) + elapsed_ms * cap / 60000, cap)
 end
+
+-- Adds to an integer amount of money: with the other fields of the hash (`set`, an argument list for HSET) where a
+-- double holds the sum exactly, by Redis' own 64-bit integers beyond that.
+local EXACT = 2 ^ 52
+
+local function put_money(h, set, field, before, added)
+  local sum = tonumber(before) + added
+  if math.abs(sum) < EXACT and math.abs(tonumber(before)) < EXACT then
+    set[#set + 1] = field
+    set[#set + 1] = string.format('%.0f', sum)
+  else
+    redis.call('HINCRBY', h, field, string.format('%.0f', added))
+  end
+end

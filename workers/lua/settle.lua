@@ -14,7 +14,7 @@ for c in string.gmatch(r[9], '[^,]+') do caps[#caps + 1] = tonumber(c) end
 for s = 1, 3 do
   local h = scope_key(P, s, r[s + 2])
   local itpm, otpm, budget = caps[s * 3 - 2], caps[s * 3 - 1], caps[s * 3]
-  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent')
+  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent', 'held')
   local set = {'conc', math.max(tonumber(v[3] or '0') - 1, 0)}
   -- Refunds lift the level as it stood at ms; whoever reads it next refills and clamps.
   if itpm >= 0 and v[1] then
@@ -25,10 +25,10 @@ for s = 1, 3 do
     set[#set + 1] = 'out'
     set[#set + 1] = tonumber(v[2]) + back_out
   end
-  redis.call('HSET', h, unpack(set))
-  if budget >= 0 then redis.call('HINCRBY', h, 'held', '-' .. r[8]) end
+  if budget >= 0 then put_money(h, set, 'held', v[5] or '0', -tonumber(r[8])) end
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
-  if v[4] then redis.call('HINCRBY', h, 'spent', ARGV[6]) end
+  if v[4] then put_money(h, set, 'spent', v[4], tonumber(ARGV[6])) end
+  redis.call('HSET', h, unpack(set))
 end
 if r[1] == 'queued' then
   redis.call('ZREM', P .. 'dep:' .. did .. ':q', id)
