@@ -27,7 +27,7 @@ def measure(*, repeats: int = 7, progress: Callable[[str], None] = lambda text: 
     """`repeats` rounds after one that warms machine and files; returns the report that `--json` prints."""
     progress("starting a private stack")
     request_ms, command_ms, stages = [], [], []
-    with bench_stack("toy") as stack:
+    with bench_stack("vllm", demo="toy") as stack:
         progress("importing the tiny model; waiting for machine and zygote (the engine is imported once)")
         profile = ("--profile", "max_model_len=512", "--profile", "kv_cache_bytes=67108864")
         idle = ("--idle-timeout-s", str(IDLE_TIMEOUT_S))

@@ -82,24 +82,30 @@ class BenchStack:
 
 
 @contextmanager
-def bench_stack(engine: str = "toy", *, keep: bool = False) -> Iterator[BenchStack]:
-    """Starts a stack in a temporary directory, yields it, stops it and removes its data."""
+def bench_stack(engine: str = "toy", *, demo: str | None = None) -> Iterator[BenchStack]:
+    """Starts a stack in a temporary directory, yields it, stops it and removes its data.
+
+    `engine` is what its machines preload. `demo` names another engine for the demo deployment, which is then set up
+    without a first question.
+    """
     var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
     var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
     env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
     try:
         up = subprocess.run(
-            [sys.executable, "manage.py", "up", "--detach"],
+            [sys.executable, "manage.py", "up", "--detach", *(["--no-question"] if demo else [])],
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
         )  # fmt: skip
         if up.returncode:
             raise RuntimeError(f"the stack did not start:\n{up.stdout[-3000:]}\n{up.stderr[-2000:]}")
+        if demo:
+            argv = [sys.executable, "manage.py", "quickstart", "--no-question", "--engine", demo]
+            subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=UP_TIMEOUT_S, check=True)
         yield BenchStack(var, env, quickstart_file.read(var), up.stdout)
     finally:
         subprocess.run(
             [sys.executable, "manage.py", "down"],
             cwd=ROOT, env=env, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
-        if not keep:
-            shutil.rmtree(var, ignore_errors=True)
+        shutil.rmtree(var, ignore_errors=True)

@@ -85,6 +85,8 @@ def logging_config(*, level: str = "INFO") -> dict[str, Any]:
             "celery.beat": {"level": "WARNING"},
             "celery.worker.strategy": {"level": "WARNING"},
             "celery.app.trace": {"level": "WARNING"},
+            # Our own commands' calls to our own gateway; its log has them.
+            "httpx": {"level": "WARNING"},
             # SQL parameters would carry tenants' data.
             "django.db.backends": {"level": "WARNING"},
         },
