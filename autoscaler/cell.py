@@ -23,7 +23,7 @@ from redis.retry import Retry
 from workers.contract import Heartbeat, Notice, ReplicaSpec, ReplicaStatus, Stage, WireError
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
-from workers.scripts import ENROL, SETTLE, WITHDRAW, Script
+from workers.scripts import ENROL, MACHINE_SCRIPTS, SETTLE, WITHDRAW, Script
 
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
@@ -290,6 +290,11 @@ class Cell:
     def run_id(self) -> str:
         """Changes when the server was restarted or replaced."""
         return str(self.redis.info("server")["run_id"])
+
+    def load_machine_scripts(self) -> None:
+        """Machines run scripts by name only and may not load any: somebody trusted must, after every start of Redis."""
+        for script in MACHINE_SCRIPTS:
+            self.redis.script_load(script.source)
 
     def _machine(self, machine: str) -> MachineKeys:
         return self.keys.machine(machine)

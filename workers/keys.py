@@ -41,10 +41,12 @@ USAGE_STREAM_MAX: Final = 200_000
 
 SCOPES: Final = ("key", "prj", "org")
 
-# Commands a machine's Redis user may run: what the consumer, the journal, the heartbeat and the agent need.
+# Commands a machine's Redis user may run: what the consumer, the journal, the heartbeat and the agent need. Scripts
+# only by name: with EVAL or SCRIPT LOAD a hostile machine could run an endless loop inside Redis. The trusted side
+# loads the machine scripts (gateways and watcher, on every connection).
 MACHINE_COMMANDS: Final = (
     "+ping +hello +auth +client|setname +client|setinfo +client|id +select +info +time +command "
-    "+eval +evalsha +script|load +script|exists +multi +exec +discard +watch +unwatch "
+    "+evalsha +script|exists +multi +exec +discard +watch +unwatch "
     "+get +set +mget +del +unlink +exists +expire +pexpire +rename +type "
     "+hget +hset +hsetnx +hmget +hgetall +hdel +hincrby +hlen +hexists "
     "+lpush +rpush +lpop +rpop +brpop +blpop +blmove +lmove +lrange +llen +ltrim +lrem "

@@ -25,7 +25,6 @@ from workers.failure import ReplicaFailure, classify, write_outcome
 from workers.heartbeat import Reporter
 from workers.publisher import Publisher
 from workers.redis_client import Client
-from workers.scripts import MACHINE_SCRIPTS
 from workers.serve import Server
 from workers.spool import Spool
 from workers.watchdog import Glance
@@ -63,7 +62,7 @@ class Replica:
         self.client = Client(
             config.redis_url,
             name=f"front-{config.replica[:8]}",
-            scripts=MACHINE_SCRIPTS,
+            may_load_scripts=False,
         )
         self.spool = Spool(
             config.dirs.spool_file(config.replica),

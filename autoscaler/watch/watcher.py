@@ -138,6 +138,7 @@ class Watcher:
     def _become_active(self) -> None:
         """First turn, or first after Redis was away: whatever was published meanwhile is lost, so all is read."""
         run_id = self.cell.run_id()
+        self.cell.load_machine_scripts()
         self._pubsub = self.cell.pubsub()
         now_s = self._clock()
         self._beats.forgive(now_s)

@@ -36,7 +36,7 @@ from workers.engine.toy import ToyEngine
 from workers.keys import RETENTION_MS, CellKeys
 from workers.publisher import Publisher
 from workers.redis_client import Client
-from workers.scripts import MACHINE_SCRIPTS, Script
+from workers.scripts import Script
 from workers.serve import Server
 from workers.spool import Spool
 
@@ -52,7 +52,7 @@ class Cell:
         self.url = redis_url
         self.keys = CellKeys("t0")
         self.r = redis.Redis.from_url(redis_url)
-        for script in scripts.TRUSTED_SCRIPTS:
+        for script in (*scripts.TRUSTED_SCRIPTS, *scripts.MACHINE_SCRIPTS):
             self.r.script_load(script.source)
         self.heard = self.r.pubsub(ignore_subscribe_messages=True)
         self.heard.psubscribe("t0:m:*:g:*")
@@ -219,7 +219,7 @@ async def serving(
         tuning=tuning or ServeTuning(),
     )
     config.dirs.create()
-    client = Client(config.redis_url, name=replica, scripts=MACHINE_SCRIPTS)
+    client = Client(config.redis_url, name=replica, may_load_scripts=False)
     engine = ToyEngine(profile)
     spool = Spool(config.dirs.spool_file(replica), max_bytes=config.tuning.spool_max_bytes)
     await client.connect()
