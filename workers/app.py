@@ -23,6 +23,7 @@ from celery.platforms import SecurityWarning
 from kombu import Exchange, Queue
 
 from workers.contract import SERVE_TASK
+from workers.strategy import LightStrategy
 
 MAX_IN_FLIGHT: Final = 1024  # jobs of one consumer; slots keep real replicas far below it
 _SOCKET_TIMEOUT_S: Final = 5.0
@@ -106,7 +107,7 @@ def make_app(config: ConsumerConfig) -> Celery:
         control_queue_expires=None,  # an expiring control queue would need scripts on every bind
     )
 
-    @app.task(name=SERVE_TASK, shared=False)
+    @app.task(name=SERVE_TASK, shared=False, Strategy=LightStrategy())
     def serve(request_id: str, epoch: int) -> None:
         """What the message names. LoopPool runs the front's coroutine instead; no other pool can serve."""
         raise RuntimeError("corral.serve runs on workers.pool:LoopPool only")

@@ -100,18 +100,26 @@ class LoopPool(BasePool):
             log.error("refused a %s message whose arguments are not (request id, epoch)", args[0])
             callback((False, None, 0.0))
             return None
+        return self.submit(args[1], arguments, callback)
+
+    def submit(self, task_id: str, arguments: tuple[str, int], on_done: Callable[..., None]) -> Job:
+        """Start a job, or join the one that runs. `on_done` is called on the loop, unless a revoke or stop ends it."""
         running = self._jobs.get(arguments)
         if running is not None:
             # Put back and delivered again when the connection to Redis was lost: the job still runs.
             self.n_joined += 1
-            running.on_done.append(callback)
+            running.on_done.append(on_done)
             return running
-        job = self._jobs[arguments] = Job(self, args[1], arguments, callback)
+        job = self._jobs[arguments] = Job(self, task_id, arguments, on_done)
         self.n_started += 1
         self._inbox.append(job)
         if len(self._inbox) == 1:  # otherwise the loop is already on its way
             self._runtime.loop.call_soon_threadsafe(self._start_jobs)
         return job
+
+    def job(self, arguments: tuple[str, int]) -> Job | None:
+        """The job in flight for (request id, epoch), if any."""
+        return self._jobs.get(arguments)
 
     def cancel(self, job: Job, reason: str) -> None:
         """Ask a job to end; it may be waiting, running or over."""

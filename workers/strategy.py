@@ -1,0 +1,185 @@
+"""The short way of a `corral.serve` message from the consumer to LoopPool: no Request, signal, event, ETA or rate.
+
+Celery asks `LightStrategy` for a message handler at every connection (`Task.Strategy`). A message exactly as
+contract.py writes it, not revoked, goes straight to the pool; any other takes Celery's own strategy, which knows
+how to reject, discard or serve it. What `inspect`, `revoke` and the stops need of a request is in `LightRequest`.
+Everything here runs on the hub's thread except `_end`. It must never log a message's arguments or run a job.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import deque
+from time import time
+from typing import Any, Final
+
+import msgspec
+from celery.worker import state as worker_state
+from celery.worker.strategy import default as stock_strategy
+
+from workers.contract import SERVE_TASK, celery_message
+from workers.pool import LoopPool
+
+log = logging.getLogger(__name__)
+
+
+class _NoKwargs(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class _Embed(msgspec.Struct, forbid_unknown_fields=True):
+    callbacks: None
+    errbacks: None
+    chain: None
+    chord: None
+
+
+_body_decoder = msgspec.json.Decoder(tuple[tuple[str, int], _NoKwargs, _Embed])
+
+# What every message of ours has in common; the ids differ. An unknown header (redelivered, eta, stamps, …)
+# or another value is stock's to interpret.
+_SAMPLE: Final[dict[str, Any]] = msgspec.json.decode(celery_message("", 0, ""))
+_ANY_ID: Final = {"id": None, "root_id": None}
+_HEADERS: Final[dict[str, Any]] = _SAMPLE["headers"] | _ANY_ID
+_CONTENT: Final = (_SAMPLE["content-type"], _SAMPLE["content-encoding"])
+
+
+class LightRequest:
+    """A message being served, as celery.worker.state and the control commands see it. Always active: LoopPool
+    starts a job at once, so none is ever reserved only."""
+
+    __slots__ = (
+        "__weakref__",
+        "_connection_errors",
+        "acknowledged",
+        "arguments",
+        "eventer",  # set by Celery on reconnecting; never used
+        "hostname",
+        "id",
+        "message",
+        "task",
+        "time_start",
+    )
+    name = SERVE_TASK
+
+    def __init__(self, message: Any, arguments: tuple[str, int], task: Any, consumer: Any) -> None:
+        self.id: str = message.headers["id"]
+        self.message = message
+        self.arguments = arguments
+        self.task = task
+        self.hostname = consumer.hostname
+        self._connection_errors = consumer.connection_errors
+        self.time_start = time()
+        self.acknowledged = False
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `inspect active` and `query_task` show: stock's fields and values. `safe`: without arguments."""
+        delivery_info = self.message.delivery_info
+        return {
+            "id": self.id,
+            "name": self.name,
+            "args": self.message.headers["argsrepr"] if safe else list(self.arguments),
+            "kwargs": self.message.headers["kwargsrepr"] if safe else {},
+            "type": self.name,
+            "hostname": self.hostname,
+            "time_start": self.time_start,
+            "acknowledged": self.acknowledged,
+            "delivery_info": {
+                "exchange": delivery_info.get("exchange"),
+                "routing_key": delivery_info.get("routing_key"),
+                "priority": self.message.properties.get("priority"),
+                "redelivered": delivery_info.get("redelivered", False),
+            },
+            "worker_pid": os.getpid(),
+        }
+
+    def terminate(self, pool: LoopPool, signal: Any = None) -> None:
+        """Revoked while running: acknowledged, then cancelled."""
+        worker_state.task_ready(self)
+        self.acknowledge()
+        self._cancel_job(pool)
+
+    def cancel(self, pool: LoopPool, signal: Any = None, emit_retry: bool = True) -> None:
+        """Cold shutdown: cancelled and not acknowledged, so that closing the channel puts the message back."""
+        worker_state.task_ready(self)
+        self._cancel_job(pool)
+
+    def acknowledge(self) -> None:
+        if not self.acknowledged:
+            self.message.ack_log_error(log, self._connection_errors)
+            self.acknowledged = True
+
+    def _cancel_job(self, pool: LoopPool) -> None:
+        # Looked up, not held: the job holds this request, and a cycle would keep both in `inspect active`.
+        job = pool.job(self.arguments)
+        if job is not None:
+            job.terminate()
+
+    def __repr__(self) -> str:
+        return f"<LightRequest: {self.name}[{self.id}]>"
+
+
+class LightStrategy:
+    """`Task.Strategy` of an application's `corral.serve`. One for the application's life: it carries ended jobs
+    from the pool's loop to the hub, across connections."""
+
+    def __init__(self) -> None:
+        self._ended: deque[LightRequest] = deque()
+        self._hub: Any = None
+
+    def __call__(self, task: Any, app: Any, consumer: Any) -> Any:
+        """The handler of the connection that `consumer` has just made."""
+        stock = stock_strategy(task, app, consumer)
+        pool, self._hub = consumer.pool, consumer.hub
+        if not isinstance(pool, LoopPool) or self._hub is None:
+            return stock
+        self._settle_ended()  # the pass that lost the connection may have left some
+
+        def on_message(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
+            arguments = read_arguments(message)
+            if arguments is None or message.headers["id"] in worker_state.revoked:
+                stock(message, body, ack, reject, callbacks)
+                return
+            request = LightRequest(message, arguments, task, consumer)
+            worker_state.task_reserved(request)
+            worker_state.task_accepted(request)
+            for callback in callbacks:
+                callback(request)
+            pool.submit(request.id, arguments, functools.partial(self._end, request))
+
+        return on_message
+
+    def _end(self, request: LightRequest, result: object) -> None:
+        """A job has ended; on the pool's loop. Its request is settled on the hub, which owns acks and state."""
+        self._ended.append(request)
+        if len(self._ended) == 1:  # otherwise the hub is already on its way
+            self._hub.call_soon(self._settle_ended)
+
+    def _settle_ended(self) -> None:
+        while True:
+            try:
+                request = self._ended.popleft()
+            except IndexError:
+                return
+            worker_state.task_ready(request)
+            try:
+                request.acknowledge()
+            except Exception:
+                log.exception("acknowledging a finished job failed")
+
+
+def read_arguments(message: Any) -> tuple[str, int] | None:
+    """(request id, epoch) of a message exactly as contract.celery_message writes it; None for any other."""
+    headers = message.headers
+    if (
+        type(headers.get("id")) is not str
+        or headers | _ANY_ID != _HEADERS
+        or (message.content_type, message.content_encoding) != _CONTENT
+    ):
+        return None
+    try:
+        return _body_decoder.decode(message.body)[0]
+    except (msgspec.MsgspecError, TypeError, ValueError):
+        return None
