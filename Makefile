@@ -48,7 +48,8 @@ var/requirements-gpu.txt: requirements.txt
 
 .venv/.installed-$(ENGINE): $(REQUIREMENTS) overrides.txt | .venv/bin/python
 	@echo "==> installing packages (about 190, 3.6 GB on disk; the engine is most of it)"
-	@start=$$SECONDS; $(INSTALL) --compile-bytecode -r $(REQUIREMENTS) && echo "==> packages ready in $$((SECONDS-start)) s"
+	@SECONDS=0; (while sleep 10; do echo "    ... $$SECONDS s"; done) & ticker=$$!; trap "kill $$ticker 2>/dev/null" EXIT; \
+	  $(INSTALL) --compile-bytecode -r $(REQUIREMENTS) && echo "==> packages ready in $$SECONDS s"
 	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed-$(ENGINE)

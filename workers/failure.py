@@ -30,6 +30,8 @@ _WEIGHTS: Final = re.compile(
     r"|size mismatch|must match the size|no such file|not a valid|weights|architectures",
     re.IGNORECASE,
 )
+# A frame of a traceback: whatever the exception says, weights were being copied into the model.
+_LOADING_FRAME: Final = re.compile(r"\bin \w*(?:load_weights|weight_loader|load_\w+_weight)\b")
 
 
 class ReplicaFailure(Exception):  # noqa: N818 - a verdict on the replica
@@ -80,11 +82,12 @@ def classify(error: BaseException, log_path: Path | None = None) -> ReplicaFailu
         return ReplicaFailure("redis_refused", sentence)
     if isinstance(error, EngineDead):
         return ReplicaFailure("engine_died", sentence)
-    reason = _reason_in(log_path) or sentence
+    cause, trace = _last_cause(log_path)
+    reason = cause or sentence
     if _MEMORY.search(str(error)) or _MEMORY.search(reason):
         return ReplicaFailure("out_of_memory", f"the model does not fit this machine's memory: {reason}")
-    if _WEIGHTS.search(str(error)) or _WEIGHTS.search(reason):
-        return ReplicaFailure("bad_weights", f"the engine cannot load these model files: {reason}")
+    if _WEIGHTS.search(str(error)) or _WEIGHTS.search(reason) or _LOADING_FRAME.search(trace):
+        return ReplicaFailure("bad_weights", f"the engine cannot load the weights of this model: {reason}")
     return ReplicaFailure("start_failed", reason)
 
 
@@ -131,19 +134,22 @@ def _check_safetensors(path: Path) -> None:
         )
 
 
-def _reason_in(log_path: Path | None) -> str:
-    """The last line of the log that reads like an exception."""
+def _last_cause(log_path: Path | None) -> tuple[str, str]:
+    """The last line of the log that reads like an exception, and the traceback above it; empty if there is none."""
     if log_path is None:
-        return ""
+        return "", ""
     try:
         with log_path.open("rb") as file:
             file.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
             tail = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    found = re.findall(r"^(?:.*?\s)?([\w.]*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
-    causes = [line for line in found if "See root cause above" not in line]
-    return _short(causes[-1]) if causes else ""
+        return "", ""
+    found = re.finditer(r"^(?:.*?\s)?([\w.]*(?:Error|Exception|Failure): \S.*)$", tail, re.MULTILINE)
+    causes = [match for match in found if "See root cause above" not in match[1]]
+    if not causes:
+        return "", ""
+    above = tail[: causes[-1].start()]
+    return _short(causes[-1][1]), above[max(0, above.rfind("Traceback (most recent call last)")) :]
 
 
 def _short(text: str) -> str:

@@ -182,6 +182,8 @@ def stack_specs(
             *("--host", "127.0.0.1", "--port", str(ports["web"])),
             *("--loop", "uvloop", "--http", "httptools", "--lifespan", "off"),
             *("--no-access-log", "--timeout-graceful-shutdown", "3"),
+            # Sets nothing, so that uvicorn's lines go through Django's JSON handler instead of its own.
+            *("--log-config", str(ROOT / "infra" / "local" / "uvicorn-log.json")),
         ],
         ready=answers_readyz(ports["web"]),
     )

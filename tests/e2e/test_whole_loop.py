@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psycopg
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.stack import BenchStack
 from controlplane import ids
 from controlplane.askclient import ask
 from infra.local.preflight import engine_verdict, gather
+from workers.modelcache.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.engine, pytest.mark.timeout(400)]
 Eventually = Callable[..., None]
@@ -157,29 +159,67 @@ def test_scales_to_zero_and_from_zero_while_the_client_is_told(
     assert decisions[0] >= 3, "start, stop and start again are on record"
 
 
+@pytest.mark.parametrize(("name", "why"), [("too-big", "memory"), ("bad-weights", "weights")])
 def test_a_replica_that_cannot_start_says_why(
-    stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
+    stack: BenchStack,
+    operator: psycopg.Connection,
+    eventually: Eventually,
+    tmp_path: Path,
+    name: str,
+    why: str,
 ) -> None:
-    """Eight terabytes of KV cache fit nowhere."""
-    stack.manage(
-        "deploy", "too-big", "--model", "tiny", "--profile", f"kv_cache_bytes={1 << 43}", timeout_s=300
-    )
+    """Eight terabytes of KV cache fit nowhere; weights of another shape than config.json says load nowhere."""
+    runs, why_not = engine_verdict(gather())
+    if not runs:
+        pytest.skip(f"the engine cannot run on this machine: {why_not}")
+    if name == "too-big":
+        how = ("--model", "tiny", "--profile", f"kv_cache_bytes={1 << 43}")
+    else:
+        make_tiny_model(tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        config["intermediate_size"] *= 2
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        how = ("--model", f"dir:{tmp_path / 'model'}", "--profile", f"kv_cache_bytes={64 << 20}")
+    stack.manage("deploy", name, *how, "--profile", "max_model_len=512", timeout_s=300)
     client = openai.OpenAI(
         base_url=stack.facts.base_url, api_key=stack.facts.api_key, max_retries=0, timeout=120.0
     )
     with pytest.raises(openai.InternalServerError) as refused:
-        client.chat.completions.create(model="too-big", messages=[{"role": "user", "content": "hello"}])
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hello"}])
     assert refused.value.status_code == 503
     assert "retry-after" in refused.value.response.headers
-    assert "memory" in str(refused.value).lower()
+    assert why in str(refused.value).lower()
 
     def last_error() -> str:
-        row = operator.execute(
-            "SELECT last_error FROM deployments_deployment WHERE name = 'too-big'"
-        ).fetchone()
+        query = "SELECT last_error FROM deployments_deployment WHERE name = %s"
+        row = operator.execute(query, [name]).fetchone()
         return str(row[0]) if row else ""
 
-    eventually(lambda: "memory" in last_error().lower(), "the deployment says why")
+    eventually(lambda: why in last_error().lower(), "the deployment says why")
+
+
+def test_a_client_that_leaves_ends_the_generation_and_pays_for_what_was_made(
+    stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
+) -> None:
+    stack.manage("deploy", "slow", "--model", "toy", "--profile", "toy_step_ms=50")
+    body = {
+        "model": "slow",
+        "messages": [{"role": "user", "content": "a long story"}],
+        "stream": True,
+        "max_tokens": 2000,
+        "ignore_eos": True,
+    }
+    headers = {"authorization": f"Bearer {stack.facts.api_key}"}
+    url = f"{stack.facts.base_url}/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60.0, trust_env=False) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        assert len([next(lines) for _ in range(5)]) == 5
+        request_id = response.headers["x-request-id"]
+    eventually(lambda: usage_rows(operator, request_id), "the request is booked")
+    ((_, n_completion, cost_nano, finish_reason),) = usage_rows(operator, request_id)
+    assert finish_reason == "abort"
+    assert 3 <= n_completion < 200, "two thousand were asked for, and nobody waited"
+    assert cost_nano > 0
 
 
 def test_prompts_completions_and_keys_are_in_no_log(client: openai.OpenAI, stack: BenchStack) -> None:

@@ -17,6 +17,15 @@ from workers.modelcache.tiny import make_tiny_model
 
 CORE = "Engine core initialization failed. See root cause above."  # what vLLM's front end gets to see
 
+WHILE_LOADING = """(EngineCore) ERROR Traceback (most recent call last):
+(EngineCore) ERROR   File "model_loader/default_loader.py", line 9, in load_weights
+(EngineCore) ERROR RuntimeError: start (0) + length (1024) exceeds dimension size (512).
+"""
+ELSEWHERE = """(EngineCore) ERROR Traceback (most recent call last):
+(EngineCore) ERROR   File "core.py", line 1, in run
+(EngineCore) ERROR RuntimeError: something else
+"""
+
 
 @pytest.mark.parametrize(
     ("error", "log", "code"),
@@ -31,6 +40,8 @@ CORE = "Engine core initialization failed. See root cause above."  # what vLLM's
         (RuntimeError("The size of tensor a (512) must match the size of tensor b (256)"), "", "bad_weights"),
         (ValueError("Available memory is less than requested memory for kv (4096 GiB)"), "", "out_of_memory"),
         (RuntimeError("something else"), "", "start_failed"),
+        (RuntimeError(CORE), WHILE_LOADING, "bad_weights"),
+        (RuntimeError(CORE), WHILE_LOADING + ELSEWHERE, "start_failed"),
         (ReplicaFailure("bad_weights", "as it says"), "", "bad_weights"),
     ],
 )  # fmt: skip
