@@ -76,8 +76,10 @@ class MachineDirs:
 class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     """Knobs of serving with the reason for each default."""
 
-    # A plain answer is flushed every so many tokens: often enough that a resume loses little work.
-    coalesce_tokens: int = 32
+    # A plain answer is flushed after so many tokens or so long: what a crash loses of it is made anew in a second or
+    # two, and most answers need one flush only.
+    coalesce_tokens: int = 64
+    coalesce_s: float = 1.0
     # Beyond this a prompt is tokenised off the loop: 8 KB cost some 4 ms, about half an engine step.
     inline_prompt_bytes: int = 8192
     # Flushes in flight per gateway; more only helps when a round trip outlasts that many engine steps.

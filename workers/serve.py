@@ -214,10 +214,11 @@ class Server:
                 return False
 
     async def _publish(self, run: Run, deltas: Any) -> None:
-        """Hand each step to the publisher; a plain answer gathers `coalesce_tokens` first."""
+        """Hand each step to the publisher; a plain answer gathers `coalesce_tokens`, or a while, first."""
         output = run.output
         lane = output.lane
-        coalesce = self._coalesce(run.envelope)
+        coalesce, patience_s = self._coalesce(run.envelope), self._config.tuning.coalesce_s
+        flushed_at_s = time.monotonic()
         held: list[Delta] = []
         n_held = 0
         delta: Delta
@@ -236,9 +237,10 @@ class Server:
                 if delta.finish is not None:
                     run.finish = run.reason_at_limit if delta.finish is FinishReason.LENGTH else delta.finish
                     return  # the end leaves with the last tokens
-                if n_held >= coalesce:
+                if n_held >= coalesce or time.monotonic() - flushed_at_s > patience_s:
                     _release_to(output, held)
                     n_held = 0
+                    flushed_at_s = time.monotonic()
                     if lane.full:
                         await lane.room()
         finally:

@@ -29,6 +29,8 @@ _SSE_HEADERS: Headers = (
     (b"x-accel-buffering", b"no"),  # or nginx would hold tokens back
 )
 _MAX_NAMED = 20  # models named in a 404
+# A watch costs a task. Most plain answers are complete before; a client that leaves sooner is noticed now.
+_WATCH_AFTER_S = 0.05
 
 
 @dataclass(slots=True)
@@ -68,11 +70,11 @@ class Generator:
         request = schemas.parse(endpoint, body)
         deployment = find_deployment(key, request.model)
         stream = outcome.stream = self._dispatcher.open(request_id, key, deployment, request)
+        watch: asyncio.TimerHandle | None = None
         try:
             await self._dispatcher.admit(stream, request, body)
             loop = asyncio.get_running_loop()
-            watcher = loop.create_task(_disconnect(receive))  # ends with the response, if not before
-            watcher.add_done_callback(lambda _: stream.fail(ClientGone()))
+            watch = loop.call_later(_WATCH_AFTER_S, _watch, receive, stream)
             if stream.queued:
                 self._board.wait(stream)
             if stream.streaming:
@@ -80,6 +82,8 @@ class Generator:
             else:
                 await self._answer(stream, send, headers, outcome, loop)
         finally:
+            if watch is not None:
+                watch.cancel()
             if stream.queued:
                 self._board.leave(stream)
             self._ends.close(stream)
@@ -157,6 +161,12 @@ def _checked_end(stream: Stream) -> End:
     if end.reason in (FinishReason.ABORT, FinishReason.ERROR):
         raise unavailable("generation_aborted", "the answer was interrupted: send the request again")
     return end
+
+
+def _watch(receive: Receive, stream: Stream) -> None:
+    """Fail the stream when its client leaves. The task ends with the response, if not before."""
+    task = asyncio.get_running_loop().create_task(_disconnect(receive))
+    task.add_done_callback(lambda _: stream.fail(ClientGone()))
 
 
 async def _disconnect(receive: Receive) -> None:
