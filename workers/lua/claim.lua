@@ -7,10 +7,12 @@ local r = redis.call('HMGET', k, 'epoch', 'state', 'gw', 'stream', 'n', 'hold', 
 if not r[1] or r[1] ~= ARGV[4] then return {'stale'} end
 if r[2] == 'done' then return {'done'} end
 if r[2] == 'claimed' then return {'held'} end
-redis.call('HSET', k, 'state', 'claimed', 'rid', ARGV[5], 'claim_ms', ARGV[2])
+redis.call('HSET', k, 'state', 'claimed')
 if r[7] then return {'cancelled', '', r[3], r[4], r[5], r[6], r[8]} end
 local body = redis.call('GET', M .. 'body:' .. id)
 if not body then return {'stale'} end
 local out = {'ok', body, r[3], r[4], r[5], r[6], r[8]}
-for _, e in ipairs(redis.call('LRANGE', M .. 'jrn:' .. id, 0, -1)) do out[#out + 1] = e end
+if r[5] ~= '0' then
+  for _, e in ipairs(redis.call('LRANGE', M .. 'jrn:' .. id, 0, -1)) do out[#out + 1] = e end
+end
 return out

@@ -28,11 +28,15 @@ for i = 5, #ARGV, 7 do
       v = 'b'
     else
       v = r[5] and 'c' or 'a'
-      if n > 0 then redis.call('HSET', k, 'n', have + n, 'hold', tonumber(r[3]) - n) end
+      local ends = ARGV[i + 6] ~= ''
+      if ends then
+        redis.call('HSET', k, 'n', have + n, 'hold', tonumber(r[3]) - n, 'state', 'done')
+      elseif n > 0 then
+        redis.call('HSET', k, 'n', have + n, 'hold', tonumber(r[3]) - n)
+      end
       local j = M .. 'jrn:' .. id
       redis.call('RPUSH', j, ARGV[i + 5])
-      if ARGV[i + 6] ~= '' then
-        redis.call('HSET', k, 'state', 'done')
+      if ends then
         redis.call('XADD', M .. 'usage', 'MAXLEN', '~', ARGV[4], '*', 'u', ARGV[i + 6])
         redis.call('DEL', M .. 'body:' .. id)
         redis.call('PEXPIRE', j, ARGV[3])

@@ -45,17 +45,21 @@ end
 
 -- Takes a request off its replica: the slot is freed once, whoever asks, and journal and body come back to the
 -- trusted side when keep is true, else they are deleted. The lease is deleted, so the old holder is fenced out.
+local function free_slot(P, id, rid)
+  if redis.call('SREM', P .. 'rep:' .. rid .. ':live', id) == 1 then
+    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', -1) < 0 then
+      redis.call('HSET', P .. 'rep:' .. rid, 'used', 0)
+    end
+  end
+end
+
 local function unbind(P, id, keep)
   local rec_key = P .. 'req:' .. id
   local rec = redis.call('HMGET', rec_key, 'rid', 'mid')
   local rid, mid = rec[1], rec[2]
   if not rid or rid == '' then return end
   local M = P .. 'm:' .. mid .. ':'
-  if redis.call('SREM', P .. 'rep:' .. rid .. ':live', id) == 1 then
-    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', -1) < 0 then
-      redis.call('HSET', P .. 'rep:' .. rid, 'used', 0)
-    end
-  end
+  free_slot(P, id, rid)
   if keep then
     local n = redis.call('HGET', M .. 'req:' .. id, 'n')
     local hold = redis.call('HGET', M .. 'req:' .. id, 'hold')

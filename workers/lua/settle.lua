@@ -5,7 +5,8 @@
 -- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
-local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps')
+local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps',
+  'rid', 'mid')
 if not r[1] or r[1] == 'done' then return {0} end
 local did = r[2]
 local back_in, back_out = tonumber(r[6]) - tonumber(ARGV[4]), tonumber(r[7]) - tonumber(ARGV[5])
@@ -35,7 +36,13 @@ if r[1] == 'queued' then
   redis.call('DEL', P .. 'body:' .. id)
   redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
 end
-unbind(P, id, false)
-redis.call('HSET', rec_key, 'state', 'done')
+if r[10] and r[10] ~= '' then
+  free_slot(P, id, r[10])
+  redis.call('DEL', P .. 'm:' .. r[11] .. ':body:' .. id)
+  -- was_mid: where the journal of a finished request still lies.
+  redis.call('HSET', rec_key, 'state', 'done', 'rid', '', 'mid', '', 'was_mid', r[11])
+else
+  redis.call('HSET', rec_key, 'state', 'done')
+end
 redis.call('PEXPIRE', rec_key, ARGV[7])
 return {1, pump(P, did, now)}
