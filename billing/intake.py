@@ -87,7 +87,9 @@ class Intake:
         booked = self._books.book(to_book, now) if to_book else Booked(frozenset(), frozenset(), frozenset())
         # Committed. From here on every step may be lost and will be repeated by the next pass.
         kept = [item for item in to_book if item.usage.request_id not in booked.refused]
-        self._streams.settle([_settlement(item) for item in kept], int(now.timestamp() * 1000))
+        unsettled = [_settlement(item) for item in kept if not item.usage.settled]
+        if unsettled:
+            self._streams.settle(unsettled, int(now.timestamp() * 1000))
         for usage in [*first, *others]:
             refusal = Refusal.NOT_STORABLE if usage.request_id in booked.refused else None
             done.append(Done(usage.delivery, usage.event.replica, usage.event.request_id, refusal))

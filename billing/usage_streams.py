@@ -89,7 +89,9 @@ class UsageStreams:
         """The admission record of each request, None where it is gone; in the order given."""
         pipeline = self._client.pipeline(transaction=False)
         for request_id in request_ids:
-            pipeline.hmget(self._keys.request(request_id), "dep", "key", "prj", "org", "pv", "out_est")
+            pipeline.hmget(
+                self._keys.request(request_id), "dep", "key", "prj", "org", "pv", "out_est", "state"
+            )
         return [_admission(values) for values in pipeline.execute()]
 
     def settle(self, settlements: Iterable[Settlement], now_ms: int) -> None:
@@ -140,7 +142,7 @@ class UsageStreams:
 def _admission(values: list[bytes | None]) -> Admission | None:
     if any(value is None for value in values):
         return None
-    deployment, key, project, org, price_version, n_output_held = (
+    deployment, key, project, org, price_version, n_output_held, state = (
         value.decode() for value in cast("list[bytes]", values)
     )
     return Admission(
@@ -150,6 +152,7 @@ def _admission(values: list[bytes | None]) -> Admission | None:
         org=org,
         price_version=price_version,
         n_output_held=int(float(n_output_held)),
+        settled=state == "done",
     )
 
 

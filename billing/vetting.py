@@ -67,6 +67,8 @@ class Admission:
     org: str
     price_version: str
     n_output_held: int
+    # The gateway was first, as nearly always: its holds went back already.
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Usage:
     unverified: bool
     # The machine claimed more completion tokens than were held; the tenant pays for no more than that.
     capped: bool
+    # Nothing is held for it any more, or nothing is known to be.
+    settled: bool
 
 
 def decode(delivery: Delivery) -> UsageEvent | Refusal:
@@ -137,6 +141,7 @@ def vet(delivery: Delivery, event: UsageEvent, admission: Admission | None, now:
             admitted_at=admitted_at,
             unverified=admission is None,
             capped=n_completion < event.n_completion,
+            settled=admission is None or admission.settled,
         )
     except ids.InvalidIdError:
         return Refusal.BAD_ID
