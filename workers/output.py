@@ -7,12 +7,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from workers.contract import End, FlushVerdict
 
-if TYPE_CHECKING:
-    from workers.publisher import Lane
+
+class Lane(Protocol):
+    """What an output needs of the lane that takes it along (publisher.py)."""
+
+    n_open: int
+    n_pending: int
+
+    @property
+    def full(self) -> bool:
+        """Whether generations should be held back."""
+
+    async def room(self) -> None:
+        """Wait while it is full."""
+
+    def enqueue(self, output: Output) -> None:
+        """`output` has something to send."""
+
+    def forget(self, output: Output) -> None:
+        """`output` has nothing to send any more."""
 
 
 class Output:
