@@ -103,5 +103,8 @@ def _stopped(replica: Replica, status: ReplicaStatus, cell: Cell) -> bool:
     """A stop that nobody ordered counts as a failure, or a replica that always stops would start for ever."""
     if replica.phase == ReplicaPhase.DRAINING:
         return end(replica.id, ReplicaPhase.STOPPED, status.code, status.message or "drained", cell)
-    message = status.message or "stopped from outside: its machine or the whole stack went down, or somebody ended the process"
+    message = (
+        status.message
+        or "stopped from outside: its machine or the whole stack went down, or somebody ended the process"
+    )
     return end(replica.id, ReplicaPhase.FAILED, status.code or "stopped", message, cell)
