@@ -18,8 +18,8 @@ from autoscaler.act import drain, end
 from autoscaler.cell import Cell
 from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
 from controlplane.deployments.models import Deployment
+from workers.contract import MACHINE_STOPPED, ReplicaStatus
 from workers.contract import ReplicaPhase as Reported
-from workers.contract import ReplicaStatus
 
 log = structlog.get_logger("corral.autoscaler")
 
@@ -100,11 +100,11 @@ def _ready(replica: Replica, status: ReplicaStatus) -> bool:
 
 
 def _stopped(replica: Replica, status: ReplicaStatus, cell: Cell) -> bool:
-    """A stop that nobody ordered counts as a failure, or a replica that always stops would start for ever."""
-    if replica.phase == ReplicaPhase.DRAINING:
+    """A stop that nobody ordered counts as a failure, or a replica that always stops would start for ever.
+
+    A machine that was stopped, with all that it ran, is none: `down` and `up` may follow each other at will.
+    """
+    if replica.phase == ReplicaPhase.DRAINING or status.code == MACHINE_STOPPED:
         return end(replica.id, ReplicaPhase.STOPPED, status.code, status.message or "drained", cell)
-    message = (
-        status.message
-        or "stopped from outside: its machine or the whole stack went down, or somebody ended the process"
-    )
+    message = status.message or "stopped from outside: somebody ended the process"
     return end(replica.id, ReplicaPhase.FAILED, status.code or "stopped", message, cell)

@@ -15,6 +15,8 @@ import msgspec
 from workers.keys import WIRE_VERSION
 
 SERVE_TASK: Final = "corral.serve"
+# Code of a replica that was stopped because its machine was told to end: nobody's failure.
+MACHINE_STOPPED: Final = "machine_stopped"
 
 # Fields of an entry of the usage stream: the event, and who announces it where it is not the flush (flush.lua).
 USAGE_FIELD: Final = "u"

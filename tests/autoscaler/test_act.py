@@ -14,8 +14,8 @@ from autoscaler.act import act
 from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.types import Command, DrainReplica, StartReplica, StopReplica
 from tests.autoscaler.conftest import Scaling
+from workers.contract import MACHINE_STOPPED, ReplicaStatus
 from workers.contract import ReplicaPhase as Reported
-from workers.contract import ReplicaStatus
 
 
 def _do(scaling: Scaling, command: Command) -> bool:
@@ -153,6 +153,27 @@ def test_reports_that_are_late_or_of_others_change_nothing(scaling: Scaling) -> 
     assert scaling.report(replica, Reported.FAILED, "engine_died") == scaling.deployment.id
     assert scaling.report(replica, Reported.READY) is None
     assert scaling.replica().phase == ReplicaPhase.FAILED
+
+
+def test_a_machine_that_was_stopped_is_no_failure_of_what_it_ran(scaling: Scaling) -> None:
+    """`down` and `up` follow each other: the next request starts a replica at once, however often."""
+    replica = scaling.serving()
+    for _ in range(7):
+        assert scaling.report(replica, Reported.STOPPED, MACHINE_STOPPED, "its machine was stopped")
+        assert scaling.replica().phase == ReplicaPhase.STOPPED
+        scaling.tick()
+        successor = scaling.replica()
+        assert successor.id != replica.id, "the queue still waits: the next one starts at once"
+        scaling.report(successor, Reported.READY)
+        replica = successor
+    assert scaling.seen().last_error == ""
+
+
+def test_a_stop_that_nobody_ordered_is_a_failure(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    scaling.report(replica, Reported.STOPPED)
+    assert scaling.replica().phase == ReplicaPhase.FAILED
+    assert scaling.replica().reason_code == "stopped"
 
 
 def test_overlong_words_of_a_machine_are_cut(scaling: Scaling) -> None:

@@ -25,7 +25,7 @@ from workers.agent.zygote_client import Zygote, ZygoteGone, ZygoteRefused
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.beat import read_beat
 from workers.config import AgentConfig, FrontConfig, ServeTuning
-from workers.contract import ReplicaPhase, ReplicaSpec, ReplicaStatus
+from workers.contract import MACHINE_STOPPED, ReplicaPhase, ReplicaSpec, ReplicaStatus
 from workers.failure import ReplicaFailure, read_outcome
 from workers.modelcache.store import ModelStore, ModelStoreError
 
@@ -84,6 +84,7 @@ class Replicas:
         self._records = Records(self._dirs)
         self._store = ModelStore(config.model_cache)
         self._known: dict[str, Known] = {}
+        self._machine_ends = False
         self._tasks: set[asyncio.Task[None]] = set()
         for record in self._records.read_all():
             # What had ended has ended; the rest is presumed to run until adoption tells.
@@ -119,6 +120,7 @@ class Replicas:
 
     async def stop_all(self, grace_s: float) -> None:
         """The machine ends: everybody drains for `grace_s`, hands back what is left, and is gone."""
+        self._machine_ends = True
         for replica in self.alive:
             self._stop(replica, grace_s)
         tasks = [known.task for known in self._known.values() if known.task is not None]
@@ -324,6 +326,8 @@ class Replicas:
             return
         known.life = Life.ENDED
         known.gone.set()
+        if phase is ReplicaPhase.STOPPED and self._machine_ends:
+            code, message = MACHINE_STOPPED, "its machine was stopped"
         known.end = ReplicaStatus(
             replica=replica,
             phase=phase,

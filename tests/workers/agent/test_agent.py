@@ -15,7 +15,7 @@ from tests.workers.serving import Cell
 from tests.workers.waiting import wait_until
 from workers.agent.replicas import Limits
 from workers.config import ServeTuning
-from workers.contract import FinishReason, ReplicaPhase
+from workers.contract import MACHINE_STOPPED, FinishReason, ReplicaPhase
 from workers.engine.base import EngineProfile
 from workers.modelcache.importers import import_directory
 from workers.modelcache.store import ModelStore
@@ -197,6 +197,9 @@ def test_stop_of_the_machine_hands_requests_back_unharmed(cell: Cell, tmp_path: 
         wait_until(lambda: all(cell.stream(request) for request in requests), "first tokens")
         assert agent.terminate() == 0
         assert agent.processes() == []
+        ended = agent.status("r1")
+        assert ended is not None
+        assert (ended.phase, ended.code) == (STOPPED, MACHINE_STOPPED)
         for request in requests:
             assert cell.lease(request)[b"state"] == b"bound"
             made = sum(len(entry.token_ids) for entry in cell.journal(request))
