@@ -109,7 +109,10 @@ class LoopPool(BasePool):
             # Put back and delivered again when the connection to Redis was lost: the job still runs.
             self.n_joined += 1
             running.on_done.append(on_done)
-            return running
+            if self._jobs.get(arguments) is running:
+                return running
+            # It ended in between and may not have seen us. A job of its own finds the claim taken or done and ends
+            # at once; being told twice does no harm, a request acknowledges once.
         job = self._jobs[arguments] = Job(self, task_id, arguments, on_done)
         self.n_started += 1
         self._inbox.append(job)

@@ -260,3 +260,29 @@ def test_a_callback_that_fails_does_not_keep_a_job_alive(
     apply(pool, "b", acks)
     wait_until(lambda: acks.n == 1 and pool.info["in_flight"] == 0, "both to end")
     assert "acknowledging a finished job failed" in caplog.text
+
+
+def test_redelivery_at_the_very_end_of_a_job_is_settled_too(loop: asyncio.AbstractEventLoop) -> None:
+    """The running job ends between being found and being joined: the message must not stay unacknowledged."""
+    may_end = threading.Event()
+
+    async def handler(request_id: str, epoch: int) -> None:
+        while not may_end.is_set():
+            await asyncio.sleep(0.005)
+
+    pool = started_pool(loop, handler)
+    first = Acks()
+    job = apply(pool, "q1", first)
+
+    class EndsWhenJoined(list[Any]):
+        def append(self, on_done: Any) -> None:
+            """The loop is through with its callbacks and has forgotten the job."""
+            may_end.set()
+            wait_until(lambda: pool.job(("q1", 1)) is None, "the job to end")
+
+    job.on_done = EndsWhenJoined(job.on_done)
+    second = Acks()
+    apply(pool, "q1", second)
+    wait_until(lambda: second.n and first.n, "both deliveries to be acknowledged")
+    wait_until(lambda: pool.job(("q1", 1)) is None, "nothing in flight")
+    assert second.n == 1
