@@ -1,0 +1,137 @@
+"""Recorded workloads as jobs: request files, rate files, and the rule that thins days of traffic.
+
+Formats are told by their columns (docs/simulator.md lists them), so that another span, model or tenant of the same kind
+reads the same way. Streams: a file is read row by row, never whole where it can be long.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from autoscaler.sim.job import Job
+
+
+class WorkloadError(ValueError):
+    """A file that is not what its name promises: says which file, line and column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One recorded request. Instants in seconds from the trace's start, lengths in tokens."""
+
+    at_s: float
+    n_prompt: int
+    n_output: int
+    tenant: str = "all"
+    prefix: tuple[int, ...] = ()
+
+
+_MAX_LINE: Final = 4_000_000  # characters: a request with a million blocks is no request
+
+
+def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf) -> Iterator[Arrival]:
+    """Arrivals of a request file between two instants, in its order; WorkloadError for anything it cannot read.
+
+    CSV with `arrival_s`, `context_tokens` or `prompt_tokens` or `input_tokens`, `generated_tokens` or
+    `output_tokens`, optionally `tenant`; or JSON lines with `timestamp` (ms), `input_length`, `output_length`,
+    optionally `hash_ids`. Either may be gzipped. Requests without prompt or answer count as one token.
+    """
+    with _open(path) as lines:
+        name = path.name.removesuffix(".gz")
+        rows = _jsonl(lines, path) if name.endswith((".jsonl", ".json")) else _csv(lines, path)
+        for arrival in rows:
+            if arrival.at_s >= until_s:
+                return
+            if arrival.at_s >= start_s:
+                yield arrival
+
+
+def thin(arrivals: Iterator[Arrival], keep: float, seed: int) -> Iterator[Arrival]:
+    """A share `keep` of the requests, chosen independently of everything else: a thinned Poisson process stays one, and
+    rates, mixes and lengths keep their proportions. Prefix sharing does not, so conversations are kept or dropped
+    whole (by their first block)."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep = {keep}: must be above 0 and at most 1")
+    chance = random.Random(seed)
+    for arrival in arrivals:
+        if arrival.prefix:
+            kept = random.Random(f"{seed}:{arrival.prefix[0]}").random() < keep
+        else:
+            kept = chance.random() < keep
+        if kept:
+            yield arrival
+
+
+def jobs(arrivals: Iterator[Arrival], *, speed: float = 1.0) -> Iterator[Job]:
+    """Jobs in order of arrival; `speed` 2 replays twice as fast."""
+    if speed <= 0:
+        raise ValueError(f"speed = {speed}: must be positive")
+    last_s = 0.0
+    for number, arrival in enumerate(arrivals):
+        at_s = max(arrival.at_s / speed, last_s)
+        last_s = at_s
+        flow = (arrival.tenant, arrival.tenant, arrival.tenant)
+        yield Job(number, at_s, arrival.n_prompt, arrival.n_output, flow, prefix=arrival.prefix)
+
+
+_PROMPT: Final = ("context_tokens", "prompt_tokens", "input_tokens")
+_OUTPUT: Final = ("generated_tokens", "output_tokens")
+
+
+def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
+    reader = csv.DictReader(lines)
+    columns = reader.fieldnames or ()
+    prompt = next((c for c in _PROMPT if c in columns), None)
+    output = next((c for c in _OUTPUT if c in columns), None)
+    if "arrival_s" not in columns or prompt is None or output is None:
+        raise WorkloadError(
+            f"{path.name}: needs columns arrival_s, one of {', '.join(_PROMPT)} and one of {', '.join(_OUTPUT)}; "
+            f"has {', '.join(columns) or 'none'}"
+        )
+    first_s: float | None = None
+    for number, row in enumerate(reader, start=2):
+        try:
+            at_s = float(row["arrival_s"])
+            n_prompt, n_output = int(row[prompt]), int(row[output])
+        except (TypeError, ValueError) as error:
+            raise WorkloadError(f"{path.name}, line {number}: {error}") from None
+        if not math.isfinite(at_s) or n_prompt < 0 or n_output < 0:
+            raise WorkloadError(
+                f"{path.name}, line {number}: instants and lengths must be finite, not negative"
+            )
+        first_s = at_s if first_s is None else first_s
+        yield Arrival(at_s - first_s, max(n_prompt, 1), max(n_output, 1), row.get("tenant") or "all")
+
+
+def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
+    first_ms: float | None = None
+    for number, line in enumerate(lines, start=1):
+        if len(line) > _MAX_LINE:
+            raise WorkloadError(f"{path.name}, line {number}: longer than {_MAX_LINE} characters")
+        try:
+            row = json.loads(line)
+            at_ms = float(row["timestamp"])
+            n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
+            prefix = tuple(int(block) for block in row.get("hash_ids", ()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkloadError(f"{path.name}, line {number}: {type(error).__name__}: {error}") from None
+        first_ms = at_ms if first_ms is None else first_ms
+        yield Arrival((at_ms - first_ms) / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
+
+
+def _open(path: Path) -> IO[str]:
+    try:
+        if path.name.endswith(".gz"):
+            return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8", newline="")
+        return path.open(encoding="utf-8", newline="")
+    except OSError as error:
+        raise WorkloadError(f"{path}: {error.strerror or error}") from None

@@ -1,0 +1,208 @@
+"""One simulated deployment: arrivals, a queue, a router, replicas. Decides nothing itself.
+
+`Order` and `Router` are small faces over the production policies (orders.py, routers.py); the world calls them where
+the gateway and the admission script would, and measures what comes of it. Late binding: a request waits in the queue
+until a replica has a free slot, as in the live house.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autoscaler.sim.enginemodel import Engine, EngineSpec
+from autoscaler.sim.histogram import Histogram
+from autoscaler.sim.job import NEVER, Job
+from autoscaler.sim.kernel import Kernel
+
+
+@dataclass(slots=True)
+class Replica:
+    """A replica as policies may see it. `used` counts requests bound to it, `slots` bounds them."""
+
+    id: int
+    slots: int
+    engine: Engine
+    used: int = 0
+    is_ready: bool = True
+    n_dispatched: int = 0
+    jobs: dict[int, Job] = field(default_factory=dict)
+
+    @property
+    def n_free(self) -> int:
+        return self.slots - self.used if self.is_ready else 0
+
+
+class Order(Protocol):
+    """Which waiting request goes next: the production queue on virtual time."""
+
+    def __len__(self) -> int: ...
+
+    def push(self, job: Job, now_s: float) -> None: ...
+
+    def pop(self, replica: Replica, now_s: float) -> Job | None:
+        """The request that this replica's free slot should serve."""
+
+    def on_bound(self, job: Job, now_s: float) -> None:
+        """Bound without waiting (the queue was empty and a slot free)."""
+
+    def on_end(self, job: Job, now_s: float) -> None: ...
+
+
+class Router(Protocol):
+    """Which replica takes a request that need not wait, best first."""
+
+    def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]: ...
+
+    def on_bound(self, job: Job, replica: Replica, now_s: float) -> None: ...
+
+    def on_end(self, job: Job, replica: Replica, now_s: float) -> None: ...
+
+
+class Observer(Protocol):
+    """Sees every change, changes nothing: checkers.py, metrics."""
+
+    def on_event(self, world: World) -> None: ...
+
+    def on_end(self, world: World, job: Job) -> None: ...
+
+
+class World:
+    """A deployment on a kernel. `observers` see every event."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        order: Order,
+        router: Router,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        self.kernel = kernel
+        self.order = order
+        self.router = router
+        self.observers = observers
+        self.replicas: dict[int, Replica] = {}
+        self.gaps = Histogram()
+        self.n_arrived = self.n_ended = self.n_requeued = 0
+        self._n_replicas = 0
+        self._arrivals: Iterator[Job] = iter(())
+        self._ready: list[Replica] = []
+
+    # -- replicas
+
+    def add_replica(self, spec: EngineSpec, slots: int) -> Replica:
+        """A replica that is ready now; it takes what waits."""
+        self._n_replicas += 1
+        replica = Replica(self._n_replicas, slots, Engine(spec, self.gaps))
+        self.replicas[replica.id] = replica
+        self._ready.append(replica)
+        self._pump(replica)
+        self._observe()
+        return replica
+
+    def drain_replica(self, replica: Replica) -> None:
+        """It gets nothing new."""
+        if replica.is_ready:
+            replica.is_ready = False
+            self._ready.remove(replica)
+            self._observe()
+
+    def kill_replica(self, replica: Replica) -> None:
+        """It is gone; what it ran waits again, with what it had produced (the journal)."""
+        self.drain_replica(replica)
+        replica.engine.cancel_all(self.kernel.now_s)
+        del self.replicas[replica.id]
+        for job in sorted(replica.jobs.values(), key=lambda j: j.id):
+            self.router.on_end(job, replica, self.kernel.now_s)
+            self.n_requeued += 1
+            self.order.push(job, self.kernel.now_s)
+        replica.jobs.clear()
+        replica.used = 0
+        self._pump_all()
+        self._observe()
+
+    @property
+    def ready(self) -> list[Replica]:
+        """Replicas that take new work, oldest first. Not to be changed."""
+        return self._ready
+
+    # -- requests
+
+    def feed(self, arrivals: Iterator[Job]) -> None:
+        """Jobs in order of arrival; one at a time is on the kernel."""
+        self._arrivals = arrivals
+        self._next_arrival()
+
+    def _next_arrival(self) -> None:
+        job = next(self._arrivals, None)
+        if job is not None:
+            self.kernel.at(max(job.arrived_s, self.kernel.now_s), self._arrive, job)
+
+    def _arrive(self, job: Job) -> None:
+        self.n_arrived += 1
+        self._next_arrival()
+        now_s = self.kernel.now_s
+        if not len(self.order):
+            for replica in self.router.rank(job, self._ready, now_s):
+                if replica.n_free > 0:
+                    self.order.on_bound(job, now_s)
+                    self._bind(job, replica)
+                    self._observe()
+                    return
+        self.order.push(job, now_s)
+        self._pump_all()
+        self._observe()
+
+    def _bind(self, job: Job, replica: Replica) -> None:
+        now_s = self.kernel.now_s
+        if job.dispatched_s == NEVER:
+            job.dispatched_s = now_s
+        job.replica = replica.id
+        job.n_attempts += 1
+        replica.used += 1
+        replica.n_dispatched += 1
+        replica.jobs[job.id] = job
+        self.router.on_bound(job, replica, now_s)
+        if replica.engine.submit(job, now_s):
+            self._schedule(replica)
+
+    def _pump(self, replica: Replica) -> None:
+        while replica.n_free > 0 and len(self.order):
+            job = self.order.pop(replica, self.kernel.now_s)
+            if job is None:
+                return
+            self._bind(job, replica)
+
+    def _pump_all(self) -> None:
+        if len(self.order):
+            for replica in sorted(self._ready, key=lambda r: (r.used / r.slots, r.id)):
+                self._pump(replica)
+
+    def _schedule(self, replica: Replica) -> None:
+        engine = replica.engine
+        self.kernel.at(engine.next_s, self._boundary, replica, engine.version)
+
+    def _boundary(self, replica: Replica, version: int) -> None:
+        engine = replica.engine
+        if version != engine.version:
+            return  # the stride was cut short, or the engine is gone
+        now_s = self.kernel.now_s
+        finished = engine.boundary(now_s)
+        for job in finished:
+            del replica.jobs[job.id]
+            replica.used -= 1
+            self.n_ended += 1
+            self.router.on_end(job, replica, now_s)
+            self.order.on_end(job, now_s)
+            for observer in self.observers:
+                observer.on_end(self, job)
+        if engine.n_running or engine.waiting:
+            self._schedule(replica)
+        if finished:
+            self._pump(replica)
+        self._observe()
+
+    def _observe(self) -> None:
+        for observer in self.observers:
+            observer.on_event(self)

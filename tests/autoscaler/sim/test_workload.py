@@ -1,0 +1,69 @@
+"""Request files as jobs: the formats, what is refused and how it is said, thinning."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from autoscaler.sim.workload import Arrival, WorkloadError, jobs, read_requests, thin
+
+CSV = "arrival_s,context_tokens,generated_tokens\n46.5,374,44\n47.0,396,0\n50.25,12,9\n"
+
+
+def test_a_csv_starts_at_zero_and_counts_an_empty_answer_as_one_token(tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_text(CSV)
+    assert list(read_requests(path)) == [Arrival(0.0, 374, 44), Arrival(0.5, 396, 1), Arrival(3.75, 12, 9)]
+    assert [a.at_s for a in read_requests(path, start_s=0.4, until_s=3.0)] == [0.5]
+
+
+def test_tenants_and_other_column_names_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.csv.gz"
+    path.write_bytes(gzip.compress(b"arrival_s,tenant,prompt_tokens,output_tokens\n1,7,10,20\n"))
+    assert list(read_requests(path)) == [Arrival(0.0, 10, 20, "7")]
+
+
+def test_json_lines_bring_prefix_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_requests(path)) == [Arrival(0.0, 6955, 52, prefix=(46, 47))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "time,tokens\n1,2\n", "needs columns arrival_s"),
+        ("b.csv", CSV + "51,x,1\n", r"b\.csv, line 5"),
+        ("c.csv", CSV + "nan,1,1\n", "finite"),
+        ("d.jsonl", '{"timestamp": 1}\n', r"d\.jsonl, line 1: KeyError: 'input_length'"),
+        ("e.jsonl", "{\n", r"e\.jsonl, line 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WorkloadError, match=said):
+        list(read_requests(tmp_path / name))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="No such file"):
+        list(read_requests(tmp_path / "none.csv"))
+
+
+def test_thinning_keeps_the_share_and_whole_conversations() -> None:
+    arrivals = [Arrival(float(n), 1, 1, prefix=(n % 500, n)) for n in range(20_000)]
+    kept = list(thin(iter(arrivals), 0.25, seed=3))
+    assert 0.2 < len(kept) / len(arrivals) < 0.3
+    roots = {a.prefix[0] for a in kept}
+    assert len(kept) == sum(1 for a in arrivals if a.prefix[0] in roots)
+    assert kept == list(thin(iter(arrivals), 0.25, seed=3))
+    assert kept != list(thin(iter(arrivals), 0.25, seed=4))
+
+
+def test_jobs_arrive_in_order_and_faster_when_asked() -> None:
+    made = list(jobs(iter([Arrival(2.0, 1, 1), Arrival(1.0, 1, 1)]), speed=2.0))
+    assert [job.arrived_s for job in made] == [1.0, 1.0]
