@@ -32,6 +32,7 @@ from workers.engine.base import (
 from workers.engine.toy_sequence import Sequence
 
 KV_BYTES_PER_TOKEN = 1024  # pretended; with it `kv_cache_bytes` means what it means for a small model
+_MAX_STRIDE = 32  # unpaced steps in one go: so many tokens of everybody is the longest an arrival waits
 
 
 class ToyEngine:
@@ -53,6 +54,7 @@ class ToyEngine:
         self._dead: str | None = None
         self._hung = False
         self._n_steps = self._n_preemptions = 0
+        self._n_strided = 0  # steps since the last call of `step`
         self._last_step_at_s = now_s()
         self._step_ms = 0.0
 
@@ -99,13 +101,11 @@ class ToyEngine:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                if len(seq.new_ids) < seq.n_delta and seq.finish is None:
+                if seq.n_out < seq.n_due and seq.finish is None:
                     seq.waiter = loop.create_future()
                     await seq.waiter
-                ids, seq.new_ids = seq.new_ids, []
-                text = seq.new_text[0] if len(seq.new_text) == 1 else "".join(seq.new_text)
-                seq.new_text.clear()
-                seq.n_delta = request.min_delta_tokens
+                ids, text = seq.take()
+                seq.n_due = seq.n_out + request.min_delta_tokens
                 finish = seq.finish  # the sequence goes on while our consumer holds the delta
                 if finish is FinishReason.ERROR:
                     raise EngineDead(f"toy engine: {self._dead}")
@@ -153,7 +153,32 @@ class ToyEngine:
                 await asyncio.sleep(0)
             if self._hung:
                 await asyncio.Event().wait()
+            if not pace_s:
+                self._stride()
             self.step()
+
+    def _stride(self) -> None:
+        """Without a pace: take the steps up to the next one that somebody would notice, in one go.
+
+        Noticed are a token that is awaited, an end, an admission, a preemption. Each of these happens in `step`.
+        """
+        running = self._running
+        if self._waiting or not 0 < len(running) <= self._budget:
+            return
+        n = _MAX_STRIDE
+        for seq in running:
+            n = min(n, min(seq.n_due, seq.n_end) - seq.n_out - 1)
+            if n <= 0 or not seq.countable or seq.n_computed != seq.n_prompt + seq.n_out - 1:
+                return
+        n_blocks = sum(-(-(seq.n_computed + n) // self._block) - seq.n_blocks for seq in running)
+        if n_blocks > self._n_free:
+            return
+        for seq in running:
+            seq.n_out += n
+            seq.n_computed += n
+            if seq.n_computed > seq.n_room:
+                self._take(seq, seq.n_computed)
+        self._n_strided = n
 
     def step(self) -> None:
         """One engine step, running sequences first, then waiting ones, as far as token budget, slots and
@@ -174,13 +199,8 @@ class ToyEngine:
             if target == n_context:
                 seq.advance()
                 ended = ended or seq.finish is not None
-                waiter = seq.waiter
-                if (
-                    waiter is not None
-                    and (len(seq.new_ids) >= seq.n_delta or seq.finish is not None)
-                    and not waiter.done()
-                ):
-                    waiter.set_result(None)
+                if seq.n_out >= seq.n_due or seq.finish is not None:
+                    seq.wake()
             at += 1
         if ended:
             for seq in running:
@@ -190,8 +210,9 @@ class ToyEngine:
         if self._waiting:
             self._admit_waiting(budget)
         now_s = self._now_s()
-        self._n_steps += 1
-        self._step_ms += 0.2 * ((now_s - self._last_step_at_s) * 1000 - self._step_ms)
+        n_steps, self._n_strided = self._n_strided + 1, 0
+        self._n_steps += n_steps
+        self._step_ms += 0.2 * ((now_s - self._last_step_at_s) * 1000 / n_steps - self._step_ms)
         self._last_step_at_s = now_s
 
     def _admit_waiting(self, budget: int) -> None:
@@ -212,7 +233,7 @@ class ToyEngine:
             budget -= seq.n_computed
             if seq.n_computed == n_context:
                 seq.advance()
-                if len(seq.new_ids) >= seq.n_delta or seq.finish is not None:
+                if seq.n_out >= seq.n_due or seq.finish is not None:
                     seq.wake()
                 if seq.finish is not None:
                     self._running.pop()

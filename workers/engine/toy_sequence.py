@@ -1,4 +1,8 @@
-"""One request inside the toy engine: where it stands, and its next token. Used by toy.py only."""
+"""One request inside the toy engine: where it stands, and its next tokens. Used by toy.py only.
+
+Which token comes when is settled by the prompt, so a step counts tokens only and they are made when somebody takes
+them, many at a time. Only stop strings must be looked for as the text grows.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,23 @@ MIN_NATURAL_TOKENS, MAX_NATURAL_TOKENS = 16, 200  # the "model" ends by itself w
 
 
 class Sequence:
-    """One request inside the engine. `n_computed` tokens of prompt + output have (pretended) KV."""
+    """One request inside the engine. `n_computed` tokens of prompt + output have (pretended) KV; `n_out` tokens are
+    produced, `n_told` of them taken; the consumer is woken at `n_due`."""
 
     __slots__ = (
+        "_matcher",
+        "_text",
         "ended",
         "finish",
         "key",
-        "matcher",
         "n_blocks",
         "n_computed",
-        "n_delta",
+        "n_due",
         "n_end",
         "n_out",
         "n_prompt",
         "n_room",
-        "new_ids",
-        "new_text",
+        "n_told",
         "request",
         "seed",
         "waiter",
@@ -39,8 +44,8 @@ class Sequence:
         self.request = request
         self.key = key
         self.n_prompt = len(request.prompt_token_ids)
-        self.n_delta = 1  # tokens that make a delta; the first one is told at once, whatever the hint
-        self.n_out = 0
+        self.n_out = self.n_told = 0
+        self.n_due = 1  # the first token is told at once, whatever the hint
         self.n_computed = self.n_blocks = self.n_room = 0
         self.seed = toy_text.seed_of(
             request.prompt_token_ids, sampling.seed if sampling.temperature else None
@@ -50,28 +55,38 @@ class Sequence:
         # Position at which the end-of-sequence token comes; beyond the limit it never does.
         self.n_end = limit if sampling.ignore_eos else min(limit, natural)
         self.ended = FinishReason.LENGTH if sampling.ignore_eos or limit < natural else FinishReason.STOP
-        self.matcher = StopMatcher(sampling.stop)
+        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._text: list[str] = []  # with stop strings: what may be shown and was not taken
         self.finish: FinishReason | None = None
-        self.new_ids: list[int] = []
-        self.new_text: list[str] = []
         self.waiter: asyncio.Future[None] | None = None
 
+    @property
+    def countable(self) -> bool:
+        """Whether nothing but the number of tokens decides when it ends."""
+        return self._matcher is None
+
     def advance(self) -> None:
-        """One output token: id, text, end."""
-        at = self.n_out
-        self.n_out = at + 1
+        """One output token."""
+        self.n_out += 1
         last = self.n_out >= self.n_end
-        if last and self.ended is FinishReason.STOP:
-            token, piece = toy_text.EOS, ""
-        else:
-            token = toy_text.token_at(self.seed, at)
-            piece = toy_text.PIECES[token] if at else toy_text.PIECES[token][1:]
-        self.new_ids.append(token)
-        self.new_text.append(self.matcher.push(piece, last))
-        if self.matcher.stopped:
-            self.finish = FinishReason.STOP
-        elif last:
+        if last:
             self.finish = self.ended
+        if self._matcher is not None:
+            self._text.append(self._matcher.push(self._made(self.n_out - 1)[1], last))
+            if self._matcher.stopped:
+                self.finish = FinishReason.STOP
+
+    def take(self) -> tuple[list[int], str]:
+        """Token ids and text produced since the last call."""
+        n_told, self.n_told = self.n_told, self.n_out
+        if self._matcher is not None:
+            text = "".join(self._text)
+            self._text.clear()
+            return self._made(n_told)[0], text
+        if self.n_out == n_told + 1 and n_told > 0 and self.finish is None:  # the usual case of a stream
+            token = toy_text.token_at(self.seed, n_told)
+            return [token], toy_text.PIECES[token]
+        return self._made(n_told)
 
     def replay(self) -> None:
         """Bring the state to where earlier attempts left off, emitting nothing."""
@@ -79,10 +94,19 @@ class Sequence:
             if self.finish is not None:
                 break
             self.advance()
-        self.new_ids.clear()
-        self.new_text.clear()
+        self.n_told = self.n_out
+        self.n_due = self.n_out + 1
+        self._text.clear()
 
     def wake(self) -> None:
         waiter = self.waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    def _made(self, start: int) -> tuple[list[int], str]:
+        """Ids and text of the tokens from `start` on."""
+        ids = toy_text.tokens_at(self.seed, start, self.n_out)
+        if ids and self.n_out >= self.n_end and self.ended is FinishReason.STOP:
+            ids[-1] = toy_text.EOS
+        text = "".join([toy_text.PIECES[token] for token in ids])
+        return ids, text if start else text[1:]

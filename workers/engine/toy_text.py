@@ -1,6 +1,6 @@
 """The toy engine's language: 4,096 two-syllable words, a tokenizer for any text, a chat template, a "model".
 
-Pure and fast: `token_at` costs some 0.2 microseconds. Words of the language are one token each; other text is
+Pure and fast: a token costs some 0.2 microseconds. Words of the language are one token each; other text is
 cut into pieces of up to four characters, so a token is about four characters either way, as with real
 tokenizers.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from array import array
+from itertools import chain
 from typing import Any, Final
 
 from workers.engine.chat import check_messages
@@ -24,9 +25,9 @@ N_WORDS: Final = len(_WORDS)
 PIECES: Final = [""] * _FIRST_WORD + [" " + word for word in _WORDS]
 _FAULTS: Final = {"<die>": DIE, "<hang>": HANG}
 # Every word of the language has four characters, so cutting at four finds words and other text alike.
-_PIECE: Final = re.compile(r"\S{1,4}")
 _PIECE_OR_FAULT: Final = re.compile(r"<die>|<hang>|\S{1,4}")
 _MAX_REMEMBERED: Final = 65_536
+_MAX_REMEMBERED_CHARS: Final = 32  # a longer word is cut anew each time: bounds what is remembered
 
 
 class _Ids(dict[str, int]):
@@ -42,14 +43,27 @@ class _Ids(dict[str, int]):
 _IDS: Final = _Ids({word: _FIRST_WORD + i for i, word in enumerate(_WORDS)})
 
 
+class _WordIds(dict[str, tuple[int, ...]]):
+    """Token ids of whole words (between white space), remembered up to a bound."""
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple([_IDS[word[at : at + 4]] for at in range(0, len(word), 4)])
+        if len(self) < _MAX_REMEMBERED and len(word) <= _MAX_REMEMBERED_CHARS:
+            self[word] = ids
+        return ids
+
+
+_WORD_IDS: Final = _WordIds()
+
+
 def tokenize(text: str, faults: bool = False) -> list[int]:
-    """Token ids of any text; equal texts give equal ids. 1,000 characters take some 25 microseconds.
+    """Token ids of any text; equal texts give equal ids. 1,000 characters take some 10 microseconds.
 
     `faults`: `<die>` and `<hang>` get their own tokens.
     """
     if faults:
         return [_FAULTS.get(piece) or _IDS[piece] for piece in _PIECE_OR_FAULT.findall(text)]
-    return list(map(_IDS.__getitem__, _PIECE.findall(text)))
+    return list(chain.from_iterable(map(_WORD_IDS.__getitem__, text.split())))
 
 
 def decode(ids: list[int]) -> str:
@@ -83,6 +97,22 @@ def token_at(seed: int, position: int) -> int:
     x = (seed + position * 0x9E3779B1) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
     return _FIRST_WORD + ((x >> 13) ^ x) % N_WORDS
+
+
+def tokens_at(seed: int, start: int, stop: int) -> list[int]:
+    """`token_at` for the positions `start` to `stop - 1`, without a call each."""
+    return [
+        _FIRST_WORD
+        + (
+            (
+                (x := (((x := (seed + at * 0x9E3779B1) & 0xFFFFFFFF) ^ (x >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF)
+                >> 13
+            )
+            ^ x
+        )
+        % N_WORDS
+        for at in range(start, stop)
+    ]
 
 
 def alternatives(token: int, n: int) -> list[int]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -109,6 +110,29 @@ async def test_the_batch_never_exceeds_its_slots_and_all_are_served() -> None:
         answers = await asyncio.gather(*(read(engine, a_request(engine, f"r{i}")) for i in range(20)))
     assert max(seen) == 4
     assert len({a.text for a in answers}) == 20
+
+
+@pytest.mark.parametrize("stop", [(), ("zz never zz",)])
+async def test_steps_taken_at_once_make_what_single_steps_make(stop: tuple[str, ...]) -> None:
+    """Unwatched sequences of different lengths, some beginning late, in too few blocks for all: counted per step."""
+
+    async def answers(min_delta_tokens: int) -> tuple[list[str], int]:
+        async with running(max_num_seqs=6, kv_cache_bytes=1 << 20) as engine:
+            requests = [
+                replace(
+                    a_request(engine, f"r{i}", max_tokens=30 + 40 * i, ignore_eos=i % 2 == 0, stop=stop),
+                    min_delta_tokens=min_delta_tokens,
+                )
+                for i in range(9)
+            ]
+            found = await asyncio.gather(*(read(engine, r) for r in requests))
+            assert engine.stats().kv_used_ratio == 0.0
+            return [f"{a.token_ids} {a.text} {a.finish}" for a in found], engine.stats().n_steps
+
+    watched, n_watched = await answers(1)
+    unwatched, n_unwatched = await answers(100)
+    assert unwatched == watched
+    assert abs(n_watched - n_unwatched) <= 32 * 9  # arrivals may wait for what is under way
 
 
 async def test_sequences_share_steps() -> None:
