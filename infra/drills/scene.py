@@ -1,0 +1,199 @@
+"""What a drill may touch: processes of the running local stack, found through its own records, and its cell's Redis.
+
+A process is signalled by pid and start time, and only after it has shown that it belongs to this stack: the state
+file names it, or its environment carries the mark of a machine of this data directory. Called by the drills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import redis
+
+from infra.local.process import ProcessIdentity, command_line, identity_of, is_alive
+from infra.local.stackstate import StackRecord, read_state
+from infra.providers.local import MARK, read_agent_pid
+from workers.contract import Heartbeat, ReplicaStatus
+from workers.keys import CellKeys
+
+_status = msgspec.json.Decoder(ReplicaStatus).decode
+_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+
+
+class DrillError(RuntimeError):
+    """The drill cannot be carried out as things are; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingReplica:
+    """A replica that requests are routed to: its front's process, and whose machine it is on."""
+
+    id: str
+    machine: str
+    front: ProcessIdentity
+
+
+class Strike:
+    """What was done to the stack, and when. Filled by the drill's thread, read by everybody."""
+
+    def __init__(self) -> None:
+        self.at_s: float | None = None
+        self.what = ""
+        self.notes: dict[str, Any] = {}
+        self.problems: list[str] = []
+
+    def done(self, what: str, at_s: float | None = None) -> None:
+        """The fault is in the world now (or since `at_s`, monotonic seconds)."""
+        self.at_s, self.what = time.monotonic() if at_s is None else at_s, what
+
+    def require(self, condition: bool, otherwise: str) -> None:
+        """A promise of the drill beside its streams: `otherwise` is the problem if it is broken."""
+        if not condition:
+            self.problems.append(otherwise)
+
+
+class Scene:
+    """One running local stack and one deployment on it. Methods block; call them from the drill's thread."""
+
+    def __init__(
+        self, var: Path, redis_url: str, cell: str, deployment: str, say: Callable[[str], None]
+    ) -> None:
+        self.var = var
+        self.keys = CellKeys(cell)
+        self.deployment = deployment
+        self.say = say
+        self.redis_url = redis_url
+        self.redis = redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0)
+
+    def close(self) -> None:
+        self.redis.close()
+
+    # -- looking
+
+    def record(self) -> StackRecord:
+        """The stack's state file now. DrillError when no stack runs from this directory."""
+        record = read_state(self.var)
+        if record is None or not record.supervisor_runs():
+            raise DrillError(f"no stack runs from {self.var}: start it with `make up`")
+        return record
+
+    def process(self, name: str) -> ProcessIdentity:
+        """A supervised process that is ready. DrillError when there is none."""
+        for process in self.record().processes:
+            identity = process.identity()
+            if process.name == name and identity and is_alive(identity):
+                if process.marker not in " ".join(command_line(identity.pid)):
+                    raise DrillError(f"{name}: pid {identity.pid} is not what the stack started")
+                return identity
+        raise DrillError(f"{name} does not run: `manage.py status`")
+
+    def routed(self) -> list[ServingReplica]:
+        """Replicas that serve the deployment, with live fronts."""
+        found = []
+        for raw in sorted(cast(set[bytes], self.redis.smembers(self.keys.replicas(self.deployment)))):
+            rid = raw.decode()
+            mid = cast(bytes | None, self.redis.hget(self.keys.replica(rid), "mid"))
+            if mid is None:
+                continue
+            machine = self.keys.machine(mid.decode())
+            payload = cast(bytes | None, self.redis.hget(machine.actual, rid))
+            if payload is None:
+                continue
+            identity = identity_of(_status(payload).pid)
+            if identity is not None and self._belongs(identity.pid, mid.decode()):
+                found.append(ServingReplica(rid, mid.decode(), identity))
+        return found
+
+    def serving(self) -> ServingReplica:
+        """The one replica that serves the deployment."""
+        found = self.routed()
+        if len(found) != 1:
+            raise DrillError(f"{len(found)} replicas serve the drill's deployment, expected one")
+        return found[0]
+
+    def heartbeat(self, replica: ServingReplica) -> Heartbeat | None:
+        payload = cast(bytes | None, self.redis.get(self.keys.machine(replica.machine).heartbeat(replica.id)))
+        return None if payload is None else _heartbeat(payload)
+
+    def replica_state(self, replica: ServingReplica) -> str:
+        """`ready`, `draining`, `dead`, or '' when the cell has forgotten it."""
+        state = cast(bytes | None, self.redis.hget(self.keys.replica(replica.id), "state"))
+        return (state or b"").decode()
+
+    def live_requests(self, replica: ServingReplica) -> list[str]:
+        """Requests bound to it."""
+        members = cast(set[bytes], self.redis.smembers(self.keys.replica_live(replica.id)))
+        return sorted(member.decode() for member in members)
+
+    def core_of(self, replica: ServingReplica) -> ProcessIdentity:
+        """The engine core: the child process of the front. DrillError when the engine has none (toy)."""
+        children = [pid for pid in _children(replica.front.pid) if self._belongs(pid, replica.machine)]
+        cores = [identity for pid in children if (identity := identity_of(pid))]
+        if not cores:
+            raise DrillError("the front has no engine core process of its own")
+        return cores[0]
+
+    def machine_dir(self, machine: str) -> Path:
+        return self.var / "machines" / machine
+
+    def agent_of(self, machine: str) -> ProcessIdentity | None:
+        """The live agent of a machine."""
+        identity = read_agent_pid(self.machine_dir(machine) / "agent.pid")
+        return identity if identity is not None and is_alive(identity) else None
+
+    def machine_ends(self, machine: str) -> bool:
+        """Whether nothing of the machine runs any more."""
+        return not any(
+            entry.name.isdigit() and self._belongs(int(entry.name), machine)
+            for entry in Path("/proc").iterdir()
+        )
+
+    # -- acting
+
+    def signal(self, identity: ProcessIdentity, signum: int, *, machine: str = "") -> None:
+        """Signal a process that `process`, `serving`, `core_of` or `agent_of` named. DrillError when it is gone."""
+        if not is_alive(identity) or (machine and not self._belongs(identity.pid, machine)):
+            raise DrillError(f"pid {identity.pid} is gone or not of this stack")
+        os.kill(identity.pid, signum)
+
+    def wait(self, condition: Callable[[], object], what: str, timeout_s: float) -> None:
+        """Poll every 20 ms. DrillError names what never came. Redis being away counts as not yet."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                if condition():
+                    return
+            if time.monotonic() > deadline_s:
+                raise DrillError(f"within {timeout_s:g} s it did not happen that {what}")
+            time.sleep(0.02)
+
+    def _belongs(self, pid: int, machine: str) -> bool:
+        """Whether the process carries the mark of that machine, and the machine is of this data directory."""
+        if not self.machine_dir(machine).is_dir():
+            return False
+        try:
+            marks = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return f"{MARK}={machine}".encode() in marks
+
+
+def _children(pid: int) -> list[int]:
+    """Direct children, of all threads of the process."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return sorted(set(found))
+
+
+def describe_signal(signum: int) -> str:
+    return signal.Signals(signum).name
