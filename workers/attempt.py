@@ -38,7 +38,7 @@ STOP_OF: Final = {
 class Attempt:
     """A claimed attempt while it runs."""
 
-    __slots__ = ("epoch", "generating", "request_id", "stop", "task")
+    __slots__ = ("epoch", "generating", "moved", "output", "request_id", "stop", "task")
 
     def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
         self.request_id = request_id
@@ -46,6 +46,8 @@ class Attempt:
         self.task = task
         self.stop: Stop | None = None
         self.generating = False
+        self.output: Output | None = None  # since it was claimed
+        self.moved = False  # its client reads elsewhere, and where is not known yet
 
     def interrupt(self, stop: Stop) -> None:
         """Remember why, and end the generation if it runs. The first reason counts."""
@@ -119,8 +121,10 @@ def sampling_of(envelope: RequestEnvelope, limit: int) -> SamplingSpec:
 
 
 def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent:
-    """What is billed and measured; counts are those of the end the client sees."""
+    """What is billed and measured: the counts of the end the client sees, less what a request that this one continues
+    was charged for."""
     envelope = run.envelope
+    n_prompt = max(0, end.n_prompt - envelope.n_carried_prompt)
     return UsageEvent(
         request_id=envelope.id,
         org=envelope.org,
@@ -131,9 +135,9 @@ def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent
         machine=config.machine,
         model=envelope.model,
         endpoint=envelope.endpoint,
-        n_prompt=end.n_prompt,
-        n_cached=end.n_cached,
-        n_completion=end.n_completion,
+        n_prompt=n_prompt,
+        n_cached=min(end.n_cached, n_prompt),
+        n_completion=max(0, end.n_completion - envelope.n_carried),
         attempts=end.attempts,
         finish_reason=end.reason,
         status=end.error.status if end.error else _STATUS.get(end.reason, 200),

@@ -90,6 +90,11 @@ class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     zero_retention: bool = False
     # The client set no max_tokens: the engine may use the whole context that is left.
     open_ended: bool = False
+    # The request as its client knows it, when this one continues it after a disconnect; how many tokens of the journal
+    # come from before, and how many prompt tokens were charged then. Neither is charged again.
+    continues: str = ""
+    n_carried: int = 0
+    n_carried_prompt: int = 0
     v: int = WIRE_VERSION
 
 
@@ -240,10 +245,13 @@ class Stage(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
-    """Trusted word to a gateway that a request ended without a replica (poison, deployment removed)."""
+    """Trusted word to a gateway that a request ended without a replica (poison, deployment removed), or that its
+    client reads elsewhere."""
 
     request: str
     error: WireError
+    # Only the stream with this number, if not 0: its client has reconnected elsewhere.
+    stream: int = 0
     v: int = WIRE_VERSION
 
 
@@ -265,6 +273,7 @@ class FlushVerdict(enum.StrEnum):
     DUPLICATE = "d"  # offset already journaled
     GAP = "g"  # offset beyond the journal: a bug or a lost flush; stop and let the reaper resume
     CANCELLED = "c"  # accepted, and the client has gone: end the generation
+    MOVED = "m"  # accepted, and the client reads elsewhere now: the lease says where
     BUDGET = "b"  # tokens beyond the hold: refused
 
 

@@ -7,6 +7,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | key after the cell | type | owner | life |
 |---|---|---|---|
 | `req:<id>` | hash | trusted | request record: admission until settle + 15 min |
+| `idem:<project>:<digest>` | string | trusted | idempotency key: its request and when it was taken; timeout + 15 min |
 | `body:<id>`, `jrn:<id>` | string, list | trusted | body and journal while no replica holds the request |
 | `dep:<dep>:q` | zset of request ids | trusted | the deployment's fair queue, bounded at admission |
 | `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
@@ -221,7 +222,7 @@ class MachineKeys:
         return f"{self.prefix}g:{gateway_id}"
 
     def control_channel(self, replica_id: str) -> str:
-        """PUBLISH of a request id by the trusted side: cancel it."""
+        """PUBLISH by the trusted side of a request id (cancel it) or `@<request id>` (its client reads elsewhere)."""
         return f"{self.prefix}ctl:{replica_id}"
 
     def acl_rules(self, password_sha256_hex: str) -> list[str]:

@@ -74,6 +74,19 @@ class Leases:
         answer = await self._retried("EVALSHA", RELEASE.sha, 0, self._keys.prefix, request_id, epoch)
         return int(answer or 0) == 1
 
+    async def reader(self, request_id: str, epoch: int) -> tuple[str, int] | None:
+        """Gateway and stream that an attempt's output goes to; None when the lease is another's, or cannot be read.
+
+        The mark is cleared first, so that a change after the reading sets it again.
+        """
+        lease = self._keys.lease(request_id)
+        if await self._retried("HDEL", lease, "moved") is None:
+            return None
+        found = await self._retried("HMGET", lease, "epoch", "gw", "stream")
+        if found is None or found[0] is None or int(found[0]) != epoch:
+            return None
+        return found[1].decode(), int(found[2])
+
     async def _retried(self, *command: str | int) -> Any:
         """An idempotent command, tried until the patience of `_RETRY_S` ends; None then."""
         for wait_s in _RETRY_S:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from workers.contract import End, FlushVerdict
 
@@ -15,6 +15,7 @@ from workers.contract import End, FlushVerdict
 class Lane(Protocol):
     """What an output needs of the lane that takes it along (publisher.py)."""
 
+    gateway: str
     n_open: int
     n_pending: int
 
@@ -31,12 +32,15 @@ class Lane(Protocol):
     def forget(self, output: Output) -> None:
         """`output` has nothing to send any more."""
 
+    def pass_on(self, output: Output, other: Any) -> None:
+        """`other`, a lane of the same kind, takes over what has gathered."""
+
 
 class Output:
     """What one attempt sends to one client stream. Offsets count tokens from 0 over all attempts.
 
     `closed_by` is the verdict that ended it from outside (stale, gap, budget); nothing added later is sent.
-    `on_verdict(verdict)` is called for those and, once, when the client turns out to have gone.
+    `on_verdict(verdict)` is called for those, and when the client turns out to have gone or to read elsewhere.
     """
 
     __slots__ = (

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _VERDICT_OF: Final = {ord(v.value): v for v in FlushVerdict}
-_ACCEPTED, _CANCELLED = ord(FlushVerdict.ACCEPTED.value), ord(FlushVerdict.CANCELLED.value)
-_KEPT = (_ACCEPTED, ord(FlushVerdict.DUPLICATE.value), _CANCELLED)
+_ACCEPTED, _DUPLICATE = ord(FlushVerdict.ACCEPTED.value), ord(FlushVerdict.DUPLICATE.value)
+_TOLD = (ord(FlushVerdict.CANCELLED.value), ord(FlushVerdict.MOVED.value))  # accepted, and there is news
+_KEPT = (_ACCEPTED, _DUPLICATE, *_TOLD)
 _FIELDS_PER_ENTRY: Final = 7
 _RETRY_S: Final = 0.05  # first wait after a failed flush; doubles to the last
 _RETRY_MAX_S: Final = 1.0
@@ -89,6 +90,15 @@ class Lane:
             self.n_pending -= len(output.ids)
         output.ids, output.text, output.logprobs, output.end = [], "", None, None
         self._open_room()
+
+    def pass_on(self, output: Output, other: Lane) -> None:
+        """Let `other` send what has gathered of this output."""
+        if output in self._gathering:
+            del self._gathering[output]
+            self.n_pending -= len(output.ids)
+            other.n_pending += len(output.ids)
+            other.enqueue(output)
+            self._open_room()
 
     def _schedule(self) -> None:
         """Flush at the end of this loop pass, when every stream of the step has added its tokens."""
@@ -151,8 +161,8 @@ class Lane:
                 output.n_accepted += n
                 if is_end and output.ended is not None and not output.ended.done():
                     output.ended.set_result(True)
-                elif code == _CANCELLED and output.on_verdict is not None:
-                    output.on_verdict(FlushVerdict.CANCELLED)
+                elif code in _TOLD and output.on_verdict is not None:
+                    output.on_verdict(_VERDICT_OF[code])
             elif output.closed_by is None:
                 verdict = _VERDICT_OF[code]
                 output.close(verdict)
@@ -232,6 +242,23 @@ class Publisher:
         for gateway, other in list(self._lanes.items()) if lane.n_open == 0 else ():
             if other.idle:
                 del self._lanes[gateway]
+
+    def move(self, output: Output, gateway: str, stream: int) -> None:
+        """From now on to another gateway or stream. What has left stays in order before it: one connection carries
+        every lane. (Should that connection break just now, a flush may come too early and be refused as a gap; the
+        attempt is then claimed again.)
+        """
+        output.stream = stream
+        old = output.lane
+        if output.closed_by is not None or old.gateway == gateway:
+            return
+        lane = self._lanes.get(gateway)
+        if lane is None:
+            lane = self._lanes[gateway] = Lane(self, gateway)
+        old.pass_on(output, lane)
+        lane.n_open += 1
+        self.close(output)
+        output.lane = lane
 
     async def settle(self, output: Output, timeout_s: float) -> bool:
         """Wait until nothing of this output is gathering or unanswered; False when that takes too long."""

@@ -76,7 +76,9 @@ class Replica:
             config, self.engine, self.client, self.publisher, self.spool, self._on_engine_dead
         )
         self.reporter = Reporter(config, self.engine, self.client, self.server, self.spool, self.beat)
-        self.control = ControlChannel(config.redis_url, config.keys, config.replica, self.server.cancel)
+        self.control = ControlChannel(
+            config.redis_url, config.keys, config.replica, self.server.cancel, self.server.moved
+        )
         self.accounting = Accounting(self.spool, self.client, config.keys, config.replica, tuning)
 
         started_s = time.monotonic()

@@ -35,7 +35,15 @@ from workers.contract import (
     decode_envelope,
     encode,
 )
-from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, EngineRequest
+from workers.engine.base import (
+    Delta,
+    Engine,
+    EngineDead,
+    EngineInputError,
+    EngineProfile,
+    EngineRequest,
+    resume_blockers,
+)
 from workers.journal import JournalBroken, inherit
 from workers.leases import Leases
 from workers.output import Output
@@ -76,6 +84,7 @@ class Server:
         self._now_ms = now_ms
         self._prompts = Prompts(engine, config.tuning.inline_prompt_bytes)
         self._running: dict[str, Attempt] = {}
+        self._moves: set[asyncio.Task[None]] = set()
         self.n_requests_total = self.n_tokens_total = 0
         # For the watchdog: prompt tokens whose first answer token is awaited, and the slowest recent prefill.
         self.n_prefill_tokens = 0
@@ -90,6 +99,15 @@ class Server:
         attempt = self._running.get(request_id)
         if attempt is not None:
             attempt.interrupt(Stop.CANCELLED)
+
+    def moved(self, request_id: str) -> None:
+        """Its client reads elsewhere (control channel, or the answer to a flush). Unknown ids are ignored."""
+        attempt = self._running.get(request_id)
+        if attempt is None or attempt.moved:
+            return
+        attempt.moved = True
+        if attempt.output is not None:  # else once the claim is answered
+            self._start_move(attempt, attempt.output)
 
     def close(self) -> None:
         self._prompts.close()
@@ -128,7 +146,10 @@ class Server:
         output = self._publisher.open(
             attempt.request_id, attempt.epoch, claim.gateway, claim.stream, claim.n_done
         )
-        output.on_verdict = lambda verdict: attempt.interrupt(STOP_OF[verdict])
+        output.on_verdict = lambda verdict: self._on_verdict(attempt, verdict)
+        attempt.output = output
+        if attempt.moved:
+            self._start_move(attempt, output)
         try:
             if not claim.body:
                 return False  # zero retention, or settled meanwhile: nobody waits for it
@@ -147,7 +168,25 @@ class Server:
                     run, attempt, _internal("the worker failed; send the request again")
                 )
         finally:
+            attempt.output = None
             self._publisher.close(output)
+
+    def _on_verdict(self, attempt: Attempt, verdict: FlushVerdict) -> None:
+        if verdict is FlushVerdict.MOVED:
+            self.moved(attempt.request_id)
+        else:
+            attempt.interrupt(STOP_OF[verdict])
+
+    def _start_move(self, attempt: Attempt, output: Output) -> None:
+        task = asyncio.get_running_loop().create_task(self._move(attempt, output))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _move(self, attempt: Attempt, output: Output) -> None:
+        attempt.moved = False  # another word from here on is read again
+        reader = await self._leases.reader(attempt.request_id, attempt.epoch)
+        if reader is not None and attempt.output is output:
+            self._publisher.move(output, *reader)
 
     async def _serve_claimed(self, run: Run, attempt: Attempt) -> bool:
         claim, envelope = run.claim, run.envelope
@@ -166,6 +205,9 @@ class Server:
         if claim.verdict is ClaimVerdict.CANCELLED or attempt.stop is Stop.CANCELLED:
             run.n_prompt = len(prompt) if claim.n_done else 0
             return await self._end(run, attempt, FinishReason.ABORT)
+        blockers = self._blockers(envelope)
+        if blockers:
+            return await self._refuse(run, attempt, _cannot_continue(blockers))
         run.set_limit(self._engine.max_model_len)
         if run.limit <= claim.n_done:
             return await self._end(run, attempt, run.reason_at_limit)
@@ -216,7 +258,6 @@ class Server:
     async def _publish(self, run: Run, deltas: Any) -> None:
         """Hand each step to the publisher; a plain answer gathers `coalesce_tokens`, or a while, first."""
         output = run.output
-        lane = output.lane
         coalesce, patience_s = self._coalesce(run.envelope), self._config.tuning.coalesce_s
         flushed_at_s = time.monotonic()
         held: list[Delta] = []
@@ -241,10 +282,17 @@ class Server:
                     _release_to(output, held)
                     n_held = 0
                     flushed_at_s = time.monotonic()
-                    if lane.full:
-                        await lane.room()
+                    if output.lane.full:
+                        await output.lane.room()
         finally:
             _release_to(output, held)  # an interrupted answer journals what it made, too
+
+    def _blockers(self, envelope: RequestEnvelope) -> tuple[str, ...]:
+        """Why a request that continues another one would not continue it exactly; empty for all others."""
+        if not envelope.n_carried:
+            return ()
+        dtype = EngineProfile.from_json(dict(self._config.spec.profile)).dtype
+        return resume_blockers(sampling_of(envelope, 1), dtype)
 
     def _coalesce(self, envelope: RequestEnvelope) -> int:
         """Tokens per flush: each step of a stream is seen by somebody, a plain answer only at its end."""
@@ -322,6 +370,15 @@ def _wire_logprobs(delta: Delta) -> list[object] | None:
     if delta.logprobs is None:
         return None
     return [[t.text, t.logprob, [[text, logprob] for _, text, logprob in t.top]] for t in delta.logprobs]
+
+
+def _cannot_continue(blockers: tuple[str, ...]) -> WireError:
+    return WireError(
+        409,
+        "cannot_continue",
+        f"the answer was cut off and cannot be continued exactly (because of {', '.join(blockers)}): send it again "
+        "without Last-Event-ID",
+    )
 
 
 def _internal(sentence: str) -> WireError:

@@ -164,6 +164,8 @@ class Dispatcher:
                     self._queue_bound,
                     RETENTION_MS,
                     hold.output_rate_nano,
+                    "",
+                    0,
                     *key.scope_args,
                     *self._routes.candidates(deployment.id),
                 ),

@@ -87,6 +87,8 @@ class Cell:
         money: tuple[int, int] | None = None,
         candidates: tuple[str, ...] = ("r1",),
         request: str = "",
+        note: str = "cs:",
+        n_carried: int = 0,
         **envelope: Any,
     ) -> str:
         """Admit a chat request bound to the first candidate; its id. `money`: (budget, rate per token)."""
@@ -99,7 +101,8 @@ class Cell:
             payload=envelope.pop("payload", None)
             or msgspec.json.encode({"messages": [{"role": "user", "content": text}]}),
             sampling=Sampling(max_tokens=max_tokens, temperature=0.0, **sampling),
-            price_version="pv1", admitted_at_ms=now_ms(), stream=envelope.pop("stream", True), **envelope,
+            price_version="pv1", admitted_at_ms=now_ms(), stream=envelope.pop("stream", True), n_carried=n_carried,
+            **envelope,
         )  # fmt: skip
         self.r.set(self.keys.body(request), encode(body))
         n_out = max_tokens if hold is None else hold
@@ -118,7 +121,7 @@ class Cell:
             self.run(scripts.SEED, self.keys.prefix, "key", "k1", 0)
         answer = self.run(
             scripts.ADMIT, self.keys.prefix, now_ms(), request, "d1", GATEWAY, self._n_requests, "pv1", 10,
-            n_out, n_out * rate, now_ms(), 100, RETENTION_MS, rate, *scopes, *candidates,
+            n_out, n_out * rate, now_ms(), 100, RETENTION_MS, rate, note, n_carried, *scopes, *candidates,
         )  # fmt: skip
         assert answer[0] in (b"bound", b"queued"), answer
         return request
@@ -226,7 +229,7 @@ async def serving(
     publisher = Publisher(client, config.keys, config.tuning)
     deaths: list[EngineDead] = []
     server = Server(config, engine, client, publisher, spool, deaths.append)
-    control = ControlChannel(config.redis_url, config.keys, replica, server.cancel)
+    control = ControlChannel(config.redis_url, config.keys, replica, server.cancel, server.moved)
     await control.start(5.0)
     await engine.start()
     if enrol:

@@ -50,7 +50,7 @@ class Cell:
             scopes += [scope_id, *(limits.get(f"{scope}_{name}", NO_LIMIT) for name in names)]
         return self.run(
             scripts.ADMIT, KEYS.prefix, self.now_ms, request, "d1", "g1", 7, "pv1", n_in, n_out, money,
-            self.now_ms, queue_bound, RETENTION_MS, out_rate, *scopes, *candidates,
+            self.now_ms, queue_bound, RETENTION_MS, out_rate, "cs:", 0, *scopes, *candidates,
         )  # fmt: skip
 
     def enrol(self, replica: str, machine: str = "m1", slots: int = 4) -> int:
@@ -311,7 +311,7 @@ def test_without_a_body_nothing_is_taken(cell: Cell) -> None:
     limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, "p1", *[NO_LIMIT] * 5, "o1", *[NO_LIMIT] * 5]
     verdict = admit(
         scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 1000, 2,
-        *limits, "r1",
+        "cs:", 0, *limits, "r1",
     )  # fmt: skip
     assert verdict == [b"gone"]
     assert cell.limit("key", "k1") == {}

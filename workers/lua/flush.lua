@@ -4,14 +4,14 @@
 --
 -- ARGV: 1 machine prefix, 2 gateway, 3 journal life in ms after the end, 4 usage stream bound, then per entry 7:
 --       request, epoch, offset, n tokens, frame entry (msgpack), journal entry (msgpack), usage event or ''.
--- Returns one character per entry: a accepted, c accepted but the client has gone, s stale, d duplicate (accepted before), g gap,
---         b beyond the hold.
+-- Returns one character per entry: a accepted, c accepted but the client has gone, m accepted but the client reads
+--         elsewhere now (read the lease), s stale, d duplicate (accepted before), g gap, b beyond the hold.
 local M = ARGV[1]
 local verdicts, frame, n_frame = {}, {}, 0
 for i = 5, #ARGV, 7 do
   local id = ARGV[i]
   local k = M .. 'req:' .. id
-  local r = redis.call('HMGET', k, 'epoch', 'n', 'hold', 'state', 'cancel')
+  local r = redis.call('HMGET', k, 'epoch', 'n', 'hold', 'state', 'cancel', 'moved')
   local offset, n = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
   local v
   if r[1] == ARGV[i + 1] and r[4] == 'done' then
@@ -27,7 +27,7 @@ for i = 5, #ARGV, 7 do
     elseif n > tonumber(r[3]) then
       v = 'b'
     else
-      v = r[5] and 'c' or 'a'
+      v = r[5] and 'c' or r[6] and 'm' or 'a'
       local ends = ARGV[i + 6] ~= ''
       if ends then
         redis.call('HSET', k, 'n', have + n, 'hold', tonumber(r[3]) - n, 'state', 'done')
