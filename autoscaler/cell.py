@@ -20,7 +20,15 @@ from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
-from workers.contract import Heartbeat, Notice, ReplicaSpec, ReplicaStatus, Stage, WireError
+from workers.contract import (
+    Heartbeat,
+    Notice,
+    ReplicaSpec,
+    ReplicaStatus,
+    ServingReport,
+    Stage,
+    WireError,
+)
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
 from workers.scripts import ENROL, MACHINE_SCRIPTS, SETTLE, WITHDRAW, Script
@@ -28,12 +36,15 @@ from workers.scripts import ENROL, MACHINE_SCRIPTS, SETTLE, WITHDRAW, Script
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
 MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
+MAX_MESSAGES_SEEN = 2048  # of a replica's queue; its slots bound what lies there
+MAX_LOST = 512  # a call
 BELL_MAX = 16
 # A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
 GENERATION_FIELD = "generation"
 _json = msgspec.json.Encoder()
 _decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
 _decode_status = msgspec.json.Decoder(ReplicaStatus).decode
+_decode_serving = msgspec.json.Decoder(ServingReport).decode
 
 POISON = WireError(
     status=500,
@@ -153,6 +164,36 @@ class Cell:
             if int(answer[1]) == 0:
                 break
         return n_requeued
+
+    def read_serving(
+        self, replicas: Sequence[tuple[str, str]]
+    ) -> dict[str, tuple[set[str], ServingReport | None]]:
+        """By replica id, for (replica, machine) pairs: the requests bound to it, and those it says it has.
+
+        One round trip.
+        """
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid in replicas:
+            pipeline.smembers(self.keys.replica_live(rid))
+            pipeline.get(self._machine(mid).serving(rid))
+        answers = pipeline.execute() if replicas else []
+        return {
+            rid: ({member.decode() for member in answers[2 * i]}, _serving_of(answers[2 * i + 1]))
+            for i, (rid, _) in enumerate(replicas)
+        }
+
+    def bind_again(self, replica: str, machine: str, requests: Sequence[str]) -> int:
+        """Requests bound to a live replica that never got to it go back to the queue; how many did.
+
+        Those whose message still lies in the replica's queue are left alone. Safe to repeat.
+        """
+        queue = self._machine(machine).prefix + MachineKeys.queue_name(replica)
+        messages = cast(list[bytes], self.redis.lrange(queue, 0, MAX_MESSAGES_SEEN - 1))
+        lost = [r for r in requests if not any(r.encode() in message for message in messages)]
+        if not lost:
+            return 0
+        answer = self._run(WITHDRAW, replica, "lost", DEATHS_ALLOWED, *lost[:MAX_LOST])
+        return int(cast(list[Any], answer)[0])
 
     def fail_request(self, request: str, error: WireError) -> None:
         """Tell the gateway that awaits it, and settle it at nothing."""
@@ -314,6 +355,13 @@ def parse_status(payload: bytes) -> ReplicaStatus | None:
     """None for anything that is no status: machines are not trusted to speak well."""
     try:
         return _decode_status(payload)
+    except msgspec.DecodeError:
+        return None
+
+
+def _serving_of(payload: bytes | None) -> ServingReport | None:
+    try:
+        return None if payload is None else _decode_serving(payload)
     except msgspec.DecodeError:
         return None
 

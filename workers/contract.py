@@ -196,6 +196,15 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     v: int = WIRE_VERSION
 
 
+class ServingReport(msgspec.Struct, kw_only=True):
+    """Which requests a replica has in its hands, every two seconds: what is bound to it and stands neither here nor
+    in its queue was lost on the way, and is bound again. `seq` is that of the heartbeats."""
+
+    seq: int
+    requests: list[str]
+    v: int = WIRE_VERSION
+
+
 class ReplicaSpec(msgspec.Struct, kw_only=True):
     """Field of `desired`: a replica that the agent should be running. Absent from the hash = stop it."""
 

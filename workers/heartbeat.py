@@ -1,4 +1,4 @@
-"""What a replica says about itself: a heartbeat twice a second, and every change of phase at once.
+"""What a replica says about itself: a heartbeat twice a second, what it serves, and every change of phase at once.
 
 Runs on the engine loop of a front. A heartbeat is state (`hb:<rid>`), a phase change is state (`actual`) and
 an event. Redis being away costs beats, never tokens.
@@ -15,7 +15,7 @@ import msgspec
 
 from workers.beat import BeatFile
 from workers.config import FrontConfig
-from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus
+from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus, ServingReport
 from workers.engine.base import Engine
 from workers.redis_client import Client
 from workers.serve import Server
@@ -23,6 +23,7 @@ from workers.spool import Spool
 
 _json = msgspec.json.Encoder()
 _STATUS_EVERY: Final = 10
+_SERVING_EVERY: Final = 4
 
 
 class Reporter:
@@ -50,10 +51,14 @@ class Reporter:
         self.stages_ms: dict[str, int] = dict(config.stages_ms)
 
     async def run(self) -> None:
-        """Beat until cancelled. Every tenth beat repeats the status, should Redis have lost it."""
+        """Beat until cancelled. Every fourth beat says what is served, every tenth repeats the status, should
+        Redis have lost it.
+        """
         while True:
             due_at_s = time.monotonic() + self._config.tuning.beat_s
             self.beat()
+            if self._seq % _SERVING_EVERY == 0:
+                self._say_what_is_served()
             if self._seq % _STATUS_EVERY == 0:
                 self._client.fire("HSET", self._keys.actual, self._config.replica, self._status())
             await asyncio.sleep(max(0.0, due_at_s - time.monotonic()))
@@ -84,6 +89,12 @@ class Reporter:
         )
         key = self._keys.heartbeat(spec.replica)
         self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)
+
+    def _say_what_is_served(self) -> None:
+        report = ServingReport(seq=self._seq, requests=self._server.running)
+        key = self._keys.serving(self._config.replica)
+        life_ms = self._config.tuning.heartbeat_life_ms
+        self._client.fire("SET", key, _json.encode(report), "PX", life_ms)
 
     def enter(self, phase: ReplicaPhase, code: str = "", message: str = "") -> None:
         """A new phase: written where control finds it, announced on the event channel, and beaten, at

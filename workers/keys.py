@@ -24,6 +24,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:usage` | stream | machine | finished requests, until intake has booked them |
 | `m:<mid>:ack:<rid>` | list | machine | ids of that replica's requests that intake has booked |
 | `m:<mid>:hb:<rid>` | string | machine | heartbeat (JSON) of a replica; `m:<mid>:hb` of the agent |
+| `m:<mid>:run:<rid>` | string | machine | ids of the requests a replica serves now (`ServingReport`, JSON) |
 | `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
 """
@@ -201,6 +202,9 @@ class MachineKeys:
 
     def heartbeat(self, replica_id: str | None = None) -> str:
         return f"{self.prefix}hb:{replica_id}" if replica_id else f"{self.prefix}hb"
+
+    def serving(self, replica_id: str) -> str:
+        return f"{self.prefix}run:{replica_id}"
 
     @property
     def desired(self) -> str:

@@ -94,6 +94,11 @@ class Server:
     def n_running(self) -> int:
         return len(self._running)
 
+    @property
+    def running(self) -> list[str]:
+        """Ids of the requests in our hands, from the delivery of the message to the end."""
+        return list(self._running)
+
     def cancel(self, request_id: str) -> None:
         """The client has gone (control channel). Unknown ids are ignored."""
         attempt = self._running.get(request_id)

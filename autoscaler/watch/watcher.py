@@ -22,6 +22,7 @@ from autoscaler.cell import Cell, ReplicaReading, parse_status
 from autoscaler.models import MachineState, ReplicaPhase
 from autoscaler.types import StageName
 from autoscaler.watch.liveness import Liveness
+from autoscaler.watch.orphans import Orphans
 from autoscaler.watch.recorder import (
     CellEmptied,
     Lost,
@@ -41,12 +42,15 @@ SCAN_EVERY_S = 0.25
 SLOW_SCAN_EVERY_S = 1.0
 LOCK_LIFE_MS = 4000
 AGENT_STALE_S = 6.0
+# Replicas whose requests are compared with what they say they serve; the rest take turns.
+AUDITED_PER_SCAN = 64
 MAX_MESSAGES = 1000  # taken in one turn, before the next scan
 MAX_UNMATCHED = 1000
 UNMATCHED_FOR_S = 10.0
 UNMATCHED_RETRY_S = 0.02
+# A restarted Redis serves again within a second, and machines wait for what we restore.
 BACKOFF_FIRST_S = 0.1
-BACKOFF_MAX_S = 2.0
+BACKOFF_MAX_S = 0.5
 _ID = re.compile(rb"[0-9a-f]{32}\Z")
 _CHANGED_DEPLOYMENT = re.compile(rb"dep:([0-9a-f]{32})\Z")
 _OVER = (Phase.FAILED, Phase.STOPPED)
@@ -70,6 +74,8 @@ class Watcher:
         self._clock = clock
         self._beats = Liveness(stale_after_s)
         self._agents = Liveness(AGENT_STALE_S)
+        self._orphans = Orphans()
+        self._audited_last = ""
         self._pubsub: PubSub | None = None
         self._run_id = ""
         self._next_scan_s = 0.0
@@ -231,6 +237,7 @@ class Watcher:
             self._scan_reports(known)
             self._scan_agents(table.machines, now_s)
             self._scan_queues(table.deployments, known, readings)
+            self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
 
     def _judge(self, replica: KnownReplica, reading: ReplicaReading, now_s: float) -> None:
         """Dead when it should serve and its beat stands still; routed to when it serves and is not yet."""
@@ -287,6 +294,19 @@ class Watcher:
                 if replica.deployment == did and reading.state == "ready" and reading.used < reading.slots:
                     self._enrol(replica, reading.slots)
                     break
+
+    def _audit(self, busy: list[KnownReplica], now_s: float) -> None:
+        """What is bound to a replica and neither in its hands nor in its queue was lost on the way."""
+        self._orphans.forget_all_but({r.id for r in busy})
+        ids = sorted(r.id for r in busy)
+        ids = [i for i in ids if i > self._audited_last] + [i for i in ids if i <= self._audited_last]
+        turn = ids[:AUDITED_PER_SCAN]
+        self._audited_last = turn[-1] if turn else ""
+        machine_of = {r.id: r.machine for r in busy}
+        for rid, (bound, report) in self.cell.read_serving([(i, machine_of[i]) for i in turn]).items():
+            lost = self._orphans.look(rid, bound, report, now_s)
+            if lost and (n := self.cell.bind_again(rid, machine_of[rid], lost)):
+                log.warning("replica.requests_lost", replica=rid, n_requeued=n)
 
     def _match(self, now_s: float) -> None:
         """Reports that came before the table knew their replica."""

@@ -381,3 +381,23 @@ def test_machine_user_reaches_its_own_keys_and_no_others(cell: Cell) -> None:
         ):
             with pytest.raises(redis.ResponseError, match=r"NOPERM|can't access|no permissions"):
                 attempt()
+
+
+def test_lost_requests_go_back_without_a_death_and_without_touching_the_replica(cell: Cell) -> None:
+    cell.enrol("r1", slots=4)
+    for request in ("q1", "q2", "q3"):
+        cell.admit(request, candidates=("r1",))
+    cell.claim("q1", 1)
+    cell.flush(("q1", 1, 0, 5, False))
+    cell.settle("q3")
+    cell.r.sadd(KEYS.replica_live("r1"), "q3")  # as if its slot had been forgotten
+    cell.r.hincrby(KEYS.replica("r1"), "used", 1)
+    answer = cell.run(scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "lost", 0, "q1", "q3", "elsewhere")
+    assert answer == [1, 2]
+    record = cell.r.hgetall(KEYS.request("q1"))
+    assert (record[b"state"], record[b"epoch"], record[b"crashes"]) == (b"bound", b"2", b"0")
+    assert cell.flush(("q1", 1, 5, 1, False)) == b"s", "whoever held it is fenced out"
+    assert cell.claim("q1", 2)[4] == b"5", "and the next one goes on from the journal"
+    assert cell.r.hget(KEYS.request("q2"), "epoch") == b"1"
+    assert cell.used("r1") == 2
+    assert cell.r.hget(KEYS.replica("r1"), "state") == b"ready"

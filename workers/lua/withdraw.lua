@@ -1,8 +1,9 @@
 -- A replica takes no new work. With mode 'drain' what it runs goes on; with 'dead' every request bound to it goes
 -- back to the fair queue, ahead of those that never ran, its journal with it, under a lease that fences the old
--- holder out. A request whose deaths exceed the bound is poison: it is failed, not tried again.
+-- holder out. A request whose deaths exceed the bound is poison: it is failed, not tried again. With mode 'lost' the
+-- replica stays as it is and only the named requests go back: their message was lost on the way to it.
 --
--- ARGV: 1 cell prefix, 2 now_ms, 3 replica, 4 'drain' | 'dead', 5 deaths allowed.
+-- ARGV: 1 cell prefix, 2 now_ms, 3 replica, 4 'drain' | 'dead' | 'lost', 5 deaths allowed, 6.. requests ('lost').
 -- Returns {n_requeued, n_left_running, poison ids...}. Bounded: 512 requests a call; call again while
 -- n_left_running > 0 with 'dead'.
 local P, now, rid, mode = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
@@ -10,24 +11,34 @@ local rk = P .. 'rep:' .. rid
 local r = redis.call('HMGET', rk, 'dep', 'mid')
 if not r[1] then return {0, 0} end
 local did, M = r[1], P .. 'm:' .. r[2] .. ':'
-redis.call('SREM', P .. 'dep:' .. did .. ':reps', rid)
-redis.call('HSET', rk, 'state', mode == 'dead' and 'dead' or 'draining')
-redis.call('PUBLISH', P .. 'route', did)
+if mode ~= 'lost' then
+  redis.call('SREM', P .. 'dep:' .. did .. ':reps', rid)
+  redis.call('HSET', rk, 'state', mode == 'dead' and 'dead' or 'draining')
+  redis.call('PUBLISH', P .. 'route', did)
+end
 local out = {0, 0}
-if mode == 'dead' then
-  redis.call('DEL', M .. 'replica.' .. rid)
-  for i, id in ipairs(redis.call('SRANDMEMBER', rk .. ':live', 512)) do
+if mode ~= 'drain' then
+  local ids = {}
+  if mode == 'dead' then
+    redis.call('DEL', M .. 'replica.' .. rid)
+    ids = redis.call('SRANDMEMBER', rk .. ':live', 512)
+  else
+    for i = 6, #ARGV do
+      if redis.call('SISMEMBER', rk .. ':live', ARGV[i]) == 1 then ids[#ids + 1] = ARGV[i] end
+    end
+  end
+  for i, id in ipairs(ids) do
     local lease_state = redis.call('HGET', M .. 'req:' .. id, 'state')
     if redis.call('HGET', P .. 'req:' .. id, 'state') ~= 'bound' then
-      redis.call('SREM', rk .. ':live', id)
+      free_slot(P, id, rid)
     elseif lease_state == 'done' then
       -- Finished before it died; its usage is in the stream or the spool and will be settled by intake.
-      unbind(P, id, false)
+      if mode == 'dead' then unbind(P, id, false) end
     else
       unbind(P, id, true)
       local deaths = 0
       -- A death counts only against a request that was being served, not one that lay in the dead queue.
-      if lease_state == 'claimed' then deaths = redis.call('HINCRBY', P .. 'req:' .. id, 'crashes', 1) end
+      if mode == 'dead' and lease_state == 'claimed' then deaths = redis.call('HINCRBY', P .. 'req:' .. id, 'crashes', 1) end
       redis.call('HSET', P .. 'req:' .. id, 'state', 'queued')
       if deaths > tonumber(ARGV[5]) then
         out[#out + 1] = id
@@ -39,7 +50,7 @@ if mode == 'dead' then
       end
     end
   end
-  if redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
+  if mode == 'dead' and redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
   if out[1] > 0 then
     pump(P, did, now)
     if redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0 then redis.call('PUBLISH', P .. 'wake', did) end

@@ -17,7 +17,7 @@ from autoscaler.watch.recorder import Recorder
 from autoscaler.watch.watcher import Watcher
 from controlplane.deployments.models import Phase
 from tests.autoscaler.conftest import Scaling
-from workers.contract import Heartbeat, Notice, ReplicaStatus, Stage
+from workers.contract import Heartbeat, Notice, ReplicaStatus, ServingReport, Stage
 from workers.contract import ReplicaPhase as Reported
 from workers.scripts import CLAIM
 
@@ -443,3 +443,44 @@ def test_config_of_a_provider_we_do_not_have_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="CORRAL_PROVIDER='moon'"):
         house._provider(replace(AutoscalerConfig(), provider="moon"))
+
+
+# -- requests lost on the way to a live replica
+
+
+def say_serving(watch: Watch, replica: Replica, seq: int, *requests: str) -> None:
+    keys = watch.cell.keys.machine(replica.machine_id.hex)
+    report = ServingReport(seq=seq, requests=list(requests))
+    watch.cell.redis.set(keys.serving(replica.id.hex), msgspec.json.encode(report))
+
+
+def audited(watch: Watch, replica: Replica, *requests: str) -> bytes | None:
+    """Ten seconds of a live replica that says it serves `requests`; the epoch of the first request then."""
+    for seq in range(2, 22):
+        watch.scaling.beat(replica, seq)
+        if seq % 4 == 0:
+            say_serving(watch, replica, seq, *requests)
+        watch.turn(0.5)
+    return watch.cell.redis.hget(watch.cell.keys.request("first"), "epoch")
+
+
+def test_a_request_whose_message_was_lost_is_bound_again_under_a_new_epoch(
+    watch: Watch, serving: Replica
+) -> None:
+    queue = watch.cell.keys.machine(serving.machine_id.hex).prefix + f"replica.{serving.id.hex}"
+    assert watch.cell.redis.delete(queue) == 1, "the answer to the pop went down with a connection"
+    assert int(audited(watch, serving) or 0) >= 2
+    assert watch.cell.redis.llen(queue) == 1, "delivered again"
+    crashes = watch.cell.redis.hget(watch.cell.keys.request("first"), "crashes")
+    assert crashes == b"0", "nobody died of it"
+    assert watch.routed() == [serving.id.hex]
+
+
+def test_requests_that_are_served_or_still_in_the_queue_are_left_alone(
+    watch: Watch, serving: Replica
+) -> None:
+    assert audited(watch, serving) == b"1", "its message lies in the queue"
+    say_serving(watch, serving, 24, "first")  # popped
+    queue = watch.cell.keys.machine(serving.machine_id.hex).prefix + f"replica.{serving.id.hex}"
+    watch.cell.redis.delete(queue)
+    assert audited(watch, serving, "first") == b"1", "the replica has it in its hands"
