@@ -19,7 +19,7 @@ from autoscaler.watch.bootstep import WatcherStep
 
 log = logging.getLogger(__name__)
 
-app = Celery("corral-control")
+app = Celery("corral-control", amqp="workers.broker_connection:Amqp")
 app.conf.update(
     broker_url=settings.ENV.redis_url,
     broker_transport_options={

@@ -65,7 +65,12 @@ def broker_keys(config: ConsumerConfig) -> tuple[str, ...]:
 
 def make_app(config: ConsumerConfig) -> Celery:
     """The application, configured; connects to nothing yet."""
-    app = Celery(f"corral-{config.replica_id}", set_as_current=False, fixups=[])
+    app = Celery(
+        f"corral-{config.replica_id}",
+        set_as_current=False,
+        fixups=[],
+        amqp="workers.broker_connection:Amqp",
+    )
     app.conf.update(
         broker_url=config.redis_url,
         broker_transport="workers.transport:Transport",

@@ -56,7 +56,7 @@ class RedisOverloaded(RedisUnavailable):
     """The pipeline is full (calls or bytes); nothing was sent. Shed load, do not retry at once."""
 
 
-def backoff_s(n_failures: int, *, first_s: float = 0.05, max_s: float = 2.0) -> float:
+def backoff_s(n_failures: int, *, first_s: float = 0.05, max_s: float = 0.5) -> float:
     """How long to wait before the next connect: doubles, bounded, with jitter so that clients spread out."""
     ceiling_s: float = min(max_s, first_s * 2.0 ** min(n_failures, 16))
     return ceiling_s * random.uniform(0.5, 1.0)
