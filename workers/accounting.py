@@ -38,10 +38,18 @@ class Accounting:
         self._replica = replica_id
         self._tuning = tuning
         self.n_acked = self.n_announced = 0
+        self._n_disconnects = client.n_disconnects
 
     async def tick(self) -> None:
-        """Once per beat. Errors of Redis end the tick; the next one tries again."""
+        """Once per beat. Errors of Redis end the tick; the next one tries again.
+
+        After a disconnect everything is announced again at once (bounded per beat): it may be another Redis, or
+        an empty one.
+        """
         self._spool.repair()
+        if self._client.connected and self._n_disconnects != self._client.n_disconnects:
+            self._n_disconnects = self._client.n_disconnects
+            self._spool.hasten()
         with contextlib.suppress(RedisError):
             await self._read_acks()
             for record in self._spool.due(self._tuning.republish_per_beat):

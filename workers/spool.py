@@ -113,6 +113,12 @@ class Spool:
                     break
         return found
 
+    def hasten(self) -> None:
+        """All are due now: what was announced may be lost."""
+        now_s = self._now_s()
+        for record in self._records.values():
+            record.due_at_s, record.interval_s = now_s, self._after_s
+
     # -- state
 
     @property

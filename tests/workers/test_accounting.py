@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.workers.serving import Cell, Serving, serving
+from tests.workers.waiting import until
 from workers.accounting import Accounting
 from workers.spool import Spool
 
@@ -102,3 +103,24 @@ async def test_redis_away_ends_the_tick_and_nothing_else(cell: Cell, tmp_path: P
         await front.client.close()
         await keeper.tick()
         assert len(spool) == 1
+
+
+async def test_after_a_lost_connection_all_is_announced_at_once(cell: Cell, tmp_path: Path) -> None:
+    """The Redis that is back may be another one, or an empty one."""
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit()
+        await front.deliver(request)
+        event = front.spool.pending()[0].event
+        clock, spool, keeper = accounting(front, tmp_path / "x")
+        clock.now_s = 100
+        spool.begin(request, 1, event)
+        spool.confirm(request)
+        cell.r.delete(cell.keys.machine("m1").usage)
+        await keeper.tick()
+        assert cell.usage() == [], "not due"
+        assert front.client._conn is not None
+        front.client._conn.abort()
+        await until(lambda: front.client.n_disconnects == 1 and front.client.connected, "connected again")
+        await keeper.tick()
+        await keeper.tick()
+        assert [usage.request_id for usage in cell.usage()] == [request], "and once"
