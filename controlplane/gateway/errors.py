@@ -1,5 +1,8 @@
 """Errors of /v1 in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` plus status and headers.
 
+One that is worth another try says when: in Retry-After, and as `retry_after_ms` in the object, which is all that a
+client sees of an error that ends a stream.
+
 Raised anywhere in the gateway, rendered once by the app (before the first byte) or by the stream (after it).
 The sentences name the field or limit at fault and the remedy, and never carry a prompt, an answer or a key.
 """
@@ -53,19 +56,30 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON body."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        error: dict[str, str | int | None] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.retry_after_s is not None:
+            error["retry_after_ms"] = self._retry_ms(self.retry_after_s)
         return _encode({"error": error})
 
     def response_headers(self) -> Headers:
         """Headers besides content type and length."""
         if self.retry_after_s is None:
             return self.headers
-        retry_ms = max(1, math.ceil(self.retry_after_s * 1000))
+        retry_ms = self._retry_ms(self.retry_after_s)
         return (
             *self.headers,
             (b"retry-after", b"%d" % -(-retry_ms // 1000)),
             (b"retry-after-ms", b"%d" % retry_ms),
         )
+
+    @staticmethod
+    def _retry_ms(retry_after_s: float) -> int:
+        return max(1, math.ceil(retry_after_s * 1000))
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

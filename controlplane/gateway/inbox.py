@@ -21,7 +21,7 @@ from controlplane.gateway.errors import unavailable
 from controlplane.gateway.stream import MAX_HELD_BACK, HeldBack, Stream
 from workers.contract import FrameEntry, JournalEntry, decode_frame, decode_journal_entry
 from workers.keys import CellKeys
-from workers.redis_client import Client, RedisError
+from workers.redis_client import Client, RedisError, RedisUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ _MAX_MACHINES: Final = 4_096  # channel names remembered
 _MAX_READERS: Final = 64  # journals read at once
 _PAGE: Final = 512  # journal entries a read
 _MAX_ROUNDS: Final = 8  # readings of one journal before the stall check takes over
+# The subscription may be back before the connection that reads journals; longer absences are the watch's.
+_RECONNECT_S: Final = 5.0
 _RESOLVE_INTERVAL_S: Final = 0.05  # between looks at one record because of frames from elsewhere
 _MAX_RESOLVES_PER_S: Final = (
     1_000  # such looks that one machine can cause; a mass move of requests needs hundreds
@@ -147,7 +149,11 @@ class Inbox:
     async def _catch_up(self, stream: Stream) -> None:
         try:
             async with self._readers:
-                await self._read_until_level(stream)
+                try:
+                    await self._read_until_level(stream)
+                except RedisUnavailable:
+                    await self._redis.connect(_RECONNECT_S)
+                    await self._read_until_level(stream)
         except RedisError:
             pass  # the next frame, the stall check or the reconnect tries again
         except ValueError:

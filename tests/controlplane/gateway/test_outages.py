@@ -98,7 +98,11 @@ async def test_redis_that_came_back_empty_ends_streams_with_a_retryable_error(
             await events.next()
             await events.next()
             await gw.redis.flushall()
-            assert (await events.rest())[-1]["error"]["code"] == "request_lost"
+            error = (await events.rest())[-1]["error"]
+            assert (error["code"], error["type"]) == ("request_lost", "service_unavailable")
+            assert error["retry_after_ms"] > 0, (
+                "a client that has its headers learns here that it may try again"
+            )
         await machine.stop()
 
 
@@ -145,6 +149,32 @@ async def test_interrupted_subscription_is_made_up_for_at_once(gw: Running, mach
         assert text_of(await events.rest()) == "after"
     assert (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 401
     assert gw.directory.n_found == n_found + 1
+
+
+async def test_a_subscription_that_is_back_first_waits_for_the_connection_that_reads_journals(
+    gw: Running, machine: Machine
+) -> None:
+    go, done = asyncio.Event(), asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await job.emit("before ")
+        await go.wait()
+        await job.emit("after", lost=True)
+        await job.finish(lost=True)
+        done.set()
+
+    machine.behaviour = wait
+    gw.gateway.watch._stall_s = 60
+    async with gw.stream(CHAT) as events:
+        await events.next()
+        await events.next()
+        go.set()
+        await done.wait()
+        client = gw.gateway.redis
+        client._conn.abort()
+        await until(lambda: not client.connected)
+        gw.gateway.inbox.catch_up_all()
+        assert text_of(await events.rest()) == "after"
 
 
 async def test_gateway_starts_without_redis(own_redis: EmbeddedRedis) -> None:
