@@ -71,6 +71,7 @@ class LoopPool(BasePool):
         self.n_started = self.n_done = self.n_failed = self.n_cancelled = self.n_joined = self.n_refused = 0
         self._jobs: dict[tuple[str, int], Job] = {}
         self._inbox: deque[Job] = deque()
+        self.settle_ended: Callable[[], None] = lambda: None  # on the hub: acknowledge what has ended, now
         self._stopping = False
         self._drained = threading.Event()
         self._logged_failures: set[str] = set()
@@ -124,6 +125,10 @@ class LoopPool(BasePool):
         """The job in flight for (request id, epoch), if any."""
         return self._jobs.get(arguments)
 
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call on the loop's thread, from there; at once when the pool is stopping."""
+        self._runtime.loop.call_later(0.0 if self._stopping else delay_s, callback)
+
     def cancel(self, job: Job, reason: str) -> None:
         """Ask a job to end; it may be waiting, running or over."""
         job.cancel_reason = job.cancel_reason or reason
@@ -142,11 +147,13 @@ class LoopPool(BasePool):
         log.info("stopping with %d jobs in flight, which have %.1f s to finish", len(self._jobs), grace_s)
         self._wait_drained(grace_s)
         self._cancel_all()
+        self.settle_ended()
 
     def on_terminate(self) -> None:
         """Cold stop: as a warm one without the first wait."""
         self._stopping = True
         self._cancel_all()
+        self.settle_ended()
 
     def _cancel_all(self) -> None:
         for job in list(self._jobs.values()):

@@ -2,16 +2,18 @@
 
 Celery asks `LightStrategy` for a message handler at every connection (`Task.Strategy`). A message exactly as
 contract.py writes it, not revoked, goes straight to the pool; any other takes Celery's own strategy, which knows
-how to reject, discard or serve it. What `inspect`, `revoke` and the stops need of a request is in `LightRequest`.
-Everything here runs on the hub's thread except `_end`. It must never log a message's arguments or run a job.
+how to reject, discard or serve it. Byte for byte ours, it is not even decoded: the transport offers it as it came
+from Redis. What `inspect`, `revoke` and the stops need of a request is in `LightRequest`.
+Everything here runs on the hub's thread except `on_end`. It must never log a message's arguments or run a job.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+import re
 from collections import deque
+from functools import cached_property, partial
 from time import time
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ from celery.worker.strategy import default as stock_strategy
 
 from workers.contract import SERVE_TASK, celery_message
 from workers.pool import LoopPool
+from workers.transport import Poller
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,45 @@ _ANY_ID: Final = {"id": None, "root_id": None}
 _HEADERS: Final[dict[str, Any]] = _SAMPLE["headers"] | _ANY_ID
 _CONTENT: Final = (_SAMPLE["content-type"], _SAMPLE["content-encoding"])
 
+# Where the ids stand in the bytes of a message of ours; that the rest is ours, too, is then a comparison.
+_IDS: Final = re.compile(rb'\{"body": "\[\[\\"([0-9A-Za-z_.-]{1,128})\\", (\d{1,9})\], ')
+_REPLICA_FIELD: Final = b'"routing_key": "replica.'
+# An ended job wakes the hub so much later: mostly its ack has left by then, in the pass of a message.
+ACK_DELAY_S: Final = 0.004
+
+
+class RawMessage:
+    """A message of ours that nobody has decoded: what a request needs of kombu's Message."""
+
+    def __init__(self, raw: bytes, channel: Any, delivery_tag: str) -> None:
+        self.delivery_tag = delivery_tag
+        self._raw = raw
+        self._channel = channel
+
+    @cached_property
+    def _decoded(self) -> dict[str, Any]:
+        decoded: dict[str, Any] = msgspec.json.decode(self._raw)
+        return decoded
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        headers: dict[str, Any] = self._decoded["headers"]
+        return headers
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        properties: dict[str, Any] = self._decoded["properties"]
+        return properties
+
+    @property
+    def delivery_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = self.properties["delivery_info"]
+        return info
+
+    def ack_log_error(self, logger: logging.Logger, errors: Any) -> None:
+        """As kombu's; our channel's ack only takes a note, so there is no error to log."""
+        self._channel.basic_ack(self.delivery_tag)
+
 
 class LightRequest:
     """A message being served, as celery.worker.state and the control commands see it. Always active: LoopPool
@@ -64,8 +106,10 @@ class LightRequest:
     )
     name = SERVE_TASK
 
-    def __init__(self, message: Any, arguments: tuple[str, int], task: Any, consumer: Any) -> None:
-        self.id: str = message.headers["id"]
+    def __init__(
+        self, task_id: str, message: Any, arguments: tuple[str, int], task: Any, consumer: Any
+    ) -> None:
+        self.id = task_id
         self.message = message
         self.arguments = arguments
         self.task = task
@@ -128,6 +172,7 @@ class LightStrategy:
     def __init__(self) -> None:
         self._ended: deque[LightRequest] = deque()
         self._hub: Any = None
+        self._pool: LoopPool | None = None
 
     def __call__(self, task: Any, app: Any, consumer: Any) -> Any:
         """The handler of the connection that `consumer` has just made."""
@@ -135,29 +180,38 @@ class LightStrategy:
         pool, self._hub = consumer.pool, consumer.hub
         if not isinstance(pool, LoopPool) or self._hub is None:
             return stock
-        self._settle_ended()  # the pass that lost the connection may have left some
+        self._pool = pool
+        pool.settle_ended = self.settle_ended
+        self.settle_ended()  # the pass that lost the connection may have left some
+
+        light = _Light(self, task, consumer, pool)
 
         def on_message(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
             arguments = read_arguments(message)
             if arguments is None or message.headers["id"] in worker_state.revoked:
                 stock(message, body, ack, reject, callbacks)
-                return
-            request = LightRequest(message, arguments, task, consumer)
-            worker_state.task_reserved(request)
-            worker_state.task_accepted(request)
-            for callback in callbacks:
-                callback(request)
-            pool.submit(request.id, arguments, functools.partial(self._end, request))
+            else:
+                light.serve(message.headers["id"], message, arguments, callbacks)
 
+        poller = getattr(getattr(getattr(consumer, "connection", None), "transport", None), "cycle", None)
+        if isinstance(poller, Poller):
+            poller.light, poller.before_acks = light, self.settle_ended
         return on_message
 
-    def _end(self, request: LightRequest, result: object) -> None:
-        """A job has ended; on the pool's loop. Its request is settled on the hub, which owns acks and state."""
+    def on_end(self, request: LightRequest, result: object) -> None:
+        """A job has ended; on the pool's loop. Its request is settled on the hub, which owns acks and state: in its
+        next pass, which is caused a little later if nothing else causes one."""
         self._ended.append(request)
         if len(self._ended) == 1:  # otherwise the hub is already on its way
-            self._hub.call_soon(self._settle_ended)
+            assert self._pool is not None
+            self._pool.call_later(ACK_DELAY_S, self._wake_hub)
 
-    def _settle_ended(self) -> None:
+    def _wake_hub(self) -> None:
+        if self._ended:
+            self._hub.call_soon(self.settle_ended)
+
+    def settle_ended(self) -> None:
+        """Acknowledge the jobs that have ended; on the hub."""
         while True:
             try:
                 request = self._ended.popleft()
@@ -168,6 +222,34 @@ class LightStrategy:
                 request.acknowledge()
             except Exception:
                 log.exception("acknowledging a finished job failed")
+
+
+class _Light:
+    """What one connection's consumer does with messages of ours."""
+
+    def __init__(self, strategy: LightStrategy, task: Any, consumer: Any, pool: LoopPool) -> None:
+        self._strategy = strategy
+        self._task = task
+        self._consumer = consumer
+        self._pool = pool
+
+    def read(self, raw: bytes) -> tuple[str, int] | None:
+        arguments = read_raw(raw)
+        if arguments is None or f"{arguments[0]}.{arguments[1]}" in worker_state.revoked:
+            return None
+        return arguments
+
+    def start(self, channel: Any, raw: bytes, delivery_tag: str, arguments: tuple[str, int]) -> None:
+        message = RawMessage(raw, channel, delivery_tag)
+        self.serve(delivery_tag, message, arguments, self._consumer.on_task_message)
+
+    def serve(self, task_id: str, message: Any, arguments: tuple[str, int], callbacks: Any) -> None:
+        request = LightRequest(task_id, message, arguments, self._task, self._consumer)
+        worker_state.task_reserved(request)
+        worker_state.task_accepted(request)
+        for callback in callbacks:
+            callback(request)
+        self._pool.submit(task_id, arguments, partial(self._strategy.on_end, request))
 
 
 def read_arguments(message: Any) -> tuple[str, int] | None:
@@ -183,3 +265,17 @@ def read_arguments(message: Any) -> tuple[str, int] | None:
         return _body_decoder.decode(message.body)[0]
     except (msgspec.MsgspecError, TypeError, ValueError):
         return None
+
+
+def read_raw(raw: bytes) -> tuple[str, int] | None:
+    """(request id, epoch) of a message that is byte for byte what contract.celery_message writes; None for any
+    other."""
+    found = _IDS.match(raw)
+    if found is None:
+        return None
+    request_id, epoch = found[1].decode(), int(found[2])
+    replica_at = raw.rfind(_REPLICA_FIELD)
+    replica = raw[replica_at + len(_REPLICA_FIELD) : raw.find(b'"', replica_at + len(_REPLICA_FIELD))]
+    if replica_at < 0 or raw != celery_message(request_id, epoch, replica.decode("ascii", "replace")):
+        return None
+    return request_id, epoch

@@ -10,9 +10,10 @@ Used on the hub's thread only, as all of kombu's transport.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from queue import Empty
 from time import monotonic, time
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from kombu.transport import redis as stock
@@ -49,6 +50,16 @@ _StockPoller: Any = stock.MultiChannelPoller
 _StockTransport: Any = stock.Transport
 
 
+class LightConsumer(Protocol):
+    """Serves messages as they came from Redis, on the hub's thread."""
+
+    def read(self, raw: bytes) -> tuple[str, int] | None:
+        """Task arguments of a message that `start` can serve; None: decode it and deliver it as any other."""
+
+    def start(self, channel: Any, raw: bytes, delivery_tag: str, arguments: tuple[str, int]) -> None:
+        """Serve it; `channel.basic_ack(delivery_tag)` when it is over."""
+
+
 class QoS(_StockQoS):
     """Acks wait for the end of the hub pass; messages from the pop script are already on record."""
 
@@ -60,8 +71,9 @@ class QoS(_StockQoS):
 
     def expect(self, delivery_tag: str) -> None:
         """A popped message on its way to its consumer: should that fail, it is restored with the rest."""
+        if self._dirty:
+            self._flush()
         self._delivered[delivery_tag] = None
-        self._dirty.discard(delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         self.channel.acks.add(delivery_tag)
@@ -88,6 +100,7 @@ class Channel(_StockChannel):
         self._no_ack_queues: set[str] = set()
         self._backlog = True  # there may be more messages than we took
         self._asked: tuple[str, list[str]] = ("BRPOP", [])  # command in flight on the consuming connection
+        self._room = 0  # messages that the pop script was asked for
         self._script_wanted_at = 0.0
         super().__init__(*args, **kwargs)
         self.acks = AckPipe(
@@ -117,7 +130,7 @@ class Channel(_StockChannel):
             self._ask_stock(sources, timeout)
         elif self._backlog:
             credit = self.qos.can_consume_max_estimate()
-            room = MAX_BATCH if credit is None else min(MAX_BATCH, credit)
+            self._room = room = MAX_BATCH if credit is None else min(MAX_BATCH, credit)
             records = self._prefixed(self.unacked_key), self._prefixed(self.unacked_index_key)
             command = ("EVALSHA", POP.sha, 2 + len(keys), *records, *keys, room, time())
             self._ask("POP", sources, command)
@@ -169,12 +182,31 @@ class Channel(_StockChannel):
         n_dropped, n_messages = reply[0], len(reply) // 2
         if n_dropped:
             log.error("dropped %d messages that are not Celery messages", n_dropped)
-        self._backlog = n_messages > 0
+        self._backlog = n_messages >= self._room
         if not n_messages:
             raise Empty
-        messages = [(sources[reply[i] - 1], _decode(reply[i + 1])) for i in range(1, len(reply), 2)]
-        for _, message in messages:
-            self.qos.expect(message["properties"]["delivery_tag"])
+        # First all are expected, then all are delivered: whatever fails in between, none is forgotten.
+        light, callbacks = self.connection.cycle.light, self.connection._callbacks
+        ours: list[tuple[bytes, str, tuple[str, int]]] = []
+        others: list[tuple[str, dict[str, Any]]] = []
+        for i in range(1, len(reply), 2):
+            queue, raw = sources[reply[i] - 1], reply[i + 1]
+            arguments = light.read(raw) if light is not None and queue in callbacks else None
+            if arguments is not None:
+                tag = f"{arguments[0]}.{arguments[1]}"
+                self.qos.expect(tag)
+                ours.append((raw, tag, arguments))
+            else:
+                message = _decode(raw)
+                self.qos.expect(message["properties"]["delivery_tag"])
+                others.append((queue, message))
+        for raw, tag, arguments in ours:
+            light.start(self, raw, tag, arguments)
+        if others:
+            self._deliver_decoded(others)
+        return True
+
+    def _deliver_decoded(self, messages: list[tuple[str, dict[str, Any]]]) -> None:
         self.is_recorded = True
         try:
             for queue, message in messages:
@@ -183,7 +215,6 @@ class Channel(_StockChannel):
             self.is_recorded = False
         for queue in dict.fromkeys(queue for queue, _ in messages):
             self._queue_cycle.rotate(queue)
-        return True
 
     def _load_script(self) -> None:
         """Redis lost its scripts in a restart. Where we may not load them, the trusted side is about to."""
@@ -233,10 +264,22 @@ class Channel(_StockChannel):
 class Poller(_StockPoller):
     """Flushes acks at the start of every hub pass, after the callbacks of finished jobs have run."""
 
+    light: LightConsumer | None = None  # set by who can do without a decoded message (workers/strategy.py)
+    before_acks: Callable[[], None] | None = None  # on the hub, before acks are sent: take note of more
+    hub_readers: Any = ()
+
     def on_poll_start(self) -> None:
+        if self.before_acks is not None:
+            self.before_acks()
         for channel in self._channels:
             channel.acks.flush()
         super().on_poll_start()
+
+    @property
+    def fds(self) -> dict[int, Any]:
+        """Stock registers every socket anew in every pass, at two system calls each; those that the hub reads
+        already are left out."""
+        return {fd: ident for fd, ident in super().fds.items() if fd not in self.hub_readers}
 
 
 class Transport(_StockTransport):
@@ -247,6 +290,10 @@ class Transport(_StockTransport):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        self.cycle.hub_readers = loop.readers
+        super().register_with_event_loop(connection, loop)
 
 
 def _is_pattern(topic: str) -> bool:

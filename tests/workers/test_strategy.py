@@ -18,7 +18,8 @@ from workers import runtime
 from workers.app import ConsumerConfig, make_app
 from workers.contract import SERVE_TASK, celery_message
 from workers.pool import LoopPool
-from workers.strategy import LightRequest, read_arguments
+from workers.strategy import LightRequest, RawMessage, read_arguments, read_raw
+from workers.transport import Poller
 
 NODE = ["r1@corral"]
 
@@ -97,6 +98,60 @@ def test_any_other_message_is_left_to_stock(edit: Callable[[dict[str, Any]], obj
     assert read_arguments(message(edit)) is None
 
 
+# -- messages that nobody decodes
+
+
+def test_the_bytes_of_the_contract_are_ours() -> None:
+    assert read_raw(celery_message("q1", 1, "r1")) == ("q1", 1)
+    assert read_raw(celery_message("0192-f_a.b", 7_000_000, "")) == ("0192-f_a.b", 7_000_000)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"x",
+        celery_message("q1", 1, "r1") + b" ",
+        celery_message("q1", 1, "r1")[:-1],
+        celery_message("q1", 1, "r1").replace(b'"retries": 0', b'"retries": 1'),
+        celery_message("q1", 1, "r1").replace(b'"q1.1"', b'"q1.2"', 1),
+        celery_message("q1", 1, "r1").replace(b'"q1.1"}}', b'"q2.1"}}'),
+        celery_message("q1", 1, "r1").replace(b', 1], {}', b', 01], {}'),
+        celery_message("q1", 1, "r1").replace(b'"body": "[[', b'"body":  "[['),
+        celery_message('q"1', 1, "r1"),
+        celery_message("q\\1", 1, "r1"),
+        celery_message("q1", 1, 'r1", "x": "'),
+        celery_message("q1", 10**9, "r1"),
+        celery_message("", 1, "r1"),
+        json.dumps(json.loads(celery_message("q1", 1, "r1")), separators=(",", ":")).encode(),
+    ],
+)  # fmt: skip
+def test_bytes_that_differ_anywhere_are_decoded(raw: bytes) -> None:
+    assert read_raw(raw) is None
+
+
+def test_a_request_served_from_bytes_shows_what_one_served_from_a_message_shows(harness: "Harness") -> None:
+    harness.deliver(message(request_id="q1"))
+    raw = celery_message("q2", 1, "r1")
+    harness.light.start(Channel(), raw, "q2.1", read_raw(raw))
+    decoded, undecoded = (worker_state.requests[f"{name}.1"] for name in ("q1", "q2"))
+    assert isinstance(undecoded.message, RawMessage)
+    for safe in (False, True):
+        expected = decoded.info(safe) | {"id": "q2.1", "time_start": undecoded.time_start}
+        assert undecoded.info(safe) == (expected if safe else expected | {"args": ["q2", 1]})
+    harness.end_jobs()
+    harness.hub.run_pass()
+    assert undecoded.message._channel.acked == ["q2.1"]
+    assert in_state() == [0, 0, 0]
+
+
+def test_a_revoked_message_is_not_served_from_bytes(harness: "Harness") -> None:
+    raw = celery_message("q1", 1, "r1")
+    assert harness.light.read(raw) == ("q1", 1)
+    worker_state.revoked.add("q1.1")
+    assert harness.light.read(raw) is None
+
+
 # -- as an object, with a real pool and a hub whose passes the test makes
 
 
@@ -156,8 +211,15 @@ class Harness:
             pool=pool or self.pool,
             hub=self.hub,
             controller=SimpleNamespace(state=worker_state),
+            on_task_message=set(),
+            connection=SimpleNamespace(transport=SimpleNamespace(cycle=Poller())),
         )
         self._handler = self.task.start_strategy(self.app, self.consumer)
+
+    @property
+    def light(self) -> Any:
+        """What the strategy told the transport of this connection."""
+        return self.consumer.connection.transport.cycle.light
 
     def deliver(self, msg: Any, *callbacks: Callable[[Any], object]) -> Any:
         self._handler(msg, None, lambda *_: msg.ack(), lambda *_: msg.reject(), callbacks)
@@ -166,9 +228,7 @@ class Harness:
     def end_jobs(self) -> None:
         self.loop.call_soon_threadsafe(self.release.set)
         wait_until(lambda: self.pool.info["in_flight"] == 0, "the jobs to end")
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(
-            5
-        )  # and their callbacks to return
+        wait_until(lambda: self.hub.ready, "the hub to be woken")
 
 
 @pytest.fixture
