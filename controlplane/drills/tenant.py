@@ -109,5 +109,11 @@ def n_live_replicas(deployment_id: UUID) -> int:
     return Replica.objects.filter(deployment_id=deployment_id, phase__in=LIVE_PHASES).count()
 
 
+def end_of(replica_id: str) -> str:
+    """`code: sentence` of a replica that is over, '' while it is not."""
+    row = Replica.objects.filter(id=UUID(hex=replica_id)).exclude(phase__in=LIVE_PHASES).first()
+    return "" if row is None else f"{row.reason_code or row.phase}: {row.reason_message}"
+
+
 def forget_key(tenant: DrillTenant) -> None:
     tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=tenant.key_id)

@@ -44,4 +44,26 @@ DRILLS: dict[str, Drill] = {
         machine.kill_worker,
         recovery_limit_s=5.0,
     ),
+    "kill-engine": Drill(
+        "kills the engine core under its front (the toy engine fails likewise): they resume on a new replica",
+        machine.kill_engine,
+        recovery_limit_s=5.0,
+    ),
+    "hang-engine": Drill(
+        "stops the engine core without ending it: the watchdog must notice within max(5 s, 4 x the predicted step)",
+        machine.hang_engine,
+        recovery_limit_s=9.0,
+    ),
+    "duplicate": Drill(
+        "delivers every message twice, then cuts the worker off until it is withdrawn and lets it go on: "
+        "it must be refused",
+        machine.duplicate,
+        recovery_limit_s=5.0,
+    ),
+    "kill-agent": Drill(
+        "SIGKILL to the machine's agent: streams go on, its successor adopts the replicas",
+        machine.kill_agent,
+        ONCE,
+        n_tokens=800,
+    ),
 }

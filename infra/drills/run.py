@@ -69,6 +69,7 @@ def run(
         why = ", ".join(failed[0].errors) or f"HTTP {failed[0].statuses}"
         raise DrillError(f"the undisturbed run failed already: {len(failed)} of {len(asks)} streams ({why})")
     read_books(reference, False)
+    scene.n_served_before = sum(answer.n_completion for answer in reference)
     rate = median(_rate(answer) for answer in reference)
     scene.say(f"undisturbed run: {reference_s:.1f} s, {rate:.0f} tokens/s each; the same prompts again")
 

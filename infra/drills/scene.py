@@ -64,9 +64,18 @@ class Scene:
     """One running local stack and one deployment on it. Methods block; call them from the drill's thread."""
 
     def __init__(
-        self, var: Path, redis_url: str, cell: str, deployment: str, say: Callable[[str], None]
+        self,
+        var: Path,
+        redis_url: str,
+        cell: str,
+        deployment: str,
+        say: Callable[[str], None],
+        end_of: Callable[[str], str] = lambda replica: "",
     ) -> None:
+        """`end_of(replica id)` answers `code: sentence` of a replica that is over, '' while it is not."""
         self.var = var
+        self.end_of = end_of
+        self.n_served_before = 0  # tokens of the undisturbed run: the replica's own count includes them
         self.keys = CellKeys(cell)
         self.deployment = deployment
         self.say = say
@@ -133,13 +142,23 @@ class Scene:
         members = cast(set[bytes], self.redis.smembers(self.keys.replica_live(replica.id)))
         return sorted(member.decode() for member in members)
 
-    def core_of(self, replica: ServingReplica) -> ProcessIdentity:
-        """The engine core: the child process of the front. DrillError when the engine has none (toy)."""
+    def n_journaled(self, request: str) -> int:
+        """Tokens accepted of a request by the replicas that lost it."""
+        return int(cast(bytes | None, self.redis.hget(self.keys.request(request), "n")) or 0)
+
+    def core_of(self, replica: ServingReplica) -> ProcessIdentity | None:
+        """The engine core: the child process of the front; None for an engine inside the front (toy)."""
         children = [pid for pid in _children(replica.front.pid) if self._belongs(pid, replica.machine)]
         cores = [identity for pid in children if (identity := identity_of(pid))]
-        if not cores:
-            raise DrillError("the front has no engine core process of its own")
-        return cores[0]
+        return cores[0] if cores else None
+
+    def is_gone(self, replica: ServingReplica) -> bool:
+        return not is_alive(replica.front)
+
+    def agent_beat(self, machine: str) -> Heartbeat | None:
+        """The agent's last heartbeat."""
+        payload = cast(bytes | None, self.redis.get(self.keys.machine(machine).heartbeat()))
+        return None if payload is None else _heartbeat(payload)
 
     def machine_dir(self, machine: str) -> Path:
         return self.var / "machines" / machine

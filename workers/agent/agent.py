@@ -72,14 +72,14 @@ class Agent:
         try:
             credentials = await self._unless_stopped(credentials_of(self._config))
             if credentials is not None:
-                await self._run_enrolled(credentials)
+                await self._run_enrolled(credentials, zygote)
         finally:
             if self._stopping.is_set():
                 await self._stop_zygote()
             zygote.cancel()
             await asyncio.gather(zygote, return_exceptions=True)
 
-    async def _run_enrolled(self, credentials: Credentials) -> None:
+    async def _run_enrolled(self, credentials: Credentials, zygote: asyncio.Task[None]) -> None:
         self._credentials = credentials
         self._keys = MachineKeys(credentials.cell, self._config.machine)
         self._client = Client(credentials.redis_url, name="agent")
@@ -104,7 +104,7 @@ class Agent:
             )
         ]
         try:
-            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([*loops, zygote], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # a loop that failed is a bug: fail loudly, the provider starts us again
         finally:

@@ -49,7 +49,10 @@ class ChildExit(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         if self.signum is not None:
-            return f"killed by {signal.Signals(self.signum).name}"
+            try:
+                return f"killed by {signal.Signals(self.signum).name}"
+            except ValueError:  # real-time signals have no names
+                return f"killed by signal {self.signum}"
         return f"exited with code {self.code}"
 
 

@@ -6,6 +6,9 @@ and recomputed when blocks run out, as in vLLM; only the "model" is a hash of th
 the same request gives the same text on every attempt, and a resumed one continues exactly. One task steps
 everything on the loop; a token costs about a microsecond, so measurements of the chain around it are not
 measurements of it.
+
+It has no core process that a drill could hurt. With `toy_faults` two signals to the front stand for that:
+SIGNAL_DIE fails every sequence as a lost core does, SIGNAL_HANG stops the stepping.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import os
+import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -31,6 +36,9 @@ from workers.engine.base import (
 )
 from workers.engine.toy_sequence import Sequence
 
+# Real-time signals: Celery has handlers of its own for the ordinary ones.
+SIGNAL_DIE = signal.SIGRTMIN + 1
+SIGNAL_HANG = signal.SIGRTMIN + 2
 KV_BYTES_PER_TOKEN = 1024  # pretended; with it `kv_cache_bytes` means what it means for a small model
 _MAX_STRIDE = 32  # unpaced steps in one go: so many tokens of everybody is the longest an arrival waits
 
@@ -57,6 +65,10 @@ class ToyEngine:
         self._n_strided = 0  # steps since the last call of `step`
         self._last_step_at_s = now_s()
         self._step_ms = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if profile.toy_faults and threading.current_thread() is threading.main_thread():
+            signal.signal(SIGNAL_DIE, self._on_signal)
+            signal.signal(SIGNAL_HANG, self._on_signal)
 
     # -- the Engine interface
 
@@ -70,6 +82,7 @@ class ToyEngine:
 
     async def start(self) -> None:
         if self._task is None:
+            self._loop = asyncio.get_running_loop()
             self._last_step_at_s = self._now_s()
             self._task = asyncio.create_task(self._run(), name="toy-engine")
 
@@ -279,6 +292,13 @@ class ToyEngine:
             seq.finish = FinishReason.ERROR
             seq.wake()
         self._running, self._waiting, self._n_free = [], [], self.n_blocks
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        """On the main thread, wherever it is; the loop turns on another."""
+        if signum == SIGNAL_HANG:
+            self._hung = True
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._die, "killed by a signal")
 
     def _misbehave(self, seq: Sequence) -> None:
         if toy_text.DIE in seq.request.prompt_token_ids:

@@ -101,7 +101,7 @@ class Command(BaseCommand):
     ) -> Result:
         env = settings.ENV
         deployment_id = tenants.deploy(tenant, name, engine, n_streams)
-        scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step)
+        scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, tenants.end_of)
         try:
             tenants.wait_until_it_serves(scene)
             replica = scene.serving()

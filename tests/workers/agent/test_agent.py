@@ -2,6 +2,7 @@
 user.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from tests.workers.agents import AgentProcess, EnrolServer, agent_on, spec
 from tests.workers.serving import Cell
 from tests.workers.waiting import wait_until
+from workers.agent.agent import Agent
 from workers.agent.replicas import Limits
-from workers.config import ServeTuning
+from workers.config import AgentConfig, ServeTuning
 from workers.contract import MACHINE_STOPPED, FinishReason, ReplicaPhase
 from workers.engine.base import EngineProfile
 from workers.modelcache.importers import import_directory
@@ -59,6 +61,15 @@ def test_desired_replica_starts_serves_and_stops(cell: Cell, tmp_path: Path) -> 
         assert set(phases[4:]) == {"stopped"}
 
 
+def test_a_death_by_a_nameless_signal_is_a_death_like_others(cell: Cell, tmp_path: Path) -> None:
+    with agent_on(cell, tmp_path) as agent:
+        agent.desire(spec())
+        os.kill(agent.await_phase("r1", READY).pid, signal.SIGRTMIN + 9)
+        assert fail_of(agent) == "killed"
+        agent.desire(spec("r2"))
+        agent.await_phase("r2", READY)
+
+
 def test_enrolment_is_once_and_kept_private(cell: Cell, tmp_path: Path) -> None:
     with agent_on(cell, tmp_path) as agent:
         wait_until(lambda: agent.heartbeat() is not None, "the agent")
@@ -70,6 +81,33 @@ def test_enrolment_is_once_and_kept_private(cell: Cell, tmp_path: Path) -> None:
         wait_until(lambda: agent.heartbeat() is not None, "the agent's return")
         assert agent.enrol.n_enrolled == 1
         assert password not in agent.logs()
+
+
+async def test_an_agent_that_lost_its_zygote_keeper_ends_loudly(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure there once left an agent that could start nothing any more and beat as if all were well."""
+
+    async def broken(agent: Agent) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Agent, "_start_zygote", broken)
+    enrol = EnrolServer(cell)
+    enrol.proofs.add("p")
+    config = AgentConfig(
+        machine="m1",
+        enrol_url=enrol.url,
+        var_dir=tmp_path,
+        model_cache=tmp_path,
+        cell=cell.keys.cell,
+        proof="p",
+    )
+    try:
+        with pytest.raises(ValueError, match="a bug"):
+            async with asyncio.timeout(20):
+                await Agent(config).run()
+    finally:
+        enrol.close()
 
 
 def test_refused_proof_ends_the_agent_with_a_reason(cell: Cell, tmp_path: Path) -> None:

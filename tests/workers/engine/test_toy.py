@@ -1,6 +1,8 @@
 """The toy engine: deterministic text, and the scheduling rules of a real continuous-batching engine."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -18,7 +20,7 @@ from workers.engine.base import (
     EngineRequest,
     SamplingSpec,
 )
-from workers.engine.toy import KV_BYTES_PER_TOKEN, ToyEngine
+from workers.engine.toy import KV_BYTES_PER_TOKEN, SIGNAL_DIE, SIGNAL_HANG, ToyEngine
 
 
 @asynccontextmanager
@@ -300,6 +302,32 @@ async def test_a_hung_engine_has_work_and_steps_no_more() -> None:
         assert after.n_steps - before.n_steps <= 1
         await engine.check_health()
         task.cancel()
+
+
+async def test_signals_stand_for_a_core_that_dies_or_hangs() -> None:
+    before = {signum: signal.getsignal(signum) for signum in (SIGNAL_DIE, SIGNAL_HANG)}
+    try:
+        async with running(toy_faults=True) as engine:
+            task = asyncio.create_task(read(engine, a_request(engine, ignore_eos=True, max_tokens=100_000)))
+            await until_running(engine, 1)
+            os.kill(os.getpid(), SIGNAL_DIE)
+            with pytest.raises(EngineDead):
+                await task
+            with pytest.raises(EngineDead):
+                await engine.check_health()
+        async with running(toy_faults=True) as engine:
+            os.kill(os.getpid(), SIGNAL_HANG)
+            assert engine._hung
+            await engine.check_health()  # as a real core that hangs: only the watchdog can tell
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+async def test_signals_are_taken_only_where_faults_are_asked_for() -> None:
+    before = signal.getsignal(SIGNAL_DIE)
+    async with running():
+        assert signal.getsignal(SIGNAL_DIE) is before
 
 
 async def test_fault_words_are_ordinary_text_unless_asked_for() -> None:
