@@ -31,7 +31,7 @@ from workers.contract import (
 )
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
-from workers.scripts import ENROL, MACHINE_SCRIPTS, SETTLE, WITHDRAW, Script
+from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, WITHDRAW, Script
 
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
@@ -148,6 +148,12 @@ class Cell:
     def enrol(self, *, replica: str, machine: str, deployment: str, slots: int) -> int:
         """The replica takes requests; answers how many waiting ones it was given. Safe to repeat."""
         return int(self._run(ENROL, replica, machine, deployment, slots))
+
+    def resize(self, replica: str, *, was: int, slots: int, why: str) -> int:
+        """The replica runs so many requests at once from now on; answers how many waiting ones it was given, -1
+        when it drains or has other slots than `was`.
+        """
+        return int(self._run(RESIZE, replica, was, slots, why))
 
     def drain(self, replica: str) -> None:
         """The replica gets nothing new. Safe to repeat."""

@@ -113,6 +113,7 @@ def _replica_view(row: Replica, readings: dict[str, ReplicaReading] | None, dige
         phase_at_s=row.phase_at.timestamp(),
         slots=row.slots,
         used=None if reading is None else reading.used,
+        slots_now=None if reading is None or reading.state != "ready" else reading.slots,
         beat_seq=None if beat is None else beat.seq,
         n_requests_total=0 if beat is None else beat.n_requests_total,
         outdated=bool(row.spec_digest) and row.spec_digest != digest,

@@ -32,7 +32,10 @@ class MachineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One live replica. `used` and `beat_seq` are None when Redis could not be asked."""
+    """One live replica. `used`, `slots_now` and `beat_seq` are None when Redis could not be asked.
+
+    slots: what its engine batches; slots_now: what it is given at present to keep its promise on latency.
+    """
 
     id: str
     machine_id: str
@@ -41,6 +44,7 @@ class ReplicaView:
     phase_at_s: float  # when it entered this phase
     slots: int
     used: int | None = None
+    slots_now: int | None = None
     beat_seq: int | None = None
     n_requests_total: int = 0  # as its heartbeat counts
     outdated: bool = False  # runs another model or engine profile than the deployment now wants
@@ -104,6 +108,9 @@ class ScalerSpec:
     slots: int  # requests a replica runs at once
     deleted: bool = False
 
+    # However far latency shrinks the slots of replicas, scaling reckons with this share of the profile's at least: what
+    # slows them may be the host they share, and more of them would slow them further.
+    min_slots_ratio: float = 0.25
     target_ratio: float = 0.7  # share of slots to be busy; the rest absorbs what comes during a start
     stable_window_s: float = 60.0  # Knative's default
     panic_window_s: float = 6.0  # 10 % of it
@@ -137,12 +144,15 @@ class ScalerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Load at one instant in requests: what we are sure of, and what it may be; and what was wanted then."""
+    """Load at one instant in requests: what we are sure of, and what it may be; what was wanted then; and the slots
+    of one replica (0: as the spec says).
+    """
 
     at_s: float
     known: float
     possible: float
     wanted: int
+    slots: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,6 +193,17 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     n_requests_total: int = 0
     max_model_len: int = 0
     spool_full: bool = False
+    # Engine steps since the beat before, and the gaps between tokens that streams saw in them: quantiles, and the
+    # counts as flat pairs (workers/engine/steps.py). A beat without steps has none of these.
+    n_steps: int = 0
+    itl_p50_ms: float = 0.0
+    itl_p95_ms: float = 0.0
+    itl_counts: tuple[int, ...] = ()
+    # Sequences in the engine's own queue, mean over those steps; sequences it had to put back for want of KV blocks.
+    engine_queue: float = 0.0
+    n_preempted: int = 0
+    # Prompt tokens whose first answer token is awaited, now.
+    n_prefill_tokens: int = 0
     v: int = WIRE_VERSION
 
 

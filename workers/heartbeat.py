@@ -17,6 +17,7 @@ from workers.beat import BeatFile
 from workers.config import FrontConfig
 from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus, ServingReport
 from workers.engine.base import Engine
+from workers.engine.steps import gaps_of, quantile_ms
 from workers.redis_client import Client
 from workers.serve import Server
 from workers.spool import Spool
@@ -45,7 +46,7 @@ class Reporter:
         self._server = server
         self._spool = spool
         self._beat = beat
-        self._seq = 0
+        self._seq = self._n_preemptions = 0
         self.phase = ReplicaPhase.LOADING
         self.reason = self._message = ""
         self.stages_ms: dict[str, int] = dict(config.stages_ms)
@@ -67,7 +68,10 @@ class Reporter:
         """One heartbeat, to Redis and to the agent."""
         self._beat.touch(ready=self.phase is not ReplicaPhase.LOADING)
         self._seq += 1
-        stats = self._engine.stats()
+        stats, steps = self._engine.stats(), self._engine.take_steps()
+        gaps = gaps_of(steps.buckets)
+        n_preempted = stats.n_preemptions - self._n_preemptions
+        self._n_preemptions = stats.n_preemptions
         spec = self._config.spec
         heartbeat = Heartbeat(
             machine=self._config.machine,
@@ -86,6 +90,13 @@ class Reporter:
             n_requests_total=self._server.n_requests_total,
             max_model_len=self._engine.max_model_len,
             spool_full=self._spool.full,
+            n_steps=steps.n_steps,
+            itl_p50_ms=round(quantile_ms(gaps, 0.5), 3),
+            itl_p95_ms=round(quantile_ms(gaps, 0.95), 3),
+            itl_counts=steps.buckets,
+            engine_queue=round(steps.n_waiting, 2),
+            n_preempted=n_preempted,
+            n_prefill_tokens=self._server.n_prefill_tokens,
         )
         key = self._keys.heartbeat(spec.replica)
         self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)

@@ -12,7 +12,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `dep:<dep>:q` | zset of request ids | trusted | the deployment's fair queue, bounded at admission |
 | `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
 | `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail |
-| `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used |
+| `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, why the slots changed last |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |

@@ -49,6 +49,23 @@ def load_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpec
     return known, possible
 
 
+def slots_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpec) -> float:
+    """Requests that one replica takes at present, mean over those that serve: latency may have shrunk their slots.
+
+    Demand is counted in requests, queued ones included, so fewer slots never look like less of it.
+    """
+    given = [
+        float(r.slots_now)
+        for r in observation.replicas
+        if r.phase is ReplicaPhase.READY
+        and r.slots_now is not None
+        and is_fresh(r, beats, observation.now_s, spec)
+    ]
+    if not given:
+        return float(spec.slots)
+    return min(max(mean(given), spec.slots * spec.min_slots_ratio, 1.0), float(spec.slots))
+
+
 def keep_samples(samples: tuple[Sample, ...], now_s: float, spec: ScalerSpec) -> tuple[Sample, ...]:
     """Samples young enough to matter, one per second at most: a burst of ticks must not outvote the rest."""
     oldest_s = now_s - max(spec.stable_window_s, spec.scale_down_delay_s)
@@ -67,6 +84,7 @@ def _merge(one: Sample, other: Sample) -> Sample:
         known=max(one.known, other.known),
         possible=max(one.possible, other.possible),
         wanted=max(one.wanted, other.wanted),
+        slots=other.slots or one.slots,
     )
 
 

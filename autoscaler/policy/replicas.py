@@ -8,7 +8,7 @@ has its own rule: nothing queued, nothing running, and idle for the deployment's
 import math
 from dataclasses import replace
 
-from autoscaler.policy.load import keep_samples, load_now, mean, next_beats
+from autoscaler.policy.load import keep_samples, load_now, mean, next_beats, slots_now
 from autoscaler.types import Observation, ReplicaPhase, Sample, ScalerMemory, ScalerSpec, Wish
 
 
@@ -18,17 +18,20 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
     beats = next_beats(observation, memory)
     known, possible = load_now(observation, beats, spec)
     memory = _note_activity(replace(memory, beats=beats), observation, known)
-    samples = keep_samples((*memory.samples, Sample(now_s, known, possible, 0)), now_s, spec)
+    samples = keep_samples(
+        (*memory.samples, Sample(now_s, known, possible, 0, slots_now(observation, beats, spec))), now_s, spec
+    )
     memory = replace(memory, samples=samples)
     present = [r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING]
     n_outdated = sum(1 for r in present if r.outdated)
     n_live = max(len(present) - n_outdated, n_outdated)  # a replica and its successor are one
+    slots = mean([s.slots or spec.slots for s in samples if s.at_s > now_s - spec.stable_window_s])
 
     if spec.deleted:
         return Wish(0, memory, ("the deployment is deleted: no replica is wanted",))
-    n, reason, memory = _from_load(observation, spec, memory, n_live)
+    n, reason, memory = _from_load(observation, spec, memory, n_live, slots)
     if n_live == 0 and known > 0:
-        n, reason = max(1, _replicas_for(known, spec), n), f"nothing serves {known:g} waiting requests"
+        n, reason = max(1, _replicas_for(known, spec, slots), n), f"nothing serves {known:g} waiting requests"
     elif n_live == 0 and possible == 0:
         n, reason = 0, "nothing waits and nothing runs"
     if n_live > 0 or n > 0:
@@ -39,21 +42,23 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
     return Wish(bounded, memory, (reason,))
 
 
-def _replicas_for(load: float, spec: ScalerSpec) -> int:
-    return math.ceil(load / (spec.slots * spec.target_ratio) - 1e-9)
+def _replicas_for(load: float, spec: ScalerSpec, slots: float) -> int:
+    return math.ceil(load / (slots * spec.target_ratio) - 1e-9)
 
 
 def _from_load(
-    observation: Observation, spec: ScalerSpec, memory: ScalerMemory, n_live: int
+    observation: Observation, spec: ScalerSpec, memory: ScalerMemory, n_live: int, slots: float
 ) -> tuple[int, str, ScalerMemory]:
-    """(replicas, reason, memory). What the delay looks back on is what load wanted, not what was kept."""
+    """(replicas, reason, memory), at `slots` of one replica. What the delay looks back on is what load wanted, not
+    what was kept.
+    """
     now_s, samples = observation.now_s, memory.samples
     stable = mean([s.known for s in samples if s.at_s > now_s - spec.stable_window_s])
     short = mean([s.known for s in samples if s.at_s > now_s - spec.panic_window_s])
     possible = mean([s.possible for s in samples if s.at_s > now_s - spec.stable_window_s])
-    n_stable, n_short = _replicas_for(stable, spec), _replicas_for(short, spec)
+    n_stable, n_short = _replicas_for(stable, spec, slots), _replicas_for(short, spec, slots)
     n_ready = sum(1 for r in observation.replicas if r.phase is ReplicaPhase.READY)
-    per_replica = f"{spec.slots} slots x {spec.target_ratio:g}"
+    per_replica = f"{slots:.3g} slots x {spec.target_ratio:g}"
 
     if n_short >= spec.panic_ratio * max(n_ready, 1) and n_short > n_ready:
         memory = replace(memory, panic_until_s=now_s + spec.stable_window_s)
@@ -62,7 +67,7 @@ def _from_load(
         memory = _note_wanted(replace(memory, panic_wanted=n), n)
         reason = f"panic: {short:.1f} requests in {spec.panic_window_s:g} s want {n_short} of {per_replica}"
         return max(n, n_live), reason, memory
-    enough = max(_replicas_for(possible, spec), n_stable)
+    enough = max(_replicas_for(possible, spec, slots), n_stable)
     memory = _note_wanted(replace(memory, panic_until_s=None, panic_wanted=0), enough)
 
     if n_stable > n_live:

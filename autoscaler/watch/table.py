@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from django.db.models import F
+
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from controlplane.deployments.models import Deployment
 
 
 @dataclass(frozen=True, slots=True)
 class KnownReplica:
-    """A live replica's row, ids as on the wire."""
+    """A live replica's row, ids as on the wire. `slots`: what its engine batches. `itl_ms`: the gap between tokens
+    that its deployment's service class promises, 0 for none.
+    """
 
     id: str
     machine: str
     deployment: str
     slots: int
     phase: ReplicaPhase
+    itl_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +39,10 @@ class Table:
 
 def read(cell: str, version: int) -> Table:
     """Three queries. Raises django.db errors when Postgres is away."""
-    replicas = Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell).only(
-        "id", "machine_id", "deployment_id", "slots", "phase"
+    replicas = (
+        Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell)
+        .annotate(itl_ms=F("deployment__slo_class__itl_ms"))
+        .only("id", "machine_id", "deployment_id", "slots", "phase")
     )
     machines = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE).only("id", "state")
     deployments = Deployment.objects.filter(deleted_at=None).order_by("id").values_list("id", flat=True)
@@ -48,6 +55,7 @@ def read(cell: str, version: int) -> Table:
                 deployment=row.deployment_id.hex,
                 slots=row.slots,
                 phase=ReplicaPhase(row.phase),
+                itl_ms=row.itl_ms or 0,
             )
             for row in replicas
         },

@@ -32,6 +32,7 @@ from autoscaler.watch.recorder import (
     Reported,
     WatchBegins,
 )
+from autoscaler.watch.slots import SlotKeeper
 from autoscaler.watch.table import KnownReplica
 from workers.contract import ReplicaPhase as Phase
 from workers.contract import ReplicaStatus, Stage
@@ -76,6 +77,8 @@ class Watcher:
         self._agents = Liveness(AGENT_STALE_S)
         self._orphans = Orphans()
         self._audited_last = ""
+        self._slots = SlotKeeper(cell)
+        self._queued: dict[str, int] = {}  # requests waiting by deployment, at the last slow scan
         self._pubsub: PubSub | None = None
         self._run_id = ""
         self._next_scan_s = 0.0
@@ -238,6 +241,8 @@ class Watcher:
             self._scan_agents(table.machines, now_s)
             self._scan_queues(table.deployments, known, readings)
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
+        serving = {rid: readings[rid] for rid in known if rid not in self._over}
+        self._slots.adapt(known, serving, self._queued, now_s)
 
     def _judge(self, replica: KnownReplica, reading: ReplicaReading, now_s: float) -> None:
         """Dead when it should serve and its beat stands still; routed to when it serves and is not yet."""
@@ -283,7 +288,9 @@ class Watcher:
         readings: dict[str, ReplicaReading],
     ) -> None:
         """Requests that wait although a slot is free are handed out; those without any replica wake it."""
-        for did, load in self.cell.read_deployments(deployments).items():
+        loads = self.cell.read_deployments(deployments)
+        self._queued = {did: load.n_queued for did, load in loads.items() if load.n_queued}
+        for did, load in loads.items():
             if load.n_queued == 0:
                 continue
             if load.n_routed == 0:
@@ -323,7 +330,7 @@ class Watcher:
         """A machine may offer fewer slots than were asked for, never more."""
         if replica.id in self._over:
             return
-        wanted = min(slots, replica.slots) if slots > 0 else replica.slots
+        wanted = self._slots.slots_for(replica, slots)
         n_given = self.cell.enrol(
             replica=replica.id, machine=replica.machine, deployment=replica.deployment, slots=wanted
         )

@@ -355,6 +355,49 @@ def test_draining_replica_gets_no_new_work_and_keeps_what_it_runs(cell: Cell) ->
     assert cell.flush(("q1", 1, 0, 1, True)) == b"a"
 
 
+def resize(cell: Cell, replica: str, was: int, slots: int, why: str = "because") -> int:
+    return int(cell.run(scripts.RESIZE, KEYS.prefix, cell.now_ms, replica, was, slots, why))
+
+
+def test_more_slots_take_what_waits_and_fewer_take_nothing_off(cell: Cell) -> None:
+    cell.enrol("r1", slots=1)
+    for n in range(4):
+        cell.admit(f"a{n}", candidates=("r1",))
+    assert resize(cell, "r1", 1, 3) == 2
+    assert cell.r.hget(KEYS.replica("r1"), "used") == b"3"
+    assert resize(cell, "r1", 3, 1, "too slow" * 100) == 0
+    replica = cell.r.hgetall(KEYS.replica("r1"))
+    assert (replica[b"used"], replica[b"slots"], len(replica[b"why"])) == (b"3", b"1", 200)
+    for n in (0, 1):  # they end one by one, and nothing new comes before there is room
+        cell.run(scripts.SETTLE, KEYS.prefix, cell.now_ms, f"a{n}", 10, 5, 20, RETENTION_MS)
+        assert cell.r.hget(KEYS.request("a3"), "state") == b"queued"
+    cell.run(scripts.SETTLE, KEYS.prefix, cell.now_ms, "a2", 10, 5, 20, RETENTION_MS)
+    assert cell.r.hget(KEYS.request("a3"), "rid") == b"r1"
+
+
+def test_gateways_hear_of_changed_slots(cell: Cell) -> None:
+    heard = cell.r.pubsub(ignore_subscribe_messages=True)
+    cell.enrol("r1", slots=1)
+    heard.subscribe(KEYS.route_channel)
+    heard.get_message(timeout=1)
+    resize(cell, "r1", 1, 2)
+    message = heard.get_message(timeout=2)
+    assert message is not None
+    assert message["data"] == b"d1"
+    heard.close()
+
+
+def test_slots_are_not_changed_of_a_draining_replica_or_on_an_old_view(cell: Cell) -> None:
+    cell.enrol("r1", slots=4)
+    assert resize(cell, "r1", 3, 8) == -1
+    cell.run(scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "drain", 1)
+    assert resize(cell, "r1", 4, 8) == -1
+    assert resize(cell, "nobody", 4, 8) == -1
+    assert cell.r.hget(KEYS.replica("r1"), "slots") == b"4"
+    assert cell.r.smembers(KEYS.replicas("d1")) == set()
+    assert not cell.r.exists(KEYS.replica("nobody"))
+
+
 def test_machine_user_reaches_its_own_keys_and_no_others(cell: Cell) -> None:
     cell.enrol("r1")
     cell.admit("q1", candidates=("r1",))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from workers.contract import FinishReason
+from workers.engine.steps import Steps
 
 
 class EngineInputError(ValueError):
@@ -157,6 +158,9 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """Never blocks and never asks the engine process: the last known figures."""
 
+    def take_steps(self) -> Steps:
+        """The steps since the last call; for one caller (the heartbeat)."""
+
     async def start(self) -> None:
         """Begin stepping on the running loop."""
 
@@ -187,6 +191,8 @@ class EngineProfile:
     tensor_parallel_size: int = 1
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
+    toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
+    toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that the step before it computed
     toy_faults: bool = False  # tests: the words <die> and <hang> in a prompt do what they say
 
     def __post_init__(self) -> None:
@@ -201,6 +207,8 @@ class EngineProfile:
         if self.block_size is not None:
             _within("block_size", self.block_size, 1, 4096)
         _within("toy_step_ms", self.toy_step_ms, 0, 60_000)
+        _within("toy_seq_ms", self.toy_seq_ms, 0, 1_000)
+        _within("toy_prefill_ms", self.toy_prefill_ms, 0, 60_000)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EngineProfile:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from workers.engine.base import EngineStats
+from workers.engine.steps import StepWindow
 
 
 class StatsBoard:
@@ -21,6 +22,7 @@ class StatsBoard:
         self.n_prefix_queries = self.n_prefix_hits = 0
         self.kv_used_ratio = self.step_ms = 0.0
         self.last_step_at_s = time.monotonic()
+        self.steps = StepWindow()
 
     def logger(self, config: object, engine_index: int = 0) -> StatsBoard:
         """vLLM's factory of stat loggers; this object is the logger."""
@@ -50,7 +52,9 @@ class StatsBoard:
             return
         now_s = time.monotonic()
         self.n_steps += 1
-        self.step_ms += 0.2 * ((now_s - self.last_step_at_s) * 1000 - self.step_ms)
+        step_ms = (now_s - self.last_step_at_s) * 1000
+        self.step_ms += 0.2 * (step_ms - self.step_ms)
+        self.steps.add(step_ms, scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
         self.last_step_at_s = now_s
         self.n_running = scheduler_stats.num_running_reqs
         self.n_waiting = scheduler_stats.num_waiting_reqs

@@ -34,6 +34,7 @@ from workers.engine.base import (
     TokenLogprob,
     context_exceeded,
 )
+from workers.engine.steps import Steps, StepWindow
 from workers.engine.toy_sequence import Sequence
 
 # Real-time signals: Celery has handlers of its own for the ordinary ones.
@@ -69,6 +70,8 @@ class ToyEngine:
         if profile.toy_faults and threading.current_thread() is threading.main_thread():
             signal.signal(SIGNAL_DIE, self._on_signal)
             signal.signal(SIGNAL_HANG, self._on_signal)
+        self._n_prefilled = 0  # prompt tokens that the last step computed
+        self._steps = StepWindow()
 
     # -- the Engine interface
 
@@ -107,6 +110,9 @@ class ToyEngine:
             step_ms=self._step_ms,
             n_preemptions=self._n_preemptions,
         )
+
+    def take_steps(self) -> Steps:
+        return self._steps.take()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         await self.check_health()
@@ -152,12 +158,12 @@ class ToyEngine:
         return seq
 
     async def _run(self) -> None:
-        pace_s = self.profile.toy_step_ms / 1000
         due_s = 0.0
         while True:
             if not self._running and not self._waiting:
                 self._work.clear()
                 await self._work.wait()
+            pace_s = self._pace_s()
             if pace_s:
                 now_s = self._now_s()
                 due_s = max(due_s + pace_s, now_s)  # lateness is not made up for, as on an accelerator
@@ -169,6 +175,14 @@ class ToyEngine:
             if not pace_s:
                 self._stride()
             self.step()
+
+    def _pace_s(self) -> float:
+        """How long a step takes, as on an accelerator: a base, every sequence's share, and the prompt tokens of the
+        step before.
+        """
+        profile = self.profile
+        seq_ms = profile.toy_seq_ms * len(self._running)
+        return (profile.toy_step_ms + seq_ms + profile.toy_prefill_ms * self._n_prefilled / 1000) / 1000
 
     def _stride(self) -> None:
         """Without a pace: take the steps up to the next one that somebody would notice, in one go.
@@ -200,6 +214,7 @@ class ToyEngine:
         A sequence whose whole context is computed in this step gets its next token.
         """
         budget, running, ended = self._budget, self._running, False
+        n_running, n_given = len(running), 0
         at = 0
         while at < len(running) and budget > 0:
             seq = running[at]
@@ -210,6 +225,7 @@ class ToyEngine:
             budget -= target - seq.n_computed
             seq.n_computed = target
             if target == n_context:
+                n_given += 1
                 seq.advance()
                 ended = ended or seq.finish is not None
                 if seq.n_out >= seq.n_due or seq.finish is not None:
@@ -221,22 +237,25 @@ class ToyEngine:
                     self._free(seq)
             self._running = [seq for seq in running if seq.finish is None]
         if self._waiting:
-            self._admit_waiting(budget)
+            budget = self._admit_waiting(budget)
+        self._n_prefilled = self._budget - budget - n_given
         now_s = self._now_s()
         n_steps, self._n_strided = self._n_strided + 1, 0
+        step_ms = (now_s - self._last_step_at_s) * 1000 / n_steps
         self._n_steps += n_steps
-        self._step_ms += 0.2 * ((now_s - self._last_step_at_s) * 1000 / n_steps - self._step_ms)
+        self._step_ms += 0.2 * (step_ms - self._step_ms)
+        self._steps.add(step_ms, n_running, len(self._waiting), n_steps)
         self._last_step_at_s = now_s
 
-    def _admit_waiting(self, budget: int) -> None:
+    def _admit_waiting(self, budget: int) -> int:
         """Move waiting sequences into free slots while their context fits the free blocks; their prefill
-        starts.
+        starts. Returns what is left of the token budget.
         """
         while self._waiting and budget > 0 and len(self._running) < self.profile.max_num_seqs:
             seq = self._waiting[0][1]
             n_context = seq.n_prompt + seq.n_out
             if -(-n_context // self._block) > self._n_free:
-                return
+                break
             heapq.heappop(self._waiting)
             if self.profile.toy_faults:
                 self._misbehave(seq)
@@ -251,6 +270,7 @@ class ToyEngine:
                 if seq.finish is not None:
                     self._running.pop()
                     self._free(seq)
+        return budget
 
     def _grow(self, seq: Sequence, n_tokens: int) -> bool:
         """Room for `n_tokens`, at the cost of the sequences admitted last.

@@ -51,6 +51,7 @@ from workers.engine.base import (
 )
 from workers.engine.chat import check_messages
 from workers.engine.stats_board import StatsBoard
+from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -211,6 +212,9 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         return self._board.read()
+
+    def take_steps(self) -> Steps:
+        return self._board.steps.take()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         sampling, prior = request.sampling, request.prior_token_ids

@@ -77,6 +77,40 @@ def test_a_replica_with_stale_beats_counts_as_idle_when_growing() -> None:
     assert scene.tick_for(120).wanted == 2
 
 
+def test_fewer_slots_for_latency_ask_for_more_replicas_and_are_no_smaller_demand() -> None:
+    scene = Scene(n_queued=6, replicas=(replica("r1", used=5, slots_now=5),), machines=(machine(),))
+    scene.tick_for(30)
+    decision = scene.tick_for(60)
+    assert decision.wanted == 4  # 11 requests / (5 slots x 0.7)
+    assert "5 slots x 0.7" in decision.reasons[0]
+    scene = Scene(n_queued=0, replicas=(replica("r1", used=6, slots_now=10),), machines=(machine(),))
+    scene.tick_for(90)
+    scene.n_queued, scene.replicas = 2, (replica("r1", used=4, slots_now=4),)  # the same six requests
+    assert scene.tick_for(90).wanted == 3  # 6 / 2.8
+
+
+def test_slots_shrunk_by_their_host_ask_for_a_bounded_number_of_replicas() -> None:
+    """Replicas that slow each other down must not multiply for it: a quarter of the profile's slots is the least."""
+    scene = Scene(
+        spec=spec(max_replicas=100, slots=40),
+        n_queued=20,
+        replicas=(replica("r1", used=1, slots=40, slots_now=1),),
+        machines=(machine(),),
+    )
+    assert scene.tick_for(120).wanted == 3  # 21 / (10 x 0.7), not 21 / 0.7
+
+
+def test_slots_of_a_replica_that_is_not_heard_of_are_those_of_its_profile() -> None:
+    scene = Scene(
+        n_queued=6,
+        replicas=(replica("r1", used=1, slots_now=2, beat_seq=7),),
+        machines=(machine(),),
+        frozen=frozenset({"r1"}),
+    )
+    scene.tick_for(120)
+    assert scene.tick_for(60).wanted == 1  # 6 / (10 x 0.7)
+
+
 def test_unreachable_redis_neither_grows_nor_shrinks() -> None:
     ready = tuple(replica(f"r{i}", used=None, beat_seq=None) for i in range(3))
     scene = Scene(n_queued=None, replicas=ready, machines=(machine(),), frozen=frozenset({"r0", "r1", "r2"}))

@@ -19,6 +19,7 @@ from controlplane.deployments.models import Phase
 from tests.autoscaler.conftest import Scaling
 from workers.contract import Heartbeat, Notice, ReplicaStatus, ServingReport, Stage
 from workers.contract import ReplicaPhase as Reported
+from workers.engine.steps import StepWindow
 from workers.scripts import CLAIM
 
 
@@ -225,6 +226,103 @@ def test_free_slots_are_pumped_when_requests_wait_in_spite_of_them(watch: Watch,
     watch.scaling.beat(serving, 2)
     watch.turn(1.1)
     assert watch.queued() == []
+
+
+# -- slots
+
+
+def measured(watch: Watch, replica: Replica, seq: int, gap_ms: float, n_running: int, **fields: Any) -> None:
+    """A heartbeat that saw fifty steps of so many milliseconds."""
+    window = StepWindow()
+    window.add(gap_ms, n_running, 0, n_steps=50)
+    beat = Heartbeat(
+        machine=replica.machine_id.hex, seq=seq, at_ms=seq, replica=replica.id.hex, phase=Reported.READY, slots=4,
+        n_steps=50, itl_counts=window.take().buckets, **fields,
+    )  # fmt: skip
+    keys = watch.cell.keys.machine(replica.machine_id.hex)
+    watch.cell.redis.set(keys.heartbeat(replica.id.hex), msgspec.json.encode(beat))
+
+
+def slots(watch: Watch, replica: Replica) -> int:
+    return int(watch.cell.redis.hget(watch.cell.keys.replica(replica.id.hex), "slots") or 0)
+
+
+def test_a_slow_replica_is_given_fewer_slots_and_says_why(watch: Watch, serving: Replica) -> None:
+    """Acme's deployment is interactive: 100 ms between tokens."""
+    for seq in range(2, 12):
+        measured(watch, serving, seq, gap_ms=300.0, n_running=4)
+        watch.turn(0.5)
+    assert slots(watch, serving) == 2
+    why = watch.cell.redis.hget(watch.cell.keys.replica(serving.id.hex), "why")
+    assert why.startswith(b"shrinks from 4: 95 % of gaps within 29")
+    assert b"(target 100) at 4.0 running" in why
+
+
+def test_slots_grow_again_while_requests_wait_and_are_given_out_at_once(
+    watch: Watch, serving: Replica
+) -> None:
+    watch.cell.redis.hset(watch.cell.keys.replica(serving.id.hex), mapping={"slots": 1, "used": 1})
+    watch.scaling.queue("second", "third")
+    for seq in range(2, 8):
+        measured(watch, serving, seq, gap_ms=10.0, n_running=1)
+        watch.turn(0.5)
+    assert slots(watch, serving) == 4
+    assert watch.queued() == []
+
+
+def test_the_same_beat_is_counted_once_and_a_silent_replica_grows_nothing(
+    watch: Watch, serving: Replica
+) -> None:
+    watch.cell.redis.hset(watch.cell.keys.replica(serving.id.hex), mapping={"slots": 1, "used": 1})
+    watch.scaling.queue("second")
+    measured(watch, serving, 2, gap_ms=10.0, n_running=1)
+    for _ in range(6):
+        watch.turn(0.25)
+    assert slots(watch, serving) == 1
+
+
+def test_adapted_slots_survive_a_pump_another_watcher_and_an_emptied_redis(
+    watch: Watch, serving: Replica
+) -> None:
+    for seq in range(2, 12):
+        measured(watch, serving, seq, gap_ms=300.0, n_running=4)
+        watch.turn(0.5)
+    assert slots(watch, serving) == 2
+    watch.scaling.queue("second")
+    measured(watch, serving, 12, gap_ms=300.0, n_running=1)
+    watch.turn(1.1)  # the pump of the slow scan enrols it again
+    assert slots(watch, serving) == 2
+    other = Watcher(watch.cell, watch.recorder, stale_after_s=2.0, clock=lambda: watch.now[0])
+    watch.cell.redis.delete(watch.cell.keys.watcher_lock)
+    watch.scaling.queue("third")
+    for seq in range(13, 16):
+        measured(watch, serving, seq, gap_ms=95.0, n_running=2)
+        watch.now[0] += 1.1
+        other.step(0.05)
+        assert slots(watch, serving) == 2
+    watch.cell.redis.delete(
+        watch.cell.keys.replica(serving.id.hex), watch.cell.keys.replicas(watch.scaling.deployment.id.hex)
+    )
+    measured(watch, serving, 16, gap_ms=95.0, n_running=2)
+    watch.now[0] += 1.1
+    other.step(0.05)
+    assert slots(watch, serving) == 2
+
+
+def test_a_draining_replica_is_not_resized_back_into_the_routes(watch: Watch, serving: Replica) -> None:
+    watch.cell.drain(serving.id.hex)
+    for seq in range(2, 12):
+        measured(watch, serving, seq, gap_ms=300.0, n_running=4)
+        watch.turn(0.5)
+    assert slots(watch, serving) == 4
+    assert watch.routed() == []
+
+
+def test_absurd_measurements_are_survived(watch: Watch, serving: Replica) -> None:
+    for seq in range(2, 12):
+        measured(watch, serving, seq, 10.0, 4, engine_queue=-5.0, kv_used_ratio=1e300, n_preempted=-(2**40))
+        watch.turn(0.5)
+    assert 1 <= slots(watch, serving) <= 4
 
 
 # -- death

@@ -20,6 +20,7 @@ from workers.engine.base import (
     EngineRequest,
     SamplingSpec,
 )
+from workers.engine.steps import gaps_of, quantile_ms
 from workers.engine.toy import KV_BYTES_PER_TOKEN, SIGNAL_DIE, SIGNAL_HANG, ToyEngine
 
 
@@ -379,3 +380,32 @@ async def test_a_plain_answer_comes_in_few_deltas_and_with_the_same_tokens() -> 
     assert len(streamed) == 50
     assert [t for d in plain for t in d.token_ids] == [t for d in streamed for t in d.token_ids]
     assert "".join(d.text for d in plain) == "".join(d.text for d in streamed)
+
+
+async def test_a_step_takes_longer_with_more_sequences_and_with_prompts() -> None:
+    engine = ToyEngine(
+        EngineProfile(engine="toy", toy_step_ms=5, toy_seq_ms=2, toy_prefill_ms=100, max_num_seqs=8)
+    )
+    assert engine._pace_s() == pytest.approx(0.005)
+    for n in range(3):
+        engine._admit(a_request(engine, f"word {n} " * 20, ignore_eos=True))
+    n_prompt = sum(entry[1].n_prompt for entry in engine._waiting)
+    engine.step()  # admits and prefills all three
+    assert engine._pace_s() == pytest.approx(0.005 + 3 * 0.002 + n_prompt * 0.1 / 1000)
+    engine.step()
+    assert engine._pace_s() == pytest.approx(0.005 + 3 * 0.002)
+
+
+async def test_steps_are_told_with_what_ran_and_what_waited() -> None:
+    now_s = [0.0]
+    engine = ToyEngine(EngineProfile(engine="toy", max_num_seqs=2), now_s=lambda: now_s[0])
+    for n in range(3):
+        engine._admit(a_request(engine, f"word {n}", ignore_eos=True))
+    for _ in range(11):
+        now_s[0] += 0.02
+        engine.step()
+    steps = engine.take_steps()
+    # The first step only admits; two run in the ten after it, and one waits all the time.
+    assert (steps.n_steps, steps.n_tokens, steps.n_waiting) == (11, 20, 1.0)
+    assert quantile_ms(gaps_of(steps.buckets), 0.5) == pytest.approx(20.0, rel=0.025)
+    assert engine.take_steps().n_steps == 0
