@@ -49,4 +49,6 @@ class Kernel:
             self.n_events += 1
             n_left -= 1
             handler(*args)
+        if not heap and until_s is not None:
+            self.now_s = max(self.now_s, until_s)
         return bool(heap)

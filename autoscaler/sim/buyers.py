@@ -1,0 +1,125 @@
+"""Buyers of machines for fleet.py: the production policy, and the rules it is compared with.
+
+SpotHedge follows SkyServe (2411.01438 and its published autoscaler and placer); its knob is `n_extra`.
+"""
+
+from __future__ import annotations
+
+from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
+
+
+class Corral:
+    """autoscaler/policy/spot.py with its memory."""
+
+    def __init__(self, spec: SpotSpec) -> None:
+        self.spec = spec
+        self.memory = SpotMemory()
+
+    def buy(self, view: FleetView) -> Orders:
+        orders, self.memory = buy(view, self.spec, self.memory)
+        return orders
+
+
+class OnDemandOnly:
+    def buy(self, view: FleetView) -> Orders:
+        n = view.n_wanted - view.n_on_demand_pending - view.n_on_demand_ready
+        return Orders(launch_on_demand=max(n, 0), release_on_demand=min(max(-n, 0), view.n_on_demand_ready))
+
+
+class SpotOnly:
+    """The cheapest zone that gives; nothing else."""
+
+    def __init__(self, retry_s: float = 60.0) -> None:
+        self.retry_s = retry_s
+
+    def buy(self, view: FleetView) -> Orders:
+        n_spot = sum(o.n_pending + o.n_ready for o in view.offers)
+        return Orders(launch=_first(view, view.n_wanted - n_spot, self.retry_s), release=_most(view, n_spot))
+
+
+class AnyZoneElseOnDemand:
+    """The three-line policy: any zone with spot, else on-demand; back to spot as soon as a zone gives."""
+
+    def __init__(self, retry_s: float = 60.0) -> None:
+        self.retry_s = retry_s
+
+    def buy(self, view: FleetView) -> Orders:
+        n_spot = sum(o.n_pending + o.n_ready for o in view.offers)
+        n_missing = view.n_wanted - n_spot
+        launch = _first(view, n_missing, self.retry_s)
+        n_on_demand = view.n_on_demand_pending + view.n_on_demand_ready
+        n_ready = sum(o.n_ready for o in view.offers)
+        return Orders(
+            launch=launch,
+            release=_most(view, n_spot),
+            launch_on_demand=0 if launch else max(n_missing - n_on_demand, 0),
+            release_on_demand=min(
+                view.n_on_demand_ready, max(n_ready + view.n_on_demand_ready - view.n_wanted, 0)
+            ),
+        )
+
+
+class SpotHedge:
+    """Over-provision `n_extra` spot machines over zones, on-demand for what is not ready yet.
+
+    Zones that took or refused a machine are left alone until fewer than two others remain; the next machine goes to the
+    cheapest active zone that hosts none, else the cheapest active one.
+    """
+
+    def __init__(self, n_extra: int = 1) -> None:
+        self.n_extra = n_extra
+        self._preempted: set[str] = set()
+        self._seen: dict[str, float] = {}
+
+    def buy(self, view: FleetView) -> Orders:
+        for offer in view.offers:
+            at_s = offer.refused_at_s
+            if at_s is not None and self._seen.get(offer.name) != at_s:
+                self._seen[offer.name] = at_s
+                self._preempted.add(offer.name)
+            elif offer.name in self._preempted and offer.n_ready - offer.n_leaving > 0:
+                self._preempted.discard(offer.name)
+        if len(view.offers) - len(self._preempted) < 2:
+            self._preempted.clear()
+        n_goal = view.n_wanted + self.n_extra if view.n_wanted else 0
+        hosted = {o.name: o.n_pending + o.n_ready for o in view.offers}
+        n_spot, n_ready = sum(hosted.values()), sum(o.n_ready for o in view.offers)
+        launch: dict[str, int] = {}
+        active = [o for o in view.offers if o.name not in self._preempted]
+        for _ in range(max(n_goal - n_spot, 0)):
+            if not active:
+                break
+            chosen = min(active, key=lambda o: (hosted[o.name] > 0, o.usd_per_h, hosted[o.name], o.name))
+            hosted[chosen.name] += 1
+            launch[chosen.name] = launch.get(chosen.name, 0) + 1
+        n_on_demand = min(view.n_wanted, max(0, n_goal - n_ready))
+        have = view.n_on_demand_pending + view.n_on_demand_ready
+        return Orders(
+            launch=tuple(launch.items()),
+            release=_most(view, n_spot, n_goal),
+            launch_on_demand=max(n_on_demand - have, 0),
+            release_on_demand=min(max(have - n_on_demand, 0), view.n_on_demand_ready),
+        )
+
+
+def _first(view: FleetView, n: int, retry_s: float) -> tuple[tuple[str, int], ...]:
+    if n <= 0:
+        return ()
+    for offer in sorted(view.offers, key=lambda o: (o.usd_per_h, o.name)):
+        if offer.refused_at_s is None or view.now_s - offer.refused_at_s >= retry_s:
+            return ((offer.name, n),)
+    return ()
+
+
+def _most(view: FleetView, n_spot: int, n_goal: int | None = None) -> tuple[tuple[str, int], ...]:
+    """Give back what is too much, where most machines are."""
+    n_over = n_spot - (view.n_wanted if n_goal is None else n_goal)
+    if n_over <= 0:
+        return ()
+    release = []
+    for offer in sorted(view.offers, key=lambda o: (-o.n_ready, o.name)):
+        n = min(offer.n_ready, n_over)
+        if n > 0:
+            release.append((offer.name, n))
+            n_over -= n
+    return tuple(release)

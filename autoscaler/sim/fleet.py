@@ -1,0 +1,256 @@
+"""Machines on a recorded spot market: bought, booting, ready, told to go, gone; and what they cost.
+
+A buyer (the production policy or a baseline) is asked every `tick_s`, and at once on a notice, a loss or a refusal. The
+world, if there is one, is told when a machine becomes ready or goes, and serves requests with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from autoscaler.policy.spot import FleetView, OfferView, Orders
+from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.market import Zone
+
+
+class Buyer(Protocol):
+    """Decides what to buy; keeps its own memory."""
+
+    def buy(self, view: FleetView) -> Orders: ...
+
+
+@dataclass(slots=True)
+class Machine:
+    """`zone` None: on-demand. Instants in virtual seconds."""
+
+    id: int
+    zone: Zone | None
+    bought_s: float
+    is_ready: bool = False
+    is_leaving: bool = False
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The market's assumptions: seconds to boot (order to serving), of warning, between looks; USD an hour."""
+
+    boot_s: float
+    notice_s: float
+    on_demand_usd_per_h: float
+    tick_s: float = 60.0
+
+
+class Fleet:
+    """Machines of one pool. `wanted(now_s)` says how many should be ready."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        zones: tuple[Zone, ...],
+        terms: Terms,
+        buyer: Buyer,
+        wanted: Callable[[float], int],
+        until_s: float,
+        *,
+        on_ready: Callable[[Machine], None] = lambda machine: None,
+        on_leaving: Callable[[Machine], None] = lambda machine: None,
+        on_gone: Callable[[Machine], None] = lambda machine: None,
+    ) -> None:
+        self.kernel = kernel
+        self.zones = zones
+        self.terms = terms
+        self.buyer = buyer
+        self.wanted = wanted
+        self.until_s = until_s
+        self.machines: list[Machine] = []
+        self.usd_spot = self.usd_on_demand = 0.0
+        self.n_bought = self.n_refused = self.n_lost = 0
+        # Seconds with enough machines ready, in shortage, and machine seconds missing then.
+        self.ok_s = self.short_s = self.missing_machine_s = self.wanted_machine_s = 0.0
+        self._on_ready, self._on_leaving, self._on_gone = on_ready, on_leaving, on_gone
+        self._refused: dict[str, float] = {}
+        self._closing: dict[
+            str, float
+        ] = {}  # zone -> until when it gives nothing, because it is about to drop
+        self._n_machines = 0
+        self._counted_s = 0.0
+        self._due = False
+        self._asked_s, self._n_asked = -1.0, 0
+        for zone in zones:
+            for at_s, capacity in zone.drops():
+                if at_s < until_s:
+                    kernel.at(max(at_s - terms.notice_s, kernel.now_s), self._announce, zone, at_s, capacity)
+                    kernel.at(at_s, self._drop, zone, capacity)
+        kernel.at(kernel.now_s, self._tick)
+
+    # -- the market
+
+    def _announce(self, zone: Zone, drop_s: float, capacity: int) -> None:
+        self._closing[zone.name] = max(drop_s, self._closing.get(zone.name, 0.0))
+        if self.terms.notice_s > 0:
+            for machine in self._in_zone(zone)[capacity:]:
+                self._tell(machine)
+
+    def _drop(self, zone: Zone, capacity: int) -> None:
+        for machine in self._in_zone(zone)[capacity:]:
+            self._tell(machine)
+            self.n_lost += 1
+            self._end(machine)
+            self._refused[zone.name] = self.kernel.now_s
+        self._soon()
+
+    def _tell(self, machine: Machine) -> None:
+        if not machine.is_leaving:
+            machine.is_leaving = True
+            self._on_leaving(machine)
+            self._soon()
+
+    def _in_zone(self, zone: Zone) -> list[Machine]:
+        """Oldest first: the newest go first."""
+        return [m for m in self.machines if m.zone is zone]
+
+    # -- the buyer
+
+    def _tick(self) -> None:
+        self._decide()
+        if self.kernel.now_s + self.terms.tick_s < self.until_s:
+            self.kernel.after(self.terms.tick_s, self._tick)
+
+    def _soon(self) -> None:
+        """Ask the buyer after everything that happens at this instant."""
+        if not self._due:
+            self._due = True
+            self.kernel.after(0.0, self._decide)
+
+    def _decide(self) -> None:
+        self._due = False
+        self._account()
+        orders = self.buyer.buy(self.view())
+        for name, n in orders.release:
+            for machine in [m for m in self.machines if m.zone and m.zone.name == name and m.is_ready][::-1][
+                :n
+            ]:
+                self._end(machine)
+        ready = [m for m in self.machines if m.zone is None and m.is_ready]
+        for machine in ready[::-1][: orders.release_on_demand]:
+            self._end(machine)
+        was_refused = False
+        for name, n in orders.launch:
+            zone = next(z for z in self.zones if z.name == name)
+            for _ in range(n):
+                if not self._launch(zone):
+                    was_refused = True
+                    break
+        for _ in range(orders.launch_on_demand):
+            self._launch(None)
+        # A refusal is answered at once with the next offer, as often as there are offers; then time must pass.
+        self._n_asked = self._n_asked + 1 if self._asked_s == self.kernel.now_s else 1
+        self._asked_s = self.kernel.now_s
+        if was_refused and self._n_asked <= len(self.zones):
+            self._soon()
+
+    def _launch(self, zone: Zone | None) -> bool:
+        now_s = self.kernel.now_s
+        if zone is not None:
+            closing = self._closing.get(zone.name, -1.0) > now_s
+            if closing or len(self._in_zone(zone)) >= zone.at(now_s):
+                self.n_refused += 1
+                self._refused[zone.name] = now_s
+                return False
+        self._n_machines += 1
+        self.n_bought += 1
+        machine = Machine(self._n_machines, zone, now_s)
+        self.machines.append(machine)
+        self.kernel.after(self.terms.boot_s, self._booted, machine)
+        return True
+
+    def _booted(self, machine: Machine) -> None:
+        if not machine.is_gone:
+            self._account()
+            machine.is_ready = True
+            self._on_ready(machine)
+            self._soon()
+
+    def _end(self, machine: Machine) -> None:
+        self._account()
+        machine.is_gone = True
+        self.machines.remove(machine)
+        hours = (self.kernel.now_s - machine.bought_s) / 3600
+        if machine.zone is None:
+            self.usd_on_demand += hours * self.terms.on_demand_usd_per_h
+        else:
+            self.usd_spot += hours * machine.zone.usd_per_h
+        if machine.is_ready:
+            self._on_gone(machine)
+
+    # -- books
+
+    def view(self) -> FleetView:
+        now_s = self.kernel.now_s
+        pending: dict[str, int] = {}
+        ready: dict[str, int] = {}
+        leaving: dict[str, int] = {}
+        n_pending = n_ready = 0
+        for m in self.machines:
+            if m.zone is None:
+                n_ready += m.is_ready
+                n_pending += not m.is_ready
+            else:
+                name = m.zone.name
+                counts = ready if m.is_ready else pending
+                if m.is_leaving and not m.is_ready:
+                    continue  # it will not be there in time
+                counts[name] = counts.get(name, 0) + 1
+                leaving[name] = leaving.get(name, 0) + m.is_leaving
+        offers = tuple(
+            OfferView(
+                z.name,
+                z.usd_per_h,
+                pending.get(z.name, 0),
+                ready.get(z.name, 0),
+                leaving.get(z.name, 0),
+                self._refused.get(z.name),
+            )
+            for z in self.zones
+        )
+        return FleetView(
+            now_s, self.wanted(now_s), offers, self.terms.on_demand_usd_per_h, n_pending, n_ready
+        )
+
+    def _account(self) -> None:
+        """Book the time since the last change under what was ready then."""
+        now_s = self.kernel.now_s
+        passed_s = now_s - self._counted_s
+        if passed_s <= 0:
+            return
+        # A wish is due once a machine ordered with it could be there.
+        wanted = min(
+            self.wanted(self._counted_s), self.wanted(max(self._counted_s - self.terms.boot_s - 60, 0))
+        )
+        n_ready = sum(m.is_ready for m in self.machines)
+        self._counted_s = now_s
+        if self._counted_s <= self.terms.boot_s + 60:
+            return  # the very first start is nobody's shortage
+        self.wanted_machine_s += wanted * passed_s
+        if n_ready >= wanted:
+            self.ok_s += passed_s
+        else:
+            self.short_s += passed_s
+            self.missing_machine_s += (wanted - n_ready) * passed_s
+
+    def close(self) -> None:
+        """The end: what still runs is paid for."""
+        self._account()
+        for machine in list(self.machines):
+            self._end(machine)
+
+    @property
+    def usd(self) -> float:
+        return self.usd_spot + self.usd_on_demand
+
+    @property
+    def availability(self) -> float:
+        return self.ok_s / max(self.ok_s + self.short_s, 1e-9)

@@ -1,0 +1,82 @@
+"""Spot capacity by zone as recorded, and what it does to machines that run there.
+
+A zone's capacity is a step function; a drop below what is held takes the newest machines away, `notice_s` after telling
+them (0: no word at all). A zone that is about to drop gives nothing new. Prices are constant per zone or a series. Read
+from the availability and preemption files of docs/simulator.md.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class MarketError(ValueError):
+    """A file that is not a capacity trace: says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """`capacity[i]` machines could be had from `i * gap_s` on. USD per machine hour."""
+
+    name: str
+    gap_s: float
+    capacity: tuple[int, ...]
+    usd_per_h: float
+
+    def at(self, now_s: float) -> int:
+        """Machines that can be held now; nothing after the recording's end."""
+        index = int(now_s // self.gap_s)
+        return self.capacity[index] if 0 <= index < len(self.capacity) else 0
+
+    @property
+    def end_s(self) -> float:
+        return len(self.capacity) * self.gap_s
+
+    def drops(self) -> tuple[tuple[float, int], ...]:
+        """(instant, new capacity) at each fall."""
+        found = []
+        for index in range(1, len(self.capacity)):
+            if self.capacity[index] < self.capacity[index - 1]:
+                found.append((index * self.gap_s, self.capacity[index]))
+        return tuple(found)
+
+    def window(self, start_s: float, length_s: float) -> Zone:
+        """The recording from `start_s` on, wrapped around at its end, so that any start gives a full window."""
+        n = len(self.capacity)
+        first, count = int(start_s // self.gap_s), math.ceil(length_s / self.gap_s)
+        return Zone(
+            self.name, self.gap_s, tuple(self.capacity[(first + i) % n] for i in range(count)), self.usd_per_h
+        )
+
+
+def read_zone(path: Path, *, usd_per_h: float, machines_per_unit: int = 1) -> Zone:
+    """A zone of one recorded file. `machines_per_unit`: what an availability of 1 is taken to mean, because a probe of
+    one machine cannot tell how many there were; an assumption that every table states."""
+    try:
+        document = json.loads(path.read_text())
+        gap_s = float(document["metadata"]["gap_seconds"])
+        capacity = tuple(int(float(value)) * machines_per_unit for value in document["data"])
+        prices = document.get("prices")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise MarketError(f"{path.name}: {type(error).__name__}: {error}") from None
+    if gap_s <= 0 or not capacity or min(capacity) < 0:
+        raise MarketError(f"{path.name}: needs metadata.gap_seconds above 0 and a data list of counts")
+    if prices:
+        known = [float(price) for price in prices if price]
+        usd_per_h = sum(known) / len(known) if known else usd_per_h
+    return Zone(path.stem, gap_s, capacity, usd_per_h)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A step function of time: `values[i]` from `at_s[i]` on."""
+
+    at_s: tuple[float, ...]
+    values: tuple[int, ...]
+
+    def __call__(self, now_s: float) -> int:
+        return self.values[max(bisect.bisect_right(self.at_s, now_s) - 1, 0)]

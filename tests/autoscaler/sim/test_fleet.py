@@ -1,0 +1,108 @@
+"""Machines on a spot market: what is charged, what is told, what is lost; and a bound that nobody beats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from autoscaler.policy.spot import FleetView, Orders, SpotSpec
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
+from autoscaler.sim.fleet import Buyer, Fleet, Terms
+from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.market import MarketError, Zone, read_zone
+from autoscaler.sim.oracle import cheapest
+
+HOUR = 3600.0
+TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.0)
+
+
+def run(buyer: Buyer, *zones: Zone, wanted: int = 2, hours: float = 4, terms: Terms = TERMS) -> Fleet:
+    kernel = Kernel()
+    fleet = Fleet(kernel, zones, terms, buyer, lambda now_s: wanted, hours * HOUR)
+    kernel.run(until_s=hours * HOUR)
+    fleet.close()
+    return fleet
+
+
+def zone(name: str, *capacity: int, usd_per_h: float = 1.0) -> Zone:
+    return Zone(name, 600.0, capacity, usd_per_h)
+
+
+def test_on_demand_costs_its_hours_and_is_always_there() -> None:
+    fleet = run(OnDemandOnly(), zone("a", *[0] * 24))
+    assert fleet.usd == pytest.approx(2 * 4 * 3.0)
+    assert fleet.availability == 1.0
+
+
+def test_a_zone_takes_back_the_newest_and_a_notice_in_time_hides_it() -> None:
+    a, b = zone("a", *[9] * 12, *[1] * 12), zone("b", *[9] * 24, usd_per_h=1.1)
+    told = run(Corral(SpotSpec(120, 120)), a, b)
+    assert (told.n_lost, told.availability) == (1, 1.0)
+    late = Terms(boot_s=120, notice_s=0, on_demand_usd_per_h=3.0)
+    untold = run(AnyZoneElseOnDemand(), a, b, terms=late)
+    assert untold.n_lost == 1 and untold.short_s == pytest.approx(120, abs=1)
+
+
+def test_when_all_zones_are_gone_on_demand_serves_and_spot_takes_over_again() -> None:
+    fleet = run(Corral(SpotSpec(120, 120)), zone("a", *[4] * 8, *[0] * 8, *[4] * 8))
+    assert fleet.availability == 1.0
+    assert 0.9 * 2 * HOUR * 4 / 3 < fleet.usd_on_demand / 3.0 * HOUR < 1.2 * 2 * HOUR * 4 / 3
+    assert run(SpotOnly(), zone("a", *[4] * 8, *[0] * 8, *[4] * 8)).availability < 0.7
+
+
+class Remembering:
+    def __init__(self) -> None:
+        self.views: list[FleetView] = []
+
+    def buy(self, view: FleetView) -> Orders:
+        self.views.append(view)
+        return Orders(launch=(("a", 1),) if view.now_s == 0 else ())
+
+
+def test_a_zone_that_is_full_or_about_to_drop_refuses() -> None:
+    buyer = Remembering()
+    full = run(buyer, zone("a", *[0] * 24))
+    assert (full.n_bought, full.n_refused) == (0, 2)  # once more at the same instant, then time must pass
+    assert buyer.views[-1].offers[0].refused_at_s == 0
+
+
+def test_spothedge_spreads_and_keeps_its_spare() -> None:
+    a, b, c = (zone(name, *[9] * 24) for name in "abc")
+    buyer = SpotHedge(n_extra=1)
+    view = FleetView(0.0, 2, run(Remembering(), a, b, c).view().offers, 3.0)
+    orders = buyer.buy(view)
+    assert sorted(orders.launch) == [("a", 1), ("b", 1), ("c", 1)]
+    assert orders.launch_on_demand == 2  # nothing is ready yet
+
+
+@pytest.mark.parametrize(
+    "buyer", [OnDemandOnly(), AnyZoneElseOnDemand(), SpotHedge(1), Corral(SpotSpec(120, 120))]
+)
+def test_nobody_beats_the_oracle(buyer: Buyer) -> None:
+    zones = (zone("a", *([3] * 5 + [0] * 4) * 3), zone("b", *([0] * 7 + [2] * 3) * 3))
+    bound = cheapest(
+        zones, lambda t: 2, 4 * HOUR, boot_s=120, on_demand_usd_per_h=3.0, availability=0.999, tick_s=600
+    )
+    fleet = run(buyer, *zones)
+    assert 0 < bound.usd <= fleet.usd
+    assert 0 <= bound.on_demand_share <= 1
+
+
+def test_a_recorded_zone_is_read_and_wrapped(tmp_path: Path) -> None:
+    path = tmp_path / "us-x-1a_v100_1.json"
+    path.write_text(json.dumps({"metadata": {"gap_seconds": 60}, "data": [1, 0, 1]}))
+    read = read_zone(path, usd_per_h=0.9, machines_per_unit=4)
+    assert read == Zone("us-x-1a_v100_1", 60.0, (4, 0, 4), 0.9)
+    assert read.window(120, 300).capacity == (4, 4, 0, 4, 4)
+    assert read.drops() == ((60.0, 0),)
+    assert (read.at(59.9), read.at(60), read.at(999)) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"metadata": {"gap_seconds": 0}, "data": [1]}'])
+def test_what_is_no_capacity_trace_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "zone.json"
+    path.write_text(text)
+    with pytest.raises(MarketError, match=r"zone\.json"):
+        read_zone(path, usd_per_h=1)
