@@ -1,9 +1,9 @@
 """What a buyer who knows the future would pay: the lower bound in every spot table.
 
-A linear programme over the ticks of the market (HiGHS): machines of each zone and on-demand that are held at each tick,
-and how many are newly ordered. A machine serves once it has been held for the boot time, within capacity from the
-order on; shortage is allowed for exactly the share of wanted machine time that the availability target leaves. Fractions
-of machines are allowed, which only lowers the bound.
+A linear programme over the ticks of the market (HiGHS): machines of each zone and on-demand that are held at each
+tick, and how many are newly ordered. A machine serves once it has been held for the boot time, within capacity from
+the order on; shortage is allowed for exactly the share of wanted machine time that the availability target leaves.
+Fractions of machines are allowed, which only lowers the bound.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import highspy
 import numpy as np
@@ -94,7 +95,7 @@ def cheapest(
     lp.a_matrix_.start_ = np.array(starts)
     lp.a_matrix_.index_ = np.array(index)
     lp.a_matrix_.value_ = np.array(value, dtype=float)
-    solver = highspy.Highs()
+    solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("time_limit", time_limit_s)
     solver.setOptionValue("threads", 1)
