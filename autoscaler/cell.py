@@ -207,7 +207,7 @@ class Cell:
         if gateway is not None:
             notice = encode_wire(Notice(request=request, error=error))
             self.redis.publish(self.keys.notice_channel(gateway.decode()), notice)
-        self._run(SETTLE, request, 0, 0, 0, RETENTION_MS)
+        self._run(SETTLE, request, 0, 0, 0, RETENTION_MS, 0)
 
     def routed(self, deployment: str) -> list[UUID]:
         """Replicas that the cell gives this deployment's requests to."""

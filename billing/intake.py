@@ -137,7 +137,9 @@ class Intake:
 
 def _settlement(item: Rated) -> Settlement:
     event = item.usage.event
-    return Settlement(event.request_id, event.n_prompt, item.usage.n_completion, item.cost_nano)
+    return Settlement(
+        event.request_id, event.n_prompt, item.usage.n_completion, item.cost_nano, event.n_cached
+    )
 
 
 def _refused(delivery: Delivery, event: UsageEvent, refusal: Refusal) -> Done:

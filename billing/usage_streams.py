@@ -36,6 +36,7 @@ class Settlement:
     n_prompt: int
     n_completion: int
     cost_nano: int
+    n_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class UsageStreams:
                     item.n_completion,
                     item.cost_nano,
                     RETENTION_MS,
+                    item.n_cached,
                 ],
                 client=pipeline,
             )

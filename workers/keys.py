@@ -9,11 +9,14 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `req:<id>` | hash | trusted | request record: admission until settle + 15 min |
 | `idem:<project>:<digest>` | string | trusted | idempotency key: its request and when it was taken; timeout + 15 min |
 | `body:<id>`, `jrn:<id>` | string, list | trusted | body and journal while no replica holds the request |
-| `dep:<dep>:q` | zset of request ids | trusted | the deployment's fair queue, bounded at admission |
+| `dep:<dep>:q` | zset of request ids | trusted | what waits for the deployment, bounded at admission |
+| `dep:<dep>:o:…` `p:…` `k:…` `r:…` | zsets | trusted | waiting flows and their requests: lua/lib_flows.lua |
+| `dep:<dep>:v` | hash | trusted | virtual counters of the flows; swept by the watcher |
 | `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
 | `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail |
 | `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, why the slots changed last |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
+| `rep:<rid>:px` | zset of prefix hashes | trusted | what its cache probably holds, bounded |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
@@ -80,6 +83,7 @@ class CellKeys:
         return f"{self.prefix}body:{request_id}"
 
     def queue(self, deployment_id: str) -> str:
+        """Its length is the number of requests that wait."""
         return f"{self.prefix}dep:{deployment_id}:q"
 
     def replicas(self, deployment_id: str) -> str:

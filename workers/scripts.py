@@ -36,21 +36,25 @@ def load(name: str, *includes: str) -> Script:
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-ADMIT = load("admit", "lib_bind", "lib_limits")
-SETTLE = load("settle", "lib_bind", "lib_limits")
+ADMIT = load("admit", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
+SETTLE = load("settle", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
+CHARGE = load("charge", "lib_flows")
+SWEEP = load("sweep")
 SEED = load("seed")
-CANCEL = load("cancel")
+CANCEL = load("cancel", "lib_flows")
 IDEM = load("idem")
 ATTACH = load("attach")
 CONTINUE = load("continue")
 RETRACT = load("retract")
-ENROL = load("enrol", "lib_bind")
-RESIZE = load("resize", "lib_bind")
-WITHDRAW = load("withdraw", "lib_bind")
+ENROL = load("enrol", "lib_bind", "lib_flows", "lib_queue")
+RESIZE = load("resize", "lib_bind", "lib_flows", "lib_queue")
+WITHDRAW = load("withdraw", "lib_bind", "lib_flows", "lib_queue")
 CLAIM = load("claim")
 FLUSH = load("flush")
 POP = load("pop")
 RELEASE = load("release")
 
-TRUSTED_SCRIPTS = (ADMIT, SETTLE, SEED, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW)
+TRUSTED_SCRIPTS = (
+    ADMIT, SETTLE, CHARGE, SWEEP, SEED, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
+)  # fmt: skip
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

@@ -12,8 +12,10 @@ from django.db import models
 from django.db.models import F, Q
 
 from controlplane import ids
+from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants.models import Organization, Project
 
+MAX_WINDOW_TOKENS = 1_000_000
 NAME_SHAPE = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$"
 
 
@@ -115,6 +117,18 @@ class Deployment(models.Model):
         default=300, help_text="idle this long, scale to min_replicas"
     )
     slo_class = models.ForeignKey(SloClass, on_delete=models.PROTECT, default="interactive")
+    queue_order = models.CharField(
+        max_length=8,
+        choices=[(order.value, order.value) for order in QueueOrder],
+        default=QueueOrder.EDF.value,
+        db_default=QueueOrder.EDF.value,
+        help_text="which request of a key goes first; between keys, projects and organizations fairness decides",
+    )
+    locality_window_tokens = models.PositiveIntegerField(
+        default=2_000,
+        db_default=2_000,
+        help_text="prompt tokens by which a flow may get ahead so that a request goes where its prompt is cached",
+    )
     price_version = models.ForeignKey("billing.PriceVersion", on_delete=models.PROTECT, related_name="+")
     phase = models.CharField(max_length=16, choices=Phase.choices, default=Phase.PENDING)
     last_error = models.CharField(max_length=500, blank=True)
@@ -140,6 +154,13 @@ class Deployment(models.Model):
             ),
             models.CheckConstraint(condition=Q(generation__gte=1), name="deployment_generation_positive"),
             models.CheckConstraint(condition=Q(phase__in=Phase.values), name="deployment_phase_known"),
+            models.CheckConstraint(
+                condition=Q(queue_order__in=[order.value for order in QueueOrder]),
+                name="deployment_queue_order_known",
+            ),
+            models.CheckConstraint(
+                condition=Q(locality_window_tokens__lte=MAX_WINDOW_TOKENS), name="deployment_window_in_range"
+            ),
         ]
         indexes: ClassVar[list[models.Index]] = [
             models.Index(

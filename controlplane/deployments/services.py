@@ -13,8 +13,16 @@ from django.utils import timezone
 
 from billing.prices import DEFAULT_PRICE, price_in_force
 from controlplane.deployments import selectors
-from controlplane.deployments.models import Deployment, ModelSource, ModelVersion, Phase, SloClass
+from controlplane.deployments.models import (
+    MAX_WINDOW_TOKENS,
+    Deployment,
+    ModelSource,
+    ModelVersion,
+    Phase,
+    SloClass,
+)
 from controlplane.errors import ConflictError, InvalidInputError
+from controlplane.policy.ordering import QueueOrder
 from controlplane.saving import check_fields, insert
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
@@ -35,6 +43,8 @@ class Change:
     max_replicas: int | None = None
     idle_timeout_s: int | None = None
     slo_class: str | None = None
+    queue_order: QueueOrder | None = None
+    locality_window_tokens: int | None = None
     engine_profile: Mapping[str, object] | None = None  # replaces the whole profile
     model_version_id: UUID | None = None
     price: str | None = None  # name of a price; its version now in force is taken
@@ -96,6 +106,8 @@ def create_deployment(
     max_replicas: int = 1,
     idle_timeout_s: int = 300,
     slo_class: str = "interactive",
+    queue_order: QueueOrder = QueueOrder.EDF,
+    locality_window_tokens: int = 2_000,
     price: str = DEFAULT_PRICE,
 ) -> Deployment:
     """Serve a model version under `name`. Raises NotFoundError, InvalidInputError or ConflictError (name)."""
@@ -112,6 +124,8 @@ def create_deployment(
             max_replicas=max_replicas,
             idle_timeout_s=idle_timeout_s,
             slo_class=_slo_class(slo_class),
+            queue_order=_queue_order(queue_order),
+            locality_window_tokens=locality_window_tokens,
             price_version=price_in_force(organization_id=organization_id, at=timezone.now(), name=price),
         )
         _check(deployment)
@@ -213,10 +227,12 @@ def delete_deployment(*, organization_id: UUID, deployment_id: UUID) -> None:
 
 def _apply(deployment: Deployment, change: Change) -> None:
     organization_id = deployment.organization_id
-    for name in ("min_replicas", "max_replicas", "idle_timeout_s"):
+    for name in ("min_replicas", "max_replicas", "idle_timeout_s", "locality_window_tokens"):
         value = getattr(change, name)
         if value is not None:
             setattr(deployment, name, value)
+    if change.queue_order is not None:
+        deployment.queue_order = _queue_order(change.queue_order)
     if change.slo_class is not None:
         deployment.slo_class = _slo_class(change.slo_class)
     if change.model_version_id is not None:
@@ -238,6 +254,8 @@ def _wanted(deployment: Deployment) -> dict[str, object]:
         "max_replicas",
         "idle_timeout_s",
         "slo_class_id",
+        "queue_order",
+        "locality_window_tokens",
         "engine_profile",
         "model_version_id",
         "price_version_id",
@@ -273,6 +291,14 @@ def _slo_class(name: str) -> SloClass:
     return classes[name]
 
 
+def _queue_order(name: str) -> str:
+    if name not in list(QueueOrder):
+        raise InvalidInputError(
+            f"queue_order={name!r}: choose one of {', '.join(QueueOrder)}", field="queue_order"
+        )
+    return QueueOrder(name).value
+
+
 def _check(deployment: Deployment) -> None:
     if not 0 <= deployment.min_replicas <= MAX_REPLICAS:
         raise InvalidInputError(
@@ -288,6 +314,11 @@ def _check(deployment: Deployment) -> None:
         raise InvalidInputError(
             f"idle_timeout_s={deployment.idle_timeout_s}: must be from 0 to {MAX_IDLE_TIMEOUT_S}",
             field="idle_timeout_s",
+        )
+    if not 0 <= deployment.locality_window_tokens <= MAX_WINDOW_TOKENS:
+        raise InvalidInputError(
+            f"locality_window_tokens={deployment.locality_window_tokens}: must be from 0 to {MAX_WINDOW_TOKENS}",
+            field="locality_window_tokens",
         )
 
 

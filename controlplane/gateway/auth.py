@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from billing.money import Rates
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, Limits
 from controlplane.gateway.errors import ApiError, unavailable
+from controlplane.policy.fairness import TOKEN
+from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants import api_keys
 
 _MAX_HEADER = 256  # a key has 63 characters
@@ -33,6 +35,9 @@ class Deployment:
     rates: Rates
     band: int
     ttft_ms: int
+    itl_ms: int
+    queue_order: QueueOrder
+    window: int  # of fairness, in counter units: within it a request may go where its prompt is cached
     created_at_s: int
 
 
@@ -49,7 +54,8 @@ class KeyContext:
     revoked: bool
     suspended: bool
     deployments: dict[str, Deployment]
-    # (scope, id, limits) for key, project, organization; and the same flattened for the admission script.
+    # (scope, id, limits) for key, project, organization; and the same with the weights in the fair queue,
+    # flattened for the admission script.
     scopes: tuple[tuple[str, str, Limits], ...]
     scope_args: tuple[str | int, ...]
 
@@ -62,6 +68,7 @@ def context_of(record: KeyRecord) -> KeyContext:
         ("prj", project.id, project.limits.values()),
         ("org", organization.id, organization.limits.values()),
     )
+    weights = (key.weight, project.weight, organization.weight)
     deployments = {
         row.name: Deployment(
             id=row.id,
@@ -71,6 +78,9 @@ def context_of(record: KeyRecord) -> KeyContext:
             rates=row.price.rates(),
             band=row.slo.band,
             ttft_ms=row.slo.ttft_ms,
+            itl_ms=row.slo.itl_ms,
+            queue_order=row.queue_order,
+            window=row.locality_window_tokens * TOKEN,
             created_at_s=row.created_at_ms // 1000,
         )
         for row in record.deployments
@@ -86,7 +96,11 @@ def context_of(record: KeyRecord) -> KeyContext:
         suspended=organization.suspended_at_ms is not None,
         deployments=deployments,
         scopes=scopes,
-        scope_args=tuple(arg for _, scope_id, limits in scopes for arg in (scope_id, *limits)),
+        scope_args=tuple(
+            arg
+            for (_, scope_id, limits), weight in zip(scopes, weights, strict=True)
+            for arg in (scope_id, *limits, weight)
+        ),
     )
 
 

@@ -36,6 +36,8 @@ class GatewayConfig:
     # Some 10 KB each: bounds memory well before the descriptor limit does.
     max_in_flight: int = 10_000
     queue_bound: int = 2_000  # requests waiting per deployment, over all gateways
+    # A band whose oldest request waited so long for each band before it gets every eighth free slot.
+    queue_age_s: float = 30.0
     request_timeout_s: float = 600.0  # admission to the last token
     shutdown_grace_s: float = 30.0  # how long streams may run on after SIGTERM
 
@@ -105,6 +107,7 @@ class GatewayConfig:
             max_body_bytes=int(number("max_body_bytes", 1_024, 256 << 20)),
             max_in_flight=int(number("max_in_flight", 1, 1_000_000)),
             queue_bound=int(number("queue_bound", 0, 1_000_000)),
+            queue_age_s=number("queue_age_s", 0, 86_400),
             request_timeout_s=number("request_timeout_s", 1, 86_400),
             shutdown_grace_s=number("shutdown_grace_s", 0, 86_400),
             comment_after_s=number("comment_after_s", 0.01, 60),

@@ -16,6 +16,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from billing.money import Nano, NanoPerMillion, Rates
+from controlplane.policy.ordering import QueueOrder
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class KeyRow(msgspec.Struct, frozen=True):
     lookup: str
     digest: str
     limits: LimitsRow
+    weight: int = 100  # share of its project's place in the fair queue
     expires_at_ms: int | None = None
     revoked_at_ms: int | None = None
 
@@ -53,13 +55,14 @@ class KeyRow(msgspec.Struct, frozen=True):
 class ProjectRow(msgspec.Struct, frozen=True):
     id: str
     limits: LimitsRow
-    weight: int = 100
+    weight: int = 100  # of its organization's
     zero_retention: bool = False
 
 
 class OrganizationRow(msgspec.Struct, frozen=True):
     id: str
     limits: LimitsRow
+    weight: int = 100
     suspended_at_ms: int | None = None
 
 
@@ -80,6 +83,7 @@ class PriceRow(msgspec.Struct, frozen=True):
 class SloRow(msgspec.Struct, frozen=True):
     band: int = 0
     ttft_ms: int = 1_000
+    itl_ms: int = 100
 
 
 class DeploymentRow(msgspec.Struct, frozen=True):
@@ -89,6 +93,8 @@ class DeploymentRow(msgspec.Struct, frozen=True):
     price: PriceRow
     slo: SloRow = SloRow()
     created_at_ms: int = 0
+    queue_order: QueueOrder = QueueOrder.EDF
+    locality_window_tokens: int = 2_000
 
 
 class KeyRecord(msgspec.Struct, frozen=True):

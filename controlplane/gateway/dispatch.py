@@ -17,7 +17,9 @@ from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Stream
-from controlplane.policy import admission, estimate
+from controlplane.policy import admission, estimate, prefix
+from controlplane.policy.fairness import FLEX_BAND
+from controlplane.policy.ordering import order_key, predicted_ms
 from workers import contract, scripts
 from workers.contract import RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
@@ -45,6 +47,7 @@ class Dispatcher:
         ends: Ends,
         *,
         queue_bound: int,
+        queue_age_s: float,
         request_timeout_s: float,
         stream_buffer: int,
     ) -> None:
@@ -55,6 +58,7 @@ class Dispatcher:
         self._routes = routes
         self._ends = ends
         self._queue_bound = queue_bound
+        self._age_ms = int(queue_age_s * 1000)
         self._timeout_s = request_timeout_s
         self._buffer = stream_buffer
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
@@ -69,6 +73,7 @@ class Dispatcher:
         raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
         calibration = self._ends.calibration(key.organization, deployment.id)
         n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
+        hold = admission.hold(n_prompt, request.max_tokens, deployment.context_tokens, deployment.rates)
         self._n_streams += 1
         stream = Stream(
             self._n_streams,
@@ -76,9 +81,10 @@ class Dispatcher:
             request.endpoint,
             key,
             deployment,
-            admission.hold(n_prompt, request.max_tokens, deployment.context_tokens, deployment.rates),
+            hold,
             streaming=request.stream,
             raw_estimate=raw,
+            expected=estimate.expected_output(calibration, hold.n_output),
             now=time.monotonic(),
             now_ms=time.time_ns() // 1_000_000,
             timeout_s=self._timeout_s,
@@ -104,8 +110,11 @@ class Dispatcher:
         elif outcome == b"refused":
             raise _refusal(*verdict[1:6])
         elif outcome == b"full":
+            whose = "" if verdict[2] == b"deployment" else ", as many of them yours as may"
             raise unavailable(
-                "queue_full", f"{verdict[1]} requests already wait for this model: try again shortly", 2.0
+                "queue_full",
+                f"{verdict[1]} requests already wait for this model{whose}: try again shortly",
+                2.0,
             )
         elif outcome == b"seed":
             raise unavailable(
@@ -123,6 +132,7 @@ class Dispatcher:
 
     async def _try_admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> list[Any]:
         key, deployment, hold = stream.key, stream.deployment, stream.hold
+        band = FLEX_BAND if request.is_flex else deployment.band
         envelope = RequestEnvelope(
             id=stream.request,
             org=key.organization,
@@ -136,7 +146,7 @@ class Dispatcher:
             price_version=deployment.price_version,
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
-            priority=deployment.band,
+            priority=band,
             cache_salt=key.organization,
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
@@ -160,13 +170,23 @@ class Dispatcher:
                     hold.n_prompt,
                     hold.n_output,
                     hold.money_nano,
-                    admission.queue_score_ms(stream.admitted_at_ms, deployment.ttft_ms),
+                    order_key(
+                        deployment.queue_order,
+                        stream.admitted_at_ms,
+                        ttft_ms=deployment.ttft_ms,
+                        predicted_ms=predicted_ms(hold.n_prompt, stream.expected, deployment.itl_ms),
+                    ),
                     self._queue_bound,
                     RETENTION_MS,
                     hold.output_rate_nano,
                     "",
                     0,
                     *key.scope_args,
+                    band,
+                    stream.expected,
+                    self._prefixes(key, deployment, request),
+                    deployment.window,
+                    self._age_ms,
                     *self._routes.candidates(deployment.id),
                 ),
             )
@@ -183,6 +203,13 @@ class Dispatcher:
                 "cell_unavailable", "the service cannot take requests: try again shortly", 2.0
             ) from error
         return verdict
+
+    @staticmethod
+    def _prefixes(key: KeyContext, deployment: Deployment, request: GenerationRequest) -> str:
+        """Hashes of the prompt's beginnings, where locality may decide and the prompt is long enough."""
+        if not deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
+            return ""
+        return "".join(prefix.hashes(key.organization, request.prompt_bytes()))
 
     async def _seed(self, key: KeyContext) -> None:
         """Give the cell the money already booked for each scope with a budget, from the ledger."""

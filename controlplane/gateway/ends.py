@@ -25,6 +25,9 @@ from workers.redis_client import Client, RedisError
 _MAX_CALIBRATIONS: Final = 50_000
 _MAX_ORPHANS: Final = 10_000
 _ORPHANS_PER_CALL: Final = 256
+_CHARGE_STEP: Final = 32  # output tokens worth a charge of their own before the end
+_CHARGES_PER_CALL: Final = 256
+_CHARGES_A_PASS: Final = 4 * _CHARGES_PER_CALL
 _TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake settles what has not
 
 
@@ -62,7 +65,7 @@ class Ends:
         if (n_prompt, n_cached, n_completion) != (end.n_prompt, end.n_cached, end.n_completion):
             stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
         if end.error is None or n_completion:
-            self._observe(stream, n_prompt)
+            self._observe(stream, n_prompt, n_completion)
         self._settle(stream, n_prompt, n_cached, n_completion)
         if stream.abandoned:
             self.inbox.streams.pop(stream.number, None)
@@ -83,6 +86,22 @@ class Ends:
             if not self._redis.connected:
                 return
             self._start_cancel(self._orphans.popleft())
+
+    def charge_produced(self) -> None:
+        """Tell the fair queue of answers that have become longer than expected, so that they weigh while they
+        run. Called every second, a few calls for all streams; the settle is exact, whatever is lost here."""
+        if not self._redis.connected:
+            return
+        grown: list[str | int] = []
+        for stream in self.inbox.streams.values():
+            if stream.end is None and stream.have >= stream.counted + _CHARGE_STEP:
+                stream.counted = stream.have
+                grown += (stream.request, stream.have)
+                if len(grown) == 2 * _CHARGES_A_PASS:
+                    break
+        for i in range(0, len(grown), 2 * _CHARGES_PER_CALL):
+            part = grown[i : i + 2 * _CHARGES_PER_CALL]
+            self._redis.fire("EVALSHA", scripts.CHARGE.sha, 0, self._keys.prefix, *part)
 
     async def cancel_queued(self, stream: Stream) -> bool:
         """Take a request out of the queue and settle it; False when it is not waiting there (any more)."""
@@ -146,11 +165,13 @@ class Ends:
             n_completion,
             cost,
             RETENTION_MS,
+            n_cached,
         )
 
-    def _observe(self, stream: Stream, n_prompt: int) -> None:
+    def _observe(self, stream: Stream, n_prompt: int, n_completion: int) -> None:
         pair = (stream.key.organization, stream.deployment.id)
         known = self._calibrations.pop(pair, estimate.NEW)
-        self._calibrations[pair] = estimate.observe(known, stream.raw_estimate, n_prompt)
+        known = estimate.observe(known, stream.raw_estimate, n_prompt)
+        self._calibrations[pair] = estimate.observe_output(known, n_completion)
         if len(self._calibrations) > _MAX_CALIBRATIONS:
             self._calibrations.popitem(last=False)

@@ -81,6 +81,7 @@ class Gateway:
             self.routes,
             self.ends,
             queue_bound=config.queue_bound,
+            queue_age_s=config.queue_age_s,
             request_timeout_s=config.request_timeout_s,
             stream_buffer=config.stream_buffer,
         )

@@ -33,6 +33,21 @@ class GenerationRequest(msgspec.Struct, gc=False):
     body: ChatBody | CompletionBody
     stop: tuple[str, ...]
     logprobs: int | None  # alternatives per token; 0 = the chosen one only; None = off
+    is_flex: bool = False  # asks for the band that is served last
+
+    def prompt_bytes(self) -> bytes:
+        """The prompt's text for finding its beginnings again; not what the model reads."""
+        body = self.body
+        if isinstance(body, CompletionBody):
+            prompt = body.prompt[0] if isinstance(body.prompt, list) else body.prompt
+            return str(prompt).encode("utf-8", "surrogatepass")
+        parts: list[str] = []
+        for message in body.messages:
+            content = message.content
+            if isinstance(content, list):
+                content = "".join(part.text or "" for part in content)
+            parts += (message.role, "\0", content or "", "\0")
+        return "".join(parts).encode("utf-8", "surrogatepass")
 
     def sampling(self, max_tokens: int) -> Sampling:
         """Parameters for the replica; `max_tokens` is what is held."""
@@ -69,7 +84,7 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "function_call": ((None, "none", "auto"), "leave it out"),
     "modalities": ((None, ["text"]), 'leave it out or send ["text"]'),
     "audio": ((None,), "leave it out"),
-    "service_tier": ((None, "auto", "default"), 'leave it out or send "auto"'),
+    "service_tier": ((None, "auto", "default", "flex"), 'leave it out, or send "auto" or "flex"'),
     "store": ((None, False), "leave it out: requests and answers are not stored"),
     "reasoning_effort": ((None, "none"), "leave it out"),
     "verbosity": ((None, "medium"), "leave it out"),
@@ -128,6 +143,7 @@ def _request(
         body=body,
         stop=_stops(body.stop),
         logprobs=_logprobs(body),
+        is_flex=isinstance(body, ChatBody) and body.service_tier == "flex",
     )
 
 

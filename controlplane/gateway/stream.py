@@ -52,10 +52,12 @@ class Stream:
         "admitted_at_ms",
         "catching_up",
         "comment_due",
+        "counted",
         "deadline",
         "deployment",
         "end",
         "endpoint",
+        "expected",
         "failure",
         "first_at",
         "have",
@@ -95,6 +97,7 @@ class Stream:
         *,
         streaming: bool,
         raw_estimate: int,
+        expected: int,
         now: float,
         now_ms: int,
         timeout_s: float,
@@ -111,6 +114,8 @@ class Stream:
         self.admitted_at = now
         self.admitted_at_ms = now_ms
         self.deadline = now + timeout_s
+        # Output tokens charged in the fair queue so far: at first what is expected of it.
+        self.expected = self.counted = expected
 
         # Where it runs. Frames are taken from `live_machine` only: None while that is being found out, while
         # the journal is being read, and while paused.

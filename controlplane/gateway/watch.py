@@ -66,6 +66,7 @@ class Watch:
             self._redis_seen_at = now
             self._ends.retry_orphans()
         redis_gone = now - self._redis_seen_at > self._redis_grace_s
+        self._ends.charge_produced()
         n_checks = 0
         for stream in list(self._ends.inbox.streams.values()):
             if stream.abandoned:

@@ -1,4 +1,4 @@
-"""What a request may cost at most, before it runs, and when its first token is due: pure.
+"""What a request may cost at most, before it runs: pure.
 
 Called by the gateway for every request; the admission script takes the hold, or less of it where a budget has
 less left. Holding the worst case is what makes a budget exact: a request can never use more than was held.
@@ -39,9 +39,3 @@ def hold(n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rate
         money_nano=worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output),
         output_rate_nano=rates.output / TOKENS_PER_RATE,
     )
-
-
-def queue_score_ms(admitted_at_ms: int, ttft_ms: int) -> int:
-    """Place in the deployment's queue, lowest first: the instant the first token is due (earliest deadline
-    first, so that a request of a slow class ages instead of starving)."""
-    return admitted_at_ms + ttft_ms

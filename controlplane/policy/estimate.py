@@ -1,13 +1,13 @@
-"""How many tokens a prompt has, guessed without tokenising it: pure.
+"""How many tokens a prompt has, guessed without tokenising it, and how many the answer will have: pure.
 
 Called by the gateway at admission, where tokenising (0.45 ms per 1,000 characters) would cost more than
-everything else on the path. The guess only sizes holds; the worker counts exactly and the settle corrects it.
-Each (tenant, model) keeps one `Calibration`, moved by every finished request.
+everything else on the path. The guesses size holds and charges of the fair queue; the worker counts exactly and
+the settle corrects them. Each (tenant, model) keeps one `Calibration`, moved by every finished request.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 # UTF-8 bytes per token of English prose under the common byte-level BPE vocabularies; the calibration moves
@@ -25,10 +25,13 @@ _LOWER_SHARE: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Exact over raw token count of one (tenant, model), exponentially weighted. `n` = requests seen."""
+    """Of one (tenant, model), exponentially weighted: exact over raw prompt tokens after `n` requests, and
+    tokens of an answer after `n_answers`."""
 
     ratio: float = 1.0
     n: int = 0
+    n_output: float = 256.0
+    n_answers: int = 0
 
 
 NEW: Final = Calibration()
@@ -63,4 +66,19 @@ def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
     n = calibration.n + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     ratio = calibration.ratio + weight * (exact / raw - calibration.ratio)
-    return Calibration(min(max(ratio, _RATIO_MIN), _RATIO_MAX), n)
+    return replace(calibration, ratio=min(max(ratio, _RATIO_MIN), _RATIO_MAX), n=n)
+
+
+def expected_output(calibration: Calibration, at_most: int) -> int:
+    """Tokens the answer is expected to have, at least 1 and never more than is held for it."""
+    return max(1, min(round(calibration.n_output), at_most))
+
+
+def observe_output(calibration: Calibration, n_output: int) -> Calibration:
+    """The calibration after an answer of `n_output` tokens. None are not counted: the request failed."""
+    if n_output <= 0:
+        return calibration
+    n = calibration.n_answers + 1
+    weight = max(1.0 / n, _SLOWEST_WEIGHT)
+    mean = calibration.n_output + weight * (n_output - calibration.n_output)
+    return replace(calibration, n_output=mean, n_answers=n)

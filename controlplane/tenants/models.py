@@ -27,8 +27,14 @@ def check_timezone(name: str) -> None:
 
 
 class LimitColumns(models.Model):
-    """The limits that a key, a project and an organization can each carry. NULL = no limit at this level."""
+    """The limits that a key, a project and an organization can each carry. NULL = no limit at this level.
 
+    `weight` is no limit: what its carrier gets of a full queue, beside others of the same level.
+    """
+
+    weight = models.PositiveSmallIntegerField(
+        default=100, db_default=100, help_text="share of the fair queue, 1-10000"
+    )
     rpm = models.PositiveIntegerField(null=True, blank=True, help_text="requests per minute")
     input_tpm = models.PositiveIntegerField(null=True, blank=True, help_text="prompt tokens per minute")
     output_tpm = models.PositiveIntegerField(null=True, blank=True, help_text="completion tokens per minute")
@@ -41,7 +47,10 @@ class LimitColumns(models.Model):
             models.CheckConstraint(
                 condition=Q(budget_nano__isnull=True) | Q(budget_nano__gte=0),
                 name="%(class)s_budget_not_negative",
-            )
+            ),
+            models.CheckConstraint(
+                condition=Q(weight__gte=1, weight__lte=10_000), name="%(class)s_weight_in_range"
+            ),
         ]
 
     @property
@@ -111,7 +120,6 @@ class Project(LimitColumns):
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="projects")
     name = models.CharField(max_length=120)
     slug = models.SlugField(max_length=60)
-    weight = models.PositiveSmallIntegerField(default=100, help_text="share of the fair queue, 1-10000")
     zero_retention = models.BooleanField(
         default=False, help_text="request bodies and journals are deleted at the end of the request"
     )
@@ -125,9 +133,6 @@ class Project(LimitColumns):
             # Target of the composite foreign keys that keep a row and its project in one tenant
             # (rls.SameTenant).
             models.UniqueConstraint(fields=["organization", "id"], name="project_tenant_unique"),
-            models.CheckConstraint(
-                condition=Q(weight__gte=1, weight__lte=10_000), name="project_weight_in_range"
-            ),
         ]
 
     def __str__(self) -> str:

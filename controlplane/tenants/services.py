@@ -53,11 +53,20 @@ def ensure_user(*, email: str, password: str, name: str = "") -> User:
 
 
 def create_organization(
-    *, name: str, slug: str, owner: User, timezone: str = "UTC", limits: Limits = NO_LIMITS
+    *,
+    name: str,
+    slug: str,
+    owner: User,
+    timezone: str = "UTC",
+    weight: int = 100,
+    limits: Limits = NO_LIMITS,
 ) -> Organization:
     """A new tenant with its first member. Raises InvalidInputError or ConflictError (slug)."""
     _check_limits(limits)
-    organization = Organization(id=ids.new_id(), name=name, slug=slug, timezone=timezone, **asdict(limits))
+    _check_weight(weight)
+    organization = Organization(
+        id=ids.new_id(), name=name, slug=slug, timezone=timezone, weight=weight, **asdict(limits)
+    )
     with tenant(organization.id):
         insert(
             organization,
@@ -142,6 +151,7 @@ def create_api_key(
     name: str,
     created_by: User | None = None,
     expires_at: datetime | None = None,
+    weight: int = 100,
     limits: Limits = NO_LIMITS,
 ) -> tuple[ApiKey, str]:
     """A new key and its plaintext, which exists nowhere after this call: show it once.
@@ -149,6 +159,7 @@ def create_api_key(
     Raises NotFoundError (project), InvalidInputError (name, limits, an expiry that has passed).
     """
     _check_limits(limits)
+    _check_weight(weight)
     if expires_at is not None and expires_at <= clock.now():
         raise InvalidInputError("expires_at: must be in the future", field="expires_at")
     new = key_text.generate(settings.ENV.key_pepper)
@@ -163,6 +174,7 @@ def create_api_key(
             last4=new.last4,
             created_by=created_by,
             expires_at=expires_at,
+            weight=weight,
             **asdict(limits),
         )
         insert(key, taken={})
@@ -207,6 +219,31 @@ def set_api_key_limits(*, organization_id: UUID, key_id: UUID, limits: Limits) -
         key = selectors.api_key(organization_id=organization_id, key_id=key_id)
         _set_limits(key, limits)
         invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
+
+
+def set_weight(
+    *, organization_id: UUID, weight: int, project_id: UUID | None = None, key_id: UUID | None = None
+) -> None:
+    """What an organization, one of its projects or one of its keys gets of a full queue, beside others of the
+    same level (100 = ordinary). Raises NotFoundError, InvalidInputError (weight, or both ids).
+    """
+    _check_weight(weight)
+    if project_id is not None and key_id is not None:
+        raise InvalidInputError("project_id and key_id: name one of them, or none", field="key_id")
+    with tenant(organization_id):
+        row: Organization | Project | ApiKey
+        if key_id is not None:
+            row = selectors.api_key(organization_id=organization_id, key_id=key_id)
+            ref = invalidation.key_ref(row.lookup)
+        elif project_id is not None:
+            row = selectors.project(organization_id=organization_id, project_id=project_id)
+            ref = invalidation.project_ref(project_id)
+        else:
+            row = selectors.organization(organization_id=organization_id)
+            ref = invalidation.organization_ref(organization_id)
+        row.weight = weight
+        row.save(update_fields=["weight", *(["updated_at"] if hasattr(row, "updated_at") else [])])
+        invalidation.publish_after_commit(ref)
 
 
 def remove_member(*, organization_id: UUID, member_id: UUID) -> None:

@@ -16,6 +16,7 @@ from tests.autoscaler.fakes import FakeProvider
 from tests.world import World, build_world
 from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus
 from workers.keys import CellKeys
+from workers.scripts import ADMIT
 
 if TYPE_CHECKING:
     from autoscaler.models import Machine, Replica
@@ -72,17 +73,16 @@ class Scaling:
         return tick(self.deployment.id, self.house)
 
     def queue(self, *requests: str) -> None:
-        """Requests waiting for a replica, as admission leaves them."""
-        cell = self.house.cell
+        """Requests admitted; they wait where no replica has a free slot."""
+        cell, did = self.house.cell, self.deployment.id.hex
         for n, request in enumerate(requests):
-            record = {"state": "queued", "dep": self.deployment.id.hex, "gw": "g1", "stream": n, "n": 0}
-            record |= {"epoch": 0, "attempt": 0, "crashes": 0, "hold_out": 10, "adm_ms": 1000 + n}
-            record |= {"key": "k", "prj": "p", "org": "o", "in_est": 1, "out_est": 1, "money": 0}
-            cell.redis.hset(
-                cell.keys.request(request), mapping={**record, "caps": "-1,-1,-1,-1,-1,-1,-1,-1,-1"}
-            )
             cell.redis.set(cell.keys.body(request), b"body")
-            cell.redis.zadd(cell.keys.queue(self.deployment.id.hex), {request: n})
+            scopes = [arg for scope in "kpo" for arg in (scope, -1, -1, -1, -1, -1, 100)]
+            args = (request, did, "g1", n, "pv1", 1, 10, 0, n, 1_000, 60_000, 0, "", 0)
+            verdict = cell.redis.eval(
+                ADMIT.source, 0, cell.keys.prefix, 1_000 + n, *args, *scopes, 0, 1, "", 0, 60_000
+            )
+            assert verdict[0] in (b"queued", b"bound"), verdict
 
     def machine(self) -> Machine:
         from autoscaler.models import Machine

@@ -116,12 +116,14 @@ class Cell:
                 NO_LIMIT,
                 NO_LIMIT,
                 budget if scope_id == "k1" else NO_LIMIT,
+                100,
             ]
         if money:
             self.run(scripts.SEED, self.keys.prefix, "key", "k1", 0)
         answer = self.run(
             scripts.ADMIT, self.keys.prefix, now_ms(), request, "d1", GATEWAY, self._n_requests, "pv1", 10,
-            n_out, n_out * rate, now_ms(), 100, RETENTION_MS, rate, note, n_carried, *scopes, *candidates,
+            n_out, n_out * rate, now_ms(), 100, RETENTION_MS, rate, note, n_carried, *scopes,
+            0, n_out, "", 0, 60_000, *candidates,
         )  # fmt: skip
         assert answer[0] in (b"bound", b"queued"), answer
         return request

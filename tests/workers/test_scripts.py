@@ -40,17 +40,28 @@ class Cell:
         out_rate: int = 2,
         queue_bound: int = 100,
         key: str = "k1",
+        prj: str = "p1",
+        org: str = "o1",
+        weights: tuple[int, int, int] = (100, 100, 100),
+        band: int = 0,
+        order: int = 0,
+        expected: int = 20,
+        prefixes: bytes = b"",
+        window: int = 0,
+        age_ms: int = 60_000,
         **limits: int,
     ) -> list[Any]:
         """Admits with limits given as e.g. key_rpm=1, prj_budget=100."""
         self.r.set(KEYS.body(request), b"BODY")
         scopes: list[Any] = []
-        for scope, scope_id in (("key", key), ("prj", "p1"), ("org", "o1")):
+        for scope, scope_id in (("key", key), ("prj", prj), ("org", org)):
             names = ("rpm", "in", "out", "conc", "budget")
             scopes += [scope_id, *(limits.get(f"{scope}_{name}", NO_LIMIT) for name in names)]
+            scopes.append(weights[("key", "prj", "org").index(scope)])
         return self.run(
             scripts.ADMIT, KEYS.prefix, self.now_ms, request, "d1", "g1", 7, "pv1", n_in, n_out, money,
-            self.now_ms, queue_bound, RETENTION_MS, out_rate, "cs:", 0, *scopes, *candidates,
+            order or self.now_ms, queue_bound, RETENTION_MS, out_rate, "cs:", 0, *scopes,
+            band, expected, prefixes, window, age_ms, *candidates,
         )  # fmt: skip
 
     def enrol(self, replica: str, machine: str = "m1", slots: int = 4) -> int:
@@ -70,8 +81,12 @@ class Cell:
         prefix = KEYS.machine(machine).prefix
         return self.run(scripts.FLUSH, prefix, "g1", RETENTION_MS, 1000, *args)
 
-    def settle(self, request: str, n_in: int = 10, n_out: int = 20, cost: int = 50) -> list[int]:
-        return self.run(scripts.SETTLE, KEYS.prefix, self.now_ms, request, n_in, n_out, cost, RETENTION_MS)
+    def settle(
+        self, request: str, n_in: int = 10, n_out: int = 20, cost: int = 50, n_cached: int = 0
+    ) -> list[int]:
+        return self.run(
+            scripts.SETTLE, KEYS.prefix, self.now_ms, request, n_in, n_out, cost, RETENTION_MS, n_cached
+        )
 
     def withdraw(self, replica: str, mode: str = "dead", deaths: int = 1) -> list[Any]:
         return self.run(scripts.WITHDRAW, KEYS.prefix, self.now_ms, replica, mode, deaths)
@@ -135,7 +150,7 @@ def test_first_request_at_zero_wakes_the_autoscaler(cell: Cell) -> None:
 
 def test_full_queue_refuses_and_takes_nothing(cell: Cell) -> None:
     cell.admit("q1", queue_bound=1, key_conc=5)
-    assert cell.admit("q2", queue_bound=1, key_conc=5) == [b"full", 1]
+    assert cell.admit("q2", queue_bound=1, key_conc=5) == [b"full", 1, b"deployment"]
     assert not cell.r.exists(KEYS.body("q2"), KEYS.request("q2"))
     assert cell.limit("key", "k1")[b"conc"] == b"1"
 
@@ -308,10 +323,10 @@ def test_without_a_body_nothing_is_taken(cell: Cell) -> None:
     cell.enrol("r1")
     cell.r.set(KEYS.body("other"), b"B")
     admit = cell.r.evalsha
-    limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, "p1", *[NO_LIMIT] * 5, "o1", *[NO_LIMIT] * 5]
+    limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, 100, "p1", *[NO_LIMIT] * 5, 100, "o1", *[NO_LIMIT] * 5, 100]
     verdict = admit(
         scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 1000, 2,
-        "cs:", 0, *limits, "r1",
+        "cs:", 0, *limits, 0, 20, b"", 0, 60_000, "r1",
     )  # fmt: skip
     assert verdict == [b"gone"]
     assert cell.limit("key", "k1") == {}

@@ -3,14 +3,17 @@
 -- The body was SET under body:<id> in the same pipeline; a refusal deletes it.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 deployment, 5 gateway, 6 stream, 7 price version,
---       8 prompt tokens (estimate), 9 output tokens to hold, 10 money to hold (nano), 11 queue score, 12 queue bound,
+--       8 prompt tokens (estimate), 9 output tokens to hold, 10 money to hold (nano),
+--       11 order key inside the flow (lowest first), 12 queue bound,
 --       13 retention_ms of the record, 14 rate of one output token (nano, >= 0),
 --       15 note of what a reconnect must know (kept as it is), 16 tokens carried over from the request that this one
 --       continues, whose journal lies under jrn:<id> (0 = a request of its own),
---       17.. three scopes of 6: id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano (-1 = no limit),
---       35.. ranked candidate replica ids.
+--       17.. three scopes of 7: id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano (-1 = no limit), weight,
+--       38 band, 39 output tokens expected, 40 prefix hashes, 41 fairness window (counter units), 42 age_ms,
+--       43.. ranked candidate replica ids.
 -- Returns {'bound', epoch, rid, hold_out} | {'queued', depth, waiting_for_replica 0|1, hold_out}
---       | {'refused', scope, limit, retry_ms, limit_value, remaining} | {'seed', scope, id} | {'full', depth}
+--       | {'refused', scope, limit, retry_ms, limit_value, remaining} | {'seed', scope, id}
+--       | {'full', depth, whose 'deployment'|'organization'}
 --       | {'exists'} (the id was used before) | {'gone'} (no body: nothing was taken).
 local P, now = ARGV[1], tonumber(ARGV[2])
 local id, did = ARGV[3], ARGV[4]
@@ -34,7 +37,7 @@ if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 local money_left = nil
 local taken = {} -- per scope: the fields to write once admitted
 for s = 1, 3 do
-  local a = 17 + (s - 1) * 6
+  local a = 17 + (s - 1) * 7
   local h = scope_key(P, s, ARGV[a])
   local rpm, itpm, otpm = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   local cap_conc, budget = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
@@ -100,41 +103,51 @@ local q = P .. 'dep:' .. did .. ':q'
 local depth = redis.call('ZCARD', q)
 local rid, mid = nil, nil
 if depth == 0 then
-  for i = 35, #ARGV do
+  for i = 43, #ARGV do
     mid = with_slot(P, ARGV[i])
     if mid then rid = ARGV[i]; break end
   end
 end
 if rid and not move_body(P, P .. 'm:' .. mid .. ':', id) then return {'gone'} end
 if rid and n_carried > 0 then redis.call('RENAME', P .. 'jrn:' .. id, P .. 'm:' .. mid .. ':jrn:' .. id) end
-if not rid and depth >= tonumber(ARGV[12]) then
-  redis.call('DEL', P .. 'body:' .. id)
-  return {'full', depth}
+if not rid then
+  local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
+  if whose then
+    redis.call('DEL', P .. 'body:' .. id)
+    return {'full', depth, whose}
+  end
 end
 
 -- Second pass: take the holds.
 local held = string.format('%.0f', money)
 for s = 1, 3 do
-  local a = 17 + (s - 1) * 6
+  local a = 17 + (s - 1) * 7
   local h, set = scope_key(P, s, ARGV[a]), taken[s]
   if set.out_at then set[set.out_at] = set[set.out_at] - n_out end
   if set.held then put_money(h, set, 'held', set.held, money) end
   redis.call('HSET', h, unpack(set))
 end
 
+local f = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
+local expected = math.min(tonumber(ARGV[39]), n_out)
+local tenths = rid and service(n_in, 0, expected) or 0
 redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],
   'pv', ARGV[7], 'in_est', n_in, 'out_est', n_out, 'hold_out', n_out, 'money', held, 'adm_ms', ARGV[2],
-  'key', ARGV[17], 'prj', ARGV[23], 'org', ARGV[29], 'note', ARGV[15],
+  'key', ARGV[17], 'prj', ARGV[24], 'org', ARGV[31], 'note', ARGV[15],
+  'fq', table.concat({ARGV[38], ARGV[23], ARGV[30], ARGV[37]}, ','), 'pred', expected, 'pfx', ARGV[40], 'chg', tenths,
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
-  'caps', table.concat({ARGV[19], ARGV[20], ARGV[22], ARGV[25], ARGV[26], ARGV[28], ARGV[31], ARGV[32], ARGV[34]}, ','),
+  'caps', table.concat({ARGV[19], ARGV[20], ARGV[22], ARGV[26], ARGV[27], ARGV[29], ARGV[33], ARGV[34], ARGV[36]}, ','),
   'n', n_carried, 'crashes', 0, 'epoch', rid and 1 or 0, 'attempt', rid and 1 or 0, 'rid', rid or '', 'mid', mid or '',
   'bound_ms', rid and now or 0)
 redis.call('PEXPIRE', rec_key, LEASE_GC_MS)
 if rid then
   hand_over(P, P .. 'm:' .. mid .. ':', id, rid, 1, 1, ARGV[5], ARGV[6], n_carried, n_out)
+  charge(P, did, f, 0, tenths, false, true)
+  note_prefixes(P, rid, ARGV[40], now)
   return {'bound', 1, rid, n_out}
 end
-redis.call('ZADD', q, ARGV[11], id)
+redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
+join(P, did, id, f, ARGV[11], now)
 redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
 pump(P, did, now)
 if redis.call('HGET', rec_key, 'state') == 'bound' then

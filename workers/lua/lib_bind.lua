@@ -74,22 +74,3 @@ local function unbind(P, id, keep)
   -- was_mid: where the journal of a finished request still lies.
   redis.call('HSET', rec_key, 'rid', '', 'mid', '', 'was_mid', mid)
 end
-
--- Binds queued requests to free slots of the deployment's replicas; returns how many. Bounded per call.
-local function pump(P, did, now_ms)
-  local q = P .. 'dep:' .. did .. ':q'
-  local n_bound = 0
-  if redis.call('ZCARD', q) == 0 then return 0 end
-  for _, rid in ipairs(redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')) do
-    while n_bound < 256 do
-      local mid = with_slot(P, rid)
-      if not mid then break end
-      local head = redis.call('ZPOPMIN', q)
-      if not head[1] then return n_bound end
-      if redis.call('HGET', P .. 'req:' .. head[1], 'state') == 'queued' and bind(P, head[1], rid, mid, now_ms) then
-        n_bound = n_bound + 1
-      end
-    end
-  end
-  return n_bound
-end

@@ -1,12 +1,13 @@
 -- Ends a request once, whoever calls first (gateway at the last frame, intake after booking, reaper for the dead):
 -- holds go back, actual use is charged, the slot is freed and the fair queue pumped. Later calls change nothing.
 --
--- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms.
+-- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms,
+--       8 prompt tokens found cached.
 -- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps',
-  'rid', 'mid')
+  'rid', 'mid', 'fq', 'chg')
 if not r[1] or r[1] == 'done' then return {0} end
 local did = r[2]
 local back_in, back_out = tonumber(r[6]) - tonumber(ARGV[4]), tonumber(r[7]) - tonumber(ARGV[5])
@@ -31,8 +32,9 @@ for s = 1, 3 do
   if v[4] then put_money(h, set, 'spent', v[4], tonumber(ARGV[6])) end
   redis.call('HSET', h, unpack(set))
 end
+local f = flow_of(r[12], r[3], r[4], r[5])
 if r[1] == 'queued' then
-  redis.call('ZREM', P .. 'dep:' .. did .. ':q', id)
+  leave(P, did, id, f)
   redis.call('DEL', P .. 'body:' .. id)
   redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
 end
@@ -45,4 +47,8 @@ else
   redis.call('HSET', rec_key, 'state', 'done')
 end
 redis.call('PEXPIRE', rec_key, ARGV[7])
-return {1, pump(P, did, now)}
+local waits = redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 1
+local used = service(tonumber(ARGV[4]), tonumber(ARGV[8]), tonumber(ARGV[5]))
+local charged = tonumber(r[13] or '0')
+if used ~= charged then charge(P, did, f, charged, used, waits, false) end
+return {1, waits and pump(P, did, now) or 0}

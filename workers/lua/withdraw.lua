@@ -43,13 +43,14 @@ if mode ~= 'drain' then
       if deaths > tonumber(ARGV[5]) then
         out[#out + 1] = id
       else
-        -- Resumed work goes first: score below any admission instant, oldest admission first.
+        -- Resumed work goes first, outside the flows: it was charged when it was first bound.
         local adm = tonumber(redis.call('HGET', P .. 'req:' .. id, 'adm_ms') or '0')
         redis.call('ZADD', P .. 'dep:' .. did .. ':q', string.format('%.0f', adm - 1e13), id)
         out[1] = out[1] + 1
       end
     end
   end
+  if mode == 'dead' then redis.call('DEL', rk .. ':px') end
   if mode == 'dead' and redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
   if out[1] > 0 then
     pump(P, did, now)

@@ -222,7 +222,11 @@ def test_an_event_that_outruns_the_table_is_kept(watch: Watch) -> None:
 
 
 def test_free_slots_are_pumped_when_requests_wait_in_spite_of_them(watch: Watch, serving: Replica) -> None:
+    slots = {"slots": serving.slots}
+    watch.cell.redis.hset(watch.cell.keys.replica(serving.id.hex), "slots", 0)
     watch.scaling.queue("second")
+    watch.cell.redis.hset(watch.cell.keys.replica(serving.id.hex), mapping=slots)
+    assert watch.queued() == [b"second"]
     watch.scaling.beat(serving, 2)
     watch.turn(1.1)
     assert watch.queued() == []

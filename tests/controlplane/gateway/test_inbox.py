@@ -225,7 +225,7 @@ async def test_end_settled_by_somebody_else_is_still_found(gw: Running, machine:
     async def settled_elsewhere(job: Job) -> None:
         await job.emit("kept", lost=True)
         await job.finish(lost=True)
-        await machine.redis.evalsha(scripts.SETTLE.sha, 0, KEYS.prefix, 1, job.id, 1, 1, 1, 60_000)
+        await machine.redis.evalsha(scripts.SETTLE.sha, 0, KEYS.prefix, 1, job.id, 1, 1, 1, 60_000, 0)
 
     machine.behaviour = settled_elsewhere
     assert (await gw.post(CHAT)).json()["choices"][0]["message"]["content"] == "kept"

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billing.money import NanoPerMillion, Rates, request_cost
-from controlplane.policy import admission
 from controlplane.policy.admission import hold
 
 RATES = Rates(NanoPerMillion(1_000_000), NanoPerMillion(500_000), NanoPerMillion(2_000_000))
@@ -43,11 +42,3 @@ def test_no_outcome_within_the_hold_costs_more_than_was_held(
         n_completion=int(taken.n_output * used),
     )
     assert cost <= taken.money_nano
-
-
-def test_queue_orders_by_when_the_first_token_is_due() -> None:
-    """A batch request of long ago goes before an interactive one of now."""
-    now = 1_800_000_000_000
-    batch_long_ago = admission.queue_score_ms(now - 700_000, 600_000)
-    interactive, batch = admission.queue_score_ms(now, 1_000), admission.queue_score_ms(now, 600_000)
-    assert batch_long_ago < interactive < batch

@@ -28,6 +28,7 @@ def key(world: World):
         organization_id=world.organization.id,
         project_id=world.project.id,
         name="ci",
+        weight=40,
         limits=Limits(rpm=60, budget_nano=5_000_000_000),
     )
     return made
@@ -39,6 +40,7 @@ def test_it_answers_with_key_project_organization_and_deployments(
     found = look_up(key.lookup)
     assert found["key"] == {
         "id": key.id.hex,
+        "weight": 40,
         "lookup": key.lookup,
         "name": "ci",
         "digest": key.digest.hex(),
@@ -56,6 +58,7 @@ def test_it_answers_with_key_project_organization_and_deployments(
     assert found["project"]["weight"] == 100
     assert found["project"]["zero_retention"] is False
     assert found["organization"]["id"] == world.organization.id.hex
+    assert found["organization"]["weight"] == 100
     assert found["organization"]["suspended_at_ms"] is None
     (served,) = found["deployments"]
     assert served == {
@@ -67,6 +70,8 @@ def test_it_answers_with_key_project_organization_and_deployments(
         "min_replicas": 0,
         "max_replicas": 2,
         "generation": 1,
+        "queue_order": "edf",
+        "locality_window_tokens": 2000,
         "created_at_ms": int(deployment.created_at.timestamp() * 1000),
         "slo": {"name": "interactive", "band": 0, "ttft_ms": 1000, "itl_ms": 100, "deadline_s": 300},
         "price": {

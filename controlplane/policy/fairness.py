@@ -1,0 +1,396 @@
+"""The fair queue of one deployment, as the cell's scripts keep it: who gets the next free slot. Pure.
+
+The simulator runs this class; workers/lua/lib_flows.lua and lib_queue.lua are the same rules in the cell, and
+tests/workers/test_fair_queue.py holds the two together on random histories. The rules, in order:
+
+1. Requests whose replica was lost go first. They were charged when they were first bound.
+2. The lowest band goes next, except that every `AGED_TURN`-th time it is the turn of a band whose oldest
+   request has waited `age_ms` for each band before it.
+3. In the band the organization with the least service per weight goes next, in it the project, in it the key
+   (virtual token counters, VTC, arXiv:2401.00588, in a hierarchy); of a key the request with the lowest order
+   key.
+4. Where several flows lie within `window` of the least, the one goes whose head has most of its prompt cached
+   on the replica (DLPM, arXiv:2501.14312).
+
+Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A flow that begins to
+wait is lifted to the least counter that waits beside it, or to that of the last to leave: idleness earns no
+credit. For two flows that always wait, the difference of their services per weight stays below
+`window + 2 * U`, where U is the largest charge of one request (per weight), plus what was charged wrongly of
+requests that still run. Every operation takes O(log n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from controlplane.policy.prefix import PrefixIndex, cached_tokens
+from controlplane.policy.ranking import Ranking
+
+# The same numbers as in lib_queue.lua.
+CANDIDATES: Final = 8
+AGED_TURN: Final = 8
+# Counter units of one prompt token at the ordinary weight. An output token costs twice, a cached one a tenth.
+TOKEN: Final = 1000
+ORDINARY_WEIGHT: Final = 100
+FLEX_BAND: Final = 3  # of requests that ask for `service_tier: flex`; the last of the service classes
+
+_BAND_SPAN: Final = 10**13  # more than any instant in ms
+_ORG, _PROJECT, _KEY = 0, 1, 2
+
+
+def service(n_prompt: int, n_cached: int, n_output: int) -> int:
+    """Service in tenths of a prompt token: the prices of VTC, and a tenth for what was cached."""
+    return 10 * (n_prompt - n_cached) + n_cached + 20 * n_output
+
+
+def virtual(tenths: int, weight: int) -> int:
+    """What a charge adds to a counter of this weight."""
+    return tenths * TOKEN * ORDINARY_WEIGHT // (10 * weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Whose request it is: band, organization, project, key, and their weights (100 = ordinary)."""
+
+    band: int
+    organization: str
+    project: str
+    key: str
+    weights: tuple[int, int, int] = (ORDINARY_WEIGHT,) * 3  # organization, project, key
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as the queue sees it. `charged` is in tenths of a prompt token; the queue writes the rest."""
+
+    id: str
+    flow: Flow
+    order_key: int
+    n_prompt: int
+    n_expected: int
+    prefixes: tuple[str, ...] = ()
+    admitted_at_ms: int = 0
+    charged: int = 0
+    replica: str = ""  # '' while it waits
+
+
+@dataclass(slots=True)
+class Replica:
+    """A replica's slots. It takes new requests while it is `routed`."""
+
+    slots: int
+    routed: bool = True
+    running: set[str] = field(default_factory=set)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+
+    @property
+    def is_free(self) -> bool:
+        return self.routed and len(self.running) < self.slots
+
+
+# A place of a flow: (level, band, parent). Its members are organizations, projects or keys.
+_Place = tuple[int, int, str]
+Binding = tuple[str, str]  # request, replica
+
+
+class FairQueue:
+    """One deployment's queue and slots. Methods that may fill slots answer the bindings made, in order."""
+
+    def __init__(self, *, bound: int = 2_000, window: int = 0, age_ms: int = 30_000) -> None:
+        """`window` in counter units (TOKEN = one prompt token), `bound` in requests."""
+        self.bound = bound
+        self.window = window
+        self.age_ms = age_ms
+        self.replicas: dict[str, Replica] = {}
+        self.requests: dict[str, Request] = {}  # those not settled
+        self.turn = 0
+        self._resumed = Ranking()  # by instant of admission
+        self._bands: dict[int, Ranking] = {}  # waiting requests by instant of admission
+        self._keys: dict[tuple[int, str], Ranking] = {}  # waiting requests of a key, by order key
+        self._active: dict[_Place, Ranking] = {}  # flows that wait, by counter
+        self._counters: dict[tuple[_Place, str], int] = {}
+        self._left: dict[_Place, int] = {}  # counter of the last flow that left
+        self._n_waiting: dict[str, int] = {}  # by organization
+
+    # -- what happens
+
+    def admit(
+        self, request: Request, now_ms: int, candidates: Sequence[str] = ()
+    ) -> tuple[str, list[Binding]]:
+        """('bound' | 'queued' | 'full', bindings). It never overtakes: with anything waiting it waits, too."""
+        request.admitted_at_ms = now_ms
+        if not len(self):
+            for replica in candidates:
+                if self.is_free(replica):
+                    request.charged = service(request.n_prompt, 0, request.n_expected)
+                    self._charge(request.flow, 0, request.charged, passes=True)
+                    self.requests[request.id] = request
+                    self.replicas[replica].prefixes.note(request.prefixes, now_ms)
+                    self._bind(request, replica)
+                    return "bound", [(request.id, replica)]
+        if not self._has_room(request.flow.organization):
+            return "full", []
+        self.requests[request.id] = request
+        self._join(request, now_ms)
+        bindings = self.pump(now_ms)
+        return ("bound" if request.replica else "queued"), bindings
+
+    def settle(
+        self, request_id: str, now_ms: int, *, n_prompt: int, n_cached: int, n_output: int
+    ) -> list[Binding]:
+        """It ended, with these exact counts."""
+        request = self.requests.pop(request_id)
+        if request.replica:
+            self.replicas[request.replica].running.discard(request_id)
+        else:
+            self._leave(request)
+        self._charge(request.flow, request.charged, service(n_prompt, n_cached, n_output))
+        return self.pump(now_ms)
+
+    def produced(self, request_id: str, n_output: int) -> None:
+        """It has put out `n_output` tokens so far: charged as they come, once beyond what was expected."""
+        request = self.requests[request_id]
+        more = n_output - request.n_expected
+        if more > 0:
+            self._charge(request.flow, request.charged, request.charged + service(0, 0, more))
+            request.charged += service(0, 0, more)
+            request.n_expected = n_output
+
+    def cancel(self, request_id: str) -> None:
+        """Its client has gone: it waits no longer. A bound one runs until it is settled."""
+        request = self.requests[request_id]
+        if not request.replica:
+            self._leave(request)
+
+    def enrol(self, replica: str, slots: int, now_ms: int) -> list[Binding]:
+        """A replica is ready, or has another number of slots."""
+        known = self.replicas.setdefault(replica, Replica(slots))
+        known.slots, known.routed = slots, True
+        return self.pump(now_ms)
+
+    def drain(self, replica: str) -> None:
+        """It gets nothing new."""
+        self.replicas[replica].routed = False
+
+    def lose(self, replica: str, now_ms: int) -> list[Binding]:
+        """It died: what it ran goes to the head of the queue."""
+        lost = self.replicas[replica]
+        lost.routed = False
+        lost.prefixes.clear()
+        for request_id in lost.running:
+            request = self.requests[request_id]
+            request.replica = ""
+            self._resumed.put(request_id, request.admitted_at_ms)
+        requeued = bool(lost.running)
+        lost.running.clear()
+        return self.pump(now_ms) if requeued else []
+
+    def sweep(self) -> None:
+        """Forget counters that say no more than none would: those of flows at or below where a newcomer
+        starts."""
+        for place, name in list(self._counters):
+            active = self._active.get(place)
+            if active and name in active:
+                continue
+            base = active.least() if active else self._left.get(place, 0)
+            if self._counters[place, name] <= (base or 0):
+                del self._counters[place, name]
+
+    # -- what is seen
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._resumed) + sum(len(band) for band in self._bands.values())
+
+    def is_free(self, replica: str) -> bool:
+        known = self.replicas.get(replica)
+        return known is not None and known.is_free
+
+    def counters(self) -> dict[tuple[int, int, str, str], int]:
+        """(level, band, parent, name) -> counter, of every flow that is remembered."""
+        return {(*place, name): value for (place, name), value in self._counters.items()}
+
+    def last_left(self) -> dict[_Place, int]:
+        """(level, band, parent) -> counter of the last flow that left there."""
+        return dict(self._left)
+
+    def active(self) -> dict[_Place, dict[str, int]]:
+        """(level, band, parent) -> counters of the flows that wait."""
+        return {place: ranking.items() for place, ranking in self._active.items() if ranking}
+
+    def waiting(self) -> dict[str, dict[str, int]]:
+        """'resumed' and '<band>': requests by admission; '<band>:<key>': requests by order key."""
+        found = {"resumed": self._resumed.items()} if self._resumed else {}
+        found |= {str(band): ranking.items() for band, ranking in self._bands.items() if ranking}
+        found |= {f"{band}:{key}": ranking.items() for (band, key), ranking in self._keys.items() if ranking}
+        return found
+
+    def n_waiting(self) -> dict[str, int]:
+        """Requests in flows by organization; resumed ones are in none."""
+        return dict(self._n_waiting)
+
+    # -- slots
+
+    def pump(self, now_ms: int) -> list[Binding]:
+        """Bind waiting requests while there is a free slot, one a round and replica by id."""
+        bindings: list[Binding] = []
+        free = sorted(name for name, replica in self.replicas.items() if replica.routed)
+        while free:
+            still = []
+            for replica in free:
+                if not self.replicas[replica].is_free:
+                    continue
+                request = self._take(replica, now_ms)
+                if request is None:
+                    return bindings
+                self._bind(request, replica)
+                bindings.append((request.id, replica))
+                still.append(replica)
+            free = still
+        return bindings
+
+    def _take(self, replica: str, now_ms: int) -> Request | None:
+        """The request this replica gets, out of the queue and charged."""
+        if self._resumed:
+            request = self.requests[self._resumed.first()]
+            self._resumed.drop(request.id)
+            return request
+        band = self._next_band(now_ms)
+        if band is None:
+            return None
+        index = self.replicas[replica].prefixes
+        best, best_n = None, -1
+        for request in self._heads(band):
+            n = index.longest(request.prefixes)
+            if n > best_n:
+                best, best_n = request, n
+        assert best is not None
+        n_cached = cached_tokens(best_n, best.n_prompt)
+        best.charged = service(best.n_prompt, n_cached, best.n_expected)
+        self._charge(best.flow, 0, best.charged)
+        self._leave(best)
+        index.note(best.prefixes, now_ms)
+        return best
+
+    def _bind(self, request: Request, replica: str) -> None:
+        request.replica = replica
+        self.replicas[replica].running.add(request.id)
+
+    # -- choosing
+
+    def _next_band(self, now_ms: int) -> int | None:
+        lowest: int | None = None
+        aged, worst = None, -1
+        for band in sorted(band for band, ranking in self._bands.items() if ranking):
+            if lowest is None:
+                lowest = band
+                continue
+            oldest = self._bands[band].least()
+            assert oldest is not None
+            overdue_ms = now_ms - oldest - self.age_ms * (band - lowest)
+            if overdue_ms > worst:
+                aged, worst = band, overdue_ms
+        if aged is None:
+            return lowest
+        self.turn += 1
+        if self.turn < AGED_TURN:
+            return lowest
+        self.turn = 0
+        return aged
+
+    def _heads(self, band: int) -> list[Request]:
+        """Requests to choose from: one for each flow within the window, at the first level that has
+        several."""
+        organizations = self._within((_ORG, band, ""))
+        if len(organizations) > 1:
+            return [self._head(band, name) for name in organizations]
+        projects = self._within((_PROJECT, band, organizations[0]))
+        if len(projects) > 1:
+            return [self._head(band, organizations[0], name) for name in projects]
+        keys = self._within((_KEY, band, projects[0]))
+        return [self._head(band, organizations[0], projects[0], name) for name in keys]
+
+    def _within(self, place: _Place) -> list[str]:
+        active = self._active[place]
+        lowest = active.lowest(CANDIDATES)
+        limit = active.score(lowest[0]) + self.window
+        return [name for name in lowest if active.score(name) <= limit]
+
+    def _head(self, band: int, organization: str, project: str = "", key: str = "") -> Request:
+        project = project or self._active[_PROJECT, band, organization].first()
+        key = key or self._active[_KEY, band, project].first()
+        return self.requests[self._keys[band, key].first()]
+
+    # -- flows
+
+    def _has_room(self, organization: str) -> bool:
+        """An organization may hold three times what it leaves free (Choudhury and Hahne 1998)."""
+        n = len(self)
+        return n < self.bound and self._n_waiting.get(organization, 0) < 3 * (self.bound - n)
+
+    @staticmethod
+    def _places(flow: Flow) -> tuple[tuple[_Place, str, int], ...]:
+        """(place, name there, weight) from the organization down."""
+        return (
+            ((_ORG, flow.band, ""), flow.organization, flow.weights[0]),
+            ((_PROJECT, flow.band, flow.organization), flow.project, flow.weights[1]),
+            ((_KEY, flow.band, flow.project), flow.key, flow.weights[2]),
+        )
+
+    def _charge(self, flow: Flow, before: int, after: int, *, passes: bool = False) -> None:
+        """Move a request's charge (tenths). A request bound without waiting passes through its flow in one
+        instant: lifted as if it had joined, and the last that left."""
+        if before == after and not passes:
+            return
+        for place, name, weight in self._places(flow):
+            left = self._left.get(place, 0)
+            counter = self._counters.get((place, name), left)
+            if passes:
+                counter = max(counter, left)
+            counter += virtual(after, weight) - virtual(before, weight)
+            self._counters[place, name] = counter
+            active = self._active.get(place)
+            if passes:
+                self._left[place] = counter
+            elif active and name in active:
+                active.put(name, counter)
+
+    def _join(self, request: Request, now_ms: int) -> None:
+        flow = request.flow
+        for place, name, _ in self._places(flow):
+            active = self._active.setdefault(place, Ranking())
+            if name not in active:
+                least = active.least()
+                base = self._left.get(place, 0) if least is None else least
+                counter = max(self._counters.get((place, name), 0), base)
+                self._counters[place, name] = counter
+                active.put(name, counter)
+        self._keys.setdefault((flow.band, flow.key), Ranking()).put(request.id, request.order_key)
+        self._bands.setdefault(flow.band, Ranking()).put(request.id, now_ms)
+        self._n_waiting[flow.organization] = self._n_waiting.get(flow.organization, 0) + 1
+
+    def _leave(self, request: Request) -> None:
+        """Out of the queue; flows that have nothing left leave, and note at which counter."""
+        flow = request.flow
+        self._resumed.drop(request.id)
+        waiting = self._keys.get((flow.band, flow.key))
+        if waiting is None or not waiting.drop(request.id):
+            return  # resumed requests wait outside the flows
+        self._bands[flow.band].drop(request.id)
+        self._n_waiting[flow.organization] -= 1
+        if not self._n_waiting[flow.organization]:
+            del self._n_waiting[flow.organization]
+        under = waiting
+        if not under:
+            del self._keys[flow.band, flow.key]
+        for place, name, _ in reversed(self._places(flow)):
+            if under:
+                return
+            active = self._active[place]
+            self._left[place] = self._counters[place, name]
+            active.drop(name)
+            if not active:
+                del self._active[place]
+            under = active

@@ -1,0 +1,76 @@
+"""Which beginnings of a prompt a replica probably holds in its cache: short salted hashes, pure.
+
+`hashes` is called by the gateway per request; the cell remembers which of them each replica was given
+(workers/lua/lib_queue.lua), and `PrefixIndex` is the same memory for the simulator. A wrong guess costs a
+detour within the fairness window, never a wrong answer, so the hashes may be short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Final
+
+from controlplane.policy.ranking import Ranking
+
+# The same numbers as in lib_queue.lua.
+FIRST_TOKENS: Final = 64
+MAX_PER_REPLICA: Final = 4096
+
+FIRST_BYTES: Final = 256  # about FIRST_TOKENS tokens
+_MAX_HASHES: Final = 10  # up to 128 KiB
+
+
+def hashes(salt: str, text: bytes) -> tuple[str, ...]:
+    """Hashes of the first 256, 512, 1024, ... bytes of `text`, 8 characters each, shortest first.
+
+    Each is a snapshot of one running hash, so a prompt is read once, and ten of them cover 128 KiB. `salt`
+    is the organization: nobody can learn from locality what another tenant sends.
+    """
+    if len(text) < FIRST_BYTES:
+        return ()
+    running = hashlib.blake2b(salt.encode(), digest_size=6)
+    view = memoryview(text)
+    found: list[str] = []
+    start, end = 0, FIRST_BYTES
+    while end <= len(text) and len(found) < _MAX_HASHES:
+        running.update(view[start:end])
+        found.append(b64encode(running.digest()).decode("ascii"))
+        start, end = end, 2 * end
+    return tuple(found)
+
+
+def cached_tokens(n_matched: int, n_prompt: int) -> int:
+    """Prompt tokens that `n_matched` known prefixes stand for."""
+    return min(n_prompt, FIRST_TOKENS << (n_matched - 1)) if n_matched else 0
+
+
+class PrefixIndex:
+    """Prefixes one replica was given, the least recently used forgotten first."""
+
+    __slots__ = ("_used",)
+
+    def __init__(self) -> None:
+        self._used = Ranking()
+
+    def longest(self, prefixes: Sequence[str]) -> int:
+        """How many of a request's prefixes (shortest first) the replica holds."""
+        for n in range(len(prefixes), 0, -1):
+            if prefixes[n - 1] in self._used:
+                return n
+        return 0
+
+    def note(self, prefixes: Sequence[str], now_ms: int) -> None:
+        """The replica is given a request with these prefixes."""
+        for prefix in prefixes:
+            self._used.put(prefix, now_ms)
+        while len(self._used) > MAX_PER_REPLICA:
+            self._used.drop(self._used.first())
+
+    def clear(self) -> None:
+        self._used = Ranking()
+
+    def items(self) -> dict[str, int]:
+        """Prefix -> instant of its last use."""
+        return self._used.items()

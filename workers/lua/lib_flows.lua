@@ -1,0 +1,109 @@
+-- Included by every trusted script that files, dispatches or charges a request. The deployment's waiting requests
+-- form flows, per band: organization -> project -> key, each with a virtual counter of service received (VTC,
+-- arXiv:2401.00588). controlplane/policy/fairness.py is the same thing in Python, and tests hold the two together.
+--
+-- Keys after dep:<dep>: (all zsets but the last; b is the band)
+--   q              waiting requests: resumed ones (score < 0) before all, then by band and instant of admission
+--   o:b            organizations that wait, by counter     p:b:<org>   their projects     k:b:<prj>   their keys
+--   r:b:<key>      requests of a key, by order key
+--   v              hash: counters '<b>o<org>' '<b>p<org>:<prj>' '<b>k<prj>:<key>'; '<b>O' '<b>P<org>' '<b>K<prj>' the
+--                  counter of the last flow that left there; 'n<org>' waiting requests; 't' turns, 'w' window, 'a' age_ms
+-- Counters are integers below 2^53 (a prompt token at weight 100 counts 1000), so that Lua's doubles are exact.
+
+local BAND_SPAN = 1e13 -- more than any instant in ms
+
+-- A flow's place in each level: {zset, member, counter field, field of the last that left, weight}. `f` is a request's
+-- {band, weight of key, project, organization, key, project, organization}.
+local function levels_of(P, did, f)
+  local Q, b, key, prj, org = P .. 'dep:' .. did .. ':', f[1], f[5], f[6], f[7]
+  return {
+    {Q .. 'o:' .. b, org, b .. 'o' .. org, b .. 'O', f[4]},
+    {Q .. 'p:' .. b .. ':' .. org, prj, b .. 'p' .. org .. ':' .. prj, b .. 'P' .. org, f[3]},
+    {Q .. 'k:' .. b .. ':' .. prj, key, b .. 'k' .. prj .. ':' .. key, b .. 'K' .. prj, f[2]},
+  }
+end
+
+-- The flow of a request from its record's field `fq` ("band,weight,weight,weight") and its ids.
+local function flow_of(fq, key, prj, org)
+  local b, wk, wp, wo = string.match(fq or '0,100,100,100', '^(%d+),(%d+),(%d+),(%d+)$')
+  return {b, tonumber(wk), tonumber(wp), tonumber(wo), key, prj, org}
+end
+
+-- Service in tenths of a prompt token: a cached one costs a tenth of it, an output token twice.
+local function service(n_in, n_cached, n_out)
+  return 10 * (n_in - n_cached) + n_cached + 20 * n_out
+end
+
+-- What a charge of `tenths` adds to a counter of this weight (100 = ordinary).
+local function virtual(tenths, weight)
+  return math.floor(tenths * 10000 / weight)
+end
+
+-- Moves a request's charge from `before` to `after` tenths in the three counters of its flow. Waiting flows change
+-- their place (`waits`: whether anything waits in this deployment at all). A request that is bound without waiting
+-- passes through its flow in one instant (`passes`): lifted as if it had joined, and the last that left.
+local function charge(P, did, f, before, after, waits, passes)
+  local h, lv = P .. 'dep:' .. did .. ':v', levels_of(P, did, f)
+  local v = redis.call('HMGET', h, lv[1][3], lv[2][3], lv[3][3], lv[1][4], lv[2][4], lv[3][4])
+  local set = {}
+  for i = 1, 3 do
+    local left = tonumber(v[i + 3] or '0')
+    local now = tonumber(v[i] or left)
+    if passes and now < left then now = left end
+    now = string.format('%.0f', now + virtual(after, lv[i][5]) - virtual(before, lv[i][5]))
+    set[#set + 1] = lv[i][3]
+    set[#set + 1] = now
+    if passes then
+      set[#set + 1] = lv[i][4]
+      set[#set + 1] = now
+    elseif waits then
+      redis.call('ZADD', lv[i][1], 'XX', now, lv[i][2])
+    end
+  end
+  redis.call('HSET', h, unpack(set))
+end
+
+-- Files a request under its flow. A flow that had nothing waiting is lifted, never lowered: to the least counter
+-- among those that wait beside it, or to that of the last that left.
+local function join(P, did, id, f, order_key, now_ms)
+  local Q, h = P .. 'dep:' .. did .. ':', P .. 'dep:' .. did .. ':v'
+  for _, l in ipairs(levels_of(P, did, f)) do
+    if not redis.call('ZSCORE', l[1], l[2]) then
+      local v = redis.call('HMGET', h, l[3], l[4])
+      local least = redis.call('ZRANGE', l[1], 0, 0, 'WITHSCORES')[2]
+      local base = tonumber(least or v[2] or '0')
+      local now = string.format('%.0f', math.max(tonumber(v[1] or '0'), base))
+      redis.call('HSET', h, l[3], now)
+      redis.call('ZADD', l[1], now, l[2])
+    end
+  end
+  redis.call('ZADD', Q .. 'r:' .. f[1] .. ':' .. f[5], order_key, id)
+  redis.call('ZADD', Q .. 'q', string.format('%.0f', f[1] * BAND_SPAN + now_ms), id)
+  redis.call('HINCRBY', h, 'n' .. f[7], 1)
+end
+
+-- Whether a queue of `depth` has no place for this organization, and whose bound says so; nil when it has. An
+-- organization may hold three times what it leaves free (a dynamic threshold, Choudhury and Hahne 1998): alone three
+-- quarters of the queue, and whoever else comes finds room.
+local function full(P, did, org, depth, bound)
+  if depth >= bound then return 'deployment' end
+  local n = tonumber(redis.call('HGET', P .. 'dep:' .. did .. ':v', 'n' .. org) or '0')
+  if n >= 3 * (bound - depth) then return 'organization' end
+  return nil
+end
+
+-- Takes a request out, wherever it waits; flows that have nothing left leave, and say at which counter.
+local function leave(P, did, id, f)
+  local Q, h = P .. 'dep:' .. did .. ':', P .. 'dep:' .. did .. ':v'
+  redis.call('ZREM', Q .. 'q', id)
+  local under = Q .. 'r:' .. f[1] .. ':' .. f[5]
+  if redis.call('ZREM', under, id) == 0 then return end -- a resumed request waits outside the flows
+  if redis.call('HINCRBY', h, 'n' .. f[7], -1) <= 0 then redis.call('HDEL', h, 'n' .. f[7]) end
+  local lv = levels_of(P, did, f)
+  for i = 3, 1, -1 do
+    if redis.call('EXISTS', under) == 1 then return end
+    redis.call('HSET', h, lv[i][4], redis.call('HGET', h, lv[i][3]))
+    redis.call('ZREM', lv[i][1], lv[i][2])
+    under = lv[i][1]
+  end
+end

@@ -1,0 +1,150 @@
+-- Included after lib_bind and lib_flows: which waiting request a free slot gets. The same rules as next_for() and
+-- pump() in controlplane/policy/fairness.py.
+
+local K = 8               -- flows looked at for a cached prefix
+local AGED_TURN = 8       -- every so many dispatches one may go to a lower band that waited long
+local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used forgotten first
+local PREFIX_CHARS = 8
+local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
+
+-- How many of a request's prefixes (shortest first, PREFIX_CHARS each) the replica holds by our books.
+local function cached_prefixes(P, rid, pfx)
+  local n = #pfx / PREFIX_CHARS
+  if n == 0 then return 0 end
+  local ask = {}
+  for i = 1, n do ask[i] = string.sub(pfx, (i - 1) * PREFIX_CHARS + 1, i * PREFIX_CHARS) end
+  local found = redis.call('ZMSCORE', P .. 'rep:' .. rid .. ':px', unpack(ask))
+  for i = n, 1, -1 do
+    if found[i] then return i end
+  end
+  return 0
+end
+
+-- A replica that is given a request will hold its prefixes.
+local function note_prefixes(P, rid, pfx, now_ms)
+  local px, put = P .. 'rep:' .. rid .. ':px', {}
+  for i = 1, #pfx, PREFIX_CHARS do
+    put[#put + 1] = now_ms
+    put[#put + 1] = string.sub(pfx, i, i + PREFIX_CHARS - 1)
+  end
+  if put[1] and redis.call('ZADD', px, unpack(put)) > 0 then
+    redis.call('ZREMRANGEBYRANK', px, 0, -MAX_PREFIXES - 1)
+  end
+end
+
+-- The band to serve: the lowest, but every AGED_TURN-th time the one that is most overdue. A band is overdue once its
+-- oldest request has waited age_ms for each band between it and the lowest that waits.
+local function next_band(Q, now_ms, age_ms)
+  local lowest, aged, worst, from = nil, nil, -1, 0
+  while true do
+    local e = redis.call('ZRANGEBYSCORE', Q .. 'q', string.format('%.0f', from), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+    if not e[1] then break end
+    local b = math.floor(tonumber(e[2]) / BAND_SPAN)
+    local waited_ms = now_ms - (tonumber(e[2]) - b * BAND_SPAN)
+    if not lowest then
+      lowest = b
+    elseif waited_ms - age_ms * (b - lowest) > worst then
+      worst, aged = waited_ms - age_ms * (b - lowest), b
+    end
+    from = (b + 1) * BAND_SPAN
+  end
+  if not aged then return lowest end
+  if redis.call('HINCRBY', Q .. 'v', 't', 1) < AGED_TURN then return lowest end
+  redis.call('HSET', Q .. 'v', 't', 0)
+  return aged
+end
+
+-- Members whose counters lie within `window` of the least, at most K, in order.
+local function within(zset, window)
+  local e, out = redis.call('ZRANGE', zset, 0, K - 1, 'WITHSCORES'), {}
+  for i = 1, #e, 2 do
+    if tonumber(e[i + 1]) > tonumber(e[2]) + window then break end
+    out[#out + 1] = e[i]
+  end
+  return out
+end
+
+-- Heads to choose from: where more than one organization lies within the window, the head of each; else of the
+-- projects of the one, else of the keys. Each is {organization, project, key, request}.
+local function heads(Q, b, window)
+  local function first(zset) return redis.call('ZRANGE', zset, 0, 0)[1] end
+  local out = {}
+  local function add(org, prj, key)
+    prj = prj or first(Q .. 'p:' .. b .. ':' .. org)
+    key = key or first(Q .. 'k:' .. b .. ':' .. prj)
+    out[#out + 1] = {org, prj, key, first(Q .. 'r:' .. b .. ':' .. key)}
+  end
+  local orgs = within(Q .. 'o:' .. b, window)
+  if #orgs == 0 then return out end
+  if #orgs > 1 then
+    for _, org in ipairs(orgs) do add(org) end
+    return out
+  end
+  local prjs = within(Q .. 'p:' .. b .. ':' .. orgs[1], window)
+  if #prjs > 1 then
+    for _, prj in ipairs(prjs) do add(orgs[1], prj) end
+    return out
+  end
+  for _, key in ipairs(within(Q .. 'k:' .. b .. ':' .. prjs[1], window)) do add(orgs[1], prjs[1], key) end
+  return out
+end
+
+-- Takes the next request for this replica out of the queue and binds it. Returns 1 when it did, 0 when that one could
+-- not be served (its body is gone), nil when nothing waits.
+local function dispatch(P, did, rid, mid, now_ms)
+  local Q = P .. 'dep:' .. did .. ':'
+  local first = redis.call('ZRANGE', Q .. 'q', 0, 0, 'WITHSCORES')
+  if not first[1] then return nil end
+  if tonumber(first[2]) < 0 then -- resumed: it was charged when it was first bound
+    redis.call('ZREM', Q .. 'q', first[1])
+    return bind(P, first[1], rid, mid, now_ms) and 1 or 0
+  end
+  local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
+  local b = next_band(Q, now_ms, tonumber(set[2]))
+  local best, best_rec, best_n = nil, nil, -1
+  for _, head in ipairs(heads(Q, b, tonumber(set[1]))) do
+    local rec = redis.call('HMGET', P .. 'req:' .. head[4], 'fq', 'pfx', 'in_est', 'pred')
+    local n = cached_prefixes(P, rid, rec[2] or '')
+    if n > best_n then best, best_rec, best_n = head, rec, n end
+  end
+  if not best then -- in no flow: only possible after keys were lost; it must not stop the others
+    redis.call('ZREM', Q .. 'q', first[1])
+    return 0
+  end
+  local id, f = best[4], flow_of(best_rec[1], best[3], best[2], best[1])
+  f[1] = b
+  local epoch = best_rec[3] and bind(P, id, rid, mid, now_ms)
+  if epoch then
+    local n_in, n_cached = tonumber(best_rec[3]), 0
+    if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
+    local tenths = service(n_in, n_cached, tonumber(best_rec[4]))
+    redis.call('HSET', P .. 'req:' .. id, 'chg', tenths)
+    charge(P, did, f, 0, tenths, true, false)
+    note_prefixes(P, rid, best_rec[2] or '', now_ms)
+  end
+  leave(P, did, id, f)
+  return epoch and 1 or 0
+end
+
+-- Binds waiting requests while a replica of the deployment has a free slot, one a round and replica by id, so that a
+-- burst is spread; returns how many. Bounded per call.
+local function pump(P, did, now_ms)
+  if redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 0 then return 0 end
+  local n_bound, free = 0, redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')
+  table.sort(free)
+  while #free > 0 do
+    local still = {}
+    for _, rid in ipairs(free) do
+      local mid = with_slot(P, rid)
+      if mid then
+        local got = dispatch(P, did, rid, mid, now_ms)
+        if not got then return n_bound end
+        n_bound = n_bound + got
+        if n_bound >= 256 then return n_bound end
+        still[#still + 1] = rid
+      end
+    end
+    free = still
+  end
+  return n_bound
+end
