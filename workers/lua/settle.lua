@@ -2,7 +2,7 @@
 -- holds go back, actual use is charged, the slot is freed and the fair queue pumped. Later calls change nothing.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms,
---       8 prompt tokens found cached.
+--       8 prompt tokens found cached (optional).
 -- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
@@ -48,7 +48,7 @@ else
 end
 redis.call('PEXPIRE', rec_key, ARGV[7])
 local waits = redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 1
-local used = service(tonumber(ARGV[4]), tonumber(ARGV[8]), tonumber(ARGV[5]))
+local used = service(tonumber(ARGV[4]), tonumber(ARGV[8] or '0'), tonumber(ARGV[5]))
 local charged = tonumber(r[13] or '0')
 if used ~= charged then charge(P, did, f, charged, used, waits, false) end
 return {1, waits and pump(P, did, now) or 0}
