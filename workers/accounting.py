@@ -62,9 +62,10 @@ class Accounting:
             await self.tick()
 
     async def sync_forever(self) -> None:
-        """fsync off the loop, at most ten times a second."""
+        """Write out what no flush waits for, and fsync off the loop, ten times a second."""
         while True:
             await asyncio.sleep(_SYNC_S)
+            self._spool.write_out()
             try:
                 await asyncio.to_thread(self._spool.sync)
             except OSError as error:

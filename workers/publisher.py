@@ -126,7 +126,7 @@ class Lane:
             tuning.usage_stream_max,
         ]
         entries: list[tuple[Output, int, bool]] = []
-        n_tokens = 0
+        n_tokens = n_ends = 0
         for output in list(self._gathering)[: tuning.flush_max_entries]:
             del self._gathering[output]
             ids, n, at, end = output.ids, len(output.ids), output.offset, output.end
@@ -135,10 +135,13 @@ class Lane:
             journal = _encode((0, at, ids, output.text, end, output.logprobs))
             args += (output.request_id, output.epoch, at, n, frame, journal, output.usage)
             entries.append((output, n, end is not None))
+            n_ends += end is not None
             n_tokens += n
             output.offset = at + n
             output.n_unanswered += 1
             output.ids, output.text, output.logprobs, output.end, output.usage = [], "", None, None, b""
+        if n_ends:
+            self._publisher.before_ends()
         return _Batch(args, entries, n_tokens)
 
     def _send(self, batch: _Batch) -> None:
@@ -222,6 +225,9 @@ class Publisher:
         """`on_refused(code)`: Redis answers, and will not take a flush; the replica is of no use any more."""
         self.client = client
         self.on_refused = on_refused
+        self.before_ends: Callable[[], None] = lambda: (
+            None
+        )  # called before a flush that ends requests is sent
         self.tuning = tuning
         self.prefix = keys.prefix
         self.loop = asyncio.get_running_loop()

@@ -80,6 +80,7 @@ class Server:
         self._publisher = publisher
         self._leases = Leases(config, client)
         self._spool = spool
+        publisher.before_ends = spool.write_out
         self._on_engine_dead = on_engine_dead
         self._now_ms = now_ms
         self._prompts = Prompts(engine, config.tuning.inline_prompt_bytes)

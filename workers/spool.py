@@ -6,7 +6,9 @@ that flush, `forget` when intake has booked it (or the flush was refused: the re
 record that was begun and never confirmed is judged by the lease (workers/accounting.py). Never holds text of
 a tenant.
 
-A write reaches the operating system at once (it survives the process); `sync` makes it survive the machine.
+What has gathered reaches the operating system with `write_out` (it then survives the process), in one write:
+the publisher calls it before a flush that ends requests leaves, accounting ten times a second for the rest, which
+may be lost. `sync` makes it survive the machine.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ _HEADER: Final = struct.Struct("<BII")  # kind, length, crc32 of the payload
 _BEGUN, _CONFIRMED, _FORGOTTEN = 1, 2, 3
 _EVENT_HEAD: Final = struct.Struct("<QH")  # epoch, length of the request id
 _COMPACT_ABOVE_BYTES: Final = 1 << 20
+_MAX_UNWRITTEN: Final = 1024  # records
 
 
 class SpoolBusy(RuntimeError):  # noqa: N818 - a state: somebody else owns the file
@@ -65,6 +68,7 @@ class Spool:
         self._now_s = now_s
         self._records: dict[str, Record] = {}
         self._n_live_bytes = self._n_file_bytes = 0
+        self._unwritten: list[bytes] = []
         self._dirty = False
         self.failed = False  # the disk refuses writes; usage then has one witness only
         self._fd = _open_owned(path)
@@ -73,7 +77,7 @@ class Spool:
     # -- the life of a record
 
     def begin(self, request_id: str, epoch: int, event: bytes) -> None:
-        """Before the flush that ends the request."""
+        """Before the flush that ends the request; `write_out` comes in between."""
         self._add(request_id, epoch, event)
         self._write(_BEGUN, _EVENT_HEAD.pack(epoch, len(request_id)) + request_id.encode() + event)
 
@@ -141,8 +145,23 @@ class Spool:
                 self._compact()
                 self.failed = False
 
+    def write_out(self) -> None:
+        """Hand what has gathered to the operating system. A full disk must not keep a request from ending: it is
+        remembered in `failed`.
+        """
+        if not self._unwritten:
+            return
+        data = b"".join(self._unwritten)
+        self._unwritten.clear()
+        try:
+            self._append(self._fd, data)
+        except OSError:
+            self.failed = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._n_file_bytes)
+
     def sync(self) -> None:
-        """fsync what was written since the last call. Meant for another thread; errors are raised there."""
+        """fsync what was written out since the last call. Meant for another thread; errors are raised there."""
         if self._dirty:
             self._dirty = False
             fd = os.dup(self._fd)  # compaction may replace ours meanwhile
@@ -154,6 +173,7 @@ class Spool:
     def close(self, *, delete_if_empty: bool = False) -> None:
         if self._fd < 0:
             return
+        self.write_out()
         if delete_if_empty and not self._records:
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
@@ -170,18 +190,12 @@ class Spool:
         self._n_live_bytes += _size(record)
 
     def _write(self, kind: int, payload: bytes) -> None:
-        """Append one record. A full disk must not keep a request from ending: it is remembered in
-        `failed`.
-        """
-        try:
-            self._append(self._fd, kind, payload)
-        except OSError:
-            self.failed = True
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._n_file_bytes)
+        """One more record for the next `write_out`."""
+        self._unwritten.append(_framed(kind, payload))
+        if len(self._unwritten) >= _MAX_UNWRITTEN:
+            self.write_out()
 
-    def _append(self, fd: int, kind: int, payload: bytes) -> None:
-        data = _HEADER.pack(kind, len(payload), zlib.crc32(payload)) + payload
+    def _append(self, fd: int, data: bytes) -> None:
         if os.write(fd, data) != len(data):
             raise OSError(f"{self.path.name}: the disk is full")
         self._n_file_bytes += len(data)
@@ -215,15 +229,16 @@ class Spool:
         try:
             for record in self._records.values():
                 head = _EVENT_HEAD.pack(record.epoch, len(record.request_id))
-                self._append(fd, _BEGUN, head + record.request_id.encode() + record.event)
+                self._append(fd, _framed(_BEGUN, head + record.request_id.encode() + record.event))
                 if record.confirmed:
-                    self._append(fd, _CONFIRMED, record.request_id.encode())
+                    self._append(fd, _framed(_CONFIRMED, record.request_id.encode()))
             os.fdatasync(fd)
             scratch.rename(self.path)
         except OSError:
             os.close(fd)
             self._n_file_bytes = n_before
             raise
+        self._unwritten.clear()  # all of it is in the records
         old_fd, self._fd = self._fd, fd
         os.close(old_fd)
 
@@ -236,6 +251,10 @@ def _open_owned(path: Path) -> int:
         os.close(fd)
         raise SpoolBusy(f"{path.name} is owned by another process") from None
     return fd
+
+
+def _framed(kind: int, payload: bytes) -> bytes:
+    return _HEADER.pack(kind, len(payload), zlib.crc32(payload)) + payload
 
 
 def _size(record: Record) -> int:

@@ -225,6 +225,17 @@ def test_claim_is_granted_once_per_epoch(cell: Cell) -> None:
     assert cell.claim("unknown", 1) == [b"stale"]
 
 
+def test_several_claims_in_one_call_are_answered_each_for_itself(cell: Cell) -> None:
+    cell.enrol("r1")
+    for request in ("q1", "q2", "q3"):
+        cell.admit(request, candidates=("r1",))
+    cell.claim("q2", 1)
+    pairs = ("q1", 1, "r1", "q2", 1, "unknown", 1, "q3", 2, "q3", 1, "q3", 1)
+    answers = cell.run(scripts.CLAIM, KEYS.machine("m1").prefix, cell.now_ms, *pairs)
+    assert [answer[0] for answer in answers] == [b"ok", b"held", b"stale", b"stale", b"ok", b"held"]
+    assert answers[0][1:4] == [b"BODY", b"g1", b"7"]
+
+
 def test_flush_accepts_by_epoch_and_offset_and_publishes_exactly_that(cell: Cell) -> None:
     cell.enrol("r1")
     cell.admit("q1", candidates=("r1",))

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -218,6 +219,57 @@ async def test_duplicate_delivery_is_dropped(cell: Cell, tmp_path: Path) -> None
         await front.deliver(request)  # after its end
         assert sum(entry.n for entry in cell.stream(request)) == 30
         assert len(cell.usage()) == 1
+
+
+async def test_requests_delivered_together_are_claimed_in_one_call(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        cell.enrol("r1", slots=128)
+        requests = [cell.admit(f"text {i}", max_tokens=12, sampling={"ignore_eos": True}) for i in range(70)]
+        calls: list[int] = []
+        evalsha = front.client.evalsha
+
+        def watched(script: Any, keys: Any, args: Any) -> Any:
+            if script is scripts.CLAIM:
+                calls.append((len(args) - 3) // 2)
+            return evalsha(script, keys, args)
+
+        front.client.evalsha = watched  # type: ignore[method-assign]
+        await asyncio.gather(*(front.deliver(r) for r in requests), front.deliver("f" * 32))
+        assert calls == [64, 7]
+        assert all(cell.end(r).n_completion == 12 for r in requests)
+
+
+@pytest.mark.parametrize("n_passes", range(5))
+async def test_a_job_cancelled_while_it_claims_leaves_no_claim(
+    cell: Cell, tmp_path: Path, n_passes: int
+) -> None:
+    async with serving(cell, tmp_path) as front:
+        request, other = (cell.admit(text, max_tokens=12, sampling={"ignore_eos": True}) for text in "ab")
+        cancelled, served = front.deliver(request), front.deliver(other)
+        for _ in range(n_passes):
+            await asyncio.sleep(0)
+        cancelled.cancel("stopping")
+        await asyncio.gather(cancelled, return_exceptions=True)
+        await served
+        await until(lambda: cell.lease(request)[b"state"] != b"claimed", "the lease to be let go")
+        await front.deliver(request)
+        assert cell.end(request).n_completion == 12
+
+
+async def test_usage_is_on_disk_before_redis_hears_of_the_end(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit(max_tokens=12, stream=False, sampling={"ignore_eos": True})
+        evalsha = front.client.evalsha
+        on_disk: list[bool] = []
+
+        def watched(script: Any, keys: Any, args: Any) -> Any:
+            if script is scripts.FLUSH:
+                on_disk.append(request.encode() in front.spool.path.read_bytes())
+            return evalsha(script, keys, args)
+
+        front.client.evalsha = watched  # type: ignore[method-assign]
+        await front.deliver(request)
+        assert on_disk == [True]
 
 
 async def test_request_of_another_machine_is_out_of_reach(cell: Cell, tmp_path: Path) -> None:

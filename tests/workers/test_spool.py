@@ -44,11 +44,11 @@ def test_records_survive_and_keep_their_state(path: Path) -> None:
     ]
 
 
-def test_process_killed_right_after_begin_loses_nothing(path: Path) -> None:
+def test_process_killed_right_after_writing_out_loses_nothing(path: Path) -> None:
     code = (
         "import sys, pathlib, os, signal; from workers.spool import Spool\n"
         f"s = Spool(pathlib.Path({str(path)!r}), max_bytes=10_000)\n"
-        "s.begin('a', 1, b'E'); os.kill(os.getpid(), signal.SIGKILL)"
+        "s.begin('a', 1, b'E'); s.write_out(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     process = subprocess.run([sys.executable, "-c", code], check=False)
     assert process.returncode == -signal.SIGKILL
@@ -104,6 +104,28 @@ def test_forgotten_records_give_their_space_back(path: Path) -> None:
     assert (record.request_id, record.confirmed) == ("kept", True)
 
 
+def test_what_gathers_is_written_at_once_and_does_not_gather_without_bound(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(path, max_bytes=1 << 20)
+    writes: list[int] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: writes.append(len(data)) or write(fd, data))
+    for name in ("a", "b", "c"):
+        spool.begin(name, 1, EVENT)
+    spool.confirm("a")
+    spool.forget(["b"])
+    assert writes == [] and path.stat().st_size == 0
+    spool.write_out()
+    spool.write_out()
+    assert len(writes) == 1
+    for i in range(1024):
+        spool.begin(f"more{i}", 1, EVENT)
+    assert len(writes) == 2
+    spool.close()
+    assert len(Spool(path, max_bytes=1 << 20)) == 2 + 1024
+
+
 def test_full_until_something_is_forgotten(path: Path) -> None:
     spool = Spool(path, max_bytes=900)
     for name in ("a", "b", "c"):
@@ -128,6 +150,7 @@ def test_disk_that_refuses_is_remembered_and_repaired(path: Path, monkeypatch: p
 
         patch.setattr(os, "write", half)
         spool.begin("b", 1, EVENT)
+        spool.write_out()
         assert spool.failed and spool.full
         spool.repair()
         assert spool.failed
