@@ -45,7 +45,7 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
     `output_tokens`, optionally `tenant`; or JSON lines with `timestamp` (ms), `input_length`, `output_length`,
     optionally `hash_ids`. Either may be gzipped. Requests without prompt or answer count as one token.
     """
-    with _open(path) as lines:
+    with open_text(path) as lines:
         name = path.name.removesuffix(".gz")
         rows = _jsonl(lines, path) if name.endswith((".jsonl", ".json")) else _csv(lines, path)
         for arrival in rows:
@@ -128,7 +128,8 @@ def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
         yield Arrival((at_ms - first_ms) / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
 
 
-def _open(path: Path) -> IO[str]:
+def open_text(path: Path) -> IO[str]:
+    """A text file, gzipped or not; WorkloadError when it cannot be opened."""
     try:
         if path.name.endswith(".gz"):
             return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8", newline="")
