@@ -79,6 +79,11 @@ class EmbeddedRedis(EmbeddedServer):
             self.url(), socket_timeout=2, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
         )
 
+    def forget(self) -> None:
+        """Delete everything it knows: the log, and the machines' users. Only while it does not run."""
+        for path in (*self.base.glob("*.aof*"), *self.base.glob("*.rdb"), self._users_path):
+            path.unlink(missing_ok=True)
+
     def _prepare(self) -> None:
         self._end_leftovers(self.base)
         settings = {

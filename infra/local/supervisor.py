@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from infra.local.hold import is_held
 from infra.local.logfile import bound_log, log_tail
 from infra.local.process import Account, ProcessIdentity, identity_of, kill_session, spawn
 from infra.local.restart import RestartPolicy
@@ -184,7 +185,7 @@ class Supervisor:
             if all(self._children[name].phase in (Phase.READY, Phase.DONE) for name in spec.depends_on):
                 self._start(child, now_s)
         elif child.phase is Phase.BACKING_OFF:
-            if now_s >= child.retry_s:
+            if now_s >= child.retry_s and not is_held(self._var, spec.name):
                 child.n_restarts += 1
                 self._start(child, now_s)
         elif child.phase in (Phase.STARTING, Phase.READY):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from infra.local.hold import held, is_held
 from infra.local.process import identity_of, is_alive, session_members
 from infra.local.stackstate import StackRecord, read_state
 from tests.infra.local.conditions import until
@@ -115,6 +116,34 @@ def test_restarts_what_dies_and_counts_it(stack: Stack) -> None:
     assert second.pid != first.pid
     assert not session_members(first.pid), "the grandchild of the dead leader must be gone"
     assert stack.state().phase == "running"
+
+
+def test_what_is_held_stays_down_until_it_is_released(stack: Stack) -> None:
+    program = stack.start([{"name": name, "argv": SLEEPER} for name in "ab"])
+    stack.wait_phase("running", program)
+    first = stack.pid("a")
+
+    def n_starts(name: str) -> int:
+        state = stack.state()
+        return next(p.n_restarts for p in state.processes if p.name == name) if state else 0
+
+    with held(stack.var, "a", 60.0):
+        os.kill(first, signal.SIGKILL)
+        stack.wait_process("a", "backing-off")
+        for n in (1, 2):  # the second one waits twice as long as `a` would have
+            os.kill(stack.pid("b"), signal.SIGKILL)
+            until(lambda n=n: n_starts("b") == n and stack.pid("b"), "b started again")
+        assert (n_starts("a"), stack.pid("a")) == (0, None)
+    assert until(lambda: stack.pid("a"), "started again") != first
+
+
+def test_a_hold_whose_maker_died_runs_out(tmp_path: Path) -> None:
+    with held(tmp_path, "a", 0.05):
+        assert is_held(tmp_path, "a")
+        assert not is_held(tmp_path, "b")
+        until(lambda: not is_held(tmp_path, "a"), "the note has run out")
+    (tmp_path / "hold" / "a").write_text("99999999999")
+    assert not is_held(tmp_path, "a"), "nobody is kept down for years by a typing error"
 
 
 def test_gives_up_after_the_bound_and_keeps_the_rest(stack: Stack) -> None:
