@@ -82,7 +82,9 @@ class BookKeeper:
 
     def _rows(self) -> list[Row]:
         events = UsageEvent.objects.filter(
-            organization_id=self._tenant.organization_id, deployment_id=self._deployment_id
+            organization_id=self._tenant.organization_id,
+            deployment_id=self._deployment_id,
+            api_key_id=self._tenant.key_id,
         )
         rates = UsageBooks(connection).rates({event.price_version_id for event in events})
         rows = []

@@ -27,7 +27,7 @@ def over(
         for key in (
             *("n_streams", "n_finished", "n_failed", "n_failed_retryably", "n_equal"),
             *("n_tokens_lost", "n_tokens_duplicated"),
-            *("n_billed_once", "n_billed_twice", "n_not_billed", "n_interrupted"),
+            *("n_billed_once", "n_billed_twice", "n_not_billed", "n_interrupted", "n_401"),
         )
     }
     return {
@@ -52,6 +52,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "run_s": round(result.run_s, 2),
         "tokens_per_s_each": round(result.tokens_per_s, 1),
         "passed": result.verdict.passed,
+        "beside": asdict(result.probes) if result.probes else None,
         **{
             key: round(value, 3) if isinstance(value, float) else value
             for key, value in asdict(result.verdict).items()
@@ -89,6 +90,7 @@ def as_table(report: Mapping[str, Any]) -> str:
             f"{report['recovery_median_s']:.2f} s after the fault (median), {report['recovery_worst_s']:.2f} s worst; "
             f"{totals['n_interrupted']} of {n} streams paused, {silence_s:.2f} s at most",
         ),
+        *_beside(last["beside"]),
         *((name, str(value)) for name, value in last["notes"].items() if name != "n_streams_running"),
         ("ran", ", ".join(f"{name} {value}" for name, value in facts.get("running", {}).items())),
         ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
@@ -97,3 +99,16 @@ def as_table(report: Mapping[str, Any]) -> str:
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     lines += [f"  problem: {problem}" for problem in report["problems"]]
     return "\n".join(lines)
+
+
+def _beside(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The requests beside the streams, where there were any."""
+    if found is None:
+        return []
+    return [
+        (
+            "beside",
+            f"{found['n']} short requests, {found['n_refused']} told to try again, {found['n_401']} with a 401; "
+            f"served again {found['back_s']:.2f} s after the fault, slowest {found['slowest_s']:.2f} s",
+        )
+    ]

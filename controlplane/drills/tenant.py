@@ -36,12 +36,14 @@ GONE_WITHIN_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class DrillTenant:
-    """Ids and the key, whose text exists nowhere else."""
+    """Ids and the key, whose text exists nowhere else. `unseen_*` is another one, for when no gateway may know it."""
 
     organization_id: UUID
     project_id: UUID
     key_id: UUID
     api_key: str = field(repr=False)
+    unseen_id: UUID
+    unseen_key: str = field(repr=False)
     version: ModelVersion
 
 
@@ -55,15 +57,18 @@ def prepare(engine: str, model: str) -> DrillTenant:
     version = importing.register(
         organization_id=organization.id, source="toy" if engine == "toy" else model, var=ENV.var
     )
-    key, text = tenants.create_api_key(
-        organization_id=organization.id, project_id=project.id, name="drill", limits=LIMITS
+    (key, text), (unseen, unseen_text) = (
+        tenants.create_api_key(
+            organization_id=organization.id, project_id=project.id, name=name, limits=limits
+        )
+        for name, limits in (("drill", LIMITS), ("drill, never used", Limits()))
     )
-    return DrillTenant(organization.id, project.id, key.id, text, version)
+    return DrillTenant(organization.id, project.id, key.id, text, unseen.id, unseen_text, version)
 
 
-def profile(engine: str, n_streams: int) -> dict[str, object]:
+def profile(engine: str, n_slots: int) -> dict[str, object]:
     """An engine that runs all streams in one batch. The toy is paced like a small GPU; its faults can be called."""
-    slots = max(n_streams, 1)
+    slots = max(n_slots, 1)
     if engine == "toy":
         return {
             "engine": "toy",
@@ -76,9 +81,9 @@ def profile(engine: str, n_streams: int) -> dict[str, object]:
     return {"engine": "vllm", "dtype": "float32", "max_model_len": 2048, "max_num_seqs": slots}
 
 
-def deploy(tenant: DrillTenant, name: str, engine: str, n_streams: int) -> UUID:
+def deploy(tenant: DrillTenant, name: str, engine: str, n_slots: int) -> UUID:
     """A deployment of exactly one replica, no spare one."""
-    profile_ = profile(engine, n_streams)
+    profile_ = profile(engine, n_slots)
     profile_["max_model_len"] = min(int(str(profile_["max_model_len"])), tenant.version.max_model_len)
     return deployments.ensure_deployment(
         organization_id=tenant.organization_id,
@@ -115,5 +120,6 @@ def end_of(replica_id: str) -> str:
     return "" if row is None else f"{row.reason_code or row.phase}: {row.reason_message}"
 
 
-def forget_key(tenant: DrillTenant) -> None:
-    tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=tenant.key_id)
+def forget_keys(tenant: DrillTenant) -> None:
+    for key_id in (tenant.key_id, tenant.unseen_id):
+        tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=key_id)

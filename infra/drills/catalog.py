@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from infra.drills import machine
+from infra.drills import machine, servers
 from infra.drills.scene import Scene, Strike
 from infra.drills.verdict import Expected
 
 ONCE = Expected(attempts=(1, 1))
 MOVED = Expected(attempts=(2, 2))
+# A server was away: streams go on, or end with a word to try again.
+RETRY = Expected(attempts=(1, 2), may_fail=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Drill:
     n_tokens: of each stream, by engine; `--tokens` changes it. n_short_tokens: every fourth stream is so short
     instead (0: none). recovery_limit_s: median silence that passes, with the toy engine; 0: not judged.
     reconnects: clients come back with their idempotency key. limit_s: of the clients' patience, from the first byte.
+    probes: short requests at a steady pace beside the streams tell who is refused, and since when no more.
     """
 
     help: str
@@ -35,6 +38,7 @@ class Drill:
     n_short_tokens: int = 0
     recovery_limit_s: float = 0.0
     reconnects: bool = False
+    probes: bool = False
     limit_s: float = 120.0
 
 
@@ -65,5 +69,33 @@ DRILLS: dict[str, Drill] = {
         machine.kill_agent,
         ONCE,
         n_tokens=800,
+    ),
+    "kill-gateway": Drill(
+        "SIGKILL to one gateway: its requests run on, its clients come back to the other and get the rest",
+        servers.kill_gateway,
+        ONCE,
+        n_tokens=600,
+        reconnects=True,
+    ),
+    "kill-redis": Drill(
+        "SIGKILL to Redis, which comes back with its log: streams go on, or are told to try again",
+        servers.kill_redis,
+        RETRY,
+        n_tokens=600,
+        probes=True,
+    ),
+    "lose-redis": Drill(
+        "SIGKILL to Redis, and its log and users deleted: streams are told to try again, replicas are kept",
+        servers.lose_redis,
+        RETRY,
+        n_tokens=600,
+        probes=True,
+    ),
+    "kill-postgres": Drill(
+        "SIGKILL to Postgres, which stays away for 10 s: streams and known keys go on, bills are caught up with",
+        servers.kill_postgres,
+        ONCE,
+        n_tokens=900,
+        probes=True,
     ),
 }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.drills.verdict import Answer, Event
+from infra.drills.verdict import NO_RETRY, Answer, Event
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_HEAD_BYTES = 65_536
@@ -73,13 +73,14 @@ class StreamLog:
         return any(b"data: [DONE]" in chunk for _, chunk in self._chunks[-3:])
 
     def told_error(self) -> str:
-        """Code of an error event at the end, '' without one."""
+        """Code of an error event at the end, '' without one. It says so when it says no word of another try."""
         tail = b"".join(chunk for _, chunk in self._chunks[-3:])
         at = tail.rfind(b'data: {"error"')
         if at < 0:
             return ""
         try:
-            return str(json.loads(tail[at + 6 :].split(b"\n", 1)[0])["error"].get("code") or "error")
+            error = json.loads(tail[at + 6 :].split(b"\n", 1)[0])["error"]
+            return f"{error.get('code') or 'error'}{'' if 'retry_after_ms' in error else NO_RETRY}"
         except (ValueError, KeyError, AttributeError):
             return "error"
 
@@ -175,7 +176,10 @@ async def _exchange(target: Target, ask: Ask, log: StreamLog, key: str) -> bool:
             )
             body = _object(await reader.readexactly(min(length, _MAX_HEAD_BYTES)))
             code = (body.get("error") or {}).get("code") or "error"
-            log.errors.append(f"HTTP {status} {code}")
+            is_told = (
+                status not in (429, 503) or b"\r\nretry-after:" in head or b"x-should-retry: false" in head
+            )
+            log.errors.append(f"HTTP {status} {code}{'' if is_told else NO_RETRY}")
             return status in (409, 429, 502, 503, 504)
         while size := int(await reader.readuntil(b"\r\n"), 16):
             log.add((await reader.readexactly(size + 2))[:-2])

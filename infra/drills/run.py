@@ -15,6 +15,7 @@ from statistics import median
 
 from infra.drills.catalog import Drill
 from infra.drills.load import Ask, StreamLog, Target, run_streams
+from infra.drills.probe import Probes, ProbeVerdict, judge_probes
 from infra.drills.scene import DrillError, Scene, Strike
 from infra.drills.verdict import Answer, Books, Verdict, judge
 
@@ -34,6 +35,7 @@ class Result:
     reference_s: float
     run_s: float
     tokens_per_s: float  # one undisturbed stream, median
+    probes: ProbeVerdict | None = None  # of the drills that take a server away
 
 
 def asks_of(drill: Drill, *, n_streams: int, n_tokens: int) -> list[Ask]:
@@ -76,20 +78,24 @@ def run(
     started_s = time.monotonic()
     strike = Strike()
     logs = [StreamLog() for _ in asks]
-    asyncio.run(_disturbed(drill, scene, target, asks, logs, strike))
+    probes = asyncio.run(_disturbed(drill, scene, target, asks, logs, strike))
     run_s = time.monotonic() - started_s
     answers = [log.answer() for log in logs]
     scene.say(f"all streams ended after {run_s:.1f} s; waiting for their bills")
-    books = read_books(answers, True)
+    others = [probe.answer for probe in probes.answered] if probes else []
+    books = read_books([*answers, *others], True)
     expected = [
         drill.expected_short
         if drill.n_short_tokens and ask.n_tokens == drill.n_short_tokens
         else drill.expected
         for ask in asks
     ]
-    verdict = judge(answers, reference, expected, books, strike.at_s or time.monotonic())
+    struck_at_s = strike.at_s or time.monotonic()
+    verdict = judge(answers, reference, expected, books, struck_at_s, others)
     verdict.problems += strike.problems
-    return Result(verdict, strike, reference_s, run_s, rate)
+    beside = judge_probes(probes.answered, struck_at_s) if probes else None
+    verdict.problems += beside.problems if beside else []
+    return Result(verdict, strike, reference_s, run_s, rate, beside)
 
 
 async def _disturbed(
@@ -99,11 +105,14 @@ async def _disturbed(
     asks: Sequence[Ask],
     logs: Sequence[StreamLog],
     strike: Strike,
-) -> None:
+) -> Probes | None:
     """The run with the fault. The drill's thread may outlast the streams; both are bounded."""
     streams = asyncio.create_task(run_streams(target, asks, logs, limit_s=drill.limit_s))
+    probes = Probes(replace(target, reconnects=False)) if drill.probes else None
     try:
         await _until_in_the_middle(asks, logs)
+        if probes:
+            probes.start()
         n_over = sum(log.over for log in logs)
         try:
             async with asyncio.timeout(_STRIKE_WITHIN_S):
@@ -114,7 +123,12 @@ async def _disturbed(
         if n_over:
             strike.problems.append(f"{n_over} streams had ended before the fault: give more --tokens")
         await streams
+        if probes:
+            await probes.settle()
+        return probes
     finally:
+        if probes:
+            await probes.stop()
         streams.cancel()
         await asyncio.gather(streams, return_exceptions=True)
 

@@ -7,17 +7,22 @@ file names it, or its environment carries the mark of a machine of this data dir
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 import redis
 
+from infra.drills.load import Target
 from infra.local.process import ProcessIdentity, command_line, identity_of, is_alive
 from infra.local.stackstate import StackRecord, read_state
 from infra.providers.local import MARK, read_agent_pid
@@ -81,6 +86,8 @@ class Scene:
         self.say = say
         self.redis_url = redis_url
         self.redis = redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        # Of a key of the drill's that no gateway has seen; given by whoever makes the keys.
+        self.unseen: Target | None = None
 
     def close(self) -> None:
         self.redis.close()
@@ -103,6 +110,30 @@ class Scene:
                     raise DrillError(f"{name}: pid {identity.pid} is not what the stack started")
                 return identity
         raise DrillError(f"{name} does not run: `manage.py status`")
+
+    def is_ready(self, name: str) -> bool:
+        """Whether the supervisor calls it ready."""
+        return any(p.name == name and p.phase == "ready" for p in self.record().processes)
+
+    def ask_with_unseen_key(self) -> int:
+        """Status of one plain request under a key that no gateway has seen yet; 0 when nobody answers."""
+        if self.unseen is None:
+            raise DrillError("this drill needs a key that was never used")
+        body = {
+            "model": self.unseen.model,
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 1,
+        }
+        headers = {"authorization": f"Bearer {self.unseen.api_key}", "content-type": "application/json"}
+        return _status_of(
+            self.unseen.host, self.unseen.port, "POST", self.unseen.path, json.dumps(body), headers
+        )
+
+    def console_status(self) -> int:
+        """Status of a console page that needs the database (a visitor with a session of unknown worth)."""
+        url = urlsplit(str(self.record().facts.get("console_url")))
+        cookie = {"cookie": f"corral_session={secrets.token_hex(16)}"}
+        return _status_of(url.hostname or "127.0.0.1", url.port or 80, "GET", "/", None, cookie)
 
     def routed(self) -> list[ServingReplica]:
         """Replicas that serve the deployment, with live fronts."""
@@ -203,6 +234,19 @@ class Scene:
         except OSError:
             return False
         return f"{MARK}={machine}".encode() in marks
+
+
+def _status_of(
+    host: str, port: int, method: str, path: str, body: str | None, headers: dict[str, str]
+) -> int:
+    connection = http.client.HTTPConnection(host, port, timeout=10.0)
+    try:
+        connection.request(method, path, body, headers)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
 
 
 def _children(pid: int) -> list[int]:

@@ -120,6 +120,7 @@ class Verdict:
     n_billed_twice: int = 0
     n_not_billed: int = 0
     n_interrupted: int = 0
+    n_401: int = 0
     recovery_median_s: float = 0.0
     recovery_worst_s: float = 0.0
     silence_worst_s: float = 0.0
@@ -131,6 +132,19 @@ class Verdict:
 
 
 RETRYABLE = (409, 429, 502, 503, 504)
+NO_RETRY = " without a word when to try again"
+
+
+def is_retryable(answer: Answer) -> bool:
+    """Whether a failed answer told its client to try again: by status and Retry-After, or in the stream's last event.
+
+    A connection that just breaks tells nothing, nor does one that the client gave up.
+    """
+    bad = [status for status in answer.statuses if status != 200]
+    silent = [
+        e for e in answer.errors if e.startswith(("connection:", "client_limit")) or e.endswith(NO_RETRY)
+    ]
+    return bool(answer.errors or bad) and all(status in RETRYABLE for status in bad) and not silent
 
 
 def judge_stream(
@@ -141,10 +155,7 @@ def judge_stream(
     `moved`: the stream had to change its replica, so its longest silence is an interruption however short.
     """
     found = StreamVerdict(finished=answer.finished, equal=answer.text == reference.text)
-    if not answer.finished:
-        failed = bool(answer.errors) or any(status != 200 for status in answer.statuses)
-        bad = [status for status in answer.statuses if status != 200]
-        found.failed_retryably = failed and all(status in RETRYABLE for status in bad)
+    found.failed_retryably = not answer.finished and is_retryable(answer)
     if not found.equal:
         found.n_lost, found.n_duplicated = _difference(
             _UNIT.findall(reference.text), _UNIT.findall(answer.text)
@@ -178,8 +189,9 @@ def judge(
     expected: Sequence[Expected],
     books: Books,
     struck_at_s: float,
+    others: Sequence[Answer] = (),
 ) -> Verdict:
-    """The whole run. The three sequences are by stream."""
+    """The whole run. The three sequences are by stream; `others` ran beside them and are billed like them."""
     verdict = Verdict(n_streams=len(answers))
     say = verdict.problems.append
     streams = [
@@ -194,6 +206,7 @@ def judge(
         if not reference.finished:
             say(f"stream {n}: the undisturbed run did not finish: {_why(reference)}")
         if 401 in answer.statuses:
+            verdict.n_401 += 1
             say(f"stream {n}: its valid key was answered 401")
         if not stream.finished:
             verdict.n_failed += 1
@@ -216,7 +229,7 @@ def judge(
         verdict.recovery_median_s = median(interrupted)
         verdict.recovery_worst_s = max(interrupted)
         verdict.silence_worst_s = max(s.silence_s for s in streams)
-    _judge_books(verdict, answers, expected, books)
+    _judge_books(verdict, answers, expected, books, others)
     if len(verdict.problems) > MAX_PROBLEMS:
         n_more = len(verdict.problems) - MAX_PROBLEMS
         verdict.problems[MAX_PROBLEMS:] = [f"and {n_more} more"]
@@ -224,7 +237,11 @@ def judge(
 
 
 def _judge_books(
-    verdict: Verdict, answers: Sequence[Answer], expected: Sequence[Expected], books: Books
+    verdict: Verdict,
+    answers: Sequence[Answer],
+    expected: Sequence[Expected],
+    books: Books,
+    others: Sequence[Answer],
 ) -> None:
     """Each stream that ran billed once at its counts; nothing else billed; every counter back to zero."""
     say = verdict.problems.append
@@ -254,6 +271,11 @@ def _judge_books(
             low, high = want.attempts
             if answer.finished and not low <= row.attempts <= high:
                 say(f"stream {n}: took {row.attempts} attempts, expected {_range(low, high)}")
+    for answer in others:
+        n_rows = len(rows.get(answer.request, []))
+        if n_rows > 1 or (answer.finished and n_rows == 0):
+            say(f"a request beside the streams was billed {n_rows} times")
+    ours |= {answer.request for answer in others}
     strangers = sum(len(found) for request, found in rows.items() if request not in ours)
     if strangers:
         say(f"{strangers} requests billed to the tenant that nobody sent")

@@ -7,6 +7,7 @@ status 0: every promise was kept, 1: one was not, 2: the drill could not be carr
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +25,8 @@ from infra.drills.load import Target
 from infra.drills.run import Result, asks_of, run
 from infra.drills.scene import DrillError, Scene
 
+# Free beside the streams, so that a short request that waits does so because something is away.
+PROBE_SLOTS = 16
 MODELS = {"demo": f"package:{DEMO_PACKAGE}", "tiny": "tiny"}
 
 
@@ -93,14 +96,15 @@ class Command(BaseCommand):
                 results.append(result)
                 self._step(_line(result))
         finally:
-            tenants.forget_key(tenant)
+            tenants.forget_keys(tenant)
         return results
 
     def _once(
         self, drill: Drill, tenant: tenants.DrillTenant, name: str, engine: str, n_streams: int, n_tokens: int
     ) -> Result:
         env = settings.ENV
-        deployment_id = tenants.deploy(tenant, name, engine, n_streams)
+        n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0)
+        deployment_id = tenants.deploy(tenant, name, engine, n_slots)
         scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, tenants.end_of)
         try:
             tenants.wait_until_it_serves(scene)
@@ -119,6 +123,7 @@ class Command(BaseCommand):
                 model=name,
                 reconnects=drill.reconnects,
             )
+            scene.unseen = replace(target, api_key=tenant.unseen_key, reconnects=False)
             books = BookKeeper(tenant, deployment_id, scene)
             asks = asks_of(drill, n_streams=n_streams, n_tokens=n_tokens)
             return run(drill, scene, target, asks, books.read)

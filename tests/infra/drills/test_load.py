@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from infra.drills.load import Ask, StreamLog, Target, run_streams
+from infra.drills.verdict import is_retryable
 
 ID = "0" * 32
 Handler = Callable[[bytes, asyncio.StreamWriter], None]
@@ -103,7 +104,7 @@ async def test_a_client_that_reconnects_names_what_it_saw_last() -> None:
 
 
 async def test_an_error_event_and_a_refusal_are_told_apart_from_an_end() -> None:
-    error = b'data: {"error": {"code": "cell_unavailable", "message": "m"}}\n\n'
+    error = b'data: {"error": {"code": "cell_unavailable", "message": "m", "retry_after_ms": 5}}\n\n'
 
     def broken(head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD + chunk(token(1, " bada") + error) + b"0\r\n\r\n")
@@ -119,6 +120,25 @@ async def test_an_error_event_and_a_refusal_are_told_apart_from_an_end() -> None
     async with serving(refused) as port:
         found = (await asked(port)).answer()
     assert (found.statuses, found.errors) == ((401,), ("HTTP 401 invalid_api_key",))
+
+
+@pytest.mark.parametrize(("headers", "says"), [(b"Retry-After: 2\r\n", True), (b"", False)])
+async def test_a_503_that_does_not_say_when_to_try_again_is_told_apart(headers: bytes, says: bool) -> None:
+    def refuse(head: bytes, writer: asyncio.StreamWriter) -> None:
+        body = b'{"error": {"code": "queue_full"}}'
+        writer.write(b"HTTP/1.1 503 No\r\n%bcontent-length: %d\r\n\r\n%b" % (headers, len(body), body))
+
+    async with serving(refuse) as port:
+        assert is_retryable((await asked(port)).answer()) is says
+
+
+async def test_an_error_event_that_does_not_say_when_to_try_again_is_told_apart() -> None:
+    def broken(head: bytes, writer: asyncio.StreamWriter) -> None:
+        error = b'data: {"error": {"code": "request_lost"}}\n\n'
+        writer.write(HEAD + chunk(token(1, " bada") + error) + b"0\r\n\r\n")
+
+    async with serving(broken) as port:
+        assert not is_retryable((await asked(port)).answer())
 
 
 async def test_only_this_machine_is_ever_loaded() -> None:

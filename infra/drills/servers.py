@@ -1,0 +1,92 @@
+"""Drills on the trusted side: a gateway, Redis with and without its log, Postgres.
+
+Each hurts a process of the local stack's supervisor, which starts it again; nothing else is done by hand. What must be
+true beside the streams (who was kept, who was told what) is noted and required here.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Final
+
+from infra.drills.scene import DrillError, Scene, Strike
+from infra.local.hold import held
+from infra.local.process import ProcessIdentity, is_alive
+from infra.local.redis import EmbeddedRedis
+
+POSTGRES_AWAY_S: Final = 10.0
+_BACK_WITHIN_S: Final = 60.0
+_ASK_EVERY_S: Final = 0.5
+
+
+def kill_gateway(scene: Scene, strike: Strike) -> None:
+    """One of the gateways dies with its half of the connections; clients come back to whoever listens."""
+    before = scene.process("gateway-1")
+    scene.signal(before, signal.SIGKILL)
+    strike.done(f"SIGKILL to gateway-1, pid {before.pid}")
+    _until_back(scene, strike, "gateway-1", before)
+
+
+def kill_redis(scene: Scene, strike: Strike) -> None:
+    """Redis dies and comes back with its append-only log."""
+    before = scene.process("redis")
+    scene.signal(before, signal.SIGKILL)
+    strike.done(f"SIGKILL to Redis, pid {before.pid}")
+    _until_back(scene, strike, "redis", before)
+
+
+def lose_redis(scene: Scene, strike: Strike) -> None:
+    """Redis dies and comes back empty: no log, no machine users, no scripts."""
+    replica = scene.serving()
+    before = scene.process("redis")
+    with held(scene.var, "redis", _BACK_WITHIN_S):
+        scene.signal(before, signal.SIGKILL)
+        scene.wait(lambda: not is_alive(before), "Redis is dead", 5.0)
+        EmbeddedRedis(scene.var / "redis", port=before.pid).forget()  # its port does not matter here
+        strike.done(f"SIGKILL to Redis, pid {before.pid}, and its log and users deleted")
+    _until_back(scene, strike, "redis", before)
+    scene.wait(lambda: scene.routed(), "a replica is routed to again", _BACK_WITHIN_S)
+    strike.notes["routed again"] = f"{_since(strike):.2f} s after the fault"
+    strike.require(
+        scene.serving().front == replica.front, "the replica should have been kept, and was replaced"
+    )
+
+
+def kill_postgres(scene: Scene, strike: Strike) -> None:
+    """Postgres dies and stays away: known keys are served, unknown ones get a 503, the console says why."""
+    before = scene.process("postgres")
+    with held(scene.var, "postgres", POSTGRES_AWAY_S + _BACK_WITHIN_S):
+        scene.signal(before, signal.SIGKILL)
+        strike.done(f"SIGKILL to Postgres, pid {before.pid}, and {POSTGRES_AWAY_S:g} s without it")
+        answers, pages = [], []
+        while _since(strike) < POSTGRES_AWAY_S:
+            answers.append(scene.ask_with_unseen_key())
+            pages.append(scene.console_status())
+            time.sleep(_ASK_EVERY_S)
+    _until_back(scene, strike, "postgres", before)
+    strike.notes["a key never seen"] = f"{answers.count(503)} of {len(answers)} requests got a 503 meanwhile"
+    strike.require(set(answers) == {503}, f"a key never seen should get 503, and got {sorted(set(answers))}")
+    strike.notes["console"] = f"answered {', '.join(map(str, sorted(set(pages))))} meanwhile"
+    strike.require(set(pages) == {503}, f"the console should say 503, and said {sorted(set(pages))}")
+    scene.wait(lambda: scene.ask_with_unseen_key() == 200, "the unseen key is served", _BACK_WITHIN_S)
+    strike.notes["unseen key served"] = f"{_since(strike):.2f} s after the fault"
+    scene.wait(lambda: scene.console_status() < 400, "the console is back", _BACK_WITHIN_S)
+    strike.notes["console back"] = f"{_since(strike):.2f} s after the fault"
+
+
+def _until_back(scene: Scene, strike: Strike, name: str, before: ProcessIdentity) -> None:
+    """Until the supervisor calls it ready again."""
+
+    def back() -> bool:
+        try:
+            return scene.process(name) != before and scene.is_ready(name)
+        except DrillError:
+            return False
+
+    scene.wait(back, f"{name} runs again", _BACK_WITHIN_S)
+    strike.notes[f"{name} back"] = f"{_since(strike):.2f} s after the fault"
+
+
+def _since(strike: Strike) -> float:
+    return time.monotonic() - (strike.at_s or time.monotonic())
