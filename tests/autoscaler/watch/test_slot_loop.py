@@ -18,7 +18,7 @@ async def measured(
     redis_url: str, profile: EngineProfile, slots: int, itl_ms: int, seconds: float = 60.0, **load: int
 ) -> tuple[Seen, Loop]:
     """A minute of full load; figures of its second half."""
-    loop = Loop(redis_url, profile, itl_ms, slots, **{"n_clients": 96, **load})
+    loop = Loop(redis_url, profile, itl_ms, slots, **{"n_clients": 72, **load})
     try:
         await loop.run(seconds)
         return loop.seen(seconds / 2), loop
