@@ -82,6 +82,13 @@ class CellKeys:
     def body(self, request_id: str) -> str:
         return f"{self.prefix}body:{request_id}"
 
+    def journal(self, request_id: str) -> str:
+        """The journal while no replica holds the request."""
+        return f"{self.prefix}jrn:{request_id}"
+
+    def idempotency(self, project_id: str, digest: str) -> str:
+        return f"{self.prefix}idem:{project_id}:{digest}"
+
     def queue(self, deployment_id: str) -> str:
         """Its length is the number of requests that wait."""
         return f"{self.prefix}dep:{deployment_id}:q"

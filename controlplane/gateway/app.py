@@ -7,6 +7,7 @@ lookup for the route, one pass over the headers.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -17,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from controlplane.gateway.auth import Deployment, KeyCache
 from controlplane.gateway.config import GatewayConfig
-from controlplane.gateway.errors import ApiError, ClientGone, Headers, unavailable
+from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request, unavailable
 from controlplane.gateway.generate import Generator, Outcome, find_deployment
 from controlplane.gateway.http import (
     JSON,
@@ -29,17 +30,22 @@ from controlplane.gateway.http import (
     respond,
     respond_and_drain,
 )
+from controlplane.gateway.identity import asked, parse_request_id
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
+from controlplane.gateway.stream import Resumed
 from workers.contract import Endpoint
 
 log = logging.getLogger(__name__)
 
 _GENERATE: Final = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": Endpoint.COMPLETIONS}
 _MODEL_PREFIX: Final = "/v1/models/"
+_EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
 _CORS_REQUEST_HEADERS: Final = b"authorization, content-type, x-api-key, last-event-id, idempotency-key"
-_CORS_EXPOSED: Final = b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope"
+_CORS_EXPOSED: Final = (
+    b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope, x-corral-resumed"
+)
 _CORS_MAX_AGE_S: Final = b"600"
 _encode = msgspec.json.Encoder().encode
 
@@ -94,18 +100,22 @@ class GatewayApp:
             await self._generate(endpoint, request_id, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
             await self._preflight(send, own)
+        elif method == "GET" and (events := _EVENTS.match(path)) is not None:
+            await self._generate(None, request_id, headers, receive, send, own, events[1])
         else:
             await self._show(path, method, headers, send, own)
 
     async def _generate(
         self,
-        endpoint: Endpoint,
+        endpoint: Endpoint | None,
         request_id: str,
         headers: RequestHeaders,
         receive: Receive,
         send: Send,
         own: Headers,
+        followed: str = "",
     ) -> None:
+        """Answer a call of an endpoint, or, without one, go on with the request named by `followed`."""
         started_at = time.monotonic()
         outcome = Outcome()
         self.n_in_flight += 1
@@ -115,8 +125,19 @@ class GatewayApp:
                     "gateway_overloaded", "too many requests are under way here: try again shortly"
                 )
             outcome.key = await self._keys.authenticate(headers.authorization, headers.api_key)
+            called_before = None
+            if headers.last_event_id is not None or headers.idempotency_key is not None:
+                called_before = asked(headers.last_event_id, headers.idempotency_key)
+            if endpoint is None:
+                request = parse_request_id(followed)
+                if request is None:
+                    raise bad_request("the path must name a request: /v1/requests/req_.../events", "request")
+                await self._generator.follow(outcome.key, request, called_before, receive, send, own, outcome)
+                return
             body = await read_body(headers, receive, self._config.max_body_bytes)
-            await self._generator.serve(endpoint, outcome.key, request_id, body, receive, send, own, outcome)
+            await self._generator.serve(
+                endpoint, outcome.key, request_id, body, receive, send, own, outcome, called_before
+            )
         except ApiError as error:
             outcome.status, outcome.code = error.status, error.code
             if error.status == 413:
@@ -171,6 +192,8 @@ class GatewayApp:
         """Methods of a path; empty where there is none."""
         if path in _GENERATE:
             return ("POST",)
+        if _EVENTS.match(path):
+            return ("GET",)
         if path in self._views or (path.startswith(_MODEL_PREFIX) and len(path) > len(_MODEL_PREFIX)):
             return ("GET", "HEAD")
         return ()
@@ -214,22 +237,27 @@ class GatewayApp:
             send, error.status, error.body(), (JSON, *own, *error.response_headers()), head_only=head_only
         )
 
-    def _record(self, endpoint: Endpoint, request_id: str, outcome: Outcome, duration_s: float) -> None:
+    def _record(
+        self, endpoint: Endpoint | None, request_id: str, outcome: Outcome, duration_s: float
+    ) -> None:
         metrics = self._metrics
-        metrics.requests[(endpoint.value, outcome.status, outcome.code)] += 1
+        name = "events" if endpoint is None else endpoint.value
+        metrics.requests[(name, outcome.status, outcome.code)] += 1
         metrics.duration_s.add(duration_s)
         stream, key = outcome.stream, outcome.key
         end = stream.end if stream is not None else None
         ttft_s = None
-        if stream is not None and stream.first_at is not None:
+        origin = stream.origin if stream is not None else None
+        if stream is not None and stream.first_at is not None and origin is None:
             ttft_s = stream.first_at - stream.admitted_at
             metrics.ttft_s.add(ttft_s)
             if stream.have > 1:
                 metrics.itl_s.add((stream.last_at - stream.first_at) / (stream.have - 1))
-        if end is not None:
-            metrics.n_prompt += end.n_prompt
-            metrics.n_cached += end.n_cached
-            metrics.n_completion += end.n_completion
+        if end is not None and (origin is None or origin.how is not Resumed.REPLAYED):
+            n_charged, n_carried = (0, 0) if origin is None else (origin.n_carried_prompt, origin.n_carried)
+            metrics.n_prompt += max(0, end.n_prompt - n_charged)
+            metrics.n_cached += 0 if n_charged else end.n_cached
+            metrics.n_completion += max(0, end.n_completion - n_carried)
         if not self._log.wants(outcome.status):
             return
         line = RequestLine(
@@ -238,7 +266,7 @@ class GatewayApp:
             level="error" if outcome.status >= 500 else "info",
             gateway=self._config.name,
             request="req_" + request_id,
-            endpoint=endpoint.value,
+            endpoint=name,
             status=outcome.status,
             code=outcome.code,
             duration_ms=int(duration_s * 1000),
@@ -250,6 +278,7 @@ class GatewayApp:
             line.deployment, line.model = "dep_" + stream.deployment.id, stream.deployment.name
             line.replica = "rep_" + stream.replica if stream.replica else ""
             line.stream = stream.streaming
+            line.resumes = "" if origin is None else "req_" + origin.request
             line.ttft_ms = None if ttft_s is None else int(ttft_s * 1000)
         if end is not None:
             line.finish, line.attempts = end.reason.value, end.attempts

@@ -14,14 +14,15 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, unavailable
+from controlplane.gateway.identity import Digests
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
-from controlplane.gateway.stream import Stream
+from controlplane.gateway.stream import Origin, Stream
 from controlplane.policy import admission, estimate, prefix
 from controlplane.policy.fairness import FLEX_BAND
 from controlplane.policy.ordering import order_key, predicted_ms
 from workers import contract, scripts
-from workers.contract import RequestEnvelope
+from workers.contract import Endpoint, RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
@@ -50,6 +51,7 @@ class Dispatcher:
         queue_age_s: float,
         request_timeout_s: float,
         stream_buffer: int,
+        digests: Digests,
     ) -> None:
         self._redis = redis
         self._keys = keys
@@ -63,20 +65,27 @@ class Dispatcher:
         self._buffer = stream_buffer
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
         self._body_ms = int(request_timeout_s * 1000) + RETENTION_MS
+        self._digests = digests
         self._n_streams = 0
 
     def open(
-        self, request_id: str, key: KeyContext, deployment: Deployment, request: GenerationRequest
+        self,
+        request_id: str,
+        key: KeyContext,
+        deployment: Deployment,
+        request: GenerationRequest,
+        origin: Origin | None = None,
     ) -> Stream:
         """A stream for the request, known to the inbox before anything is sent, because frames may be
-        quick."""
+        quick. With `origin` it continues that one, and only the rest is held."""
         raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
         calibration = self._ends.calibration(key.organization, deployment.id)
         n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
         hold = admission.hold(n_prompt, request.max_tokens, deployment.context_tokens, deployment.rates)
-        self._n_streams += 1
+        if origin is not None:
+            hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
         stream = Stream(
-            self._n_streams,
+            self.next_number(),
             request_id,
             request.endpoint,
             key,
@@ -89,13 +98,55 @@ class Dispatcher:
             now_ms=time.time_ns() // 1_000_000,
             timeout_s=self._timeout_s,
             buffer=self._buffer,
+            origin=origin,
         )
         self._ends.inbox.streams[stream.number] = stream
+        return stream
+
+    def next_number(self) -> int:
+        """A number that no other stream of this process has."""
+        self._n_streams += 1
+        return self._n_streams
+
+    def reopen(
+        self,
+        number: int,
+        request_id: str,
+        key: KeyContext,
+        deployment: Deployment,
+        origin: Origin,
+        *,
+        endpoint: Endpoint,
+        streaming: bool,
+        admitted_ms: int,
+        timeout_s: float,
+    ) -> Stream:
+        """A stream for a request that was admitted before, known to the inbox."""
+        stream = Stream(
+            number,
+            request_id,
+            endpoint,
+            key,
+            deployment,
+            admission.hold(1, None, deployment.context_tokens, deployment.rates),
+            streaming=streaming,
+            raw_estimate=0,
+            expected=0,
+            now=time.monotonic(),
+            now_ms=admitted_ms,
+            timeout_s=timeout_s,
+            buffer=self._buffer,
+            origin=origin,
+        )
+        stream.admitted = True
+        self._ends.inbox.streams[number] = stream
         return stream
 
     async def admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> None:
         """Take the holds and bind or queue the request; ApiError says what refused it. Call once per
         stream."""
+        if not stream.note:
+            stream.note = self._digests.note(request, body, keyed=stream.keep)
         verdict = await self._try_admit(stream, request, body)
         if verdict[0] == b"seed":
             await self._seed(stream.key)
@@ -131,7 +182,7 @@ class Dispatcher:
                 self._ends.inbox.catch_up(stream)
 
     async def _try_admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> list[Any]:
-        key, deployment, hold = stream.key, stream.deployment, stream.hold
+        key, deployment, hold, origin = stream.key, stream.deployment, stream.hold, stream.origin
         band = FLEX_BAND if request.is_flex else deployment.band
         envelope = RequestEnvelope(
             id=stream.request,
@@ -142,7 +193,7 @@ class Dispatcher:
             model=deployment.name,
             endpoint=stream.endpoint,
             payload=body,
-            sampling=request.sampling(hold.n_output),
+            sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
@@ -151,6 +202,9 @@ class Dispatcher:
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
         )
+        if origin is not None:
+            envelope.continues = origin.request
+            envelope.n_carried, envelope.n_carried_prompt = origin.n_carried, origin.n_carried_prompt
         redis = self._redis
         now_ms = time.time_ns() // 1_000_000
         try:
@@ -179,8 +233,8 @@ class Dispatcher:
                     self._queue_bound,
                     RETENTION_MS,
                     hold.output_rate_nano,
-                    "",
-                    0,
+                    stream.note,
+                    0 if origin is None else origin.n_carried,
                     *key.scope_args,
                     band,
                     stream.expected,

@@ -34,12 +34,13 @@ _TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake set
 class Ends:
     """The streams of one gateway process until they are over, in `inbox`. Belongs to one event loop."""
 
-    def __init__(self, redis: Client, keys: CellKeys, routes: RouteTable) -> None:
+    def __init__(self, redis: Client, keys: CellKeys, routes: RouteTable, gateway: str) -> None:
         self.inbox = Inbox(redis, keys, self.on_end)
         self.n_settled = self.n_cancelled = 0
         self._redis = redis
         self._keys = keys
         self._routes = routes
+        self._gateway = gateway
         self._calibrations: OrderedDict[tuple[str, str], estimate.Calibration] = OrderedDict()
         # Cancels that Redis was not there for, oldest dropped first.
         self._orphans: deque[Stream] = deque(maxlen=_MAX_ORPHANS)
@@ -61,23 +62,36 @@ class Ends:
         # A machine says these numbers; the holds bound what they can do here. Intake vets the bill itself.
         n_prompt = min(max(end.n_prompt, 0), stream.deployment.context_tokens)
         n_cached = min(max(end.n_cached, 0), n_prompt)
-        n_completion = min(max(end.n_completion, 0), stream.hold.n_output)
+        origin = stream.origin
+        n_carried, n_charged = (0, 0) if origin is None else (origin.n_carried, origin.n_carried_prompt)
+        n_completion = min(max(end.n_completion, 0), n_carried + stream.hold.n_output)
         if (n_prompt, n_cached, n_completion) != (end.n_prompt, end.n_cached, end.n_completion):
             stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
-        if end.error is None or n_completion:
+        if origin is None and (end.error is None or n_completion):
             self._observe(stream, n_prompt, n_completion)
-        self._settle(stream, n_prompt, n_cached, n_completion)
+        n_prompt = max(0, n_prompt - n_charged)
+        self._settle(stream, n_prompt, min(n_cached, n_prompt), max(0, n_completion - n_carried))
         if stream.abandoned:
             self.inbox.streams.pop(stream.number, None)
 
     def close(self, stream: Stream) -> None:
-        """The handler is done with it. What has not ended is cancelled and kept until it has."""
+        """The handler is done with it. What has not ended is cancelled and kept until it has; what may be collected
+        later runs on, as long as its deadline allows."""
         if stream.end is not None or not stream.admitted:
             self.inbox.streams.pop(stream.number, None)
             return
         stream.abandoned = True
-        stream.deadline = time.monotonic() + _TOMBSTONE_S
         stream.pieces.clear()
+        if stream.keep:
+            stream.failure = None
+            self.inbox.catch_up(stream)  # whatever state it was in, its end must be heard
+        else:
+            self.give_up(stream)
+
+    def give_up(self, stream: Stream) -> None:
+        """Cancel what nobody waits for (any more)."""
+        stream.keep = False
+        stream.deadline = time.monotonic() + _TOMBSTONE_S
         self._start_cancel(stream)
 
     def retry_orphans(self) -> None:
@@ -94,9 +108,9 @@ class Ends:
             return
         grown: list[str | int] = []
         for stream in self.inbox.streams.values():
-            if stream.end is None and stream.have >= stream.counted + _CHARGE_STEP:
-                stream.counted = stream.have
-                grown += (stream.request, stream.have)
+            if stream.end is None and stream.n_new >= stream.counted + _CHARGE_STEP:
+                stream.counted = stream.n_new
+                grown += (stream.request, stream.n_new)
                 if len(grown) == 2 * _CHARGES_A_PASS:
                     break
         for i in range(0, len(grown), 2 * _CHARGES_PER_CALL):
@@ -133,7 +147,7 @@ class Ends:
     async def _cancel(self, stream: Stream) -> bytes:
         now_ms = time.time_ns() // 1_000_000
         outcome: bytes = await self._redis.evalsha(
-            scripts.CANCEL, (), (self._keys.prefix, now_ms, stream.request)
+            scripts.CANCEL, (), (self._keys.prefix, now_ms, stream.request, self._gateway, stream.number)
         )
         self.n_cancelled += 1
         if outcome == b"queued":

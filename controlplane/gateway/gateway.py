@@ -21,8 +21,10 @@ from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import from_wire, unavailable
 from controlplane.gateway.feed import ChangeFeed
 from controlplane.gateway.generate import Generator
+from controlplane.gateway.identity import Digests
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLog
+from controlplane.gateway.resume import Resumer
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stages import StageBoard
 from controlplane.gateway.watch import Watch
@@ -71,8 +73,9 @@ class Gateway:
         )
         self.feed = ChangeFeed(self.directory, self.key_cache, poll_s=config.change_poll_s)
         self.routes = RouteTable(self.redis, keys)
-        self.ends = Ends(self.redis, keys, self.routes)
+        self.ends = Ends(self.redis, keys, self.routes, self.id)
         self.inbox = self.ends.inbox
+        self.digests = Digests(config.key_pepper)
         self.dispatcher = Dispatcher(
             self.redis,
             keys,
@@ -84,6 +87,16 @@ class Gateway:
             queue_age_s=config.queue_age_s,
             request_timeout_s=config.request_timeout_s,
             stream_buffer=config.stream_buffer,
+            digests=self.digests,
+        )
+        self.resumer = Resumer(
+            self.redis,
+            keys,
+            self.id,
+            self.dispatcher,
+            self.ends,
+            self.digests,
+            timeout_s=config.request_timeout_s,
         )
         self.board = StageBoard(self.redis, keys, self.ends, comment_after_s=config.comment_after_s)
         self.watch = Watch(
@@ -95,7 +108,7 @@ class Gateway:
         )
         self.metrics = GatewayMetrics(config.name)
         self.request_log = request_log or RequestLog(config.log_sample)
-        generator = Generator(self.dispatcher, self.ends, self.board)
+        generator = Generator(self.dispatcher, self.resumer, self.ends, self.board)
         self.app = GatewayApp(
             config, self.key_cache, generator, self.metrics, self.request_log, self.not_ready
         )
@@ -137,9 +150,12 @@ class Gateway:
         await self.request_log.close()
 
     def end_streams(self) -> None:
-        """The grace is over: what still runs is told to try elsewhere, and cancelled."""
+        """The grace is over: what still runs is told to go on elsewhere. A plain request that nobody could collect is
+        cancelled."""
         for stream in list(self.inbox.streams.values()):
-            stream.fail(unavailable("gateway_stopping", "the gateway restarts: send the request again"))
+            stream.keep = stream.keep or stream.streaming
+            how = "with the Last-Event-ID of the last event" if stream.streaming else "again"
+            stream.fail(unavailable("gateway_stopping", f"the gateway restarts: send the request {how}"))
 
     def not_ready(self) -> list[str]:
         """What keeps this process from serving. Postgres is not among it: known keys go on without."""
@@ -176,13 +192,14 @@ class Gateway:
             log.warning("undecodable notice")
             return
         for stream in self.inbox.streams.values():  # rare enough for a search
-            if stream.request == notice.request:
+            if stream.request == notice.request and notice.stream in (0, stream.number):
+                stream.keep = False
                 stream.fail(from_wire(notice.error))
                 return
 
     def _publish_internals(self) -> None:
         """Figures of the parts, read when /metrics is asked."""
-        inbox, cache, ends, watch = self.inbox, self.key_cache, self.ends, self.watch
+        inbox, cache, ends, watch, resumer = self.inbox, self.key_cache, self.ends, self.watch, self.resumer
         pg = self._pg
         name = "corral_gateway_"
         self.metrics.gauges |= {
@@ -204,6 +221,8 @@ class Gateway:
             f"{name}catch_ups": ("Journals consulted.", lambda: inbox.n_catch_ups),
             f"{name}stalls": ("Streams looked at because they were silent.", lambda: watch.n_stalls),
             f"{name}timeouts": ("Requests past their deadline.", lambda: watch.n_timeouts),
+            f"{name}resumed": ("Clients that came back for a request.", lambda: resumer.n_resumed),
+            f"{name}continued": ("Cancelled requests continued.", lambda: resumer.n_continued),
             f"{name}settled": ("Requests settled here.", lambda: ends.n_settled),
             f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),

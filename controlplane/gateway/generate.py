@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/completions: from bytes to an answer, whole or streamed.
+"""POST /v1/chat/completions and /v1/completions, and the way back to them: from bytes to an answer, whole or streamed.
 
 Called by the app with an authenticated key. Headers wait for the replica's first word, so that its refusal
 still gets a proper status; only a client that waits for a replica gets its headers early, with comments that
@@ -18,9 +18,11 @@ from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
 from controlplane.gateway.http import JSON, Receive, Send, respond
+from controlplane.gateway.identity import Asked
+from controlplane.gateway.resume import Resumer
 from controlplane.gateway.sse import ChunkWriter, answer
 from controlplane.gateway.stages import StageBoard, comment_of
-from controlplane.gateway.stream import Stream
+from controlplane.gateway.stream import Origin, Stream
 from workers.contract import End, Endpoint, FinishReason
 
 _SSE_HEADERS: Headers = (
@@ -46,8 +48,9 @@ class Outcome:
 class Generator:
     """Serves generation requests with the parts of one process."""
 
-    def __init__(self, dispatcher: Dispatcher, ends: Ends, board: StageBoard) -> None:
+    def __init__(self, dispatcher: Dispatcher, resumer: Resumer, ends: Ends, board: StageBoard) -> None:
         self._dispatcher = dispatcher
+        self._resumer = resumer
         self._ends = ends
         self._board = board
 
@@ -61,24 +64,62 @@ class Generator:
         send: Send,
         headers: Headers,
         outcome: Outcome,
+        asked: Asked | None = None,
     ) -> None:
-        """Answer one request.
+        """Answer one request. `asked`: its headers name an earlier one, or a key for those to come.
 
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
         request = schemas.parse(endpoint, body)
         deployment = find_deployment(key, request.model)
-        stream = outcome.stream = self._dispatcher.open(request_id, key, deployment, request)
+        if asked is None:
+            stream = self._dispatcher.open(request_id, key, deployment, request)
+        else:
+            stream = await self._resumer.open(asked, request_id, key, deployment, request, body)
+        await self._run(stream, request, body, request.include_usage, receive, send, headers, outcome)
+
+    async def follow(
+        self,
+        key: KeyContext,
+        request: str,
+        asked: Asked | None,
+        receive: Receive,
+        send: Send,
+        headers: Headers,
+        outcome: Outcome,
+    ) -> None:
+        """Answer GET /v1/requests/<id>/events; `request` is bare hex. Raises as `serve` does."""
+        stream, include_usage = await self._resumer.follow(request, asked.event if asked else None, key)
+        await self._run(stream, None, b"", include_usage, receive, send, headers, outcome)
+
+    async def _run(
+        self,
+        stream: Stream,
+        request: schemas.GenerationRequest | None,
+        body: bytes,
+        include_usage: bool,
+        receive: Receive,
+        send: Send,
+        headers: Headers,
+        outcome: Outcome,
+    ) -> None:
+        """From an open stream to its close; `request` is None where it was admitted before."""
+        outcome.stream = stream
+        if stream.origin is not None:
+            headers = _resumed_headers(headers, stream.origin)
         watch: asyncio.TimerHandle | None = None
         try:
-            await self._dispatcher.admit(stream, request, body)
+            if not stream.admitted:
+                assert request is not None
+                admission = self._resumer if stream.idempotency else self._dispatcher
+                await admission.admit(stream, request, body)
             loop = asyncio.get_running_loop()
             watch = loop.call_later(_WATCH_AFTER_S, _watch, receive, stream)
             if stream.queued:
                 self._board.wait(stream)
             if stream.streaming:
-                await self._stream(stream, request.include_usage, send, headers, outcome, loop)
+                await self._stream(stream, include_usage, send, headers, outcome, loop)
             else:
                 await self._answer(stream, send, headers, outcome, loop)
         finally:
@@ -134,6 +175,16 @@ class Generator:
             outcome.code = error.code
             out += writer.error(error)
         await send({"type": "http.response.body", "body": out})
+
+
+def _resumed_headers(headers: Headers, origin: Origin) -> Headers:
+    """The request id is that of the first call, and how it goes on is told."""
+    others = (header for header in headers if header[0] != b"x-request-id")
+    return (
+        (b"x-request-id", b"req_" + origin.request.encode()),
+        (b"x-corral-resumed", origin.how.value.encode()),
+        *others,
+    )
 
 
 def find_deployment(key: KeyContext, model: str) -> Deployment:

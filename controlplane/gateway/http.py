@@ -25,7 +25,9 @@ JSON = (b"content-type", b"application/json")
 class RequestHeaders:
     """The few headers the gateway reads, in one pass. Values are raw bytes; None = absent."""
 
-    __slots__ = ("api_key", "authorization", "content_encoding", "content_length", "origin")
+    __slots__ = (
+        "api_key", "authorization", "content_encoding", "content_length", "idempotency_key", "last_event_id", "origin",
+    )  # fmt: skip
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.authorization: bytes | None = None
@@ -33,6 +35,8 @@ class RequestHeaders:
         self.origin: bytes | None = None
         self.content_length: bytes | None = None
         self.content_encoding: bytes | None = None
+        self.last_event_id: bytes | None = None
+        self.idempotency_key: bytes | None = None
         for name, value in headers:
             if name == b"authorization":
                 self.authorization = value
@@ -44,6 +48,10 @@ class RequestHeaders:
                 self.api_key = value
             elif name == b"content-encoding":
                 self.content_encoding = value
+            elif name == b"last-event-id":
+                self.last_event_id = value
+            elif name == b"idempotency-key":
+                self.idempotency_key = value
 
 
 async def read_body(headers: RequestHeaders, receive: Receive, limit: int) -> bytes:

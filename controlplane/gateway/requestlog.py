@@ -39,6 +39,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
     replica: str = ""
     model: str = ""
     stream: bool = False
+    resumes: str = ""  # the request whose client came back with this call
     finish: str = ""
     n_prompt: int = 0
     n_cached: int = 0

@@ -2,7 +2,8 @@
 answer.
 
 Called by the generation handler. Rendering one token is a number, a JSON string and a join. Each event
-carries `id: <request>.<tokens so far>`, from which a client may resume. Rules that clients impose: after the
+carries `id: <request>.<tokens so far>`, from which a client may resume; what comes without a token after them has one
+more number (identity.py). Rules that clients impose: after the
 first `id:` a comment is a single line without a blank one (the openai SDK parses what a blank line ends), and
 finish reasons are OpenAI's (`budget` is told as `length`, with `"corral": {"finish": "budget"}` beside it).
 """
@@ -14,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from controlplane.gateway.errors import ApiError
+from controlplane.gateway.identity import TAIL_FINISH, TAIL_USAGE
 from controlplane.gateway.logprobs import chat_logprobs, completion_logprobs, tokens_of
 from controlplane.gateway.stream import Piece, Stream
 from workers.contract import End, Endpoint, FinishReason
@@ -68,7 +70,7 @@ class ChunkWriter:
         self._stream = stream
         self._include_usage = include_usage
         self._is_chat = stream.endpoint is Endpoint.CHAT
-        self._id = f"id: {stream.request}."
+        self._id = f"id: {stream.shown}."
         head = _encode(_head(stream, _CHUNK_OBJECT)).decode()[:-1]
         tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
         if self._is_chat:
@@ -79,8 +81,8 @@ class ChunkWriter:
             self._middle = ',"logprobs":'
         self._after = f',"finish_reason":null}}]{tail}'
         self._plain_after = f"{self._middle}null{self._after}"
-        self._n_chars = 0  # of completion text, where token probabilities are asked for
-        self.begun = False
+        self._n_chars = -1  # of completion text, where token probabilities are asked for; -1 = not yet known
+        self.begun = stream.n_seen >= 0
 
     def pieces(self, pieces: list[Piece]) -> bytes:
         """One event per piece, in one write; in front of the first the chunk that names the role."""
@@ -104,9 +106,11 @@ class ChunkWriter:
         choice["delta" if self._is_chat else "text"] = {} if self._is_chat else ""
         nothing = {"usage": None} if self._include_usage else {}
         out = [] if self.begun else self._opening()
-        out.append(self._event({"choices": [choice], **nothing, **_extension(end)}))
-        if self._include_usage:
-            out.append(self._event({"choices": [], "usage": usage(end)}))
+        seen = self._seen_tail()
+        if seen < TAIL_FINISH:
+            out.append(self._event({"choices": [choice], **nothing, **_extension(end)}, TAIL_FINISH))
+        if self._include_usage and seen < TAIL_USAGE:
+            out.append(self._event({"choices": [], "usage": usage(end)}, TAIL_USAGE))
         return "".join(out).encode() + DONE
 
     def error(self, error: ApiError) -> bytes:
@@ -116,11 +120,18 @@ class ChunkWriter:
     def comment(self, text: str) -> bytes:
         return f": {text}\n".encode() if self.begun else f": {text}\n\n".encode()
 
+    def _seen_tail(self) -> int:
+        """Which of the events after the last token the client has."""
+        origin = self._stream.origin
+        return origin.n_tail if origin is not None and origin.n_seen >= self._stream.have else 0
+
     def _logprobs(self, piece: Piece) -> str:
         tokens = tokens_of(piece.logprobs)
         if self._is_chat:
             rendered = chat_logprobs(tokens)
         else:
+            if self._n_chars < 0:
+                self._n_chars = self._stream.n_chars_seen
             rendered = completion_logprobs(tokens, self._n_chars)
             self._n_chars += sum(len(text) for text, _, _ in tokens)
         return _without_line_ends(_encode(rendered).decode())
@@ -132,12 +143,14 @@ class ChunkWriter:
         delta = {"role": "assistant", "content": ""}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
         nothing = {"usage": None} if self._include_usage else {}
-        return [self._event({"choices": [choice], **nothing}, at=0)]
+        return [self._event({"choices": [choice], **nothing})]
 
-    def _event(self, rest: dict[str, Any], at: int | None = None) -> str:
+    def _event(self, rest: dict[str, Any], tail: int = 0) -> str:
+        """An event in front of all tokens, or the one with this tail after them."""
         stream = self._stream
         body = _encode(_head(stream, _CHUNK_OBJECT) | rest).decode()
-        return f"{self._id}{stream.have if at is None else at}\ndata: {body}\n\n"
+        at = f"{stream.have}.{tail}" if tail else "0"
+        return f"{self._id}{at}\ndata: {body}\n\n"
 
 
 def _without_line_ends(text: str) -> str:
@@ -147,9 +160,9 @@ def _without_line_ends(text: str) -> str:
 
 def _head(stream: Stream, objects: dict[Endpoint, str]) -> dict[str, Any]:
     return {
-        "id": _ID_PREFIX[stream.endpoint] + stream.request,
+        "id": _ID_PREFIX[stream.endpoint] + stream.shown,
         "object": objects[stream.endpoint],
-        "created": stream.admitted_at_ms // 1000,
+        "created": stream.created_ms // 1000,
         "model": stream.deployment.name,
         "system_fingerprint": f"fp_{stream.deployment.id[-12:]}",
     }

@@ -8,10 +8,12 @@ drained.
 from __future__ import annotations
 
 import asyncio
+import enum
 from typing import Final, NamedTuple
 
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone
+from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
 from workers.contract import End, Endpoint, Stage
 
@@ -19,15 +21,37 @@ MAX_HELD_BACK: Final = 256  # entries kept aside while the journal is being read
 
 
 class Piece:
-    """Text to show, the token offset after it, and what is known of its tokens' probabilities (as on the
-    wire)."""
+    """Text to show, the token offset after it (with a tail where the text came without a token), and what is known of
+    its tokens' probabilities (as on the wire)."""
 
     __slots__ = ("logprobs", "offset", "text")
 
-    def __init__(self, offset: int, text: str, logprobs: list[object] | None) -> None:
+    def __init__(self, offset: int | str, text: str, logprobs: list[object] | None) -> None:
         self.offset = offset
         self.text = text
         self.logprobs = logprobs
+
+
+class Resumed(enum.Enum):
+    """How a client that came back gets the rest."""
+
+    ATTACHED = "attached"  # it still ran
+    REPLAYED = "replayed"  # it had ended: from the journal
+    CONTINUED = "continued"  # it had been cancelled: a new request goes on with it
+
+
+class Origin(NamedTuple):
+    """The request of a client that came back, as the client knows it."""
+
+    request: str
+    created_ms: int
+    how: Resumed
+    # What the client has seen: tokens, and events after them (identity.py). -1 = nothing, all is sent again.
+    n_seen: int = -1
+    n_tail: int = 0
+    # Of a request that continues another: tokens in its journal from before, and prompt tokens charged then.
+    n_carried: int = 0
+    n_carried_prompt: int = 0
 
 
 class HeldBack(NamedTuple):
@@ -64,12 +88,18 @@ class Stream:
         "heard_at",
         "held_back",
         "hold",
+        "idempotency",
+        "keep",
         "key",
         "last_at",
         "live_machine",
         "machine",
+        "n_chars_seen",
         "n_entries",
+        "n_seen",
+        "note",
         "number",
+        "origin",
         "overflowed",
         "paused",
         "pieces",
@@ -102,6 +132,7 @@ class Stream:
         now_ms: int,
         timeout_s: float,
         buffer: int,
+        origin: Origin | None = None,
     ) -> None:
         self.number = number
         self.request = request
@@ -116,6 +147,14 @@ class Stream:
         self.deadline = now + timeout_s
         # Output tokens charged in the fair queue so far: at first what is expected of it.
         self.expected = self.counted = expected
+
+        # The way back to it: what its record keeps for that, and whose call this is.
+        self.note = ""
+        self.idempotency = ""  # digest of its key
+        self.keep = False  # a client that leaves may come back for it: it runs on
+        self.origin = origin
+        self.n_seen = -1 if origin is None else origin.n_seen
+        self.n_chars_seen = 0  # of completion text, where token probabilities are asked for
 
         # Where it runs. Frames are taken from `live_machine` only: None while that is being found out, while
         # the journal is being read, and while paused.
@@ -157,6 +196,20 @@ class Stream:
         """Nothing more will arrive."""
         return self.end is not None or self.failure is not None
 
+    @property
+    def n_new(self) -> int:
+        """Tokens that have arrived of this request's own."""
+        return self.have if self.origin is None else self.have - self.origin.n_carried
+
+    @property
+    def shown(self) -> str:
+        """The request id that its client knows."""
+        return self.request if self.origin is None else self.origin.request
+
+    @property
+    def created_ms(self) -> int:
+        return self.admitted_at_ms if self.origin is None else self.origin.created_ms
+
     def accept(self, n: int, text: str, end: End | None, now: float, logprobs: list[object] | None) -> None:
         """Take the entry at offset `have`."""
         self.have += n
@@ -171,7 +224,9 @@ class Stream:
         if self.abandoned:
             return
         if text or logprobs:
-            self.pieces.append(Piece(self.have, text, logprobs))
+            if self.have <= self.n_seen and self._was_seen(n, logprobs):
+                return
+            self.pieces.append(Piece(self.have if n else f"{self.have}.1", text, logprobs))
         if self.streaming:
             if len(self.pieces) >= self._buffer and self.end is None:
                 self.paused = True
@@ -179,6 +234,16 @@ class Stream:
             self.wake()
         elif self.end is not None:
             self.wake()
+
+    def _was_seen(self, n: int, logprobs: list[object] | None) -> bool:
+        """Of the entry that `have` ends with, which is none after what was seen."""
+        assert self.origin is not None
+        if not n and self.have == self.n_seen and not self.origin.n_tail:
+            return False
+        self.n_chars_seen += sum(len(text) for text, _, _ in tokens_of(logprobs))
+        if self.end is not None:
+            self.wake()
+        return True
 
     def take(self) -> list[Piece]:
         """What has arrived since the last call."""

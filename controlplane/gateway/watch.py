@@ -70,12 +70,16 @@ class Watch:
         n_checks = 0
         for stream in list(self._ends.inbox.streams.values()):
             if stream.abandoned:
-                if stream.over or now >= stream.deadline:
+                if now >= stream.deadline and stream.keep and not stream.over:
+                    self.n_timeouts += 1
+                    self._ends.give_up(stream)
+                elif stream.over or now >= stream.deadline:
                     self._ends.inbox.streams.pop(stream.number, None)
             elif stream.over or not stream.admitted:
                 continue  # its handler is on it
             elif now >= stream.deadline:
                 self.n_timeouts += 1
+                stream.keep = False
                 stream.fail(_timed_out(stream))
             elif redis_gone:
                 stream.fail(

@@ -39,3 +39,12 @@ def hold(n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rate
         money_nano=worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output),
         output_rate_nano=rates.output / TOKENS_PER_RATE,
     )
+
+
+def rest(whole: Hold, n_prompt_charged: int, n_produced: int, rates: Rates) -> Hold:
+    """What is left to hold of `whole` for a request that continues another one: neither its prompt nor its tokens are
+    charged again. At least one token, so that the replica can say that the end was reached."""
+    n_prompt = max(0, whole.n_prompt - n_prompt_charged)
+    n_output = max(1, whole.n_output - n_produced)
+    money_nano = worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output)
+    return Hold(n_prompt, n_output, money_nano, whole.output_rate_nano)

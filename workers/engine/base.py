@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from workers.contract import FinishReason
+from workers.contract import FinishReason, Sampling
 from workers.engine.steps import Steps
 
 
@@ -247,7 +247,7 @@ def _one_of(knob: str, value: str, allowed: tuple[str, ...]) -> None:
 _PROFILE_TYPES = _profile_types()
 
 
-def resume_blockers(sampling: SamplingSpec, dtype: str) -> tuple[str, ...]:
+def resume_blockers(sampling: SamplingSpec | Sampling, dtype: str) -> tuple[str, ...]:
     """Features that keep a resumed request from continuing exactly as the undisturbed run would have.
 
     Empty: resuming from the journal is exact. Not empty: drain such a request to its end where there is time,

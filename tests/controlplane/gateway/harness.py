@@ -85,6 +85,8 @@ class FakeDirectory:
         *,
         key_limits: LimitsRow = LimitsRow(),  # noqa: B008 - frozen
         organization: str = "0" * 32,
+        project: str = "1" * 32,
+        zero_retention: bool = False,
         names: tuple[str, ...] = ("tiny",),
         context: int = 2048,
         **changes: Any,
@@ -95,7 +97,7 @@ class FakeDirectory:
         price = PriceRow("c" * 32, 1_000_000, 500_000, 2_000_000)  # 1 and 2 nano-dollars a token
         self.records[new.lookup] = KeyRecord(
             key=KeyRow(f"{n:032x}", new.lookup, new.digest.hex(), key_limits, **changes),
-            project=ProjectRow("1" * 32, LimitsRow()),
+            project=ProjectRow(project, LimitsRow(), zero_retention=zero_retention),
             organization=OrganizationRow(organization, LimitsRow()),
             deployments=tuple(
                 DeploymentRow(DEPLOYMENT if i == 0 else f"{i:032x}", name, context, price, SloRow())
@@ -177,9 +179,18 @@ class Job:
             scripts.FLUSH.sha, 0, machine.keys.prefix, "nobody" if lost else self.gateway, RETENTION_MS, 1000,
             self.id, self.epoch, self.offset, n, frame, journal, b"U" if end else b"",
         )  # fmt: skip
-        if verdict in (b"a", b"c"):
+        if verdict in (b"a", b"c", b"m"):
             self.offset += n
+        if verdict == b"m":
+            await self.find_reader()
         return verdict.decode()
+
+    async def find_reader(self) -> None:
+        """Where the client reads now, as a replica finds out."""
+        lease = self.machine.keys.lease(self.id)
+        await self.machine.redis.hdel(lease, "moved")
+        gateway, stream = await self.machine.redis.hmget(lease, "gw", "stream")
+        self.gateway, self.stream = gateway.decode(), int(stream)
 
 
 async def echo(job: Job) -> None:
@@ -198,6 +209,7 @@ class Machine:
         self.redis = aioredis.Redis.from_url(url)
         self.behaviour: Callable[[Job], Awaitable[None]] = echo
         self.jobs: list[Job] = []
+        self.hears_moves = True
         self.errors: list[BaseException] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -267,9 +279,12 @@ class Machine:
                 await listener.subscribe(self.keys.control_channel(self.replica))
                 async for message in listener.listen():
                     if message["type"] == "message":
+                        word = message["data"].decode()
                         for job in self.jobs:
-                            if job.id == message["data"].decode():
+                            if job.id == word:
                                 job.cancelled.set()
+                            elif "@" + job.id == word and self.hears_moves:
+                                await job.find_reader()
             except aioredis.ConnectionError:
                 await asyncio.sleep(0.05)
 
@@ -306,9 +321,11 @@ class Running:
         return await self.http.post(path, content=content, headers={**self.auth(), **headers})
 
     @asynccontextmanager
-    async def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> AsyncIterator[Events]:
+    async def stream(
+        self, body: dict[str, Any], path: str = "/v1/chat/completions", **headers: str
+    ) -> AsyncIterator[Events]:
         async with self.http.stream(
-            "POST", path, json={**body, "stream": True}, headers=self.auth()
+            "POST", path, json={**body, "stream": True}, headers={**self.auth(), **headers}
         ) as response:
             yield Events(response)
 

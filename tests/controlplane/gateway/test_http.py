@@ -94,7 +94,9 @@ async def test_running_stream_may_finish_within_the_grace(redis_url: str) -> Non
         await machine.stop()
 
 
-async def test_stream_beyond_the_grace_gets_a_retryable_error_and_is_cancelled(redis_url: str) -> None:
+async def test_beyond_the_grace_streams_may_be_collected_elsewhere_and_plain_requests_are_cancelled(
+    redis_url: str,
+) -> None:
     async def endless(job: Job) -> None:
         await job.emit("before ")
         await job.cancelled.wait()
@@ -106,7 +108,11 @@ async def test_stream_beyond_the_grace_gets_a_retryable_error_and_is_cancelled(r
         async with gw.stream(CHAT) as events:
             await events.next()
             await events.next()
+            plain = asyncio.ensure_future(gw.post(CHAT))
+            await until(lambda: len(machine.jobs) == 2)
             gw.server.stop()
             assert (await events.rest())[-1]["error"]["code"] == "gateway_stopping"
-        await until(machine.jobs[0].cancelled.is_set)
+            assert (await plain).json()["error"]["code"] == "gateway_stopping"
+        await until(machine.jobs[1].cancelled.is_set)
+        assert not machine.jobs[0].cancelled.is_set()
         await machine.stop()
