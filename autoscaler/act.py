@@ -6,6 +6,7 @@ carry the command's id, phases change by compare-and-set, and what Redis misses 
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 import redis
@@ -34,6 +35,9 @@ from infra.providers.base import Provider
 log = structlog.get_logger("corral.autoscaler")
 
 _MAX_REASON = 500
+HAND_BACK_S = (
+    8.0  # what an agent needs at most from the end of the grace to the process's end, and some to spare
+)
 _TAKES_REPLICAS = (MachineState.PENDING, MachineState.ENROLLED, MachineState.READY)
 
 
@@ -63,13 +67,27 @@ def drain(replica_id: UUID, reason: str, cell: Cell) -> bool:
     changed = Replica.objects.filter(
         id=replica_id, phase__in=(ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY)
     ).update(phase=ReplicaPhase.DRAINING, phase_at=now, reason_message=reason[:_MAX_REASON])
-    replica = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.DRAINING).first()
+    replica = (
+        Replica.objects.select_related("machine").filter(id=replica_id, phase=ReplicaPhase.DRAINING).first()
+    )
     if replica is not None:
+        _hurry(replica, now)
         _tell(lambda: cell.drain(replica_id.hex), replica)
         _tell(lambda: cell.set_desired(replica.machine_id.hex, desired_spec(replica)), replica)
     if changed:
         log.info("replica.draining", replica=replica_id.hex, reason=reason)
     return bool(changed)
+
+
+def _hurry(replica: Replica, now: datetime) -> None:
+    """On a machine under notice the grace ends early enough to hand back what is left."""
+    ends_at = replica.machine.ends_at
+    if ends_at is None:
+        return
+    left_s = (ends_at - now).total_seconds() - HAND_BACK_S
+    grace_s = min(desired_spec(replica).grace_s, max(left_s, 0.0))
+    replica.spec = {**replica.spec, "grace_s": grace_s}
+    Replica.objects.filter(id=replica.id, phase=ReplicaPhase.DRAINING).update(spec=replica.spec)
 
 
 def end(replica_id: UUID, phase: ReplicaPhase, code: str, message: str, cell: Cell) -> bool:

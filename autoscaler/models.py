@@ -51,6 +51,11 @@ class Machine(models.Model):
     pool_slot = models.PositiveIntegerField(
         null=True, help_text="its place among the machines the pool may have; unique while it exists"
     )
+    ends_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="its provider takes it away then; it holds no place in the pool any more",
+    )
     n_restarts = models.PositiveIntegerField(default=0, help_text="times its agent was started again")
 
     class Meta:

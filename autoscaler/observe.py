@@ -53,7 +53,7 @@ def observe(
         n_queued=None if load is None else load.n_queued,
         replicas=tuple(_replica_view(row, readings, digest) for row in rows),
         machines=machines,
-        n_machines=len(machines),
+        n_machines=sum(1 for machine in machines if machine.ends_at_s is None),
         failures=failures,
         last_good_at_s=last_good_at_s,
         machine_failures=machine_failures,
@@ -77,6 +77,7 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
             n_replicas=row.n_live,
             created_at_s=row.created_at.timestamp(),
             empty_since_s=None if row.n_live else _latest_s((row.emptied_at, row.ready_at)),
+            ends_at_s=_latest_s((row.ends_at,)),
         )
         for row in rows
     )

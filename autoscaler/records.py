@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from uuid import UUID
 
 import structlog
@@ -16,12 +17,14 @@ from django.utils import timezone
 from autoscaler import timings
 from autoscaler.act import drain, end
 from autoscaler.cell import Cell
-from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from controlplane.deployments.models import Deployment
 from workers.contract import MACHINE_STOPPED, ReplicaStatus
 from workers.contract import ReplicaPhase as Reported
 
 log = structlog.get_logger("corral.autoscaler")
+
+MAX_NOTICE_MS = 24 * 3600 * 1000
 
 
 def replica_reported(machine_id: UUID, status: ReplicaStatus, cell: Cell) -> UUID | None:
@@ -62,6 +65,25 @@ def replica_lost(replica_id: UUID, code: str, message: str, cell: Cell) -> UUID 
     else:
         changed = end(replica_id, ReplicaPhase.FAILED, code, message, cell)
     return replica.deployment_id if changed else None
+
+
+def machine_leaves(machine_id: UUID, ends_in_ms: int) -> list[UUID]:
+    """Its provider takes it away: nothing new is placed on it, and its place in the pool is free for another.
+
+    Answers the deployments that have replicas on it. A machine can only say so of itself.
+    """
+    now = timezone.now()
+    ends_at = now + timedelta(milliseconds=min(max(ends_in_ms, 0), MAX_NOTICE_MS))
+    changed = Machine.objects.filter(
+        id=machine_id, state__in=(MachineState.ENROLLED, MachineState.READY)
+    ).update(
+        state=MachineState.DRAINING, ends_at=ends_at, pool_slot=None, reason="its provider takes it away"
+    )
+    if not changed:
+        return []
+    log.warning("machine.leaves", machine=machine_id.hex, ends_in_ms=ends_in_ms)
+    live = Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES)
+    return list(live.order_by("deployment_id").values_list("deployment_id", flat=True).distinct())
 
 
 def machine_answers(machine_id: UUID) -> list[UUID]:

@@ -60,6 +60,7 @@ class MachineView:
     n_replicas: int
     created_at_s: float
     empty_since_s: float | None = None  # since when no replica lives on it
+    ends_at_s: float | None = None  # its provider takes it away then
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Observation:
     """One deployment and the pool it may use, at one instant.
 
     n_queued: requests in the fair queue; None when Redis could not be asked.
-    n_machines: machines of the whole pool that exist, whoever uses them.
+    n_machines: machines of the whole pool, whoever uses them; those that are being taken away do not count.
     failures: replicas of the present generation, bounded, oldest first; those before `last_good_at_s`, when
     one had served for `proven_s`, do not count. machine_failures, last_machine_good_at_s: the same of
     the pool.
@@ -121,6 +122,9 @@ class ScalerSpec:
     start_timeout_s: float = 300.0  # weights of some GB from a cold disk
     machine_timeout_s: float = 300.0  # a replica waits this long for a machine that does not come up
     drain_timeout_s: float = 120.0
+    # What a machine under notice runs moves on so long before its end, replaced or not: 10 s for short requests to
+    # finish, 5 s to hand the rest back, 5 s to spare.
+    hand_over_s: float = 20.0
     max_failures: int = 5
     backoff_first_s: float = 1.0
     backoff_max_s: float = 60.0

@@ -50,6 +50,11 @@ class MachineDirs:
     def credentials(self) -> Path:
         return self.root / "credentials.json"
 
+    @property
+    def notice(self) -> Path:
+        """Written by whoever takes the machine away (workers/agent/notice.py)."""
+        return self.root / "notice.json"
+
     def record(self, replica_id: str) -> Path:
         """The agent's note of a replica it started: pid, start time, phase."""
         return self.run / f"{replica_id}.json"

@@ -199,11 +199,16 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     itl_p50_ms: float = 0.0
     itl_p95_ms: float = 0.0
     itl_counts: tuple[int, ...] = ()
-    # Sequences in the engine's own queue, mean over those steps; sequences it had to put back for want of KV blocks.
+    # Sequences in the engine's own queue, mean over those steps; the fullest that the KV cache was in them; sequences
+    # that were put back for want of its blocks.
     engine_queue: float = 0.0
+    kv_peak_ratio: float = 0.0
     n_preempted: int = 0
     # Prompt tokens whose first answer token is awaited, now.
     n_prefill_tokens: int = 0
+    # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
+    # the machine's clock may be wrong.
+    ends_in_ms: int | None = None
     v: int = WIRE_VERSION
 
 

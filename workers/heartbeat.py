@@ -95,6 +95,7 @@ class Reporter:
             itl_p95_ms=round(quantile_ms(gaps, 0.95), 3),
             itl_counts=steps.buckets,
             engine_queue=round(steps.n_waiting, 2),
+            kv_peak_ratio=round(steps.kv_peak_ratio, 4),
             n_preempted=n_preempted,
             n_prefill_tokens=self._server.n_prefill_tokens,
         )

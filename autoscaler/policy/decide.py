@@ -33,7 +33,9 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         memory = replace(memory, born_at_s=observation.now_s)
     late = retire.overdue(observation, spec)
     leaving = tuple(
-        r for r in retire.on_leaving_machines(observation) if r.replica_id not in {x.replica_id for x in late}
+        r
+        for r in retire.on_leaving_machines(observation, spec)
+        if r.replica_id not in {x.replica_id for x in late}
     )
     retired = {r.replica_id for r in (*late, *leaving)}
     reasons = [f"replica {r.replica_id}: {r.reason}" for r in (*late, *leaving)]
@@ -44,15 +46,16 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     memory = want.memory
     reasons += want.reasons
     present = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
-    current = tuple(r for r in present if not r.outdated)
-    outdated = tuple(r for r in present if r.outdated)
+    leaving_soon = retire.to_be_replaced(observation)
+    current = tuple(r for r in present if not r.outdated and r.id not in leaving_soon)
+    outdated = tuple(r for r in present if r.outdated or r.id in leaving_soon)
 
     surplus = retire.surplus(current, len(current) - want.n, "surplus: " + want.reasons[-1])
     n_missing = max(want.n - len(current), 0)
     replica_gate = gate(observation.failures, observation.last_good_at_s, spec)
     machine_gate = gate(observation.machine_failures, observation.last_machine_good_at_s, spec)
     placement, no_room = _place(n_missing, observation, spec, replica_gate, machine_gate, reasons)
-    replaced = _outdated_to_drain(current, outdated, want.n, placement, observation, reasons)
+    replaced = _outdated_to_drain(current, outdated, leaving_soon, want.n, placement, observation, reasons)
 
     since_s = None
     if no_room:
@@ -141,22 +144,32 @@ def _ordered_stage(placement: Placement, observation: Observation) -> StageName 
 def _outdated_to_drain(
     current: tuple[ReplicaView, ...],
     outdated: tuple[ReplicaView, ...],
+    leaving_soon: frozenset[str],
     wanted: int,
     placement: Placement,
     observation: Observation,
     reasons: list[str],
 ) -> tuple[retire.Retirement, ...]:
-    """Replicas of the former specification serve until the new ones do, unless they are in their way."""
+    """Replicas of the former specification, or on a machine under notice, serve until the new ones do.
+
+    Unless they are in their way: one on a machine under notice is not, nothing is placed there.
+    """
     if not outdated:
         return ()
     n_ready = sum(1 for r in current if r.phase is ReplicaPhase.READY)
     if n_ready >= wanted:
-        reasons.append(f"{len(outdated)} replicas run the former specification, {n_ready} the present one")
-        return retire.surplus(outdated, len(outdated), "replaced by the present specification")
+        n_leaving = sum(1 for r in outdated if r.id in leaving_soon)
+        if n_leaving:
+            reasons.append(f"{n_leaving} replicas are on a machine that is taken away, {n_ready} are not")
+        if n_leaving < len(outdated):
+            n = len(outdated) - n_leaving
+            reasons.append(f"{n} replicas run the former specification, {n_ready} the present one")
+        return retire.surplus(outdated, len(outdated), "replaced")
     is_draining = any(r.phase is ReplicaPhase.DRAINING for r in observation.replicas)
-    if placement.n_unplaced and not placement.launch and not is_draining:
+    in_the_way = tuple(r for r in outdated if r.id not in leaving_soon)
+    if in_the_way and placement.n_unplaced and not placement.launch and not is_draining:
         reasons.append("one replica of the former specification makes room")
-        return retire.surplus(outdated, 1, "makes room for the present specification")
+        return retire.surplus(in_the_way, 1, "makes room for the present specification")
     return ()
 
 

@@ -36,13 +36,31 @@ def overdue(observation: Observation, spec: ScalerSpec) -> tuple[Retirement, ...
     return tuple(found)
 
 
-def on_leaving_machines(observation: Observation) -> tuple[Retirement, ...]:
-    """Replicas on machines that are draining."""
+def on_leaving_machines(observation: Observation, spec: ScalerSpec) -> tuple[Retirement, ...]:
+    """Replicas on machines that are draining and have to go now.
+
+    Under notice (`ends_at_s`) a replica serves on until its successor does, or until time is short: see
+    `to_be_replaced`.
+    """
+    leaving = {m.id: m for m in observation.machines if m.state is MachineState.DRAINING}
+    found: list[Retirement] = []
+    for replica in _sorted(observation.replicas):
+        machine = leaving.get(replica.machine_id)
+        if machine is None or replica.phase is ReplicaPhase.DRAINING:
+            continue
+        if machine.ends_at_s is None or replica.phase in _COMING_UP:
+            found.append(retire(replica, "its machine is draining"))
+        elif observation.now_s >= machine.ends_at_s - spec.hand_over_s:
+            left_s = max(machine.ends_at_s - observation.now_s, 0.0)
+            found.append(retire(replica, f"its machine is taken away in {left_s:.0f} s"))
+    return tuple(found)
+
+
+def to_be_replaced(observation: Observation) -> frozenset[str]:
+    """Ready replicas on machines under notice: they count as replaced already, so their successors come first."""
     leaving = {m.id for m in observation.machines if m.state is MachineState.DRAINING}
-    return tuple(
-        retire(r, "its machine is draining")
-        for r in _sorted(observation.replicas)
-        if r.machine_id in leaving and r.phase is not ReplicaPhase.DRAINING
+    return frozenset(
+        r.id for r in observation.replicas if r.machine_id in leaving and r.phase is ReplicaPhase.READY
     )
 
 

@@ -26,7 +26,7 @@ class Conservation:
 
     def on_event(self, world: World) -> None:
         self.n_checks += 1
-        n_waiting = len(world.order)
+        n_waiting = len(world.queue)
         n_bound = 0
         n_free = 0
         for replica in world.replicas.values():

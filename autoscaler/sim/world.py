@@ -1,7 +1,7 @@
 """One simulated deployment: arrivals, a queue, a router, replicas. Decides nothing itself.
 
-`Order` and `Router` are small faces over the production policies (orders.py, routers.py); the world calls them where
-the gateway and the admission script would, and measures what comes of it. Late binding: a request waits in the queue
+`Queue` and `Router` are small faces over the production policies (queues.py, routers.py); the world calls them where
+the gateway and the cell's scripts would, and measures what comes of it. Late binding: a request waits in the queue
 until a replica has a free slot, as in the live house.
 """
 
@@ -15,39 +15,23 @@ from autoscaler.sim.enginemodel import Engine, EngineSpec
 from autoscaler.sim.histogram import Histogram
 from autoscaler.sim.job import NEVER, Job
 from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.queues import Binding, Queue
 
 
 @dataclass(slots=True)
 class Replica:
-    """A replica as policies may see it. `used` counts requests bound to it, `slots` bounds them."""
+    """A replica as routing rules may see it. `jobs` are bound to it, at most `slots`."""
 
     id: int
     slots: int
     engine: Engine
-    used: int = 0
     is_ready: bool = True
     n_dispatched: int = 0
     jobs: dict[int, Job] = field(default_factory=dict)
 
     @property
-    def n_free(self) -> int:
-        return self.slots - self.used if self.is_ready else 0
-
-
-class Order(Protocol):
-    """Which waiting request goes next: the production queue on virtual time."""
-
-    def __len__(self) -> int: ...
-
-    def push(self, job: Job, now_s: float) -> None: ...
-
-    def pop(self, replica: Replica, now_s: float) -> Job | None:
-        """The request that this replica's free slot should serve."""
-
-    def on_bound(self, job: Job, now_s: float) -> None:
-        """Bound without waiting (the queue was empty and a slot free)."""
-
-    def on_end(self, job: Job, now_s: float) -> None: ...
+    def used(self) -> int:
+        return len(self.jobs)
 
 
 class Router(Protocol):
@@ -74,12 +58,12 @@ class World:
     def __init__(
         self,
         kernel: Kernel,
-        order: Order,
+        queue: Queue,
         router: Router,
         observers: tuple[Observer, ...] = (),
     ) -> None:
         self.kernel = kernel
-        self.order = order
+        self.queue = queue
         self.router = router
         self.observers = observers
         self.replicas: dict[int, Replica] = {}
@@ -97,7 +81,7 @@ class World:
         replica = Replica(self._n_replicas, slots, Engine(spec, self.gaps))
         self.replicas[replica.id] = replica
         self._ready.append(replica)
-        self._pump(replica)
+        self._bind(self.queue.enrol(replica.id, slots, self.kernel.now_s))
         self._observe()
         return replica
 
@@ -106,20 +90,20 @@ class World:
         if replica.is_ready:
             replica.is_ready = False
             self._ready.remove(replica)
+            self.queue.drain(replica.id)
             self._observe()
 
     def kill_replica(self, replica: Replica) -> None:
         """It is gone; what it ran waits again, with what it had produced (the journal)."""
         self.drain_replica(replica)
-        replica.engine.cancel_all(self.kernel.now_s)
+        now_s = self.kernel.now_s
+        replica.engine.cancel_all(now_s)
         del self.replicas[replica.id]
         for job in sorted(replica.jobs.values(), key=lambda j: j.id):
-            self.router.on_end(job, replica, self.kernel.now_s)
+            self.router.on_end(job, replica, now_s)
             self.n_requeued += 1
-            self.order.push(job, self.kernel.now_s)
         replica.jobs.clear()
-        replica.used = 0
-        self._pump_all()
+        self._bind(self.queue.lose(replica.id, now_s))
         self._observe()
 
     @property
@@ -143,41 +127,25 @@ class World:
         self.n_arrived += 1
         self._next_arrival()
         now_s = self.kernel.now_s
-        if not len(self.order):
-            for replica in self.router.rank(job, self._ready, now_s):
-                if replica.n_free > 0:
-                    self.order.on_bound(job, now_s)
-                    self._bind(job, replica)
-                    self._observe()
-                    return
-        self.order.push(job, now_s)
-        self._pump_all()
+        candidates: list[int] = []
+        if not len(self.queue):
+            candidates = [replica.id for replica in self.router.rank(job, self._ready, now_s)]
+        self._bind(self.queue.admit(job, now_s, candidates))
         self._observe()
 
-    def _bind(self, job: Job, replica: Replica) -> None:
+    def _bind(self, bindings: list[Binding]) -> None:
         now_s = self.kernel.now_s
-        if job.dispatched_s == NEVER:
-            job.dispatched_s = now_s
-        job.replica = replica.id
-        job.n_attempts += 1
-        replica.used += 1
-        replica.n_dispatched += 1
-        replica.jobs[job.id] = job
-        self.router.on_bound(job, replica, now_s)
-        if replica.engine.submit(job, now_s):
-            self._schedule(replica)
-
-    def _pump(self, replica: Replica) -> None:
-        while replica.n_free > 0 and len(self.order):
-            job = self.order.pop(replica, self.kernel.now_s)
-            if job is None:
-                return
-            self._bind(job, replica)
-
-    def _pump_all(self) -> None:
-        if len(self.order):
-            for replica in sorted(self._ready, key=lambda r: (r.used / r.slots, r.id)):
-                self._pump(replica)
+        for job, replica_id in bindings:
+            replica = self.replicas[replica_id]
+            if job.dispatched_s == NEVER:
+                job.dispatched_s = now_s
+            job.replica = replica_id
+            job.n_attempts += 1
+            replica.n_dispatched += 1
+            replica.jobs[job.id] = job
+            self.router.on_bound(job, replica, now_s)
+            if replica.engine.submit(job, now_s):
+                self._schedule(replica)
 
     def _schedule(self, replica: Replica) -> None:
         engine = replica.engine
@@ -189,18 +157,15 @@ class World:
             return  # the stride was cut short, or the engine is gone
         now_s = self.kernel.now_s
         finished = engine.boundary(now_s)
-        for job in finished:
-            del replica.jobs[job.id]
-            replica.used -= 1
-            self.n_ended += 1
-            self.router.on_end(job, replica, now_s)
-            self.order.on_end(job, now_s)
-            for observer in self.observers:
-                observer.on_end(self, job)
         if engine.n_running or engine.waiting:
             self._schedule(replica)
-        if finished:
-            self._pump(replica)
+        for job in finished:
+            del replica.jobs[job.id]
+            self.n_ended += 1
+            self.router.on_end(job, replica, now_s)
+            for observer in self.observers:
+                observer.on_end(self, job)
+            self._bind(self.queue.settle(job, now_s))
         self._observe()
 
     def _observe(self) -> None:

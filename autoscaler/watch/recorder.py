@@ -57,6 +57,14 @@ class MachineAnswers:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineLeaves:
+    """A machine's agent was given notice that it will be taken away."""
+
+    machine: str
+    ends_in_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSilent:
     """A machine's agent does not beat any more."""
 
@@ -73,7 +81,7 @@ class CellEmptied:
     """Redis was restarted or replaced: users, desired replicas and routes may be missing."""
 
 
-Note = Reported | Lost | MachineAnswers | MachineSilent | WatchBegins | CellEmptied
+Note = Reported | Lost | MachineAnswers | MachineLeaves | MachineSilent | WatchBegins | CellEmptied
 
 
 class Recorder:
@@ -172,6 +180,8 @@ class Recorder:
                 touched = [did] if did else []
             case MachineAnswers(machine):
                 touched = records.machine_answers(UUID(hex=machine))
+            case MachineLeaves(machine, ends_in_ms):
+                touched = records.machine_leaves(UUID(hex=machine), ends_in_ms)
             case MachineSilent(machine):
                 touched = list(reconcile.check_machine(UUID(hex=machine), self.house).deployments)
             case WatchBegins():

@@ -106,7 +106,7 @@ def _observation(reading: ReplicaReading, beat: Heartbeat, n_queued: int, now_s:
         n_steps=n_steps,
         gaps=gaps_of(beat.itl_counts) if n_steps else (),
         engine_queue=_bounded(beat.engine_queue, 1e6),
-        kv_used_ratio=_bounded(beat.kv_used_ratio, 1.0),
+        kv_used_ratio=_bounded(max(beat.kv_used_ratio, beat.kv_peak_ratio), 1.0),
         n_preempted=min(max(beat.n_preempted, 0), MAX_STEPS),
     )
 

@@ -27,6 +27,7 @@ from autoscaler.watch.recorder import (
     CellEmptied,
     Lost,
     MachineAnswers,
+    MachineLeaves,
     MachineSilent,
     Recorder,
     Reported,
@@ -197,6 +198,9 @@ class Watcher:
 
     def _heard(self, mid: str, payload: bytes) -> None:
         status = parse_status(payload)
+        if status is not None and not status.replica:  # of the agent itself: what is new is in its beat
+            self._next_scan_s = self._next_slow_scan_s = self._clock()
+            return
         if status is None or not _ID.match(status.replica.encode()):
             return
         known = self.recorder.table.replicas.get(status.replica)
@@ -275,6 +279,12 @@ class Watcher:
             coming_up = machines[mid] in (MachineState.PENDING, MachineState.ENROLLED)
             if coming_up and beat is not None and beat.phase is Phase.READY:
                 self.recorder.note(MachineAnswers(mid))
+            if (
+                machines[mid] is not MachineState.DRAINING
+                and beat is not None
+                and beat.ends_in_ms is not None
+            ):
+                self.recorder.note(MachineLeaves(mid, beat.ends_in_ms))
             if machines[mid] is not MachineState.PENDING and self._agents.look(
                 mid, None if beat is None else beat.seq, now_s
             ):

@@ -75,6 +75,7 @@ class SlotObservation:
 
     slots, used: as the cell has them now. n_queued: requests that wait in the deployment's queue. n_steps 0: the
     engine ran nothing, or does not measure. engine_queue: sequences in the engine's own queue, mean over the steps.
+    kv_used_ratio: the fullest that the cache was.
     """
 
     at_s: float
@@ -304,7 +305,7 @@ def _relieve(memory: SlotMemory, window: _Window, seen: SlotObservation, target:
     """Requests that wait or are put back inside the engine belong in our queue: down to what really runs."""
     if not window.crowded or window.n_beats < SHRINK_BEATS or memory.slots <= target.floor:
         return None
-    runs = window.batch if window.engine_queue > _queue_mark(memory.slots) else SHRINK_FACTOR * memory.slots
+    runs = window.batch if window.engine_queue > _queue_mark(memory.slots) else KV_CALM * memory.slots
     slots = _shrunk(memory.slots, runs, target)
     why = (
         f"shrinks from {memory.slots}: {window.engine_queue:.1f} wait in the engine, {window.n_preempted} put back, "

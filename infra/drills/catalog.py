@@ -58,6 +58,14 @@ DRILLS: dict[str, Drill] = {
         machine.hang_engine,
         recovery_limit_s=9.0,
     ),
+    "spot-notice": Drill(
+        f"gives the machine {machine.NOTICE_S:g} s notice: a replacement serves before the drain, short requests "
+        "finish (every fourth), the rest is handed over",
+        machine.spot_notice,
+        n_tokens=1600,
+        n_tokens_vllm=400,
+        n_short_tokens=600,
+    ),
     "duplicate": Drill(
         "delivers every message twice, then cuts the worker off until it is withdrawn and lets it go on: "
         "it must be refused",

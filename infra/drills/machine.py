@@ -6,12 +6,15 @@ import signal
 import time
 
 from infra.drills.scene import DrillError, Scene, ServingReplica, Strike
+from infra.providers.local import give_notice
 from workers.contract import ReplicaPhase, celery_message
 from workers.engine.toy import SIGNAL_DIE, SIGNAL_HANG
 
 # A replica is withdrawn after two seconds of silence; more than this much later something is wrong.
 _NOTICED_WITHIN_S = 30.0
 _REPLACED_WITHIN_S = 120.0
+# Two minutes is what clouds give; a machine of the local provider is up in a few seconds.
+NOTICE_S = 60.0
 
 
 def kill_worker(scene: Scene, strike: Strike) -> None:
@@ -123,6 +126,28 @@ def kill_agent(scene: Scene, strike: Strike) -> None:
     )
     now = scene.serving()
     strike.require(now == replica, "the replica was replaced although it only lost its agent")
+
+
+def spot_notice(scene: Scene, strike: Strike) -> None:
+    """The machine's provider says that it will take it away, and does. Its place in the pool goes to another."""
+    replica = scene.serving()
+    give_notice(scene.machine_dir(replica.machine), NOTICE_S)
+    strike.done(f"notice to machine {replica.machine[:8]}: taken away in {NOTICE_S:g} s")
+    ends_at_s = time.monotonic() + NOTICE_S
+    scene.wait(lambda: scene.replica_state(replica) != "ready", "the replica was told to drain", NOTICE_S)
+    drained_at_s = time.monotonic()
+    successors = scene.routed()
+    strike.require(bool(successors), "the replica was drained before a replacement served")
+    scene.wait(lambda: scene.is_gone(replica), "the drained replica ended", NOTICE_S)
+    gone_at_s = time.monotonic()
+    scene.wait(lambda: scene.machine_ends(replica.machine), "the machine was given back", NOTICE_S)
+    began_s = strike.at_s or drained_at_s
+    strike.notes["replacement"] = (
+        f"served before the drain, which began {drained_at_s - began_s:.1f} s after the notice and took "
+        f"{gone_at_s - drained_at_s:.1f} s"
+    )
+    strike.notes["machine"] = f"given back {time.monotonic() - began_s:.1f} s after the notice"
+    strike.require(gone_at_s < ends_at_s, "the replica still ran when the machine was taken away")
 
 
 def _until_replaced(scene: Scene, replica: ServingReplica) -> ServingReplica:

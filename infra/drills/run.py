@@ -22,7 +22,7 @@ from infra.drills.verdict import Answer, Books, Verdict, judge
 # A stream is in its middle when it has seen this share of its tokens; the fault comes when all have.
 _MIDDLE = 0.15
 _MIDDLE_WITHIN_S = 60.0
-_STRIKE_WITHIN_S = 120.0
+_STRIKE_WITHIN_S = 240.0
 _POLL_S = 0.02
 
 

@@ -1,7 +1,8 @@
 """Machines that are agent processes on this computer, started the way a cloud starts computers.
 
 Each has a directory <root>/<machine id>: machine.json (what was asked, without the proof), agent.pid
-({"pid", "start_time"}: start_time in clock ticks since boot), agent.log, and what the agent itself keeps.
+({"pid", "start_time"}: start_time in clock ticks since boot), agent.log, and what the agent itself keeps. A file
+notice.json says when it will be taken away (`give_notice`); it is ended then.
 Agents live in a session of their own and outlive the control worker, which finds them again by these files.
 Directories of the last terminated machines stay, with their logs and whatever usage was not booked.
 Called by the autoscaler's act and reconcile; `manage.py down` reads agent.pid.
@@ -33,6 +34,7 @@ from infra.local.process import (
     kill_marked,
 )
 from infra.providers.base import CapacityError, LaunchSpec, ProviderMachine, ProviderState
+from workers.agent.notice import Notice, read_notice
 
 # What an agent and its engine need of our environment. Nothing of ours: the control worker's holds secrets.
 _PASS_NAMES = (
@@ -83,7 +85,12 @@ class LocalProvider:
         with self._lock():
             known = self._by_token(client_token)
             if known is None:
-                n_alive = sum(1 for m in self._list() if m.state is not ProviderState.GONE)
+                # One under notice makes room for its successor, as another computer would.
+                n_alive = sum(
+                    1
+                    for m in self._list()
+                    if m.state is not ProviderState.GONE and _notice_of(self._dir(m.ref)) is None
+                )
                 if n_alive >= self.capacity:
                     raise CapacityError(
                         f"the local provider runs {n_alive} of {self.capacity} machines: "
@@ -111,7 +118,7 @@ class LocalProvider:
         with self._lock():
             directory = self._dir(ref)
             record = read_json(directory / "machine.json")
-            if record is None or (directory / "terminated").exists():
+            if record is None or (directory / "terminated").exists() or _is_taken(directory):
                 return False
             if self._agent_of(directory) is None:
                 self._start_agent(directory, record, proof="")
@@ -134,7 +141,10 @@ class LocalProvider:
             shutil.rmtree(old, ignore_errors=True)
 
     def describe(self) -> list[ProviderMachine]:
-        """See Provider; oldest first."""
+        """See Provider; oldest first. Whose notice has run out is ended first, ready or not."""
+        for path in self.root.glob("*/notice.json"):
+            if _is_taken(path.parent):
+                kill_marked(f"{MARK}={path.parent.name}")
         self._reap()
         return self._list()
 
@@ -158,7 +168,7 @@ class LocalProvider:
         if self._agent_of(directory) is not None:
             state = ProviderState.RUNNING
         else:
-            terminated = (directory / "terminated").exists()
+            terminated = (directory / "terminated").exists() or _is_taken(directory)
             state = ProviderState.GONE if terminated else ProviderState.AGENT_DOWN
         return ProviderMachine(
             ref=record["machine_id"],
@@ -256,6 +266,21 @@ class LocalProvider:
         for pid, process in list(self._children.items()):
             if process.poll() is not None:
                 self._children.pop(pid, None)
+
+
+def give_notice(directory: Path, ends_in_s: float) -> None:
+    """Tell a machine that it will be taken away, as a cloud does with a spot instance. Its agent reads the file."""
+    write_private_json(directory / "notice.json", {"ends_at_s": time.time() + ends_in_s})
+
+
+def _notice_of(directory: Path) -> Notice | None:
+    return read_notice(directory / "notice.json")
+
+
+def _is_taken(directory: Path) -> bool:
+    """Whether the machine's notice has run out."""
+    notice = _notice_of(directory)
+    return notice is not None and time.time() >= notice.ends_at_s
 
 
 def read_agent_pid(path: Path) -> ProcessIdentity | None:

@@ -19,6 +19,7 @@ import msgspec
 
 from workers.agent import bell
 from workers.agent.enrol import Credentials, credentials_of
+from workers.agent.notice import Notice, read_notice
 from workers.agent.replicas import Limits, Replicas
 from workers.agent.spools import DeadSpools
 from workers.agent.zygote_client import Zygote, ZygoteGone
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 # A field of `desired` beside the replica ids. Without it the hash was lost (a new Redis) and says nothing.
 GENERATION: Final = b"generation"
 _POLL_S: Final = 1.0
+_NOTICE_POLL_S: Final = 0.25
 _ZYGOTE_RETRY_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 _ORPHAN_S: Final = 120.0
 _ZYGOTE_STOP_S: Final = 3.0
@@ -60,6 +62,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._zygote: asyncio.Future[Zygote] = asyncio.get_running_loop().create_future()
         self._seq = 0
+        self._notice: Notice | None = None
 
     def stop(self) -> None:
         """Stop all replicas and return from `run`."""
@@ -100,6 +103,7 @@ class Agent:
                 self._reconcile(replicas),
                 bell.listen(credentials.redis_url, self._keys.bell, self._changed.set),
                 self._watch(replicas, spools),
+                self._heed(replicas),
                 self._until_stopped(),
             )
         ]
@@ -191,17 +195,8 @@ class Agent:
         """The agent's own heartbeat: READY once it can start replicas."""
         interval_s = self._credentials.heartbeat_ms / 1000
         while True:
-            self._seq += 1
             ready = self._zygote.done()
-            heartbeat = Heartbeat(
-                machine=self._config.machine,
-                seq=self._seq,
-                at_ms=time.time_ns() // 1_000_000,
-                phase=ReplicaPhase.READY if ready else ReplicaPhase.STARTING,
-                n_running=len(replicas.alive),
-            )
-            life_ms = self._tuning.heartbeat_life_ms
-            self._client.fire("SET", self._keys.heartbeat(), _json.encode(heartbeat), "PX", life_ms)
+            self._beat_once(replicas)
             if self._seq % 5 == 0:
                 for status in replicas.ended():  # should Redis have lost it
                     self._client.fire("HSET", self._keys.actual, status.replica, _json.encode(status))
@@ -210,6 +205,32 @@ class Agent:
                 await asyncio.sleep(interval_s)
             else:
                 await asyncio.wait({self._zygote}, timeout=interval_s)
+
+    def _beat_once(self, replicas: Replicas) -> None:
+        self._seq += 1
+        phase = ReplicaPhase.READY if self._zygote.done() else ReplicaPhase.STARTING
+        notice = self._notice
+        heartbeat = Heartbeat(
+            machine=self._config.machine,
+            seq=self._seq,
+            at_ms=time.time_ns() // 1_000_000,
+            phase=phase if notice is None else ReplicaPhase.DRAINING,
+            n_running=len(replicas.alive),
+            ends_in_ms=None if notice is None else notice.ends_in_ms(time.time()),
+        )
+        life_ms = self._tuning.heartbeat_life_ms
+        self._client.fire("SET", self._keys.heartbeat(), _json.encode(heartbeat), "PX", life_ms)
+
+    async def _heed(self, replicas: Replicas) -> None:
+        """A notice that this machine will be taken away is beaten at once, with an event that says: look."""
+        while True:
+            known, self._notice = self._notice, read_notice(self._config.dirs.notice)
+            if self._notice is not None and known is None:
+                log.warning("notice: this machine ends in %d ms", self._notice.ends_in_ms(time.time()))
+                self._beat_once(replicas)
+                look = ReplicaStatus(replica="", phase=ReplicaPhase.DRAINING)
+                self._client.fire("PUBLISH", self._keys.event_channel, _json.encode(look))
+            await asyncio.sleep(_NOTICE_POLL_S)
 
     async def _reconcile(self, replicas: Replicas) -> None:
         """On the bell, on an end, and once a second."""

@@ -54,7 +54,12 @@ class StatsBoard:
         self.n_steps += 1
         step_ms = (now_s - self.last_step_at_s) * 1000
         self.step_ms += 0.2 * (step_ms - self.step_ms)
-        self.steps.add(step_ms, scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
+        self.steps.add(
+            step_ms,
+            scheduler_stats.num_running_reqs,
+            scheduler_stats.num_waiting_reqs,
+            scheduler_stats.kv_cache_usage,
+        )
         self.last_step_at_s = now_s
         self.n_running = scheduler_stats.num_running_reqs
         self.n_waiting = scheduler_stats.num_waiting_reqs

@@ -30,13 +30,14 @@ class Steps:
     n_steps: int = 0
     n_tokens: int = 0
     n_waiting: float = 0.0
+    kv_peak_ratio: float = 0.0  # the fullest that the KV cache was
     buckets: tuple[int, ...] = ()
 
 
 class StepWindow:
     """Gathers steps until `take`. On the engine's loop only."""
 
-    __slots__ = ("_buckets", "_n_steps", "_n_tokens", "_n_waiting")
+    __slots__ = ("_buckets", "_kv_peak_ratio", "_n_steps", "_n_tokens", "_n_waiting")
 
     def __init__(self) -> None:
         self._reset()
@@ -44,21 +45,32 @@ class StepWindow:
     def _reset(self) -> None:
         self._buckets = [0] * N_BUCKETS
         self._n_steps = self._n_tokens = self._n_waiting = 0
+        self._kv_peak_ratio = 0.0
 
-    def add(self, step_ms: float, n_running: int, n_waiting: int, n_steps: int = 1) -> None:
+    def add(
+        self, step_ms: float, n_running: int, n_waiting: int, kv_used_ratio: float = 0.0, n_steps: int = 1
+    ) -> None:
         """A step (or so many alike) that ran `n_running` sequences and left `n_waiting` in the engine's queue."""
         n_tokens = n_running * n_steps
         self._buckets[bisect_left(_BOUNDS_MS, step_ms)] += n_tokens
         self._n_steps += n_steps
         self._n_tokens += n_tokens
         self._n_waiting += n_waiting * n_steps
+        if kv_used_ratio > self._kv_peak_ratio:
+            self._kv_peak_ratio = kv_used_ratio
 
     def take(self) -> Steps:
         """What was gathered; the next window begins."""
         if not self._n_steps:
             return Steps()
         pairs = [part for pair in enumerate(self._buckets) if pair[1] for part in pair]
-        found = Steps(self._n_steps, self._n_tokens, self._n_waiting / self._n_steps, tuple(pairs))
+        found = Steps(
+            self._n_steps,
+            self._n_tokens,
+            self._n_waiting / self._n_steps,
+            self._kv_peak_ratio,
+            tuple(pairs),
+        )
         self._reset()
         return found
 

@@ -244,7 +244,7 @@ class ToyEngine:
         step_ms = (now_s - self._last_step_at_s) * 1000 / n_steps
         self._n_steps += n_steps
         self._step_ms += 0.2 * (step_ms - self._step_ms)
-        self._steps.add(step_ms, n_running, len(self._waiting), n_steps)
+        self._steps.add(step_ms, n_running, len(self._waiting), 1 - self._n_free / self.n_blocks, n_steps)
         self._last_step_at_s = now_s
 
     def _admit_waiting(self, budget: int) -> int:

@@ -78,7 +78,7 @@ class Scene:
             n_queued=self.n_queued,
             replicas=tuple(r if r.id in self.frozen else replace(r, beat_seq=beat) for r in self.replicas),
             machines=self.machines,
-            n_machines=len(self.machines),
+            n_machines=sum(1 for m in self.machines if m.ends_at_s is None),
             failures=self.failures,
             machine_failures=self.machine_failures,
             last_good_at_s=self.last_good_at_s,

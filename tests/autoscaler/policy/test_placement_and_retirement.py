@@ -41,6 +41,46 @@ def test_replicas_on_a_draining_machine_are_replaced_first_and_drained() -> None
     assert decision.commands[2].machine_id == "m2"  # type: ignore[union-attr]
 
 
+def _under_notice(left_s: float = 120.0) -> Scene:
+    """r1 serves on m1, which will be taken away `left_s` after the first tick (5 s from now)."""
+    leaving = machine("m1", state=MachineState.DRAINING, n_replicas=1, ends_at_s=T0 + 5 + left_s)
+    return Scene(spec=spec(min_replicas=1, max_machines=1), replicas=(replica("r1"),), machines=(leaving,))
+
+
+def test_under_notice_the_successor_serves_before_the_drain_begins() -> None:
+    scene = _under_notice()
+    assert kinds(scene.tick()) == ["launch_machine"], "its own machine holds no place any more"
+    scene.machines = (*scene.machines, machine("m2", state=MachineState.PENDING))
+    decision = scene.tick()
+    assert [(c.KIND, c.machine_id) for c in decision.commands] == [("start_replica", "m2")]  # type: ignore[union-attr]
+    for phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING):
+        scene.replicas = (replica("r1"), replica("r2", phase, machine_id="m2"))
+        assert scene.tick().commands == ()
+    scene.replicas = (replica("r1"), replica("r2", machine_id="m2"))
+    assert [(c.KIND, c.replica_id) for c in scene.tick().commands] == [("drain_replica", "r1")]  # type: ignore[union-attr]
+
+
+def test_under_notice_what_runs_moves_on_in_time_whether_replaced_or_not() -> None:
+    scene = _under_notice(left_s=21)
+    assert "drain_replica" not in kinds(scene.tick())
+    decision = scene.tick(1)
+    assert [c.replica_id for c in decision.commands if c.KIND == "drain_replica"] == ["r1"]  # type: ignore[union-attr]
+    assert "taken away in 20 s" in decision.reasons[0]
+
+
+def test_under_notice_nobody_makes_room_that_nobody_can_use() -> None:
+    scene = _under_notice()
+    full = machine("m2", n_free=0, n_replicas=4)
+    scene.machines = (*scene.machines, full)
+    assert scene.tick().commands == (), "draining it would free a place on a machine that takes nothing"
+
+
+def test_a_replica_that_only_starts_on_a_machine_under_notice_is_stopped() -> None:
+    scene = _under_notice()
+    scene.replicas = (replica("r1", ReplicaPhase.LOADING),)
+    assert kinds(scene.tick())[0] == "stop_replica"
+
+
 def test_a_replica_that_does_not_start_in_time_is_ended_as_failed() -> None:
     scene = Scene(replicas=(replica("r1", ReplicaPhase.LOADING),), machines=(machine(),), n_queued=1)
     decision = scene.tick(301)

@@ -12,8 +12,8 @@ from autoscaler.sim.checkers import Conservation, InvariantError
 from autoscaler.sim.enginemodel import Engine, EngineSpec
 from autoscaler.sim.job import Job
 from autoscaler.sim.kernel import Kernel
-from autoscaler.sim.orders import Fcfs
 from autoscaler.sim.prefixcache import BLOCK
+from autoscaler.sim.queues import fcfs
 from autoscaler.sim.routers import LeastLoad
 from autoscaler.sim.world import World
 from controlplane.policy.perfmodel import StepModel, pairs
@@ -75,7 +75,7 @@ class Ends:
 
 def simulate(jobs: list[Job], spec: EngineSpec, n_replicas: int = 1, slots: int = 1000) -> list[Job]:
     kernel, ends = Kernel(), Ends()
-    world = World(kernel, Fcfs(), LeastLoad(), (Conservation(every=1), ends))
+    world = World(kernel, fcfs(), LeastLoad(), (Conservation(every=1), ends))
     for _ in range(n_replicas):
         world.add_replica(spec, slots)
     world.feed(iter(sorted(jobs, key=lambda j: (j.arrived_s, j.id))))
@@ -142,7 +142,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 def test_a_dead_replica_s_requests_go_on_elsewhere_from_where_they_were() -> None:
     kernel, ends = Kernel(), Ends()
-    world = World(kernel, Fcfs(), LeastLoad(), (Conservation(every=1), ends))
+    world = World(kernel, fcfs(), LeastLoad(), (Conservation(every=1), ends))
     spec = EngineSpec(STEP, kv_tokens=10**6)
     doomed = world.add_replica(spec, 4)
     world.feed(iter([Job(0, 0.0, 100, 200)]))
@@ -163,10 +163,10 @@ def test_a_request_that_can_never_fit_is_refused() -> None:
 
 def test_a_lost_request_is_a_violation() -> None:
     kernel = Kernel()
-    world = World(kernel, Fcfs(), LeastLoad(), (Conservation(),))
+    world = World(kernel, fcfs(), LeastLoad(), (Conservation(),))
     replica = world.add_replica(EngineSpec(STEP, kv_tokens=1000), 4)
     world.feed(iter([Job(0, 0.0, 10, 50), Job(1, 0.01, 10, 50)]))
     kernel.run(until_s=0.005)
-    replica.used = 0  # as a policy bug would
+    replica.jobs.clear()  # as a bug would
     with pytest.raises(InvariantError, match="arrived"):
         kernel.run()

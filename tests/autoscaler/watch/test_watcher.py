@@ -11,8 +11,10 @@ import msgspec
 import pytest
 import redis
 
+from autoscaler import records
 from autoscaler.cell import Cell
 from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.specs import desired_spec
 from autoscaler.watch.recorder import Recorder
 from autoscaler.watch.watcher import Watcher
 from controlplane.deployments.models import Phase
@@ -439,6 +441,54 @@ def test_a_silent_agent_is_asked_after_and_restarted(watch: Watch, serving: Repl
         watch.turn(1.1)
     assert watch.scaling.provider.restarted == [machine.provider_ref]
     assert watch.routed() == [serving.id.hex]  # replicas outlive their agent
+
+
+def test_a_notice_orders_the_replacement_and_drains_when_it_serves(watch: Watch, serving: Replica) -> None:
+    """From the agent's beat to the drain; the pool may have one machine, and the leaving one counts no more."""
+    leaving = watch.scaling.machine()
+    beat = Heartbeat(machine=leaving.id.hex, seq=7, at_ms=0, phase=Reported.DRAINING, ends_in_ms=90_000)
+    keys = watch.cell.keys.machine(leaving.id.hex)
+    watch.cell.redis.set(keys.heartbeat(), msgspec.json.encode(beat))
+    look = ReplicaStatus(replica="", phase=Reported.DRAINING)
+    watch.cell.redis.publish(keys.event_channel, msgspec.json.encode(look))
+
+    def beating(seq: int) -> None:
+        watch.scaling.beat(serving, seq)
+
+    beating(2)
+    watch.turn_until(
+        lambda: Replica.objects.count() == 2, "a replacement was ordered", n=10
+    )  # 0.1 s: no slow scan
+    leaving.refresh_from_db()
+    assert (leaving.state, leaving.pool_slot) == (MachineState.DRAINING, None)
+    assert leaving.ends_at is not None
+    assert watch.routed() == [serving.id.hex], "it serves on"
+    successor = watch.scaling.replica()
+    assert successor.machine_id != leaving.id
+
+    watch.scaling.machine_up()
+    watch.turn_until(lambda: successor.id.hex in watch.recorder.table.replicas, "the table")
+    beating(3)
+    watch.scaling.beat(successor, 1)
+    watch.say(successor, Reported.READY, slots=4)
+    watch.turn_until(lambda: watch.state(serving) == b"draining", "the old one drains")
+    assert watch.routed() == [successor.id.hex]
+    assert watch.cell.read_desired(leaving.id.hex)[serving.id.hex], "its agent was told"
+
+
+def test_little_time_left_shortens_the_grace(watch: Watch, serving: Replica) -> None:
+    from autoscaler.act import drain
+
+    records.machine_leaves(serving.machine_id, 11_000)
+    drain(serving.id, "test", watch.cell)
+    grace_s = desired_spec(Replica.objects.get(id=serving.id)).grace_s
+    assert 0 < grace_s < 4, "time to hand back what is left must remain"
+
+
+def test_a_machine_that_is_no_more_cannot_be_under_notice(watch: Watch, serving: Replica) -> None:
+    Machine.objects.update(state=MachineState.PENDING)
+    assert records.machine_leaves(serving.machine_id, 1000) == []
+    assert watch.scaling.machine().ends_at is None
 
 
 # -- losing Redis, losing Postgres, several watchers

@@ -14,7 +14,7 @@ import pytest
 
 from infra.local.process import find_marked, identity_of, is_alive
 from infra.providers.base import CapacityError, LaunchSpec, ProviderState
-from infra.providers.local import KEEP_TERMINATED, MARK, LocalProvider, read_agent_pid
+from infra.providers.local import KEEP_TERMINATED, MARK, LocalProvider, give_notice, read_agent_pid
 
 DUMMY = Path(__file__).with_name("dummy_agent.py")
 SECRETS = {"CORRAL_SECRET_KEY": "s3cret", "CORRAL_REDIS_URL": "redis://u:s3cret@h/0", "AWS_SECRET": "s3cret"}
@@ -156,6 +156,22 @@ def test_a_dead_agent_is_seen_and_started_again_without_a_proof(
     assert "CORRAL_ENROL_PROOF" not in _called(provider)["env"]
     assert provider.describe()[0].state is ProviderState.RUNNING
     assert identity_of(agent.pid) is None
+
+
+def test_a_machine_under_notice_makes_room_and_is_taken_when_it_ends(
+    provide: Callable[..., LocalProvider],
+) -> None:
+    provider = provide(capacity=1)
+    leaving = provider.launch(_spec(), "token-1")
+    _called(provider)
+    give_notice(provider.root / leaving.ref, 3600)
+    assert provider.describe()[0].state is ProviderState.RUNNING
+    other = provider.launch(_spec("b2" * 16), "token-2")
+    give_notice(provider.root / leaving.ref, -1)
+    states = {machine.ref: machine.state for machine in provider.describe()}
+    assert states == {leaving.ref: ProviderState.GONE, other.ref: ProviderState.RUNNING}
+    assert find_marked(f"{MARK}={leaving.ref}") == []
+    assert not provider.restart_agent(leaving.ref), "nobody starts it again"
 
 
 def test_a_terminated_or_unknown_machine_is_not_restarted(provide: Callable[..., LocalProvider]) -> None:

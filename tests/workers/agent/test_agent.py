@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,21 @@ def test_enrolment_is_once_and_kept_private(cell: Cell, tmp_path: Path) -> None:
         wait_until(lambda: agent.heartbeat() is not None, "the agent's return")
         assert agent.enrol.n_enrolled == 1
         assert password not in agent.logs()
+
+
+def test_a_notice_is_passed_on_at_once_and_what_runs_goes_on(cell: Cell, tmp_path: Path) -> None:
+    with agent_on(cell, tmp_path) as agent:
+        agent.desire(spec())
+        pid = agent.await_phase("r1", READY).pid
+        (agent.var / "notice.json").write_text("{}")  # half written: no notice
+        wait_until(lambda: (beat := agent.heartbeat()) is not None and beat.phase is READY, "a beat")
+        (agent.var / "notice.json").write_text(json.dumps({"ends_at_s": time.time() + 120}))
+        wait_until(lambda: agent.heartbeat().phase is ReplicaPhase.DRAINING, "the notice to be beaten")
+        left_ms = agent.heartbeat().ends_in_ms
+        assert left_ms is not None and 60_000 < left_ms <= 120_000
+        wait_until(lambda: any(event.replica == "" for event in agent.hear()), "the event that says: look")
+        assert agent.status("r1").pid == pid and agent.status("r1").phase is READY
+        assert Path(f"/proc/{pid}").exists(), "control decides what becomes of it"
 
 
 async def test_an_agent_that_lost_its_zygote_keeper_ends_loudly(
