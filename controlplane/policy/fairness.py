@@ -12,11 +12,12 @@ tests/workers/test_fair_queue.py holds the two together on random histories. The
 4. Where several flows lie within `window` of the least, the one goes whose head has most of its prompt cached
    on the replica (DLPM, arXiv:2501.14312).
 
-Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A flow that begins to
-wait is lifted to the least counter that waits beside it, or to that of the last to leave: idleness earns no
-credit. For two flows that always wait, the difference of their services per weight stays below
-`window + 2 * U`, where U is the largest charge of one request (per weight), plus what was charged wrongly of
-requests that still run. Every operation takes O(log n).
+Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A request that found a
+free slot is charged at its end, if somebody waits then: else it took nothing from anybody. A flow that begins
+to wait is lifted to the least counter that waits beside it, or to that of the last to leave: idleness earns no
+credit. So the counters of two flows that wait all the time stay within `window + U` of each other, where U is
+the largest charge of one request per weight; what was charged wrongly of the requests under way comes on top
+until it is made good. Every operation takes O(log n).
 """
 
 from __future__ import annotations
@@ -124,8 +125,6 @@ class FairQueue:
         if not len(self):
             for replica in candidates:
                 if self.is_free(replica):
-                    request.charged = service(request.n_prompt, 0, request.n_expected)
-                    self._charge(request.flow, 0, request.charged, passes=True)
                     self.requests[request.id] = request
                     self.replicas[replica].prefixes.note(request.prefixes, now_ms)
                     self._bind(request, replica)
@@ -146,16 +145,20 @@ class FairQueue:
             self.replicas[request.replica].running.discard(request_id)
         else:
             self._leave(request)
-        self._charge(request.flow, request.charged, service(n_prompt, n_cached, n_output))
+        if request.charged or len(self):
+            self._charge(request.flow, request.charged, service(n_prompt, n_cached, n_output))
         return self.pump(now_ms)
 
     def produced(self, request_id: str, n_output: int) -> None:
         """It has put out `n_output` tokens so far: charged as they come, once beyond what was expected."""
         request = self.requests[request_id]
         more = n_output - request.n_expected
-        if more > 0:
-            self._charge(request.flow, request.charged, request.charged + service(0, 0, more))
-            request.charged += service(0, 0, more)
+        before = request.charged
+        if more > 0 and (before or len(self)):
+            request.charged = (
+                before + service(0, 0, more) if before else service(request.n_prompt, 0, n_output)
+            )
+            self._charge(request.flow, before, request.charged)
             request.n_expected = n_output
 
     def cancel(self, request_id: str) -> None:
@@ -339,20 +342,21 @@ class FairQueue:
             ((_KEY, flow.band, flow.project), flow.key, flow.weights[2]),
         )
 
-    def _charge(self, flow: Flow, before: int, after: int, *, passes: bool = False) -> None:
-        """Move a request's charge (tenths). A request bound without waiting passes through its flow in one
-        instant: lifted as if it had joined, and the last that left."""
-        if before == after and not passes:
+    def _charge(self, flow: Flow, before: int, after: int) -> None:
+        """Move a request's charge (tenths). While nothing waits the flow counts as one that joins and leaves
+        in this instant: it is lifted, and is the last that left."""
+        if before == after:
             return
+        waits = bool(len(self))
         for place, name, weight in self._places(flow):
             left = self._left.get(place, 0)
             counter = self._counters.get((place, name), left)
-            if passes:
+            if not waits:
                 counter = max(counter, left)
             counter += virtual(after, weight) - virtual(before, weight)
             self._counters[place, name] = counter
             active = self._active.get(place)
-            if passes:
+            if not waits:
                 self._left[place] = counter
             elif active and name in active:
                 active.put(name, counter)

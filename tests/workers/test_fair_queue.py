@@ -119,7 +119,7 @@ class History:
     def produce(self) -> None:
         request = self.rng.choice([r for r in self.twin.requests.values() if r.replica])
         n_output = self.rng.randrange(400)
-        grows = n_output > request.n_expected
+        grows = n_output > request.n_expected and bool(request.charged or len(self.twin))
         self.twin.produced(request.id, n_output)
         self._note(f"produce {request.id} {n_output}", scripts.CHARGE, [request.id, n_output], int(grows), [])
 

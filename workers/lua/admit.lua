@@ -128,13 +128,10 @@ for s = 1, 3 do
   redis.call('HSET', h, unpack(set))
 end
 
-local f = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
-local expected = math.min(tonumber(ARGV[39]), n_out)
-local tenths = rid and service(n_in, 0, expected) or 0
 redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],
   'pv', ARGV[7], 'in_est', n_in, 'out_est', n_out, 'hold_out', n_out, 'money', held, 'adm_ms', ARGV[2],
   'key', ARGV[17], 'prj', ARGV[24], 'org', ARGV[31], 'note', ARGV[15],
-  'fq', table.concat({ARGV[38], ARGV[23], ARGV[30], ARGV[37]}, ','), 'pred', expected, 'pfx', ARGV[40], 'chg', tenths,
+  'fq', table.concat({ARGV[38], ARGV[23], ARGV[30], ARGV[37]}, ','), 'pred', math.min(tonumber(ARGV[39]), n_out), 'pfx', ARGV[40],
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
   'caps', table.concat({ARGV[19], ARGV[20], ARGV[22], ARGV[26], ARGV[27], ARGV[29], ARGV[33], ARGV[34], ARGV[36]}, ','),
   'n', n_carried, 'crashes', 0, 'epoch', rid and 1 or 0, 'attempt', rid and 1 or 0, 'rid', rid or '', 'mid', mid or '',
@@ -142,11 +139,11 @@ redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'g
 redis.call('PEXPIRE', rec_key, LEASE_GC_MS)
 if rid then
   hand_over(P, P .. 'm:' .. mid .. ':', id, rid, 1, 1, ARGV[5], ARGV[6], n_carried, n_out)
-  charge(P, did, f, 0, tenths, false, true)
   note_prefixes(P, rid, ARGV[40], now)
   return {'bound', 1, rid, n_out}
 end
 redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
+local f = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
 join(P, did, id, f, ARGV[11], now)
 redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
 pump(P, did, now)

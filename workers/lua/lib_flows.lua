@@ -39,25 +39,25 @@ local function virtual(tenths, weight)
   return math.floor(tenths * 10000 / weight)
 end
 
--- Moves a request's charge from `before` to `after` tenths in the three counters of its flow. Waiting flows change
--- their place (`waits`: whether anything waits in this deployment at all). A request that is bound without waiting
--- passes through its flow in one instant (`passes`): lifted as if it had joined, and the last that left.
-local function charge(P, did, f, before, after, waits, passes)
+-- Moves a request's charge from `before` to `after` tenths in the three counters of its flow. While something waits
+-- (`waits`), a flow that waits changes its place. While nothing does, the flow counts as one that joins and leaves in
+-- this instant: it is lifted, and is the last that left.
+local function charge(P, did, f, before, after, waits)
   local h, lv = P .. 'dep:' .. did .. ':v', levels_of(P, did, f)
   local v = redis.call('HMGET', h, lv[1][3], lv[2][3], lv[3][3], lv[1][4], lv[2][4], lv[3][4])
   local set = {}
   for i = 1, 3 do
     local left = tonumber(v[i + 3] or '0')
     local now = tonumber(v[i] or left)
-    if passes and now < left then now = left end
+    if not waits and now < left then now = left end
     now = string.format('%.0f', now + virtual(after, lv[i][5]) - virtual(before, lv[i][5]))
     set[#set + 1] = lv[i][3]
     set[#set + 1] = now
-    if passes then
+    if waits then
+      redis.call('ZADD', lv[i][1], 'XX', now, lv[i][2])
+    else
       set[#set + 1] = lv[i][4]
       set[#set + 1] = now
-    elseif waits then
-      redis.call('ZADD', lv[i][1], 'XX', now, lv[i][2])
     end
   end
   redis.call('HSET', h, unpack(set))

@@ -119,7 +119,7 @@ local function dispatch(P, did, rid, mid, now_ms)
     if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
     local tenths = service(n_in, n_cached, tonumber(best_rec[4]))
     redis.call('HSET', P .. 'req:' .. id, 'chg', tenths)
-    charge(P, did, f, 0, tenths, true, false)
+    charge(P, did, f, 0, tenths, true)
     note_prefixes(P, rid, best_rec[2] or '', now_ms)
   end
   leave(P, did, id, f)

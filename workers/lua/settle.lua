@@ -32,9 +32,8 @@ for s = 1, 3 do
   if v[4] then put_money(h, set, 'spent', v[4], tonumber(ARGV[6])) end
   redis.call('HSET', h, unpack(set))
 end
-local f = flow_of(r[12], r[3], r[4], r[5])
 if r[1] == 'queued' then
-  leave(P, did, id, f)
+  leave(P, did, id, flow_of(r[12], r[3], r[4], r[5]))
   redis.call('DEL', P .. 'body:' .. id)
   redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
 end
@@ -48,7 +47,9 @@ else
 end
 redis.call('PEXPIRE', rec_key, ARGV[7])
 local waits = redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 1
-local used = service(tonumber(ARGV[4]), tonumber(ARGV[8] or '0'), tonumber(ARGV[5]))
 local charged = tonumber(r[13] or '0')
-if used ~= charged then charge(P, did, f, charged, used, waits, false) end
+if waits or charged > 0 then -- else it took nothing that anybody waited for
+  local used = service(tonumber(ARGV[4]), tonumber(ARGV[8] or '0'), tonumber(ARGV[5]))
+  if used ~= charged then charge(P, did, flow_of(r[12], r[3], r[4], r[5]), charged, used, waits) end
+end
 return {1, waits and pump(P, did, now) or 0}

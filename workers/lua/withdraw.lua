@@ -52,9 +52,9 @@ if mode ~= 'drain' then
   end
   if mode == 'dead' then redis.call('DEL', rk .. ':px') end
   if mode == 'dead' and redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
-  if out[1] > 0 then
+  if out[1] > 0 or mode == 'lost' then
     pump(P, did, now)
-    if redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0 then redis.call('PUBLISH', P .. 'wake', did) end
+    if out[1] > 0 and redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0 then redis.call('PUBLISH', P .. 'wake', did) end
   end
 end
 out[2] = redis.call('SCARD', rk .. ':live')
