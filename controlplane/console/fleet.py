@@ -32,6 +32,11 @@ class ReplicaRow:
     def is_live(self) -> bool:
         return self.replica.phase in LIVE_PHASES
 
+    @property
+    def is_held_back(self) -> bool:
+        """Given fewer slots than its engine could run, to keep its promise on latency."""
+        return self.is_live and self.live is not None and 0 < self.live.slots < self.replica.slots
+
 
 @dataclass(frozen=True, slots=True)
 class DeploymentRow:

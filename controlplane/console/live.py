@@ -32,7 +32,9 @@ _beat_decoder = msgspec.json.Decoder(Heartbeat)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLive:
-    """A replica now. `beat`: it has a heartbeat. `tokens_per_s` is None until two of them were seen."""
+    """A replica now. `beat`: it has a heartbeat. `tokens_per_s` is None until two of them were seen. `slots_why`: the
+    sentence with which its slots were changed last. `itl_p95_ms` 0: no tokens lately.
+    """
 
     used: int = 0
     slots: int = 0
@@ -40,6 +42,8 @@ class ReplicaLive:
     n_waiting: int = 0
     kv_used_ratio: float = 0.0
     tokens_per_s: float | None = None
+    slots_why: str = ""
+    itl_p95_ms: float = 0.0
 
     @property
     def kv_used_percent(self) -> int:
@@ -91,7 +95,7 @@ def read(deployment_ids: Sequence[UUID], replicas: Sequence[tuple[UUID, UUID]]) 
             pipeline.zcard(keys.queue(deployment_id.hex))
             pipeline.hgetall(keys.stage(deployment_id.hex))
         for replica_id, machine_id in replicas:
-            pipeline.hmget(keys.replica(replica_id.hex), "used", "slots")
+            pipeline.hmget(keys.replica(replica_id.hex), "used", "slots", "why")
             pipeline.get(keys.machine(machine_id.hex).heartbeat(replica_id.hex))
         answers = iter(pipeline.execute())
     except redis.RedisError:
@@ -108,13 +112,14 @@ def read(deployment_ids: Sequence[UUID], replicas: Sequence[tuple[UUID, UUID]]) 
 
 
 def _replica(replica_id: UUID, slots: list[bytes | None], beat: bytes | None) -> ReplicaLive:
-    used, n_slots = (int(value or 0) for value in slots)
+    used, n_slots = (int(value or 0) for value in slots[:2])
+    why = (slots[2] or b"").decode("utf-8", "replace")
     try:
         heartbeat = _beat_decoder.decode(beat) if beat else None
     except msgspec.DecodeError:  # a machine may write anything here
         heartbeat = None
     if heartbeat is None:
-        return ReplicaLive(used=used, slots=n_slots)
+        return ReplicaLive(used=used, slots=n_slots, slots_why=why)
     return ReplicaLive(
         used=used,
         slots=n_slots or heartbeat.slots,
@@ -122,6 +127,8 @@ def _replica(replica_id: UUID, slots: list[bytes | None], beat: bytes | None) ->
         n_waiting=heartbeat.n_waiting,
         kv_used_ratio=min(max(heartbeat.kv_used_ratio, 0.0), 1.0),
         tokens_per_s=RATES.rate(replica_id, heartbeat.at_ms, heartbeat.n_tokens_total),
+        slots_why=why,
+        itl_p95_ms=max(heartbeat.itl_p95_ms, 0.0),
     )
 
 

@@ -148,8 +148,12 @@ def ensure_deployment(
     min_replicas: int = 0,
     max_replicas: int = 1,
     idle_timeout_s: int = 300,
+    slo_class: str | None = None,
 ) -> Deployment:
-    """The deployment of this name, created if missing and changed only where it differs. May run twice."""
+    """The deployment of this name, created if missing and changed only where it differs. May run twice.
+
+    `slo_class` None: `interactive` for a new one, else as it is.
+    """
     with tenant(organization_id):
         found = Deployment.objects.filter(
             organization_id=organization_id, project_id=project_id, name=name, deleted_at=None
@@ -164,6 +168,7 @@ def ensure_deployment(
                 min_replicas=min_replicas,
                 max_replicas=max_replicas,
                 idle_timeout_s=idle_timeout_s,
+                slo_class=slo_class or "interactive",
             )
         return update_deployment(
             organization_id=organization_id,
@@ -174,6 +179,7 @@ def ensure_deployment(
                 min_replicas=min_replicas,
                 max_replicas=max_replicas,
                 idle_timeout_s=idle_timeout_s,
+                slo_class=slo_class,
             ),
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import coldstart, gateway, joint
+from benchmarks import coldstart, gateway, joint, slots
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ BENCHES = {
         joint.as_text,
         1,
     ),
+    "slots": Bench(
+        "gaps between tokens and throughput with standing slots and with slots that keep a promise",
+        slots.measure,
+        slots.as_text,
+        3,
+    ),
 }
 
 
@@ -42,7 +48,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("name", choices=sorted(BENCHES))
-        parser.add_argument("--repeats", type=int, help="runs per figure (default: 7; joint: 1)")
+        parser.add_argument("--repeats", type=int, help="runs per figure (default: 7; joint: 1, slots: 3)")
         parser.add_argument("--only", help="gateway: scenarios whose name contains this")
         parser.add_argument("--json", action="store_true")
 

@@ -27,6 +27,7 @@ class Command(BaseCommand):
         parser.add_argument("--min", type=int, default=0, dest="min_replicas", metavar="N")
         parser.add_argument("--max", type=int, default=1, dest="max_replicas", metavar="N")
         parser.add_argument("--idle-timeout-s", type=int, default=300, metavar="S")
+        parser.add_argument("--slo", metavar="CLASS", help="interactive (default), standard, batch or flex")
         parser.add_argument(
             "--profile",
             action="append",
@@ -60,6 +61,7 @@ class Command(BaseCommand):
                 min_replicas=options["min_replicas"],
                 max_replicas=options["max_replicas"],
                 idle_timeout_s=options["idle_timeout_s"],
+                slo_class=options["slo"],
             )
         except CorralError as error:
             raise CommandError(str(error)) from error

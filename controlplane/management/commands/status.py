@@ -7,11 +7,14 @@ touch the ORM.
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from infra.local import stack
+from infra.local.replicas import ReplicaSlots, read_slots
 from infra.local.stackconfig import StackConfig, StackConfigError
 
 
@@ -24,10 +27,13 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
-            status = stack.status(StackConfig.read(os.environ))
+            config = StackConfig.read(os.environ)
+            status = stack.status(config)
         except StackConfigError as error:
             raise CommandError(str(error)) from error
-        self.stdout.write(json.dumps(_as_json(status), indent=1) if options["json"] else _as_text(status))
+        slots = read_slots(config.var) if status.phase != "down" else []
+        facts = {**_as_json(status), "replicas": [asdict(replica) for replica in slots]}
+        self.stdout.write(json.dumps(facts, indent=1) if options["json"] else _as_text(status, slots))
         if not status.healthy:
             sys.exit(3 if status.phase == "down" else 1)
 
@@ -58,7 +64,7 @@ def _as_json(status: stack.StackStatus) -> dict[str, Any]:
     }
 
 
-def _as_text(status: stack.StackStatus) -> str:
+def _as_text(status: stack.StackStatus, slots: Sequence[ReplicaSlots] = ()) -> str:
     record = status.record
     if status.phase == "down" or record is None:
         lines = ["down (`manage.py up` starts it)"]
@@ -77,4 +83,8 @@ def _as_text(status: stack.StackStatus) -> str:
                 notes.append(f"{p.n_restarts} restart{'s' if p.n_restarts > 1 else ''}")
             lines.append(f"  {p.name:<11} {p.phase:<12} {pid:<12} {', '.join(notes)}".rstrip())
     lines += [f"  machine     {m.machine_id} ({m.n_processes} processes)" for m in status.machines]
+    for replica in slots:
+        why = f"; {replica.why}" if replica.why else ""
+        used = f"{replica.used} of {replica.given} slots used, engine batches {replica.ceiling}"
+        lines.append(f"  replica     {replica.replica[-8:]} ({used}{why})")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from workers.keys import CellKeys
 KEYS = CellKeys("c0")
 
 
-def beat(client: redis.Redis, replica: Replica, **values: int) -> None:
+def beat(client: redis.Redis, replica: Replica, **values: float) -> None:
     """What a ready replica and its queue look like in Redis."""
     rid, mid, did = replica.id.hex, replica.machine_id.hex, replica.deployment_id.hex
     client.hset(KEYS.replica(rid), mapping={"mid": mid, "dep": did, "state": "ready", "slots": 8, "used": 5})
@@ -51,6 +51,21 @@ def test_it_shows_what_runs_and_what_was_asked(
     assert "$0.000015" in text
     assert "(40 cached)</small> → 20" in text
     assert "×2" in text
+
+
+def test_it_says_how_many_slots_are_given_of_how_many_and_why(
+    owner: Client, replica: Replica, redis_url: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        beat(client, replica, itl_p95_ms=97.4)
+        given = replica.slots - 1
+        client.hset(
+            KEYS.replica(replica.id.hex), mapping={"slots": given, "why": "shrinks from <8>: too slow"}
+        )
+    text = text_of(owner, "/")
+    assert f'5 / {given}<small class="inline"> of {replica.slots}</small>' in text
+    assert "Slots: shrinks from &lt;8&gt;: too slow" in text
+    assert "97 ms" in text
 
 
 def test_the_polled_part_is_the_part_and_no_page(owner: Client, deployment: Deployment) -> None:

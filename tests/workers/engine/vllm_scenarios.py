@@ -23,6 +23,7 @@ from tests.workers.engine.reading import read
 from workers.contract import FinishReason
 from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
 from workers.engine.forking import UnsafeForkError
+from workers.engine.steps import gaps_of, quantile_ms
 from workers.engine.vllm import VllmEngine
 
 PROFILE = EngineProfile(max_model_len=1024, max_num_seqs=32, kv_cache_bytes=64 << 20, block_size=32)
@@ -246,6 +247,21 @@ async def check_stats_tell_work_from_idleness(engine: VllmEngine) -> None:
     assert time.monotonic() - busy.last_step_at_s < 0.2
     assert busy.kv_used_ratio > 0
     await stream.aclose()
+
+
+async def check_steps_are_told_with_what_ran_and_how_full_the_cache_was(engine: VllmEngine) -> None:
+    await asyncio.sleep(0.2)
+    engine.take_steps()
+    await asyncio.gather(
+        *(read(engine, a_request(engine, f"number {n}", max_tokens=30, ignore_eos=True)) for n in range(2))
+    )
+    steps = engine.take_steps()
+    assert 30 <= steps.n_steps <= 70, steps
+    assert 55 <= steps.n_tokens <= 70, steps
+    assert sum(n for _, n in gaps_of(steps.buckets)) == steps.n_tokens
+    assert 0 < quantile_ms(gaps_of(steps.buckets), 0.5) < 1000
+    assert 0 < steps.kv_peak_ratio < 1
+    assert engine.take_steps().n_steps == 0
 
 
 async def check_z_a_dead_core_fails_requests_and_health(engine: VllmEngine) -> None:
