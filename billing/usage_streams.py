@@ -91,7 +91,15 @@ class UsageStreams:
         pipeline = self._client.pipeline(transaction=False)
         for request_id in request_ids:
             pipeline.hmget(
-                self._keys.request(request_id), "dep", "key", "prj", "org", "pv", "out_est", "state"
+                self._keys.request(request_id),
+                "dep",
+                "key",
+                "prj",
+                "org",
+                "pv",
+                "out_est",
+                "state",
+                "granted",
             )
         return [_admission(values) for values in pipeline.execute()]
 
@@ -142,11 +150,14 @@ class UsageStreams:
 
 
 def _admission(values: list[bytes | None]) -> Admission | None:
-    if any(value is None for value in values):
+    *known, granted = values
+    if any(value is None for value in known):
         return None
-    deployment, key, project, org, price_version, n_output_held, state = (
-        value.decode() for value in cast("list[bytes]", values)
+    deployment, key, project, org, price_version, asked, state = (
+        value.decode() for value in cast("list[bytes]", known)
     )
+    # `granted` is there where money paid for less than was asked.
+    n_output_held = asked if granted is None else granted.decode()
     return Admission(
         deployment=deployment,
         key=key,

@@ -9,6 +9,7 @@ import asyncio
 import enum
 from typing import Any, Final
 
+from workers.allowance import Allowance
 from workers.config import FrontConfig
 from workers.contract import End, FinishReason, FlushVerdict, RequestEnvelope, UsageEvent
 from workers.engine.base import SamplingSpec
@@ -38,7 +39,7 @@ STOP_OF: Final = {
 class Attempt:
     """A claimed attempt while it runs."""
 
-    __slots__ = ("epoch", "generating", "moved", "output", "request_id", "stop", "task")
+    __slots__ = ("allowance", "epoch", "generating", "moved", "output", "request_id", "stop", "task")
 
     def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
         self.request_id = request_id
@@ -48,6 +49,7 @@ class Attempt:
         self.generating = False
         self.output: Output | None = None  # since it was claimed
         self.moved = False  # its client reads elsewhere, and where is not known yet
+        self.allowance: Allowance | None = None  # where the money held is less than the request may use
 
     def interrupt(self, stop: Stop) -> None:
         """Remember why, and end the generation if it runs. The first reason counts."""
@@ -91,13 +93,27 @@ class Run:
         return self.claim.n_done + self.n_new
 
     def set_limit(self, n_context: int) -> None:
-        """Most output tokens over all attempts: what was asked, what is held, what the context has left."""
-        asked, held = self.envelope.sampling.max_tokens, self.claim.n_done + self.claim.hold
-        room = n_context - self.n_prompt
-        self.limit = min(held, room) if self.envelope.open_ended else min(asked, held, room)
-        # The hold is the asked maximum unless money cut it, at admission of the request or before.
-        if self.limit < room and (self.limit < asked or self.envelope.budget_bound):
+        """Most output tokens over all attempts: what was asked, and what the context has left."""
+        asked, room = self.envelope.sampling.max_tokens, n_context - self.n_prompt
+        self.limit = min(asked, room)
+        if self.limit < room and self.envelope.budget_bound:
             self.reason_at_limit = FinishReason.BUDGET
+
+    @property
+    def n_granted(self) -> int:
+        """Tokens over all attempts that the trusted side held money for when this attempt was claimed."""
+        return self.claim.n_done + self.claim.hold
+
+    @property
+    def n_paid(self) -> int:
+        """Those that the money still pays for, now that the prompt is counted; may be less than nothing."""
+        envelope = self.envelope
+        n_excess = self.n_prompt - envelope.n_carried_prompt - envelope.n_prompt_held
+        if not envelope.n_prompt_held or n_excess <= 0 or not envelope.prompt_rate:
+            return self.n_granted
+        if not envelope.output_rate:
+            return 0
+        return self.n_granted - -(-n_excess * envelope.prompt_rate // envelope.output_rate)
 
 
 def sampling_of(envelope: RequestEnvelope, limit: int) -> SamplingSpec:

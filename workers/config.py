@@ -107,6 +107,9 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     spool_max_bytes: int = 8 << 20
     # An engine with work that has not stepped for max(this, 4 × its usual step) is hung.
     hang_s: float = 5.0
+    # An answer whose money is used up waits so long for more (others may return what they hold, or the gateway has
+    # died and nobody answers); then it ends with `budget`. It keeps its slot meanwhile.
+    budget_patience_s: float = 5.0
     journal_life_ms: int = RETENTION_MS
     # Of a project that keeps nothing: only as long as its gateway may need to fill a gap of the running answer.
     zero_retention_journal_life_ms: int = 30_000

@@ -51,7 +51,7 @@ class ReplicaPhase(enum.StrEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Sampling parameters after validation; `max_tokens` is the lesser of what was asked and what is held."""
+    """Sampling parameters after validation; `max_tokens`: the lesser of what was asked and what the context leaves."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -85,6 +85,11 @@ class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     stream: bool = False
     # True when max_tokens was cut by the money or tokens left: such an end is `budget`, not `length`.
     budget_bound: bool = False
+    # Where a budget holds for the request: how many prompt tokens are held, and the rates (nano-dollars per million
+    # tokens) at which a longer prompt takes from the output held. 0 tokens: no budget.
+    n_prompt_held: int = 0
+    prompt_rate: int = 0
+    output_rate: int = 0
     priority: int = 0
     cache_salt: str = ""
     zero_retention: bool = False
@@ -119,11 +124,21 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     attempts: int = 1
 
 
+class Ask(msgspec.Struct, frozen=True, array_like=True):
+    """A replica needs more of its request's money: what it was granted is used up (`empty`: it waits) or nearly."""
+
+    n_granted: int
+    # Exact, which the gateway's estimate is not.
+    n_prompt: int
+    empty: bool = False
+
+
 class FrameEntry(msgspec.Struct, frozen=True, array_like=True):
     """One step of one stream inside a frame. `offset` counts tokens from 0; `n` tokens are covered by `text`.
 
     A frame is a msgpack array of entries; the script that accepts them writes the array header, so a frame holds
     exactly what the journal holds. `stream` is a number chosen by the gateway that awaits it.
+    An entry with `ask` is no step: it has offset -1 and is in no journal.
     """
 
     stream: int
@@ -133,6 +148,7 @@ class FrameEntry(msgspec.Struct, frozen=True, array_like=True):
     text: str
     end: End | None = None
     logprobs: list[object] | None = None
+    ask: Ask | None = None
 
 
 class JournalEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -337,6 +353,11 @@ _usage_decoder = msgspec.msgpack.Decoder(UsageEvent)
 def encode(value: msgspec.Struct) -> bytes:
     """msgpack bytes of any structure of this module."""
     return _frame_encoder.encode(value)
+
+
+def encode_ask(stream: int, ask: Ask) -> bytes:
+    """A frame with one question of a replica to the gateway of `stream`."""
+    return _frame_encoder.encode([FrameEntry(stream, 0, -1, 0, "", ask=ask)])
 
 
 def decode_frame(payload: bytes) -> list[FrameEntry]:

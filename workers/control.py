@@ -1,7 +1,9 @@
 """Listens on the replica's control channel: a request id means that its client has gone, one with `@` in front that
-the client reads elsewhere now.
+the client reads elsewhere now, and `<request> <tokens> <0 or 1>` how many tokens its money pays for by now (1: no more
+is left).
 
-A message lost with the connection costs little: the next flush of that request says the same.
+A message lost with the connection costs little: the next flush of a cancelled request says the same, and whoever
+waits for money asks again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from workers.redis_client import Subscriber
 
 
 class ControlChannel:
-    """Calls `on_cancel(request_id)` or `on_moved(request_id)` on the loop."""
+    """Calls `on_cancel(request_id)`, `on_moved(request_id)` or `on_grant(request_id, n_tokens, final)` on the loop."""
 
     def __init__(
         self,
@@ -22,10 +24,12 @@ class ControlChannel:
         replica_id: str,
         on_cancel: Callable[[str], None],
         on_moved: Callable[[str], None],
+        on_grant: Callable[[str, int, bool], None],
     ) -> None:
         self._channel = keys.control_channel(replica_id)
         self._on_cancel = on_cancel
         self._on_moved = on_moved
+        self._on_grant = on_grant
         self._subscriber = Subscriber(redis_url, name=f"ctl-{replica_id[:8]}", on_message=self._on_message)
 
     async def start(self, timeout_s: float) -> None:
@@ -37,8 +41,10 @@ class ControlChannel:
         await self._subscriber.close()
 
     def _on_message(self, _channel: bytes, payload: bytes) -> None:
-        text = payload.decode("ascii", "replace")
-        if text.startswith("@"):
-            self._on_moved(text[1:])
-        else:
-            self._on_cancel(text)
+        request_id, *grant = payload.decode("ascii", "replace").split(" ")
+        if len(grant) == 2 and all(part.isdigit() for part in grant):
+            self._on_grant(request_id, int(grant[0]), grant[1] == "1")
+        elif request_id.startswith("@"):
+            self._on_moved(request_id[1:])
+        elif not grant:
+            self._on_cancel(request_id)

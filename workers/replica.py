@@ -77,7 +77,12 @@ class Replica:
         )
         self.reporter = Reporter(config, self.engine, self.client, self.server, self.spool, self.beat)
         self.control = ControlChannel(
-            config.redis_url, config.keys, config.replica, self.server.cancel, self.server.moved
+            config.redis_url,
+            config.keys,
+            config.replica,
+            self.server.cancel,
+            self.server.moved,
+            self.server.grant,
         )
         self.accounting = Accounting(self.spool, self.client, config.keys, config.replica, tuning)
 

@@ -40,6 +40,7 @@ ADMIT = load("admit", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
 SETTLE = load("settle", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
 CHARGE = load("charge", "lib_flows")
 SWEEP = load("sweep")
+TOPUP = load("topup", "lib_limits")
 SEED = load("seed")
 CANCEL = load("cancel", "lib_flows")
 IDEM = load("idem")
@@ -55,6 +56,6 @@ POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    ADMIT, SETTLE, CHARGE, SWEEP, SEED, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
+    ADMIT, SETTLE, TOPUP, CHARGE, SWEEP, SEED, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
 )  # fmt: skip
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

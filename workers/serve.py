@@ -23,9 +23,11 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, Final
 
+from workers.allowance import Allowance
 from workers.attempt import STOP_OF, Attempt, Run, Stop, sampling_of, usage_of
 from workers.config import FrontConfig
 from workers.contract import (
+    Ask,
     ClaimVerdict,
     End,
     FinishReason,
@@ -34,6 +36,7 @@ from workers.contract import (
     WireError,
     decode_envelope,
     encode,
+    encode_ask,
 )
 from workers.engine.base import (
     Delta,
@@ -114,6 +117,12 @@ class Server:
         attempt.moved = True
         if attempt.output is not None:  # else once the claim is answered
             self._start_move(attempt, attempt.output)
+
+    def grant(self, request_id: str, n_tokens: int, final: bool) -> None:
+        """How many tokens its money pays for by now (control channel). Unknown ids are ignored."""
+        attempt = self._running.get(request_id)
+        if attempt is not None and attempt.allowance is not None:
+            attempt.allowance.answer(n_tokens, final)
 
     def close(self) -> None:
         self._prompts.close()
@@ -217,6 +226,7 @@ class Server:
         run.set_limit(self._engine.max_model_len)
         if run.limit <= claim.n_done:
             return await self._end(run, attempt, run.reason_at_limit)
+        attempt.allowance = self._allowance(run) if run.n_paid < run.limit else None
         return await self._generate(run, attempt, prompt, prior)
 
     async def _generate(self, run: Run, attempt: Attempt, prompt: list[int], prior: list[int]) -> bool:
@@ -228,7 +238,8 @@ class Server:
             prior_token_ids=prior,
             priority=envelope.priority,
             cache_salt=envelope.cache_salt or None,
-            min_delta_tokens=self._coalesce(envelope),
+            min_delta_tokens=self._coalesce(envelope) if attempt.allowance is None else 1,
+            single_tokens=attempt.allowance is not None,
         )
         attempt.generating = attempt.stop is None
         run.n_prefill = len(prompt) + len(prior)
@@ -236,8 +247,11 @@ class Server:
         self.n_prefill_tokens += run.n_prefill
         try:
             if attempt.generating:
-                async with aclosing(self._engine.generate(request)) as deltas:
-                    await self._publish(run, deltas)
+                if not await self._paid(run, attempt.allowance, run.n_completion + 1):
+                    run.n_prompt = run.n_prompt if run.n_completion else 0  # never served, not billed
+                else:
+                    async with aclosing(self._engine.generate(request)) as deltas:
+                        await self._publish(run, deltas, attempt.allowance)
         except asyncio.CancelledError:
             if attempt.stop is None:
                 raise  # the pool's: stopping or revoked
@@ -261,8 +275,12 @@ class Server:
             case _:
                 return False
 
-    async def _publish(self, run: Run, deltas: Any) -> None:
-        """Hand each step to the publisher; a plain answer gathers `coalesce_tokens`, or a while, first."""
+    async def _publish(self, run: Run, deltas: Any, allowance: Allowance | None) -> None:
+        """Hand each step to the publisher; a plain answer gathers `coalesce_tokens`, or a while, first.
+
+        Where money is short a token is handed on once it is paid for. The engine goes on meanwhile; what it makes
+        beyond the money is dropped with it, unseen and unbilled.
+        """
         output = run.output
         coalesce, patience_s = self._coalesce(run.envelope), self._config.tuning.coalesce_s
         flushed_at_s = time.monotonic()
@@ -273,6 +291,13 @@ class Server:
             async for delta in deltas:
                 n = len(delta.token_ids)
                 if n:
+                    if allowance is not None:
+                        if run.n_completion + n > allowance.allowed:
+                            _release_to(output, held)
+                            n_held = 0
+                            if not await self._paid(run, allowance, run.n_completion + n):
+                                return
+                        allowance.reached(run.n_completion + n)
                     self.n_tokens_total += n
                     if not run.n_new:
                         self._first_token(run)
@@ -299,6 +324,34 @@ class Server:
             return ()
         dtype = EngineProfile.from_json(dict(self._config.spec.profile)).dtype
         return resume_blockers(sampling_of(envelope, 1), dtype)
+
+    def _allowance(self, run: Run) -> Allowance:
+        """What the attempt may produce, and how it asks for more."""
+        envelope, output = run.envelope, run.output
+        n_prompt = max(0, run.n_prompt - envelope.n_carried_prompt)
+
+        def ask(n_granted: int, empty: bool) -> None:
+            frame = encode_ask(output.stream, Ask(n_granted, n_prompt, empty))
+            self._client.fire("PUBLISH", self._keys.gateway_channel(output.lane.gateway), frame)
+
+        # A gateway that says nothing of its rates would not answer.
+        patience_s = self._config.tuning.budget_patience_s if envelope.n_prompt_held else 0.0
+        return Allowance(
+            granted=run.n_granted,
+            allowed=run.n_paid,
+            n_done=run.claim.n_done,
+            n_carried=envelope.n_carried,
+            ask=ask,
+            patience_s=patience_s,
+        )
+
+    @staticmethod
+    async def _paid(run: Run, allowance: Allowance | None, n_tokens: int) -> bool:
+        """Whether the money pays for so many tokens, now or soon. False: the attempt ends here."""
+        if allowance is None or n_tokens <= allowance.allowed or await allowance.room_for(n_tokens):
+            return True
+        run.finish = FinishReason.BUDGET
+        return False
 
     def _coalesce(self, envelope: RequestEnvelope) -> int:
         """Tokens per flush: each step of a stream is seen by somebody, a plain answer only at its end."""

@@ -16,6 +16,7 @@ import msgspec
 import uuid_utils
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from controlplane.gateway import ratelimits
 from controlplane.gateway.auth import Deployment, KeyCache
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request, unavailable
@@ -43,8 +44,11 @@ _MODEL_PREFIX: Final = "/v1/models/"
 _EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
 _CORS_REQUEST_HEADERS: Final = b"authorization, content-type, x-api-key, last-event-id, idempotency-key"
-_CORS_EXPOSED: Final = (
-    b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope, x-corral-resumed"
+_CORS_EXPOSED: Final = b", ".join(
+    (
+        b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope, x-corral-resumed",
+        *ratelimits.NAMES,
+    )
 )
 _CORS_MAX_AGE_S: Final = b"600"
 _encode = msgspec.json.Encoder().encode
@@ -140,6 +144,8 @@ class GatewayApp:
             )
         except ApiError as error:
             outcome.status, outcome.code = error.status, error.code
+            if outcome.stream is not None:
+                own = (*own, *outcome.stream.limits)
             if error.status == 413:
                 headers_413 = (JSON, *own, *error.response_headers())
                 await respond_and_drain(send, receive, 413, error.body(), headers_413)

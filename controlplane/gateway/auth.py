@@ -58,6 +58,8 @@ class KeyContext:
     # flattened for the admission script.
     scopes: tuple[tuple[str, str, Limits], ...]
     scope_args: tuple[str | int, ...]
+    # Whether any of them has a budget.
+    budgeted: bool
 
 
 def context_of(record: KeyRecord) -> KeyContext:
@@ -101,6 +103,7 @@ def context_of(record: KeyRecord) -> KeyContext:
             for (_, scope_id, limits), weight in zip(scopes, weights, strict=True)
             for arg in (scope_id, *limits, weight)
         ),
+        budgeted=any(limits[4] >= 0 for _, _, limits in scopes),
     )
 
 

@@ -10,10 +10,11 @@ import asyncio
 import time
 from typing import Any, Final
 
+from controlplane.gateway import ratelimits
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
-from controlplane.gateway.errors import ApiError, unavailable
+from controlplane.gateway.errors import ApiError, Headers, unavailable
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
@@ -27,12 +28,6 @@ from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
 _SCOPE_NAMES: Final = {"key": "API key", "prj": "project", "org": "organization"}
-_LIMIT_NAMES: Final = {
-    "requests_per_minute": "requests",
-    "input_tokens_per_minute": "input-tokens",
-    "output_tokens_per_minute": "output-tokens",
-    "concurrency": "concurrency",
-}
 
 
 class Dispatcher:
@@ -81,7 +76,13 @@ class Dispatcher:
         raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
         calibration = self._ends.calibration(key.organization, deployment.id)
         n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
-        hold = admission.hold(n_prompt, request.max_tokens, deployment.context_tokens, deployment.rates)
+        hold = admission.hold(
+            n_prompt,
+            request.max_tokens,
+            deployment.context_tokens,
+            deployment.rates,
+            streaming=request.stream,
+        )
         if origin is not None:
             hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
         stream = Stream(
@@ -155,13 +156,17 @@ class Dispatcher:
         if outcome == b"bound":
             stream.replica = verdict[2].decode()
             stream.machine = self._routes.bound(stream.deployment.id, stream.replica)
+            stream.limits = ratelimits.headers(verdict[4:])
         elif outcome == b"queued":
             stream.queued = True
             stream.waited_for_replica = bool(verdict[2])
+            stream.limits = ratelimits.headers(verdict[4:])
         elif outcome == b"refused":
+            stream.limits = ratelimits.headers(verdict[6:])
             raise _refusal(*verdict[1:6])
         elif outcome == b"full":
             whose = "" if verdict[2] == b"deployment" else ", as many of them yours as may"
+            stream.limits = ratelimits.headers(verdict[3:])
             raise unavailable(
                 "queue_full",
                 f"{verdict[1]} requests already wait for this model{whose}: try again shortly",
@@ -201,6 +206,9 @@ class Dispatcher:
             cache_salt=key.organization,
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
+            n_prompt_held=max(1, hold.n_prompt) if key.budgeted else 0,
+            prompt_rate=admission.prompt_rate(deployment.rates) if key.budgeted else 0,
+            output_rate=deployment.rates.output if key.budgeted else 0,
         )
         if origin is not None:
             envelope.continues = origin.request
@@ -231,7 +239,7 @@ class Dispatcher:
                         predicted_ms=predicted_ms(hold.n_prompt, stream.expected, deployment.itl_ms),
                     ),
                     self._queue_bound,
-                    RETENTION_MS,
+                    hold.prompt_nano,
                     hold.output_rate_nano,
                     stream.note,
                     0 if origin is None else origin.n_carried,
@@ -241,6 +249,7 @@ class Dispatcher:
                     self._prefixes(key, deployment, request),
                     deployment.window,
                     self._age_ms,
+                    hold.share,
                     *self._routes.candidates(deployment.id),
                 ),
             )
@@ -290,18 +299,19 @@ def _refusal(scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -
             type_="insufficient_quota",
             headers=((b"x-should-retry", b"false"), (b"x-corral-limit", limit), (b"x-corral-scope", scope)),
         )
-    label = _LIMIT_NAMES[name].encode()
+    own: Headers = ((b"x-corral-limit", limit), (b"x-corral-scope", scope))
+    if name == "concurrency":  # the one limit that no standard header tells
+        own = (
+            *own,
+            (b"x-ratelimit-limit-concurrency", b"%d" % value),
+            (b"x-ratelimit-remaining-concurrency", b"%d" % max(0, left)),
+            (b"x-ratelimit-reset-concurrency", b"%dms" % retry_ms),
+        )
     return ApiError(
         429,
         "rate_limit_exceeded",
         f"the {name.replace('_', ' ')} limit of this {who} ({value}) is reached: "
         f"try again in {retry_ms / 1000:.3g} s",
         retry_after_s=retry_ms / 1000,
-        headers=(
-            (b"x-corral-limit", limit),
-            (b"x-corral-scope", scope),
-            (b"x-ratelimit-limit-" + label, b"%d" % value),
-            (b"x-ratelimit-remaining-" + label, b"%d" % max(0, left)),
-            (b"x-ratelimit-reset-" + label, b"%dms" % retry_ms),
-        ),
+        headers=own,
     )

@@ -12,13 +12,14 @@ import time
 from collections import OrderedDict, deque
 from typing import Final
 
-from billing.money import request_cost
+from billing.money import TOKENS_PER_RATE, request_cost
 from controlplane.gateway.inbox import Inbox
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
 from controlplane.policy import estimate
+from controlplane.policy.admission import prompt_rate
 from workers import scripts
-from workers.contract import End
+from workers.contract import Ask, End
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError
 
@@ -28,6 +29,7 @@ _ORPHANS_PER_CALL: Final = 256
 _CHARGE_STEP: Final = 32  # output tokens worth a charge of their own before the end
 _CHARGES_PER_CALL: Final = 256
 _CHARGES_A_PASS: Final = 4 * _CHARGES_PER_CALL
+_ASK_INTERVAL_S: Final = 0.001  # between top-ups of one stream, so that a mad machine cannot keep Redis busy
 _TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake settles what has not
 
 
@@ -35,8 +37,8 @@ class Ends:
     """The streams of one gateway process until they are over, in `inbox`. Belongs to one event loop."""
 
     def __init__(self, redis: Client, keys: CellKeys, routes: RouteTable, gateway: str) -> None:
-        self.inbox = Inbox(redis, keys, self.on_end)
-        self.n_settled = self.n_cancelled = 0
+        self.inbox = Inbox(redis, keys, self.on_end, self.on_ask)
+        self.n_settled = self.n_cancelled = self.n_top_ups = 0
         self._redis = redis
         self._keys = keys
         self._routes = routes
@@ -73,6 +75,31 @@ class Ends:
         self._settle(stream, n_prompt, min(n_cached, n_prompt), max(0, n_completion - n_carried))
         if stream.abandoned:
             self.inbox.streams.pop(stream.number, None)
+
+    def on_ask(self, stream: Stream, machine: str, ask: Ask) -> None:
+        """Its money is used up or soon will be: hold more for it, if there is more. The answer goes to the replica,
+        which asks again when it hears nothing.
+        """
+        now = time.monotonic()
+        if stream.abandoned or now < stream.ask_after:
+            return
+        stream.ask_after = now + _ASK_INTERVAL_S
+        self.n_top_ups += 1
+        hold, rates = stream.hold, stream.deployment.rates
+        self._redis.fire(
+            "EVALSHA",
+            scripts.TOPUP.sha,
+            0,
+            self._keys.prefix,
+            stream.request,
+            machine,
+            ask.n_granted,
+            min(max(ask.n_prompt, 1), stream.deployment.context_tokens),
+            "empty" if ask.empty else "soon",
+            prompt_rate(rates) / TOKENS_PER_RATE,
+            hold.output_rate_nano,
+            hold.share,
+        )
 
     def close(self, stream: Stream) -> None:
         """The handler is done with it. What has not ended is cancelled and kept until it has; what may be collected

@@ -19,7 +19,7 @@ import msgspec
 
 from controlplane.gateway.errors import unavailable
 from controlplane.gateway.stream import MAX_HELD_BACK, HeldBack, Stream
-from workers.contract import FrameEntry, JournalEntry, decode_frame, decode_journal_entry
+from workers.contract import Ask, FrameEntry, JournalEntry, decode_frame, decode_journal_entry
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
@@ -40,13 +40,22 @@ _MAX_RESOLVES_PER_S: Final = (
 class Inbox:
     """Streams by number, and the frames for them. Belongs to one event loop."""
 
-    def __init__(self, redis: Client, keys: CellKeys, on_end: Callable[[Stream], None]) -> None:
+    def __init__(
+        self,
+        redis: Client,
+        keys: CellKeys,
+        on_end: Callable[[Stream], None],
+        on_ask: Callable[[Stream, str, Ask], None],
+    ) -> None:
+        """`on_end(stream)`: its last entry came; `on_ask(stream, machine, ask)`: a machine says that the stream
+        needs more of its money."""
         self.streams: dict[int, Stream] = {}
         self.n_frames = self.n_entries = self.n_unknown = self.n_foreign = 0
         self.n_bad_frames = self.n_catch_ups = self.n_repeated = 0
         self._redis = redis
         self._keys = keys
         self._on_end = on_end
+        self._on_ask = on_ask
         self._machines: dict[bytes, str] = {}
         self._resolves: dict[str, int] = {}  # by machine, since
         self._resolves_since = 0.0
@@ -79,6 +88,8 @@ class Inbox:
             elif entry.offset > stream.have:
                 self._hold_back(stream, machine, entry)
                 self.catch_up(stream)
+            elif entry.ask is not None:
+                self._on_ask(stream, machine, entry.ask)
             else:
                 self.n_repeated += 1
 
@@ -116,7 +127,12 @@ class Inbox:
     def _unexpected(self, stream: Stream, machine: str, entry: FrameEntry, now: float) -> None:
         """A frame that is not from where the stream is known to run: moved, not known yet, paused, or a
         lie."""
-        if stream.end is not None or stream.paused:
+        if stream.end is not None:
+            return
+        if entry.ask is not None:
+            self._on_ask(stream, machine, entry.ask)  # whose request it is, the script knows
+            return
+        if stream.paused:
             return
         # Frames may overtake the answer of the admission that caused them.
         if stream.catching_up or not stream.admitted:

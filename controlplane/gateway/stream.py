@@ -12,7 +12,7 @@ import enum
 from typing import Final, NamedTuple
 
 from controlplane.gateway.auth import Deployment, KeyContext
-from controlplane.gateway.errors import ApiError, ClientGone
+from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
 from workers.contract import End, Endpoint, Stage
@@ -74,6 +74,7 @@ class Stream:
         "admitted",
         "admitted_at",
         "admitted_at_ms",
+        "ask_after",
         "catching_up",
         "comment_due",
         "counted",
@@ -92,6 +93,7 @@ class Stream:
         "keep",
         "key",
         "last_at",
+        "limits",
         "live_machine",
         "machine",
         "n_chars_seen",
@@ -162,6 +164,7 @@ class Stream:
         self.live_machine: str | None = None
         self.replica = ""
         self.admitted = False
+        self.limits: Headers = ()  # rate-limit headers of its answer
 
         # What has arrived: `have` tokens in `n_entries` journal entries; `pieces` of it not yet taken.
         self.have = 0
@@ -180,6 +183,7 @@ class Stream:
         self.overflowed = False  # more was held back than fits: the journal must be read once more
         self.held_back: list[HeldBack] = []
         self.resolve_after = 0.0
+        self.ask_after = 0.0
 
         # Waiting and the client.
         self.waiter: asyncio.Future[None] | None = None

@@ -1,15 +1,21 @@
 """What a request may cost at most, before it runs: pure.
 
 Called by the gateway for every request; the admission script takes the hold, or less of it where a budget has
-less left. Holding the worst case is what makes a budget exact: a request can never use more than was held.
+less left. A request can never use more than is held for it, which is what makes a budget exact.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from billing.money import TOKENS_PER_RATE, Rates, worst_case_cost
+from billing.money import TOKENS_PER_RATE, NanoPerMillion, Rates, worst_case_cost
 from controlplane.policy import estimate
+
+# Of money that does not last for so many worst cases a stream holds only this part at a time and is topped up as it
+# goes: 32 streams that share the last credit all run, and each finds something left. Larger: fairer towards the
+# end, and more top-ups (about SHARE * ln(tokens left) in all).
+SHARE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +25,18 @@ class Hold:
     n_prompt: int
     n_output: int
     money_nano: int
-    # Of one output token: what the script divides a shortfall by. A fraction, because rounding it up would
-    # cut too few tokens from the hold and rounding it down too many.
+    # Of the prompt, and of one output token: fractions, because a shortfall divided by a rounded rate would cut too
+    # few tokens from the hold, or too many.
+    prompt_nano: float
     output_rate_nano: float
+    # 0: a plain answer is held whole (or what is left of it), because half of many answers is worth less to whoever
+    # waits for them than all of some. A stream is read as it comes.
+    share: int
 
 
-def hold(n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rates) -> Hold:
+def hold(
+    n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rates, *, streaming: bool = False
+) -> Hold:
     """The worst case of a request with an estimated prompt of `n_prompt` tokens.
 
     `max_tokens` is what the client asked for (None: all that the context leaves). The output is bounded by
@@ -37,7 +49,9 @@ def hold(n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rate
         n_prompt=n_prompt,
         n_output=n_output,
         money_nano=worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output),
+        prompt_nano=n_prompt * prompt_rate(rates) / TOKENS_PER_RATE,
         output_rate_nano=rates.output / TOKENS_PER_RATE,
+        share=SHARE if streaming else 0,
     )
 
 
@@ -47,4 +61,10 @@ def rest(whole: Hold, n_prompt_charged: int, n_produced: int, rates: Rates) -> H
     n_prompt = max(0, whole.n_prompt - n_prompt_charged)
     n_output = max(1, whole.n_output - n_produced)
     money_nano = worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output)
-    return Hold(n_prompt, n_output, money_nano, whole.output_rate_nano)
+    prompt_nano = n_prompt * prompt_rate(rates) / TOKENS_PER_RATE
+    return Hold(n_prompt, n_output, money_nano, prompt_nano, whole.output_rate_nano, whole.share)
+
+
+def prompt_rate(rates: Rates) -> NanoPerMillion:
+    """What a prompt token costs at most, cached or not."""
+    return max(rates.input, rates.cached)

@@ -33,7 +33,7 @@ from workers.contract import (
 from workers.control import ControlChannel
 from workers.engine.base import EngineDead, EngineProfile
 from workers.engine.toy import ToyEngine
-from workers.keys import RETENTION_MS, CellKeys
+from workers.keys import CellKeys
 from workers.publisher import Publisher
 from workers.redis_client import Client
 from workers.scripts import Script
@@ -122,8 +122,8 @@ class Cell:
             self.run(scripts.SEED, self.keys.prefix, "key", "k1", 0)
         answer = self.run(
             scripts.ADMIT, self.keys.prefix, now_ms(), request, "d1", GATEWAY, self._n_requests, "pv1", 10,
-            n_out, n_out * rate, now_ms(), 100, RETENTION_MS, rate, note, n_carried, *scopes,
-            0, n_out, "", 0, 60_000, *candidates,
+            n_out, n_out * rate, now_ms(), 100, 0, rate, note, n_carried, *scopes,
+            0, n_out, "", 0, 60_000, 0, *candidates,
         )  # fmt: skip
         assert answer[0] in (b"bound", b"queued"), answer
         return request
@@ -231,7 +231,9 @@ async def serving(
     publisher = Publisher(client, config.keys, config.tuning)
     deaths: list[EngineDead] = []
     server = Server(config, engine, client, publisher, spool, deaths.append)
-    control = ControlChannel(config.redis_url, config.keys, replica, server.cancel, server.moved)
+    control = ControlChannel(
+        config.redis_url, config.keys, replica, server.cancel, server.moved, server.grant
+    )
     await control.start(5.0)
     await engine.start()
     if enrol:

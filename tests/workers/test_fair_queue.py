@@ -89,9 +89,9 @@ class History:
         for scope_id, weight in zip((key, project, org), reversed(weights), strict=True):
             scopes += [scope_id, *[NO_LIMIT] * 5, weight]
         args = [
-            request.id, "d1", "g1", 7, "pv1", request.n_prompt, 10_000, 0, request.order_key, twin.bound, RETENTION_MS,
+            request.id, "d1", "g1", 7, "pv1", request.n_prompt, 10_000, 0, request.order_key, twin.bound, 0,
             0, "", 0, *scopes,
-            request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, *candidates,
+            request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, 0, *candidates,
         ]  # fmt: skip
         self._note(f"arrive {request} {candidates}", scripts.ADMIT, args, verdict, bindings)
 

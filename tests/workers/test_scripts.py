@@ -39,6 +39,7 @@ class Cell:
         money: int = 50,
         out_rate: int = 2,
         queue_bound: int = 100,
+        share: int = 0,
         key: str = "k1",
         prj: str = "p1",
         org: str = "o1",
@@ -60,8 +61,8 @@ class Cell:
             scopes.append(weights[("key", "prj", "org").index(scope)])
         return self.run(
             scripts.ADMIT, KEYS.prefix, self.now_ms, request, "d1", "g1", 7, "pv1", n_in, n_out, money,
-            order or self.now_ms, queue_bound, RETENTION_MS, out_rate, "cs:", 0, *scopes,
-            band, expected, prefixes, window, age_ms, *candidates,
+            order or self.now_ms, queue_bound, money - n_out * out_rate, out_rate, "cs:", 0, *scopes,
+            band, expected, prefixes, window, age_ms, share, *candidates,
         )  # fmt: skip
 
     def enrol(self, replica: str, machine: str = "m1", slots: int = 4) -> int:
@@ -336,8 +337,8 @@ def test_without_a_body_nothing_is_taken(cell: Cell) -> None:
     admit = cell.r.evalsha
     limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, 100, "p1", *[NO_LIMIT] * 5, 100, "o1", *[NO_LIMIT] * 5, 100]
     verdict = admit(
-        scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 1000, 2,
-        "cs:", 0, *limits, 0, 20, b"", 0, 60_000, "r1",
+        scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 10, 2,
+        "cs:", 0, *limits, 0, 20, b"", 0, 60_000, 0, "r1",
     )  # fmt: skip
     assert verdict == [b"gone"]
     assert cell.limit("key", "k1") == {}

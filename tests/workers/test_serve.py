@@ -125,7 +125,7 @@ async def test_end_at_the_hold_is_a_budget_end(cell: Cell, tmp_path: Path) -> No
 
 async def test_open_ended_request_ends_at_the_context(cell: Cell, tmp_path: Path) -> None:
     async with serving(cell, tmp_path) as front:
-        request = cell.admit(max_tokens=64, hold=2000, open_ended=True, sampling={"ignore_eos": True})
+        request = cell.admit(max_tokens=2000, open_ended=True, sampling={"ignore_eos": True})
         await front.deliver(request)
         end = cell.end(request)
         assert (end.reason, end.n_prompt + end.n_completion) == (FinishReason.LENGTH, 512)

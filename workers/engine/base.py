@@ -72,6 +72,7 @@ class EngineRequest:
     priority: lower runs first; ties by arrival. cache_salt: prefix-cache isolation domain (per tenant), None
     = shared. min_delta_tokens: deltas between the first and the last need not come sooner than with so many
     tokens: a hint that saves the wake-up per token where nobody watches. An engine may ignore it.
+    single_tokens: no delta may hold more than one, because the answer may have to end after any of them.
     """
 
     id: str
@@ -81,6 +82,7 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str | None = None
     min_delta_tokens: int = 1
+    single_tokens: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

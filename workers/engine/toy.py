@@ -123,15 +123,14 @@ class ToyEngine:
                 if seq.n_out < seq.n_due and seq.finish is None:
                     seq.waiter = loop.create_future()
                     await seq.waiter
-                ids, text = seq.take()
+                portions = seq.take_singly() if request.single_tokens else [seq.take()]
                 seq.n_due = seq.n_out + request.min_delta_tokens
                 finish = seq.finish  # the sequence goes on while our consumer holds the delta
                 if finish is FinishReason.ERROR:
                     raise EngineDead(f"toy engine: {self._dead}")
-                if request.sampling.logprobs is None:
-                    yield Delta(ids, text, finish)
-                else:
-                    yield Delta(ids, text, finish, 0, _logprobs(ids, request.sampling.logprobs))
+                for ids, text in portions[:-1]:
+                    yield _delta(request, ids, text, None)
+                yield _delta(request, *portions[-1], finish)
                 if finish is not None:
                     return
         finally:
@@ -325,6 +324,12 @@ class ToyEngine:
             os._exit(70)
         if toy_text.HANG in seq.request.prompt_token_ids:
             self._hung = True
+
+
+def _delta(request: EngineRequest, ids: list[int], text: str, finish: FinishReason | None) -> Delta:
+    if request.sampling.logprobs is None:
+        return Delta(ids, text, finish)
+    return Delta(ids, text, finish, 0, _logprobs(ids, request.sampling.logprobs))
 
 
 def _logprobs(ids: list[int], n_top: int) -> tuple[TokenLogprob, ...]:

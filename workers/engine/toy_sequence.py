@@ -88,6 +88,19 @@ class Sequence:
             return [token], toy_text.PIECES[token]
         return self._made(n_told)
 
+    def take_singly(self) -> list[tuple[list[int], str]]:
+        """The same, token by token; one empty portion where there is nothing new."""
+        n_told = self.n_told
+        held_back = list(self._text)
+        ids, _ = self.take()
+        if self._matcher is not None:
+            texts = held_back
+        else:
+            texts = [toy_text.PIECES[token] for token in ids]
+            if texts and n_told == 0:
+                texts[0] = texts[0][1:]
+        return [([token], text) for token, text in zip(ids, texts, strict=True)] or [([], "")]
+
     def replay(self) -> None:
         """Bring the state to where earlier attempts left off, emitting nothing."""
         for _ in self.request.prior_token_ids:

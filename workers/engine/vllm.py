@@ -239,18 +239,23 @@ class VllmEngine:
                 async for output in outputs:
                     completion = output.outputs[0]
                     reason = _finish_of(completion.finish_reason)
-                    n_ids, text = text_of.push(ids := list(completion.token_ids), final=reason is not None)
-                    if text_of.stopped:
-                        reason = FinishReason.STOP
-                    yield Delta(
-                        ids[:n_ids],
-                        text,
-                        reason,
-                        min(output.num_cached_tokens or 0, n_prompt),
-                        None if sampling.logprobs is None else self._logprobs(completion, n_ids),
-                    )
-                    if reason is not None:
-                        return  # after a stop string this aborts the sequence in the core
+                    n_all = len(completion.token_ids)
+                    n_portion = 1 if request.single_tokens else max(n_all, 1)
+                    for at in range(0, max(n_all, 1), n_portion):
+                        ids = list(completion.token_ids[at : at + n_portion])
+                        ends = reason if at + n_portion >= n_all else None
+                        n_ids, text = text_of.push(ids, final=ends is not None)
+                        if text_of.stopped:
+                            ends = FinishReason.STOP
+                        yield Delta(
+                            ids[:n_ids],
+                            text,
+                            ends,
+                            min(output.num_cached_tokens or 0, n_prompt),
+                            None if sampling.logprobs is None else self._logprobs(completion, at, n_ids),
+                        )
+                        if ends is not None:
+                            return  # after a stop string this aborts the sequence in the core
         finally:
             self._board.n_inflight -= 1
 
@@ -280,9 +285,10 @@ class VllmEngine:
             param = getattr(error, "parameter", None) or "body"
             raise EngineInputError("invalid_request", param, str(error)) from None
 
-    def _logprobs(self, completion: Any, n: int) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, completion: Any, at: int, n: int) -> tuple[TokenLogprob, ...]:
         found = []
-        for token_id, alternatives in zip(completion.token_ids[:n], completion.logprobs or (), strict=False):
+        known = (completion.logprobs or ())[at : at + n]
+        for token_id, alternatives in zip(completion.token_ids[at : at + n], known, strict=False):
             # vLLM lists the chosen token first, then the best ones; the chosen one may be among them.
             top = sorted(alternatives.items(), key=lambda item: item[1].rank)
             found.append(

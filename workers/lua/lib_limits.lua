@@ -1,8 +1,11 @@
--- Included by admission and settlement: token buckets, concurrency and money holds of key, project and organization.
--- A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight), held (nano-dollars
--- held), spent (nano-dollars booked since the budget began; absent until seeded from the ledger).
+-- Included by admission, top-up and settlement: token buckets, concurrency and money holds of key, project and
+-- organization. A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight),
+-- dur (their usual duration, ms), held (nano-dollars held), spent (nano-dollars booked since the budget began; absent
+-- until seeded from the ledger), ask (requests in flight that have used up their hold and found nothing left).
 
 local SCOPE = {'key', 'prj', 'org'}
+local BUCKET = {'requests_per_minute', 'input_tokens_per_minute', 'output_tokens_per_minute'}
+local FIELD = {'rq', 'in', 'out'}
 
 local function scope_key(P, s, scope_id)
   return P .. 'lim:' .. SCOPE[s] .. ':' .. scope_id
@@ -27,4 +30,83 @@ local function put_money(h, set, field, before, added)
   else
     redis.call('HINCRBY', h, field, string.format('%.0f', added))
   end
+end
+
+local function refuse_longest(look, retry_ms, scope, limit, cap, left)
+  if look.refusal and retry_ms <= look.refusal[3] then return end
+  look.refusal = {scope, limit, retry_ms, cap, left}
+end
+
+-- What a request of n_in and n_out tokens finds at its scopes, seven arguments each from ARGV[at]: id, rpm, input_tpm,
+-- output_tpm, max_concurrency, budget_nano (-1 = no limit), weight (not for here). Reads only. Answers a table:
+--   1, 2, 3: per scope the fields to write once admitted
+--   refusal: {scope, limit, retry_ms, cap, left} of the limit that refuses longest, or nil
+--   seed: number of a scope whose booked money is not known here, or nil
+--   left: the least money left at a scope with a budget, or nil; tight: that scope's number
+--   caps, levels: of requests, input and output tokens, each of the scope that has the fewest left
+local function examine(P, now, at, n_in, n_out)
+  local look = {caps = {}, levels = {}}
+  local need = {1, n_in, n_out}
+  for s = 1, 3 do
+    local a = at + (s - 1) * 7
+    local cap_conc, budget = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
+    local v = redis.call('HMGET', scope_key(P, s, ARGV[a]), 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held', 'dur')
+    local stood_ms = tonumber(v[4] or now)
+    local elapsed_ms = math.max(now - stood_ms, 0)
+    local conc = tonumber(v[5] or '0')
+    local set = {'ms', math.max(now, stood_ms), 'conc', conc + 1}
+    for i = 1, 3 do
+      local cap = tonumber(ARGV[a + i])
+      if cap >= 0 then
+        local level = refilled(v[i], cap, elapsed_ms)
+        -- What is larger than the whole minute is let through when the bucket is full, and the level goes negative.
+        local enough = math.min(need[i], cap)
+        if level < enough or cap == 0 then
+          local wait_ms = (cap == 0 and 1 or enough - level) * 60000 / math.max(cap, 1)
+          refuse_longest(look, wait_ms, SCOPE[s], BUCKET[i], cap, level)
+        end
+        set[#set + 1] = FIELD[i]
+        set[#set + 1] = level - need[i]
+        if not look.levels[i] or level < look.levels[i] then look.caps[i], look.levels[i] = cap, level end
+      end
+    end
+    if cap_conc >= 0 and conc >= cap_conc then
+      -- One of them ends, on average, once per usual duration over their number.
+      local usual_ms = tonumber(v[8] or '1000') / math.max(conc, 1)
+      refuse_longest(look, math.min(math.max(usual_ms, 50), 60000), SCOPE[s], 'concurrency', cap_conc, cap_conc - conc)
+    end
+    if budget >= 0 then
+      if v[6] then
+        set.held = v[7] or '0'
+        local left = budget - tonumber(v[6]) - tonumber(set.held)
+        if not look.left or left < look.left then look.left, look.tight = left, s end
+      else
+        look.seed = look.seed or s
+      end
+    end
+    look[s] = set
+  end
+  return look
+end
+
+-- Cap, remaining and ms until full again, for requests, input and output tokens, once n_rq, n_in and n_out were taken;
+-- -1 where nothing limits, and none of them where nothing limits any.
+local function heads(look, n_rq, n_in, n_out)
+  local out, taken = {}, {n_rq, n_in, n_out}
+  if not (look.caps[1] or look.caps[2] or look.caps[3]) then return out end
+  for i = 1, 3 do
+    local cap = look.caps[i]
+    local level = cap and look.levels[i] - taken[i]
+    out[#out + 1] = cap or -1
+    out[#out + 1] = cap and math.max(math.floor(level), 0) or -1
+    out[#out + 1] = cap and math.ceil(math.max(cap - level, 0) * 60000 / math.max(cap, 1)) or -1
+  end
+  return out
+end
+
+-- The limits a record was admitted under: input_tpm, output_tpm, budget of key, project, organization.
+local function caps_of(text)
+  local caps = {}
+  for c in string.gmatch(text, '[^,]+') do caps[#caps + 1] = tonumber(c) end
+  return caps
 end

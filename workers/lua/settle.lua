@@ -7,17 +7,21 @@
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps',
-  'rid', 'mid', 'fq', 'chg')
+  'rid', 'mid', 'fq', 'chg', 'adm_ms', 'asks')
 if not r[1] or r[1] == 'done' then return {0} end
 local did = r[2]
 local back_in, back_out = tonumber(r[6]) - tonumber(ARGV[4]), tonumber(r[7]) - tonumber(ARGV[5])
-local caps = {}
-for c in string.gmatch(r[9], '[^,]+') do caps[#caps + 1] = tonumber(c) end
+local caps = caps_of(r[9])
+local took_ms = r[14] and math.max(now - tonumber(r[14]), 0)
 for s = 1, 3 do
   local h = scope_key(P, s, r[s + 2])
   local itpm, otpm, budget = caps[s * 3 - 2], caps[s * 3 - 1], caps[s * 3]
-  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent', 'held')
+  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent', 'held', 'dur')
   local set = {'conc', math.max(tonumber(v[3] or '0') - 1, 0)}
+  if took_ms then
+    local dur = tonumber(v[6] or took_ms)
+    set[3], set[4] = 'dur', math.floor(dur + (took_ms - dur) / 8)
+  end
   -- Refunds lift the level as it stood at ms; whoever reads it next refills and clamps.
   if itpm >= 0 and v[1] then
     set[#set + 1] = 'in'
@@ -27,7 +31,10 @@ for s = 1, 3 do
     set[#set + 1] = 'out'
     set[#set + 1] = tonumber(v[2]) + back_out
   end
-  if budget >= 0 then put_money(h, set, 'held', v[5] or '0', -tonumber(r[8])) end
+  if budget >= 0 then
+    put_money(h, set, 'held', v[5] or '0', -tonumber(r[8]))
+    if r[15] == '1' then redis.call('HINCRBY', h, 'ask', -1) end
+  end
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
   if v[4] then put_money(h, set, 'spent', v[4], tonumber(ARGV[6])) end
   redis.call('HSET', h, unpack(set))

@@ -231,9 +231,11 @@ class Machine:
         )
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pending = self._tasks
+        while pending:  # redis-py swallows a cancellation that meets a connection being opened
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.5)
         await self.redis.aclose()
         assert not self.errors, self.errors
 

@@ -1,0 +1,93 @@
+-- A request has used up, or will soon have used up, the output tokens that its money pays for: hold more of what is
+-- left at its key, project and organization, and tell its replica. Run by the gateway when the replica asks. The
+-- price of the prompt is corrected here too, once its exact count is known. Asking again changes nothing.
+--
+-- ARGV: 1 cell prefix, 2 request, 3 machine that asks, 4 tokens granted as the asker knows it, 5 exact prompt tokens,
+--       6 'empty' when it waits for the answer, else 'soon', 7 rate of one prompt token, 8 of one output token (nano,
+--       fractions), 9 share of what is left to hold at once (1/share; 0: all that was asked).
+-- Returns {'more', granted} | {'wait'}: others hold what is left, ask again | {'final', granted}: nothing is left and
+--         nobody is left to return any | {'gone'}: not this machine's request (any more).
+-- Told to the replica on its control channel: `<request> <granted> <0 or 1: final>`.
+local P, id, mid = ARGV[1], ARGV[2], ARGV[3]
+local rec_key = P .. 'req:' .. id
+local r = redis.call('HMGET', rec_key, 'state', 'mid', 'rid', 'key', 'prj', 'org', 'caps', 'money', 'out_est', 'granted',
+  'asks')
+if r[1] ~= 'bound' or r[2] ~= mid then return {'gone'} end
+local M = P .. 'm:' .. mid .. ':'
+local unused = tonumber(redis.call('HGET', M .. 'req:' .. id, 'hold') or '')
+if not unused then return {'gone'} end
+local asked, money = tonumber(r[9]), tonumber(r[8])
+local granted = tonumber(r[10] or r[9])
+local n = granted - unused -- tokens produced
+
+local function tell(tokens, final)
+  redis.call('PUBLISH', M .. 'ctl:' .. r[3], string.format('%s %d %d', id, tokens, final))
+end
+
+if tonumber(ARGV[4]) ~= granted then -- the answer was lost on its way
+  tell(granted, 0)
+  return {'more', granted}
+end
+
+local in_rate, out_rate, share = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local prompt_money = tonumber(ARGV[5]) * in_rate
+
+local function price(tokens) return math.ceil(prompt_money + tokens * out_rate) end
+
+-- How many output tokens `amount` pays for beside the prompt; -1 where it does not even pay for that.
+local function tokens_for(amount)
+  if prompt_money > amount then return -1 end
+  if out_rate == 0 then return asked end
+  local tokens = math.min(math.floor((amount - prompt_money) / out_rate), asked)
+  while tokens >= 0 and price(tokens) > amount do tokens = tokens - 1 end
+  return tokens
+end
+
+local caps, left, tight = caps_of(r[7]), nil, nil
+for s = 1, 3 do
+  local budget = caps[s * 3]
+  if budget >= 0 then
+    local v = redis.call('HMGET', scope_key(P, s, r[s + 3]), 'spent', 'held', 'conc', 'ask')
+    if not v[1] then return {'wait'} end -- about to be read from the ledger
+    local here = math.max(budget - tonumber(v[1]) - tonumber(v[2] or '0'), 0)
+    if not left or here < left then left, tight = here, v end
+  end
+end
+left = left or 0
+
+local paid, most = tokens_for(money), tokens_for(money + left)
+local usable = math.min(granted, paid)
+local now_granted = math.min(asked, most)
+if share > 0 and out_rate > 0 and left < price(asked) * share then
+  now_granted = math.min(now_granted, math.max(paid, n) + math.max(math.floor(left / share / out_rate), 1))
+end
+local has_asked = r[11] == '1'
+
+-- Counts it at each scope with a budget among those that wait, or no longer.
+local function count_waiting(by)
+  for s = 1, 3 do
+    if caps[s * 3] >= 0 then redis.call('HINCRBY', scope_key(P, s, r[s + 3]), 'ask', by) end
+  end
+  redis.call('HSET', rec_key, 'asks', by > 0 and 1 or 0)
+end
+
+if now_granted > usable and now_granted >= n then
+  local added = price(now_granted) - money
+  for s = 1, 3 do
+    if caps[s * 3] >= 0 then
+      redis.call('HINCRBY', scope_key(P, s, r[s + 3]), 'held', string.format('%.0f', added))
+    end
+  end
+  redis.call('HSET', rec_key, 'money', string.format('%.0f', money + added), 'granted', now_granted)
+  redis.call('HSET', M .. 'req:' .. id, 'hold', now_granted - n)
+  if has_asked then count_waiting(-1) end
+  tell(now_granted, 0)
+  return {'more', now_granted}
+end
+if ARGV[6] ~= 'empty' then return {'wait'} end
+if not has_asked then count_waiting(1) end
+-- Whoever is in flight here and does not wait may still return some of what it holds.
+local n_waiting = tight and tonumber(tight[4] or '0') + (has_asked and 0 or 1) or 0
+if tight and n_waiting < tonumber(tight[3] or '0') then return {'wait'} end
+tell(math.max(usable, 0), 1)
+return {'final', math.max(usable, 0)}
