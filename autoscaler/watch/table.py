@@ -34,6 +34,8 @@ class Table:
     version: int = 0
     replicas: dict[str, KnownReplica] = field(default_factory=dict)
     machines: dict[str, MachineState] = field(default_factory=dict)
+    # Of the machines' Redis passwords: enough to make their users again in a Redis that lost them.
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
     deployments: tuple[str, ...] = ()
 
 
@@ -44,7 +46,8 @@ def read(cell: str, version: int) -> Table:
         .annotate(itl_ms=F("deployment__slo_class__itl_ms"))
         .only("id", "machine_id", "deployment_id", "slots", "phase")
     )
-    machines = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE).only("id", "state")
+    pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
+    machines = list(pool.only("id", "state", "redis_password_digest"))
     deployments = Deployment.objects.filter(deleted_at=None).order_by("id").values_list("id", flat=True)
     return Table(
         version=version,
@@ -60,5 +63,6 @@ def read(cell: str, version: int) -> Table:
             for row in replicas
         },
         machines={row.id.hex: MachineState(row.state) for row in machines},
+        digests={row.id.hex: row.redis_password_digest for row in machines if row.redis_password_digest},
         deployments=tuple(did.hex for did in deployments),
     )

@@ -156,9 +156,17 @@ class Watcher:
         self._told.clear()
         self._next_scan_s = self._next_slow_scan_s = now_s
         if run_id != self._run_id:
+            self._restore_users()
             self.recorder.note(CellEmptied() if self._run_id else WatchBegins())
             self._run_id = run_id
         log.info("watcher.active", owner=self.owner)
+
+    def _restore_users(self) -> None:
+        """An empty Redis knows no machine: they must be able to come back although Postgres may be away, too."""
+        for mid, digest in self.recorder.table.digests.items():
+            if not self.cell.has_user(mid):
+                self.cell.set_user(mid, digest)
+                log.warning("machine.user_restored", machine=mid)
 
     def _disconnected(self) -> None:
         self.is_active = False

@@ -576,6 +576,25 @@ def test_a_dead_replica_is_withdrawn_while_postgres_is_away(watch: Watch, servin
     assert serving.id.hex not in watch.cell.read_desired(serving.machine_id.hex)
 
 
+def test_an_empty_redis_knows_the_machines_again_while_postgres_is_away(
+    watch: Watch, serving: Replica
+) -> None:
+    cell, mid = watch.cell, serving.machine_id.hex
+    watch.turn(3)
+    assert cell.has_user(mid)
+    cell.redis.flushall()
+    cell.redis.acl_deluser(cell.keys.machine(mid).redis_user)
+    watch.watcher._disconnected()
+    watch.watcher._run_id = "of the server before"
+    watch.watcher.step(0.01)  # the recorder hangs
+    assert cell.has_user(mid)
+    watch.scaling.beat(serving, 3)
+    for _ in range(3):
+        watch.now[0] += 0.25
+        watch.watcher.step(0.01)
+    assert watch.routed() == [serving.id.hex], "and its replica is routed to"
+
+
 def test_having_been_cut_off_ourselves_kills_nobody(watch: Watch, serving: Replica) -> None:
     watch.scaling.beat(serving, 2)
     for _ in range(7):
