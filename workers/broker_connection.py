@@ -15,11 +15,11 @@ from kombu import Connection
 
 FIRST_S: Final = 0.1
 STEP_S: Final = 0.2
-MAX_S: Final = 2.0
+MAX_S: Final = 1.0
 
 
 class BrokerConnection(Connection):
-    """Tries again after 0.1, 0.3, 0.5 … 2 s; the start is drawn, so that a fleet does not knock in step."""
+    """Tries again after 0.1, 0.3, 0.5 … 1 s; the start is drawn, so that a fleet does not knock in step."""
 
     def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("interval_start", FIRST_S * random.uniform(0.5, 1.5))
