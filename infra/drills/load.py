@@ -59,7 +59,8 @@ class StreamLog:
         at = chunk.rfind(b"id: ")
         if at == 0 or chunk[at - 1 : at] == b"\n":
             name = chunk[at + 4 : chunk.find(b"\n", at)].decode("ascii", "replace")
-            request, _, offset = name.rpartition(".")
+            request, _, rest_of_it = name.partition(".")
+            offset = rest_of_it.partition(".")[0]  # what comes after the last token has one more number
             if offset.isdigit():
                 self.request, self.last_id = request or self.request, name
                 self.n_seen = max(self.n_seen, int(offset))
@@ -93,7 +94,7 @@ class StreamLog:
             rest = lines.pop()
             for line in lines:
                 if line.startswith(b"id: "):
-                    number = line.rpartition(b".")[2]
+                    number = line.partition(b".")[2].partition(b".")[0].strip()
                     offset = int(number) if number.isdigit() else offset
                 elif line.startswith(b"data: {"):
                     body = _object(line[6:])

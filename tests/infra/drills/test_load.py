@@ -16,7 +16,7 @@ ID = "0" * 32
 Handler = Callable[[bytes, asyncio.StreamWriter], None]
 
 
-def event(offset: int, body: dict[str, object]) -> bytes:
+def event(offset: int | str, body: dict[str, object]) -> bytes:
     return f"id: {ID}.{offset}\ndata: {json.dumps(body)}\n\n".encode()
 
 
@@ -25,8 +25,8 @@ def token(offset: int, text: str) -> bytes:
 
 
 END = (
-    event(2, {"choices": [{"delta": {}, "finish_reason": "length"}], "usage": None})
-    + event(2, {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}})
+    event("2.1", {"choices": [{"delta": {}, "finish_reason": "length"}], "usage": None})
+    + event("2.2", {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}})
     + b"data: [DONE]\n\n"
 )
 HEAD = b"HTTP/1.1 200 OK\r\nx-request-id: req_" + ID.encode() + b"\r\ntransfer-encoding: chunked\r\n\r\n"
