@@ -1,0 +1,279 @@
+"""`manage.py simulate`: what a policy would have done with a recorded workload, market and price list.
+
+For whoever decides on a policy before money is touched. Runs the production policies and the rules they are compared
+with on the same seeds, prints a table or JSON. Reads files only; needs no database.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from autoscaler.sim.checkers import InvariantError
+from autoscaler.sim.enginemodel import EngineSpec
+from autoscaler.sim.fleet import Terms
+from autoscaler.sim.job import Job
+from autoscaler.sim.market import MarketError, Zone, read_zone
+from autoscaler.sim.rates import arrivals, read_lengths, read_rates
+from autoscaler.sim.scenario import NEEDS_MARKET, POLICIES, Result, Setting, run
+from autoscaler.sim.workload import WorkloadError, jobs, read_requests, thin
+from controlplane.policy.capacity import Mix, capacity
+from controlplane.policy.gpus import GPUS, gpu
+from controlplane.policy.perfmodel import ModelShape, kv_tokens, roofline
+
+_SHAPES = {
+    shape.name: shape
+    for shape in (
+        ModelShape("llama-3.1-8b", 8.03e9, 32, 8, 128, 32),
+        ModelShape("llama-2-13b", 13.0e9, 40, 40, 128, 40),
+        ModelShape("llama-3.1-70b", 70.6e9, 80, 8, 128, 64),
+        ModelShape("qwen3-32b", 32.8e9, 64, 8, 128, 64),
+    )
+}
+_SAMPLE = 2000  # requests whose mean sizes the slots
+_COLUMNS = (
+    ("TTFT p50", "ttft_p50_s", "{:.3f} s"),
+    ("p99", "ttft_p99_s", "{:.2f} s"),
+    ("ITL p99", "itl_p99_s", "{:.4f} s"),
+    ("mean latency", "latency_mean_s", "{:.2f} s"),
+    ("in SLO", "slo_attainment", "{:.2%}"),
+    ("USD", "usd", "{:.2f}"),
+    ("available", "availability", "{:.3%}"),
+    ("req/CPU s", "requests_per_cpu_s", "{:,.0f}"),
+)
+# Two-sided 95 % of Student's t by degrees of freedom; beyond 30 the normal value.
+_T95 = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+    2.23,
+    2.20,
+    2.18,
+    2.16,
+    2.14,
+    2.13,
+    2.12,
+    2.11,
+    2.10,
+)
+
+
+class Command(BaseCommand):
+    help = "Simulates policies on recorded workloads; prints what they cost and how they served."
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        load = parser.add_argument_group("workload")
+        load.add_argument("--requests", type=Path, help="request file: CSV or JSON lines, gzipped or not")
+        load.add_argument("--rates", type=Path, help="rate file of many clients (instead of --requests)")
+        load.add_argument("--lengths", type=Path, help="length file for --rates (default: its sibling)")
+        load.add_argument("--keep", type=float, default=1.0, help="share of the requests kept (default 1)")
+        load.add_argument("--speed", type=float, default=1.0, help="replay faster (--requests only)")
+        load.add_argument(
+            "--start-h", type=float, default=0.0, help="begin this many hours into the recording"
+        )
+        load.add_argument("--hours", type=float, default=math.inf, help="simulate at most so many hours")
+        house = parser.add_argument_group("house")
+        house.add_argument("--model", choices=sorted(_SHAPES), default="llama-3.1-8b")
+        house.add_argument("--gpu", choices=sorted(GPUS), default="l4")
+        house.add_argument("--tp", type=int, default=1, help="GPUs per replica")
+        house.add_argument(
+            "--replicas", type=int, default=16, help="replicas without a market, or of `static`"
+        )
+        house.add_argument(
+            "--slots", type=int, default=0, help="requests per replica (default: what ITL and KV allow)"
+        )
+        house.add_argument("--itl-s", type=float, default=0.1, help="target time between tokens")
+        house.add_argument("--ttft-s", type=float, default=2.0, help="target time to the first token")
+        house.add_argument(
+            "--target-ratio", type=float, default=0.7, help="share of slots that should be busy"
+        )
+        market = parser.add_argument_group("market")
+        market.add_argument("--spot", type=Path, nargs="+", help="capacity files, or a folder of them")
+        market.add_argument(
+            "--zone-machines", type=int, default=16, help="machines that availability 1 means"
+        )
+        market.add_argument(
+            "--spot-usd", type=float, default=0.918, help="USD an hour where files have no price"
+        )
+        market.add_argument("--on-demand-usd", type=float, default=3.06)
+        market.add_argument("--boot-s", type=float, default=120.0, help="order of a machine to serving")
+        market.add_argument(
+            "--notice-s", type=float, default=120.0, help="warning before a spot machine goes"
+        )
+        market.add_argument("--max-machines", type=int, default=64)
+        parser.add_argument(
+            "--policy", default="corral", help=f"one of {', '.join(POLICIES)}, several, or all"
+        )
+        parser.add_argument(
+            "--seeds", type=int, default=1, help="runs per policy; spans of the market differ"
+        )
+        parser.add_argument("--json", action="store_true")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        names = _policies(options["policy"], has_market=bool(options["spot"]))
+        try:
+            setting = _setting(options)
+            rows: dict[str, list[Result]] = {name: [] for name in names}
+            for seed in range(max(options["seeds"], 1)):
+                spanned = _span(setting, options, seed)
+                for name in names:
+                    label = f"policy {name}, seed {seed}"
+                    self.stderr.write(f"simulating {label}")
+                    load = _load(options, seed)
+                    rows[name].append(
+                        run(spanned, POLICIES[name], load, label=label, progress=self._progress)
+                    )
+        except (WorkloadError, MarketError, ValueError, InvariantError) as error:
+            raise CommandError(str(error)) from error
+        assumptions = _assumptions(options, setting)
+        if options["json"]:
+            policies = {name: [asdict(result) for result in results] for name, results in rows.items()}
+            self.stdout.write(json.dumps({"assumptions": assumptions, "policies": policies}, indent=2))
+            return
+        for name, value in assumptions.items():
+            self.stdout.write(f"  {name}: {value}")
+        self._table(rows)
+
+    def _progress(self, now_s: float, n_done: int) -> None:
+        self.stderr.write(f"  {now_s / 3600:8.2f} h simulated, {n_done:,} requests")
+
+    def _table(self, rows: dict[str, list[Result]]) -> None:
+        self.stdout.write("")
+        self.stdout.write(f"{'policy':<20}" + "".join(f"{title:>20}" for title, _, _ in _COLUMNS))
+        for name, results in rows.items():
+            cells = []
+            for _, field, form in _COLUMNS:
+                mean, half = _interval([getattr(result, field) for result in results])
+                cells.append(form.format(mean) + (f" ±{form.format(half).split()[0]}" if half else ""))
+            self.stdout.write(f"{name:<20}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def _policies(text: str, *, has_market: bool) -> list[str]:
+    known = [name for name in POLICIES if has_market or name not in NEEDS_MARKET]
+    names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in POLICIES:
+            raise CommandError(f"--policy: {name!r} is unknown; known: {', '.join(POLICIES)}")
+        if name not in known:
+            raise CommandError(f"--policy {name}: decides about machines; give a market with --spot")
+    if not names:
+        raise CommandError("--policy: names no policy")
+    return names
+
+
+def _setting(options: dict[str, Any]) -> Setting:
+    shape, card = _SHAPES[options["model"]], gpu(options["gpu"])
+    room = kv_tokens(shape, card, options["tp"])
+    if room == 0:
+        raise CommandError(
+            f"--gpu {card.name}: {shape.name} does not fit on {options['tp']}; try a larger --tp"
+        )
+    engine = EngineSpec(roofline(shape, card, options["tp"]), room, prefix_caching=True)
+    slots = options["slots"] or _slots(options, engine)
+    until_s = options["hours"] * 3600
+    zones: tuple[Zone, ...] = ()
+    if options["spot"]:
+        files = [f for p in options["spot"] for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
+        zones = tuple(
+            read_zone(f, usd_per_h=options["spot_usd"], machines_per_unit=options["zone_machines"])
+            for f in files
+        )
+        if not zones:
+            raise CommandError("--spot: no capacity file (*.json) there")
+        until_s = min(until_s, *(zone.end_s for zone in zones))
+    terms = Terms(options["boot_s"], options["notice_s"], options["on_demand_usd"], tick_s=15)
+    return Setting(
+        engine,
+        slots,
+        options["replicas"],
+        options["ttft_s"],
+        zones,
+        terms,
+        options["max_machines"],
+        options["target_ratio"],
+        until_s,
+    )
+
+
+def _slots(options: dict[str, Any], engine: EngineSpec) -> int:
+    """Slots for the mean of the first requests, as the profile of a deployment would be compiled."""
+    sample = list(itertools.islice(_load(options, 0), _SAMPLE))
+    if not sample:
+        raise CommandError("the workload has no request in the chosen span")
+    mix = Mix(statistics.fmean(j.n_prompt for j in sample), statistics.fmean(j.n_output for j in sample))
+    return capacity(engine.step, engine.kv_tokens, mix, options["itl_s"], engine.max_seqs).slots
+
+
+def _span(setting: Setting, options: dict[str, Any], seed: int) -> Setting:
+    """Each seed sees another span of the market; the first sees its beginning."""
+    if not setting.zones or not math.isfinite(setting.until_s):
+        return setting
+    start_s = 0.0 if seed == 0 else random.Random(seed).random() * min(zone.end_s for zone in setting.zones)
+    return replace(setting, zones=tuple(zone.window(start_s, setting.until_s) for zone in setting.zones))
+
+
+def _load(options: dict[str, Any], seed: int) -> Iterator[Job]:
+    start_s = options["start_h"] * 3600
+    until_s = start_s + options["hours"] * 3600
+    if (options["requests"] is None) == (options["rates"] is None):
+        raise CommandError("give either --requests or --rates")
+    if options["requests"] is not None:
+        found = read_requests(options["requests"], start_s=start_s, until_s=until_s)
+        if options["keep"] < 1:
+            found = thin(found, options["keep"], seed)
+        return jobs(found, speed=options["speed"])
+    lengths = options["lengths"] or Path(str(options["rates"]).replace("_rates", "_lengths"))
+    return jobs(
+        arrivals(
+            read_rates(options["rates"]),
+            read_lengths(lengths),
+            keep=options["keep"],
+            seed=seed,
+            start_s=start_s,
+            until_s=until_s,
+        )
+    )
+
+
+def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
+    found = {
+        "workload": f"{(options['requests'] or options['rates']).name}, share kept {options['keep']:g}, "
+        f"speed {options['speed']:g}",
+        "replica": f"{options['model']} on {options['tp']} x {options['gpu']} (roofline prior), "
+        f"{setting.engine.kv_tokens:,} tokens of KV, {setting.slots} slots",
+        "target": f"first token within {setting.ttft_target_s:g} s",
+    }
+    if setting.zones:
+        found["market"] = (
+            f"{len(setting.zones)} zones, {options['zone_machines']} machines where one was probed, on-demand "
+            f"{setting.terms.on_demand_usd_per_h:g} USD/h, boot {setting.terms.boot_s:g} s, notice "
+            f"{setting.terms.notice_s:g} s, {setting.until_s / 3600:.0f} h"
+        )
+    else:
+        found["market"] = f"none: {setting.replicas} replicas are there"
+    return found
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (0 for a single run)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, 0.0
+    t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
+    return mean, t * statistics.stdev(values) / math.sqrt(len(values))

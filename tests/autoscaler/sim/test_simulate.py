@@ -1,0 +1,83 @@
+"""`manage.py simulate`: equal seeds give equal results, refusals name the option, a market is lived through."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path) -> Path:
+    path = tmp_path / "requests.csv"
+    rows = [f"{n * 0.5},{100 + n % 7 * 50},{20 + n % 5 * 30}" for n in range(600)]
+    path.write_text("arrival_s,context_tokens,generated_tokens\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def zone_files(tmp_path: Path) -> Path:
+    folder = tmp_path / "zones"
+    folder.mkdir()
+    for name, data in (("a_v100_1", [1] * 5 + [0] * 7), ("b_v100_1", [0] * 3 + [1] * 9)):
+        (folder / f"{name}.json").write_text(json.dumps({"metadata": {"gap_seconds": 60}, "data": data}))
+    return folder
+
+
+def simulate(*args: Any) -> dict[str, Any]:
+    out = io.StringIO()
+    call_command("simulate", *map(str, args), "--json", stdout=out, stderr=io.StringIO())
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+def timeless(report: dict[str, Any]) -> list[Any]:
+    return [
+        {k: v for k, v in run.items() if "cpu" not in k}
+        for runs in report["policies"].values()
+        for run in runs
+    ]
+
+
+def test_every_policy_serves_every_request_and_repeats_itself(requests_file: Path) -> None:
+    args = ("--requests", requests_file, "--policy", "all", "--replicas", 2)
+    report = simulate(*args)
+    assert {"corral", "fcfs", "round-robin", "shortest-predicted"} <= set(report["policies"])
+    assert all(
+        run["n_requests"] == 600 and run["n_checks"] > 600
+        for runs in report["policies"].values()
+        for run in runs
+    )
+    assert timeless(report) == timeless(simulate(*args))
+
+
+def test_a_market_is_paid_and_its_losses_are_served_again(requests_file: Path, zone_files: Path) -> None:
+    market = ("--spot", zone_files, "--boot-s", 20, "--notice-s", 20, "--hours", 0.2)
+    args = ("--requests", requests_file, *market)
+    report = simulate(*args, "--policy", "corral,on-demand,any-zone")
+    runs = {name: found[0] for name, found in report["policies"].items()}
+    assert all(run["n_requests"] == 600 for run in runs.values())
+    assert runs["corral"]["usd"] < runs["on-demand"]["usd"]
+    assert runs["any-zone"]["n_lost_machines"] >= 1
+    assert "2 zones" in report["assumptions"]["market"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "--requests or --rates"),
+        (("--requests", "FILE", "--policy", "best"), "'best' is unknown; known: corral"),
+        (("--requests", "FILE", "--policy", "hpa"), "--spot"),
+        (("--requests", "FILE", "--model", "llama-3.1-70b"), "does not fit"),
+        (("--requests", "FILE", "--start-h", "9"), "no request"),
+        (("--requests", "nowhere.csv"), "No such file"),
+    ],
+)
+def test_refusals_name_the_option(requests_file: Path, args: tuple[str, ...], said: str) -> None:
+    with pytest.raises(CommandError, match=said):
+        simulate(*(requests_file if arg == "FILE" else arg for arg in args))
