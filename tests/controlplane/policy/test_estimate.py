@@ -55,3 +55,16 @@ def test_ratio_stays_within_its_bounds_whatever_is_reported(counts: list[tuple[i
 
 def test_prompt_that_was_never_counted_teaches_nothing() -> None:
     assert estimate.observe(Calibration(1.2, 3), 100, 0) == Calibration(1.2, 3)
+
+
+def test_an_answer_is_expected_as_long_as_those_before_and_never_longer_than_held() -> None:
+    calibration = estimate.NEW
+    assert estimate.expected_output(calibration, 100_000) == 256
+    assert estimate.expected_output(calibration, 16) == 16
+    for _ in range(200):
+        calibration = estimate.observe_output(calibration, 40)
+    assert estimate.expected_output(calibration, 100_000) == 40
+    assert estimate.observe_output(calibration, 0) == calibration, "a failure teaches nothing"
+    for _ in range(200):
+        calibration = estimate.observe_output(calibration, 4)
+    assert estimate.expected_output(calibration, 100_000) == 4, "old answers are forgotten"
