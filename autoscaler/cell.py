@@ -28,6 +28,7 @@ from workers.contract import (
     ServingReport,
     Stage,
     WireError,
+    decode_error,
 )
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
@@ -35,6 +36,7 @@ from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, WITHDRAW, Sc
 
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
+MAX_FAILED = 256  # requests given up, told a call
 MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
 MAX_MESSAGES_SEEN = 2048  # of a replica's queue; its slots bound what lies there
 MAX_LOST = 512  # a call
@@ -157,19 +159,41 @@ class Cell:
 
     def drain(self, replica: str) -> None:
         """The replica gets nothing new. Safe to repeat."""
-        self._run(WITHDRAW, replica, "drain", DEATHS_ALLOWED)
+        self._withdraw(replica, "drain")
 
     def withdraw_dead(self, replica: str) -> int:
         """What the replica ran goes back to the queue, or fails as poison; how many went back. Repeatable."""
         n_requeued = 0
         for _ in range(MAX_WITHDRAW_CALLS):
-            answer = cast(list[Any], self._run(WITHDRAW, replica, "dead", DEATHS_ALLOWED))
-            n_requeued += int(answer[0])
-            for request in answer[2:]:
-                self.fail_request(request.decode(), POISON)
-            if int(answer[1]) == 0:
+            n, n_left, n_given_up = self._withdraw(replica, "dead")
+            n_requeued += n
+            if n_given_up:
+                self.finish_failed()
+            if n_left == 0:
                 break
         return n_requeued
+
+    def _withdraw(self, replica: str, mode: str, *requests: str) -> tuple[int, int, int]:
+        """(put back into the queue, still bound to the replica, given up)."""
+        answer = self._run(WITHDRAW, replica, mode, DEATHS_ALLOWED, encode_wire(POISON), *requests)
+        n_requeued, n_left, n_given_up = cast(list[int], answer)
+        return n_requeued, n_left, n_given_up
+
+    def finish_failed(self) -> int:
+        """Tell the gateways of requests that were given up, settle those at nothing; how many there were.
+
+        Whoever gave them up may have died before. Bounded; safe to repeat: a request leaves the set last.
+        """
+        failed = cast(list[bytes], self.redis.srandmember(self.keys.failed, MAX_FAILED))
+        for request in (raw.decode() for raw in failed):
+            fields = self.redis.hmget(self.keys.request(request), "gw", "error")
+            gateway, error = cast(list[bytes | None], fields)
+            if gateway is not None and error:
+                notice = encode_wire(Notice(request=request, error=decode_error(error)))
+                self.redis.publish(self.keys.notice_channel(gateway.decode()), notice)
+            self._run(SETTLE, request, 0, 0, 0, RETENTION_MS, 0)
+            self.redis.srem(self.keys.failed, request)
+        return len(failed)
 
     def read_serving(
         self, replicas: Sequence[tuple[str, str]]
@@ -198,16 +222,7 @@ class Cell:
         lost = [r for r in requests if not any(r.encode() in message for message in messages)]
         if not lost:
             return 0
-        answer = self._run(WITHDRAW, replica, "lost", DEATHS_ALLOWED, *lost[:MAX_LOST])
-        return int(cast(list[Any], answer)[0])
-
-    def fail_request(self, request: str, error: WireError) -> None:
-        """Tell the gateway that awaits it, and settle it at nothing."""
-        gateway = cast(bytes | None, self.redis.hget(self.keys.request(request), "gw"))
-        if gateway is not None:
-            notice = encode_wire(Notice(request=request, error=error))
-            self.redis.publish(self.keys.notice_channel(gateway.decode()), notice)
-        self._run(SETTLE, request, 0, 0, 0, RETENTION_MS, 0)
+        return self._withdraw(replica, "lost", *lost[:MAX_LOST])[0]
 
     def routed(self, deployment: str) -> list[UUID]:
         """Replicas that the cell gives this deployment's requests to."""
@@ -349,7 +364,7 @@ class Cell:
     def _acl(self, *args: str) -> Any:
         return cast(Any, self.redis).execute_command("ACL", *args)
 
-    def _run(self, script: Script, *args: str | int) -> Any:
+    def _run(self, script: Script, *args: str | int | bytes) -> Any:
         arguments = (self.keys.prefix, time.time_ns() // 1_000_000, *args)
         try:
             return self.redis.evalsha(script.sha, 0, *arguments)

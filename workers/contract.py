@@ -348,6 +348,7 @@ _frame_decoder = msgspec.msgpack.Decoder(list[FrameEntry])
 _journal_decoder = msgspec.msgpack.Decoder(JournalEntry)
 _envelope_decoder = msgspec.msgpack.Decoder(RequestEnvelope)
 _usage_decoder = msgspec.msgpack.Decoder(UsageEvent)
+_error_decoder = msgspec.msgpack.Decoder(WireError)
 
 
 def encode(value: msgspec.Struct) -> bytes:
@@ -375,3 +376,8 @@ def decode_envelope(payload: bytes) -> RequestEnvelope:
 
 def decode_usage(payload: bytes) -> UsageEvent:
     return _usage_decoder.decode(payload)
+
+
+def decode_error(payload: bytes) -> WireError:
+    """What a request record says of a request that nobody will serve (`error`)."""
+    return _error_decoder.decode(payload)

@@ -17,6 +17,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, why the slots changed last |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
 | `rep:<rid>:px` | zset of prefix hashes | trusted | what its cache probably holds, bounded |
+| `failed` | set of request ids | trusted | given up; until their gateways and holds were told |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
@@ -109,6 +110,10 @@ class CellKeys:
         if scope not in SCOPES:
             raise ValueError(f"scope: {scope!r} is none of {SCOPES}")
         return f"{self.prefix}lim:{scope}:{scope_id}"
+
+    @property
+    def failed(self) -> str:
+        return f"{self.prefix}failed"
 
     @property
     def usage_bad(self) -> str:

@@ -252,6 +252,7 @@ class Watcher:
             self._scan_reports(known)
             self._scan_agents(table.machines, now_s)
             self._scan_queues(table.deployments, known, readings)
+            self.cell.finish_failed()
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
         self._slots.adapt(known, serving, self._queued, now_s)

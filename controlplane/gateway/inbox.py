@@ -17,9 +17,16 @@ from typing import Final
 
 import msgspec
 
-from controlplane.gateway.errors import unavailable
+from controlplane.gateway.errors import from_wire, unavailable
 from controlplane.gateway.stream import MAX_HELD_BACK, HeldBack, Stream
-from workers.contract import Ask, FrameEntry, JournalEntry, decode_frame, decode_journal_entry
+from workers.contract import (
+    Ask,
+    FrameEntry,
+    JournalEntry,
+    decode_error,
+    decode_frame,
+    decode_journal_entry,
+)
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
@@ -182,11 +189,14 @@ class Inbox:
     async def _read_until_level(self, stream: Stream) -> None:
         for _ in range(_MAX_ROUNDS):
             stream.overflowed = False
-            state, mid, was_mid = await self._redis.call(
-                "HMGET", self._keys.request(stream.request), "state", "mid", "was_mid"
+            state, mid, was_mid, error = await self._redis.call(
+                "HMGET", self._keys.request(stream.request), "state", "mid", "was_mid", "error"
             )
             if state is None:
                 stream.fail(unavailable("request_lost", "the request was lost: send it again"))
+                return
+            if error:  # given up; the notice that says so may have been lost
+                stream.fail(from_wire(decode_error(error)))
                 return
             is_done = state == b"done"
             # Settled by somebody else meanwhile: the journal still lies where it ran last.

@@ -140,14 +140,14 @@ class History:
         name = self.rng.choice(sorted(self.twin.replicas))
         self.twin.drain(name)
         n_live = len(self.twin.replicas[name].running)
-        self._note(f"drain {name}", scripts.WITHDRAW, [name, "drain", 1], [0, n_live], [])
+        self._note(f"drain {name}", scripts.WITHDRAW, [name, "drain", 1], [0, n_live, 0], [])
 
     def lose(self) -> None:
         name = self.rng.choice(sorted(self.twin.replicas))
         n = len(self.twin.replicas[name].running)
         bindings = self.twin.lose(name, self.now_ms)
         del self.twin.replicas[name]
-        self._note(f"lose {name}", scripts.WITHDRAW, [name, "dead", 1], [n, 0], bindings)
+        self._note(f"lose {name}", scripts.WITHDRAW, [name, "dead", 1], [n, 0, 0], bindings)
 
     def sweep(self) -> None:
         self.twin.sweep()

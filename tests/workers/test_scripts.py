@@ -90,7 +90,7 @@ class Cell:
         )
 
     def withdraw(self, replica: str, mode: str = "dead", deaths: int = 1) -> list[Any]:
-        return self.run(scripts.WITHDRAW, KEYS.prefix, self.now_ms, replica, mode, deaths)
+        return self.run(scripts.WITHDRAW, KEYS.prefix, self.now_ms, replica, mode, deaths, b"WHY")
 
     def limit(self, scope: str, scope_id: str) -> dict[bytes, bytes]:
         return self.r.hgetall(KEYS.limits(scope, scope_id))
@@ -298,7 +298,7 @@ def test_dead_replica_gives_its_requests_back_with_their_journal(cell: Cell) -> 
     cell.admit("q1", candidates=("r1",))
     cell.claim("q1", 1)
     cell.flush(("q1", 1, 0, 3, False))
-    assert cell.withdraw("r1") == [1, 0]
+    assert cell.withdraw("r1") == [1, 0, 0]
     assert cell.flush(("q1", 1, 3, 1, False)) == b"s", "the old holder is fenced out"
     assert cell.claim("q1", 1) == [b"stale"]
     cell.enrol("r2", "m2")
@@ -323,10 +323,12 @@ def test_only_a_claimed_request_counts_a_death_and_poison_is_named(cell: Cell) -
     cell.admit("waiting", candidates=("r1",))
     cell.admit("poison", candidates=("r1",))
     cell.claim("poison", 1)
-    assert cell.withdraw("r1", deaths=1) == [2, 0]
+    assert cell.withdraw("r1", deaths=1) == [2, 0, 0]
     cell.enrol("r2")
     cell.claim("poison", 2, "r2")
-    assert cell.withdraw("r2", deaths=1) == [1, 0, b"poison"]
+    assert cell.withdraw("r2", deaths=1) == [1, 0, 1]
+    assert cell.r.smembers(KEYS.failed) == {b"poison"}, "whoever watches finds it, should the caller die now"
+    assert cell.r.hget(KEYS.request("poison"), "error") == b"WHY", "and so does its gateway"
     assert cell.r.zrange(KEYS.queue("d1"), 0, -1) == [b"waiting"]
 
 
@@ -377,7 +379,7 @@ def test_draining_replica_gets_no_new_work_and_keeps_what_it_runs(cell: Cell) ->
     cell.enrol("r1")
     cell.admit("q1", candidates=("r1",))
     cell.claim("q1", 1)
-    assert cell.withdraw("r1", "drain") == [0, 1]
+    assert cell.withdraw("r1", "drain") == [0, 1, 0]
     assert cell.admit("q2", candidates=("r1",))[0] == b"queued"
     assert cell.flush(("q1", 1, 0, 1, True)) == b"a"
 
@@ -462,8 +464,10 @@ def test_lost_requests_go_back_without_a_death_and_without_touching_the_replica(
     cell.settle("q3")
     cell.r.sadd(KEYS.replica_live("r1"), "q3")  # as if its slot had been forgotten
     cell.r.hincrby(KEYS.replica("r1"), "used", 1)
-    answer = cell.run(scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "lost", 0, "q1", "q3", "elsewhere")
-    assert answer == [1, 2]
+    answer = cell.run(
+        scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "lost", 0, "", "q1", "q3", "elsewhere"
+    )
+    assert answer == [1, 2, 0]
     record = cell.r.hgetall(KEYS.request("q1"))
     assert (record[b"state"], record[b"epoch"], record[b"crashes"]) == (b"bound", b"2", b"0")
     assert cell.flush(("q1", 1, 5, 1, False)) == b"s", "whoever held it is fenced out"

@@ -241,7 +241,9 @@ class Agent:
                 desired = None
             for replica in replicas.reconcile(desired):
                 self._client.fire("HDEL", self._keys.actual, replica)
-                self._client.fire("DEL", *self._keys.unacked(replica))  # its leases say all that matters
+                # Its leases say all that matters; a queue is there if it put messages back after it was given up.
+                queue = self._keys.prefix + self._keys.queue_name(replica)
+                self._client.fire("DEL", *self._keys.unacked(replica), queue)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
                     await self._changed.wait()

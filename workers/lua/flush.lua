@@ -41,6 +41,8 @@ for i = 5, #ARGV, 7 do
         redis.call('DEL', M .. 'body:' .. id)
         redis.call('PEXPIRE', j, ARGV[3])
         redis.call('PEXPIRE', k, ARGV[3])
+      elseif have == 0 then
+        redis.call('PEXPIRE', j, 21600000) -- the lease's (lib_bind.lua): it may be settled without an end
       end
       n_frame = n_frame + 1
       frame[n_frame] = ARGV[i + 4]

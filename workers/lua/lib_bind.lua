@@ -35,11 +35,13 @@ local function bind(P, id, rid, mid, now_ms)
   local rec_key, M = P .. 'req:' .. id, P .. 'm:' .. mid .. ':'
   if not move_body(P, M, id) then return nil end
   redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
-  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch')
+  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel')
   local epoch, attempt = tonumber(rec[6]) + 1, tonumber(rec[5]) + 1
   redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms, 'epoch', epoch,
              'attempt', attempt)
   hand_over(P, M, id, rid, epoch, attempt, rec[1], rec[2], rec[3], rec[4])
+  -- Its client left while another replica had it: this one only ends it and says what it used.
+  if rec[7] then redis.call('HSET', M .. 'req:' .. id, 'cancel', 1) end
   return epoch
 end
 

@@ -3,27 +3,37 @@
 -- holder out. A request whose deaths exceed the bound is poison: it is failed, not tried again. With mode 'lost' the
 -- replica stays as it is and only the named requests go back: their message was lost on the way to it.
 --
--- ARGV: 1 cell prefix, 2 now_ms, 3 replica, 4 'drain' | 'dead' | 'lost', 5 deaths allowed, 6.. requests ('lost').
--- Returns {n_requeued, n_left_running, poison ids...}. Bounded: 512 requests a call; call again while
--- n_left_running > 0 with 'dead'.
+-- ARGV: 1 cell prefix, 2 now_ms, 3 replica, 4 'drain' | 'dead' | 'lost', 5 deaths allowed, 6 what the client of poison is
+--       told (WireError), 7.. requests ('lost').
+-- Returns {n_requeued, n_left_running, n_given_up}. Bounded: 512 requests a call; call again while n_left_running > 0
+-- with 'dead'.
 local P, now, rid, mode = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local rk = P .. 'rep:' .. rid
 local r = redis.call('HMGET', rk, 'dep', 'mid')
-if not r[1] then return {0, 0} end
+if not r[1] then return {0, 0, 0} end
 local did, M = r[1], P .. 'm:' .. r[2] .. ':'
 if mode ~= 'lost' then
   redis.call('SREM', P .. 'dep:' .. did .. ':reps', rid)
   redis.call('HSET', rk, 'state', mode == 'dead' and 'dead' or 'draining')
   redis.call('PUBLISH', P .. 'route', did)
 end
-local out = {0, 0}
+local out = {0, 0, 0}
+
+-- Nobody will serve it: the reason stays in its record, where its gateway finds it, and the cell's `failed` set has
+-- whoever watches tell the gateway and settle it, also if the one who found out dies before that.
+local function give_up(id, error)
+  redis.call('HSET', P .. 'req:' .. id, 'error', error or '')
+  redis.call('SADD', P .. 'failed', id)
+  out[3] = out[3] + 1
+end
+
 if mode ~= 'drain' then
   local ids = {}
   if mode == 'dead' then
-    redis.call('DEL', M .. 'replica.' .. rid)
+    redis.call('DEL', M .. 'replica.' .. rid, M .. 'unacked.' .. rid, M .. 'unacked_index.' .. rid)
     ids = redis.call('SRANDMEMBER', rk .. ':live', 512)
   else
-    for i = 6, #ARGV do
+    for i = 7, #ARGV do
       if redis.call('SISMEMBER', rk .. ':live', ARGV[i]) == 1 then ids[#ids + 1] = ARGV[i] end
     end
   end
@@ -40,8 +50,11 @@ if mode ~= 'drain' then
       -- A death counts only against a request that was being served, not one that lay in the dead queue.
       if mode == 'dead' and lease_state == 'claimed' then deaths = redis.call('HINCRBY', P .. 'req:' .. id, 'crashes', 1) end
       redis.call('HSET', P .. 'req:' .. id, 'state', 'queued')
+      local rec = redis.call('HMGET', P .. 'req:' .. id, 'n', 'cancel')
       if deaths > tonumber(ARGV[5]) then
-        out[#out + 1] = id
+        give_up(id, ARGV[6])
+      elseif rec[2] and rec[1] == '0' then
+        give_up(id, '') -- its client has left, and nothing was made that could be charged
       else
         -- Resumed work goes first, outside the flows: it was charged when it was first bound.
         local adm = tonumber(redis.call('HGET', P .. 'req:' .. id, 'adm_ms') or '0')

@@ -1,0 +1,47 @@
+"""Stories drawn at random: any faults at any instants, and every promise holds at the end of each.
+
+A failing story prints its seed; CORRAL_PROTOCOL_SEED=<seed> tells that one again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from tests.protocol.conftest import MakeWorld
+from tests.protocol.faults import GENTLE, HARSH, Fault, unfold
+
+ONLY = os.environ.get("CORRAL_PROTOCOL_SEED")
+FIRST = int(ONLY or "0")
+
+
+def tell(make_world: MakeWorld, seed: int, faults: tuple[Fault, ...]) -> None:
+    with make_world(seed=seed, machines=2, replicas=2 + seed % 3) as w:
+        rng = random.Random(seed)
+        for host in [*w.machines, *(door.process.host for door in w.doors)]:
+            if rng.random() < 0.3:
+                w.skew_s[host] = rng.uniform(-600, 600)
+        w.run(w.ready())
+        w.run(unfold(w, rng, faults))
+        w.run(w.rest())
+
+
+KINDS = pytest.mark.parametrize("faults", [GENTLE, HARSH], ids=["gentle", "harsh"])
+
+
+@KINDS
+@pytest.mark.parametrize("block", range(0, 60, 20))
+def test_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
+    seeds = range(block, block + 20) if ONLY is None else [FIRST] if not block else []
+    for seed in seeds:
+        tell(make_world, seed, faults)
+
+
+@KINDS
+@pytest.mark.full
+@pytest.mark.parametrize("block", range(1000, 3000, 100))
+def test_many_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
+    for seed in range(block, block + 100):
+        tell(make_world, seed, faults)
