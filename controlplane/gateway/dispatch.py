@@ -129,7 +129,7 @@ class Dispatcher:
             endpoint,
             key,
             deployment,
-            admission.hold(1, None, deployment.context_tokens, deployment.rates),
+            admission.hold(1, None, deployment.context_tokens, deployment.rates, streaming=streaming),
             streaming=streaming,
             raw_estimate=0,
             expected=0,

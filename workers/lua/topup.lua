@@ -53,7 +53,7 @@ for s = 1, 3 do
     if not left or here < left then left, tight = here, v end
   end
 end
-left = left or 0
+left = left or math.huge
 
 local paid, most = tokens_for(money), tokens_for(money + left)
 local usable = math.min(granted, paid)
@@ -85,6 +85,10 @@ if now_granted > usable and now_granted >= n then
   return {'more', now_granted}
 end
 if ARGV[6] ~= 'empty' then return {'wait'} end
+if usable > n then -- its prompt was counted and paid for before, and that answer was lost
+  tell(usable, 0)
+  return {'more', usable}
+end
 if not has_asked then count_waiting(1) end
 -- Whoever is in flight here and does not wait may still return some of what it holds.
 local n_waiting = tight and tonumber(tight[4] or '0') + (has_asked and 0 or 1) or 0

@@ -102,3 +102,35 @@ async def test_refused_request_leaves_nothing_behind(gw: Running) -> None:
     assert (await gw.post(CHAT)).status_code == 429
     assert not gw.gateway.inbox.streams
     assert await gw.redis.keys(KEYS.prefix + "*") == []
+
+
+async def test_every_answer_says_where_the_limits_stand(gw: Running, machine: Machine) -> None:
+    """Plain, streamed and refused; equal to the counters right after this request was admitted."""
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=3, input_tpm=9_000, output_tpm=50_000))
+    body = CHAT | {"max_tokens": 100}
+    plain = (await gw.post(body)).headers
+    taken = 9_000 - int(plain["x-ratelimit-remaining-input-tokens"])
+    assert 1 <= taken < 100
+    assert plain["x-ratelimit-limit-requests"] == "3"
+    assert plain["x-ratelimit-remaining-requests"] == "2"
+    assert plain["x-ratelimit-reset-requests"] == "20000ms"
+    assert plain["x-ratelimit-limit-output-tokens"] == "50000"
+    assert plain["x-ratelimit-remaining-output-tokens"] == "49900"
+    assert plain["x-ratelimit-reset-output-tokens"] == "120ms"
+    assert plain["x-ratelimit-limit-tokens"] == plain["x-ratelimit-limit-input-tokens"] == "9000", (
+        "the tighter one"
+    )
+    assert plain["x-ratelimit-remaining-tokens"] == plain["x-ratelimit-remaining-input-tokens"]
+    assert plain["x-ratelimit-reset-tokens"] == plain["x-ratelimit-reset-input-tokens"]
+    async with gw.stream(body) as events:
+        assert events.response.headers["x-ratelimit-remaining-requests"] == "1"
+        await events.rest()
+    assert (await gw.post(body)).headers["x-ratelimit-remaining-requests"] == "0"
+    refused = await gw.post(body)
+    assert refused.status_code == 429
+    assert refused.headers["x-ratelimit-limit-output-tokens"] == "50000"
+    assert int(refused.headers["retry-after-ms"]) <= int(refused.headers["x-ratelimit-reset-requests"][:-2])
+
+
+async def test_an_answer_without_limits_has_no_such_headers(gw: Running, machine: Machine) -> None:
+    assert not [name for name in (await gw.post(CHAT)).headers if name.startswith("x-ratelimit")]
