@@ -191,6 +191,11 @@ class History:
         """It dies; what it ran goes to another one, however often it was the reason (no poison here)."""
         dead, self.replica = self.replica, self._enrol()
         self.cell.withdraw(dead, deaths=1_000)
+        given_up = {name.decode() for name in self.cell.r.smembers(KEYS.failed)}
+        for it in self.requests:
+            if it.id in given_up and not it.over:  # its client had left: the watcher settles it at nothing
+                it.over, it.charge = True, [0, 0, 0]
+                self.settle(it)
 
     def check_budgets(self) -> None:
         for name, scope in BUDGETS.items():
