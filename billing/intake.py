@@ -20,10 +20,11 @@ from billing import metrics
 from billing.booking import Booked, Books, Rated
 from billing.money import request_cost
 from billing.rating import PriceBook
-from billing.usage_streams import Done, Settlement, UsageStreams
+from billing.usage_streams import Done, Lost, Settlement, UsageStreams
 from billing.vetting import Delivery, Refusal, Usage, decode, first_per_request, vet
 from controlplane.ids import InvalidIdError, from_wire
 from workers.contract import UsageEvent
+from workers.keys import RETENTION_MS
 
 BATCH: Final = 1_000
 
@@ -88,8 +89,12 @@ class Intake:
         # Committed. From here on every step may be lost and will be repeated by the next pass.
         kept = [item for item in to_book if item.usage.request_id not in booked.refused]
         unsettled = [_settlement(item) for item in kept if not item.usage.settled]
+        now_ms = int(now.timestamp() * 1000)
         if unsettled:
-            self._streams.settle(unsettled, int(now.timestamp() * 1000))
+            self._streams.settle(unsettled, now_ms)
+        lost = [_lost(item) for item in kept if _was_lost(item, booked, now_ms)]
+        if lost:
+            self._streams.charge_lost(lost, now_ms)
         for usage in [*first, *others]:
             refusal = Refusal.NOT_STORABLE if usage.request_id in booked.refused else None
             done.append(Done(usage.delivery, usage.event.replica, usage.event.request_id, refusal))
@@ -140,6 +145,18 @@ def _settlement(item: Rated) -> Settlement:
     return Settlement(
         event.request_id, event.n_prompt, item.usage.n_completion, item.cost_nano, event.n_cached
     )
+
+
+def _was_lost(item: Rated, booked: Booked, now_ms: int) -> bool:
+    """Whether Redis lost this request's record before anybody settled it, rather than forgot it in due time after."""
+    usage, event = item.usage, item.usage.event
+    ended_ms = event.admitted_at_ms + event.duration_ms
+    return usage.unverified and usage.request_id in booked.new and now_ms < ended_ms + RETENTION_MS
+
+
+def _lost(item: Rated) -> Lost:
+    usage = item.usage
+    return Lost(usage.api_key_id.hex, usage.project_id.hex, usage.organization_id.hex, item.cost_nano)
 
 
 def _refused(delivery: Delivery, event: UsageEvent, refusal: Refusal) -> Done:

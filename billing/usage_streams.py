@@ -18,7 +18,7 @@ import redis
 from billing.vetting import Admission, Delivery, Refusal
 from workers.contract import USAGE_FIELD, WITNESS_FIELD, WITNESS_SPOOL
 from workers.keys import RETENTION_MS, CellKeys
-from workers.scripts import SETTLE
+from workers.scripts import LATE, SETTLE
 
 # A replica's front reads its acknowledgements within a second; the list is for one that is away for a while.
 # What falls off is re-published by the spool, booked before, and acknowledged again.
@@ -40,6 +40,16 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Cost of a request that this Redis has lost before it was settled. Ids are bare hex."""
+
+    key: str
+    project: str
+    org: str
+    cost_nano: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """An entry that needs no more reading. `replica` and `request` are empty where they could not be made
     out.
@@ -58,6 +68,7 @@ class UsageStreams:
         self._client = client
         self._keys = keys
         self._settle = client.register_script(SETTLE.source)
+        self._late = client.register_script(LATE.source)
 
     def find_machines(self) -> set[str]:
         """Machines that have a usage stream. Walks all keys of the cell: not for every second."""
@@ -120,6 +131,21 @@ class UsageStreams:
                 ],
                 client=pipeline,
             )
+        pipeline.execute()
+
+    def charge_lost(self, lost: Iterable[Lost], booked_ms: int) -> None:
+        """Add them to what their scopes have spent, where that was read from the ledger before `booked_ms`."""
+        pipeline = self._client.pipeline(transaction=False)
+        for item in lost:
+            args: list[str | int] = [
+                self._keys.prefix,
+                booked_ms,
+                item.cost_nano,
+                item.key,
+                item.project,
+                item.org,
+            ]
+            self._late(args=args, client=pipeline)
         pipeline.execute()
 
     def finish(self, done: Sequence[Done]) -> None:

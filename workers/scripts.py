@@ -42,6 +42,7 @@ CHARGE = load("charge", "lib_flows")
 SWEEP = load("sweep")
 TOPUP = load("topup", "lib_limits")
 SEED = load("seed")
+LATE = load("late", "lib_limits")
 CANCEL = load("cancel", "lib_flows")
 IDEM = load("idem")
 ATTACH = load("attach")
@@ -56,6 +57,6 @@ POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    ADMIT, SETTLE, TOPUP, CHARGE, SWEEP, SEED, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
+    ADMIT, SETTLE, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
 )  # fmt: skip
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

@@ -279,8 +279,10 @@ class Dispatcher:
         try:
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:
+                    asked_ms = time.time_ns() // 1_000_000
                     spent = await self._directory.spent_nano(scope, scope_id)
-                    await self._redis.evalsha(scripts.SEED, (), (self._keys.prefix, scope, scope_id, spent))
+                    args = (self._keys.prefix, scope, scope_id, spent, asked_ms)
+                    await self._redis.evalsha(scripts.SEED, (), args)
         except (DirectoryUnavailable, RedisError) as error:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0

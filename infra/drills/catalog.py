@@ -92,6 +92,13 @@ DRILLS: dict[str, Drill] = {
         n_tokens=600,
         probes=True,
     ),
+    "trim-redis": Drill(
+        "SIGKILL to Redis, and the last second of its log cut off: nothing is billed twice, nothing stays taken",
+        servers.trim_redis,
+        RETRY,
+        n_tokens=600,
+        probes=True,
+    ),
     "lose-redis": Drill(
         "SIGKILL to Redis, and its log and users deleted: streams are told to try again, replicas are kept",
         servers.lose_redis,

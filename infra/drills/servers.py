@@ -6,6 +6,7 @@ true beside the streams (who was kept, who was told what) is noted and required 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from typing import Final
@@ -16,6 +17,7 @@ from infra.local.process import ProcessIdentity, is_alive
 from infra.local.redis import EmbeddedRedis
 
 POSTGRES_AWAY_S: Final = 10.0
+LOST_LOG_S: Final = 1.0
 _BACK_WITHIN_S: Final = 60.0
 _ASK_EVERY_S: Final = 0.5
 
@@ -33,6 +35,23 @@ def kill_redis(scene: Scene, strike: Strike) -> None:
     before = scene.process("redis")
     scene.signal(before, signal.SIGKILL)
     strike.done(f"SIGKILL to Redis, pid {before.pid}")
+    _until_back(scene, strike, "redis", before)
+
+
+def trim_redis(scene: Scene, strike: Strike) -> None:
+    """Redis dies and comes back without the last second of its log: what a power cut may cost (fsync every second)."""
+    log = scene.var / "redis" / "appendonly.aof"
+    before = scene.process("redis")
+    n_kept_bytes = log.stat().st_size
+    time.sleep(LOST_LOG_S)
+    with held(scene.var, "redis", _BACK_WITHIN_S):
+        scene.signal(before, signal.SIGKILL)
+        scene.wait(lambda: not is_alive(before), "Redis is dead", 5.0)
+        n_lost_bytes = log.stat().st_size - n_kept_bytes
+        os.truncate(log, n_kept_bytes)
+        strike.done(f"SIGKILL to Redis, pid {before.pid}, and the last {LOST_LOG_S:g} s of its log cut off")
+    strike.notes["lost"] = f"{n_lost_bytes} bytes of log"
+    strike.require(n_lost_bytes > 0, "nothing was written in that second")
     _until_back(scene, strike, "redis", before)
 
 

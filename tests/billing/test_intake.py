@@ -19,6 +19,8 @@ from controlplane.tenants import services
 from tests.billing.usage import KEYS, Tenant, admit, altered, deliver, event, new_hex
 from tests.database import acting_as
 from tests.world import World
+from workers.keys import RETENTION_MS
+from workers.scripts import SEED
 
 MACHINE, OTHER = new_hex(), new_hex()
 COST = 60 * 100 + 40 * 25 + 20 * 400  # nano-dollars of event()'s counts at the standard price
@@ -294,3 +296,56 @@ def test_any_order_and_repetition_leaves_one_row_each_and_the_right_sum(
     assert not client.xlen(KEYS.machine(MACHINE).usage) + client.xlen(KEYS.machine(OTHER).usage)
     n_acked = sum(len(acks(client, machine, usage.replica)) for usage in base for machine in (MACHINE, OTHER))
     assert n_acked == len(deliveries)
+
+
+def spent(client: redis.Redis, tenant: Tenant) -> list[int]:
+    scopes = (("key", tenant.key), ("prj", tenant.project), ("org", tenant.org))
+    return [int(client.hget(KEYS.limits(*scope), "spent") or -1) for scope in scopes]
+
+
+def seed(client: redis.Redis, tenant: Tenant, at_ms: int, *scopes: str) -> None:
+    ids_of = {"key": tenant.key, "prj": tenant.project, "org": tenant.org}
+    for scope in scopes:
+        client.eval(SEED.source, 0, KEYS.prefix, scope, ids_of[scope], 1_000, at_ms)
+
+
+def test_usage_that_redis_lost_is_charged_to_budgets_read_from_the_ledger_before(
+    intake: Intake, client: redis.Redis
+) -> None:
+    """Redis came back empty; the counters were seeded, and then a spool announced what nobody had booked."""
+    tenant, now_ms = Tenant(), time.time_ns() // 1_000_000
+    usage = event(tenant, MACHINE)
+    seed(client, tenant, now_ms - 5_000, "key", "prj")
+    deliver(client, MACHINE, usage, spool=True)
+    deliver(client, MACHINE, usage, spool=True)
+    intake.run([MACHINE], budget_s=5)
+    assert spent(client, tenant) == [1_000 + COST, 1_000 + COST, -1], (
+        "what is not seeded will read the ledger"
+    )
+    deliver(client, MACHINE, usage, spool=True)
+    intake.run([MACHINE], budget_s=5)
+    assert spent(client, tenant)[0] == 1_000 + COST, "once"
+
+
+def test_what_the_ledger_had_when_the_budget_was_read_is_not_charged_again(
+    intake: Intake, client: redis.Redis
+) -> None:
+    tenant = Tenant()
+    usage = event(tenant, MACHINE)
+    seed(client, tenant, time.time_ns() // 1_000_000 + 5_000, "key", "prj", "org")
+    deliver(client, MACHINE, usage, spool=True)
+    intake.run([MACHINE], budget_s=5)
+    assert spent(client, tenant) == [1_000] * 3
+
+
+def test_usage_whose_record_ran_out_after_its_settlement_is_not_charged_again(
+    intake: Intake, client: redis.Redis
+) -> None:
+    """Postgres was away for longer than records live: the gateway had settled it at its end."""
+    tenant, now_ms = Tenant(), time.time_ns() // 1_000_000
+    before_ms = now_ms - RETENTION_MS - 10_000
+    usage = event(tenant, MACHINE, request_id=f"{before_ms:012x}7{new_hex()[13:]}")
+    seed(client, tenant, now_ms - 3_600_000, "key", "prj", "org")
+    deliver(client, MACHINE, usage)
+    assert intake.run([MACHINE], budget_s=5).n_booked == 1
+    assert spent(client, tenant) == [1_000] * 3
