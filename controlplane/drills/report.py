@@ -91,6 +91,7 @@ def as_table(report: Mapping[str, Any]) -> str:
             f"{totals['n_interrupted']} of {n} streams paused, {silence_s:.2f} s at most",
         ),
         *_beside(last["beside"]),
+        *_lag(last["spent_lag_nano"]),
         *((name, str(value)) for name, value in last["notes"].items() if name != "n_streams_running"),
         ("ran", ", ".join(f"{name} {value}" for name, value in facts.get("running", {}).items())),
         ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
@@ -112,3 +113,7 @@ def _beside(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             f"served again {found['back_s']:.2f} s after the fault, slowest {found['slowest_s']:.2f} s",
         )
     ]
+
+
+def _lag(nano: int) -> list[tuple[str, str]]:
+    return [("budget", f"its counter misses {nano} nano-dollars that are booked")] if nano else []

@@ -91,7 +91,12 @@ def run(
         for ask in asks
     ]
     struck_at_s = strike.at_s or time.monotonic()
-    verdict = judge(answers, reference, expected, books, struck_at_s, others)
+    forgotten = {
+        probe.answer.request
+        for probe in (probes.answered if probes else ())
+        if drill.loses_s > 0 and struck_at_s - drill.loses_s <= probe.ended_at_s <= struck_at_s
+    }
+    verdict = judge(answers, reference, expected, books, struck_at_s, others, forgotten)
     verdict.problems += strike.problems
     beside = judge_probes(probes.answered, struck_at_s) if probes else None
     verdict.problems += beside.problems if beside else []

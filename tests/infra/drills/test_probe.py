@@ -58,3 +58,18 @@ def test_requests_beside_the_streams_are_billed_once_if_served_and_never_twice()
     assert problems(row) == []
     assert problems() == ["a request beside the streams was billed 0 times"]
     assert problems(row, row) == ["a request beside the streams was billed 2 times"]
+
+
+def test_only_what_redis_may_have_forgotten_may_be_missing_in_the_budgets_counter() -> None:
+    stream = Answer("s", finish="length", n_prompt=1, n_completion=4, statuses=(200,))
+    rows = (Row("s", 1, 4, 1, 10, 10), Row("r", 1, 4, 1, 7, 7))
+
+    def passes(spent_nano: int, *forgotten: str) -> bool:
+        books = Books(rows=rows, spent_nano=spent_nano)
+        return judge([stream], [stream], [Expected()], books, 0.0, [SERVED], forgotten).passed
+
+    assert passes(17)
+    assert not passes(10), "nothing was lost"
+    assert passes(10, "r")
+    assert not passes(9, "r")
+    assert not passes(18, "r"), "and never is anything counted twice"
