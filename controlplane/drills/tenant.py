@@ -82,10 +82,14 @@ def profile(engine: str, n_slots: int) -> dict[str, object]:
 
 
 def deploy(tenant: DrillTenant, name: str, engine: str, n_slots: int) -> UUID:
-    """A deployment of exactly one replica, no spare one."""
+    """A deployment of exactly one replica, no spare one.
+
+    Of class `batch`: on a busy computer the interactive class would cut its slots to keep its pace, and streams that
+    still wait cannot be struck.
+    """
     profile_ = profile(engine, n_slots)
     profile_["max_model_len"] = min(int(str(profile_["max_model_len"])), tenant.version.max_model_len)
-    return deployments.ensure_deployment(
+    return deployments.create_deployment(
         organization_id=tenant.organization_id,
         project_id=tenant.project_id,
         name=name,
@@ -93,6 +97,7 @@ def deploy(tenant: DrillTenant, name: str, engine: str, n_slots: int) -> UUID:
         engine_profile=profile_,
         min_replicas=1,
         max_replicas=1,
+        slo_class="batch",
     ).id
 
 

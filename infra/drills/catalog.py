@@ -65,8 +65,9 @@ DRILLS: dict[str, Drill] = {
         "finish (every fourth), the rest is handed over",
         machine.spot_notice,
         n_tokens=1600,
-        n_tokens_vllm=400,
+        n_tokens_vllm=1500,
         n_short_tokens=600,
+        limit_s=300.0,
     ),
     "duplicate": Drill(
         "delivers every message twice, then cuts the worker off until it is withdrawn and lets it go on: "

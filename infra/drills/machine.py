@@ -32,7 +32,7 @@ def kill_engine(scene: Scene, strike: Strike) -> None:
         scene.signal(replica.front, SIGNAL_DIE, machine=replica.machine)
         strike.done(f"death of the toy engine in replica front, pid {replica.front.pid}")
     else:
-        scene.signal(core, signal.SIGKILL, machine=replica.machine)
+        scene.signal(core, signal.SIGKILL)
         strike.done(f"SIGKILL to engine core, pid {core.pid}, of replica front, pid {replica.front.pid}")
     _until_replaced(scene, replica)
 
@@ -45,7 +45,7 @@ def hang_engine(scene: Scene, strike: Strike) -> None:
         scene.signal(replica.front, SIGNAL_HANG, machine=replica.machine)
         strike.done(f"hang of the toy engine in replica front, pid {replica.front.pid}")
     else:
-        scene.signal(core, signal.SIGSTOP, machine=replica.machine)
+        scene.signal(core, signal.SIGSTOP)
         strike.done(f"SIGSTOP to engine core, pid {core.pid}, of replica front, pid {replica.front.pid}")
     _until_replaced(scene, replica)
     scene.wait(lambda: scene.end_of(replica.id), "its end is on record", _NOTICED_WITHIN_S)

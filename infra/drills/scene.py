@@ -75,10 +75,12 @@ class Scene:
         cell: str,
         deployment: str,
         say: Callable[[str], None],
+        engine: str = "toy",
         end_of: Callable[[str], str] = lambda replica: "",
     ) -> None:
         """`end_of(replica id)` answers `code: sentence` of a replica that is over, '' while it is not."""
         self.var = var
+        self.engine = engine
         self.end_of = end_of
         self.n_served_before = 0  # tokens of the undisturbed run: the replica's own count includes them
         self.keys = CellKeys(cell)
@@ -178,10 +180,17 @@ class Scene:
         return int(cast(bytes | None, self.redis.hget(self.keys.request(request), "n")) or 0)
 
     def core_of(self, replica: ServingReplica) -> ProcessIdentity | None:
-        """The engine core: the child process of the front; None for an engine inside the front (toy)."""
-        children = [pid for pid in _children(replica.front.pid) if self._belongs(pid, replica.machine)]
-        cores = [identity for pid in children if (identity := identity_of(pid))]
-        return cores[0] if cores else None
+        """The engine core, a child of the front; None for the toy, which runs inside. DrillError when there is none.
+
+        A core names itself over its own environment, so it is known by its parent, not by a mark.
+        """
+        if self.engine == "toy":
+            return None
+        for pid in _children(replica.front.pid):
+            identity = identity_of(pid)
+            if identity is not None and "EngineCore" in " ".join(command_line(pid)):
+                return identity
+        raise DrillError(f"replica front, pid {replica.front.pid}, has no engine core")
 
     def is_gone(self, replica: ServingReplica) -> bool:
         return not is_alive(replica.front)

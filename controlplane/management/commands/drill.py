@@ -105,7 +105,7 @@ class Command(BaseCommand):
         env = settings.ENV
         n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0)
         deployment_id = tenants.deploy(tenant, name, engine, n_slots)
-        scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, tenants.end_of)
+        scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, engine, tenants.end_of)
         try:
             tenants.wait_until_it_serves(scene)
             replica = scene.serving()
