@@ -20,8 +20,10 @@ NOTICE_S = 60.0
 def kill_worker(scene: Scene, strike: Strike) -> None:
     """The front dies without a word, its engine with it."""
     replica = scene.serving()
+    n_messages = scene.n_messages(replica)
     scene.signal(replica.front, signal.SIGKILL, machine=replica.machine)
     strike.done(f"SIGKILL to replica front, pid {replica.front.pid}, replica {replica.id[:8]}")
+    strike.notes["messages"] = f"{n_messages} in its hands when it died"
 
 
 def kill_engine(scene: Scene, strike: Strike) -> None:

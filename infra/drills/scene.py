@@ -192,6 +192,12 @@ class Scene:
                 return identity
         raise DrillError(f"replica front, pid {replica.front.pid}, has no engine core")
 
+    def n_messages(self, replica: ServingReplica) -> int:
+        """Celery messages that were pushed for it and not acknowledged yet."""
+        keys = self.keys.machine(replica.machine)
+        unacked, _ = keys.unacked(replica.id)
+        return self.redis.hlen(unacked) + self.redis.llen(keys.prefix + keys.queue_name(replica.id))
+
     def is_gone(self, replica: ServingReplica) -> bool:
         return not is_alive(replica.front)
 

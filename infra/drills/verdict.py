@@ -101,7 +101,9 @@ class StreamVerdict:
     equal: bool = False
     n_lost: int = 0
     n_duplicated: int = 0
-    recovery_s: float = 0.0  # from the fault to the token after the longest silence; 0: not interrupted
+    # From the fault (or the last token before the longest silence, where that came later: a hand-over) to the token
+    # that ended it; 0: not interrupted.
+    recovery_s: float = 0.0
     silence_s: float = 0.0  # that silence itself
 
 
@@ -170,7 +172,7 @@ def judge_stream(
     for before, after in pairwise(answer.events):
         gap_s = after.at_s - before.at_s
         if after.at_s > struck_at_s and gap_s > max(shortest_s, found.silence_s):
-            found.silence_s, found.recovery_s = gap_s, after.at_s - struck_at_s
+            found.silence_s, found.recovery_s = gap_s, after.at_s - max(before.at_s, struck_at_s)
     return found
 
 

@@ -146,6 +146,8 @@ def test_recovery_is_the_end_of_the_longest_silence_after_the_fault() -> None:
     found = judge_stream(replace(an_answer(), events=tuple(paused)), an_answer(), struck_at_s=100.35)
     assert found.recovery_s == pytest.approx(2.05)
     assert found.silence_s == pytest.approx(2.1)
+    handed_over_late = judge_stream(replace(an_answer(), events=tuple(paused)), an_answer(), 100.05)
+    assert handed_over_late.recovery_s == pytest.approx(2.1)
     before = judge_stream(replace(an_answer(), events=tuple(paused)), an_answer(), 105.0)
     assert before.recovery_s == 0, "a silence before the fault is none of its own"
 

@@ -1,0 +1,84 @@
+"""Drills on the live stack: what `manage.py drill` promises, with few streams here and with 64 under `full`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import psycopg
+import pytest
+
+from benchmarks.stack import ROOT, BenchStack
+from infra.local.preflight import engine_verdict, gather
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+
+
+def drill(stack: BenchStack, name: str, *options: str) -> dict[str, Any]:
+    """The report of a drill that must pass."""
+    done = subprocess.run(
+        [sys.executable, "manage.py", "drill", name, *options, "--json"],
+        cwd=ROOT, env=dict(stack.env), capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["passed"]
+    return report
+
+
+def assert_nothing_lost(report: dict[str, Any], n_streams: int) -> None:
+    totals = report["totals"]
+    for key in ("n_finished", "n_equal", "n_billed_once"):
+        assert totals[key] == n_streams * report["n_runs"], key
+    for key in ("n_failed", "n_tokens_lost", "n_tokens_duplicated", "n_billed_twice", "n_not_billed"):
+        assert totals[key] == 0, key
+
+
+@pytest.mark.parametrize("name", ["kill-worker", "kill-engine", "duplicate"])
+def test_streams_survive_and_the_drill_leaves_nothing_behind(
+    stack: BenchStack, operator: psycopg.Connection, name: str
+) -> None:
+    report = drill(stack, name, "--streams", "8", "--tokens", "200")
+    assert_nothing_lost(report, 8)
+    assert report["runs"][0]["fault"]
+    assert report["totals"]["n_interrupted"] == 8, "every stream was struck"
+    live = (
+        "SELECT count(*) FROM autoscaler_replica r JOIN deployments_deployment d ON d.id = r.deployment_id "
+        "WHERE d.name LIKE 'drill-%' AND (r.phase NOT IN ('stopped', 'failed') OR d.deleted_at IS NULL)"
+    )
+    assert operator.execute(live).fetchone() == (0,)
+
+
+def test_a_drill_that_cannot_be_carried_out_says_so_and_is_no_pass(stack: BenchStack) -> None:
+    done = subprocess.run(
+        [sys.executable, "manage.py", "drill", "kill-worker", "--streams", "0"],
+        cwd=ROOT, env=dict(stack.env), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--streams 0: give 1 to 1000" in done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["kill-engine", "hang-engine", "spot-notice", "duplicate", "kill-agent"])
+def test_sixty_four_streams(stack: BenchStack, name: str) -> None:
+    assert_nothing_lost(drill(stack, name), 64)
+
+
+@pytest.mark.full
+def test_seven_silent_deaths(stack: BenchStack) -> None:
+    report = drill(stack, "kill-worker", "--repeats", "7")
+    assert_nothing_lost(report, 64)
+    assert report["recovery_limit_s"] == 5.0, "which the drill has judged"
+
+
+@pytest.mark.full
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["kill-worker", "kill-engine"])
+def test_the_real_engine_goes_on_with_the_same_text(stack: BenchStack, name: str) -> None:
+    runs, why = engine_verdict(gather())
+    if not runs:
+        pytest.skip(f"the engine cannot run on this machine: {why}")
+    report = drill(stack, name, "--engine", "vllm", "--model", "tiny", "--tokens", "300")
+    assert_nothing_lost(report, 64)
