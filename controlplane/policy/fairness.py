@@ -182,13 +182,16 @@ class FairQueue:
         lost = self.replicas[replica]
         lost.routed = False
         lost.prefixes.clear()
-        for request_id in lost.running:
+        return self.requeue(replica, tuple(lost.running), now_ms)
+
+    def requeue(self, replica: str, request_ids: Sequence[str], now_ms: int) -> list[Binding]:
+        """These requests never reached it, or died with it: they go to the head of the queue."""
+        for request_id in request_ids:
             request = self.requests[request_id]
             request.replica = ""
+            self.replicas[replica].running.discard(request_id)
             self._resumed.put(request_id, request.admitted_at_ms)
-        requeued = bool(lost.running)
-        lost.running.clear()
-        return self.pump(now_ms) if requeued else []
+        return self.pump(now_ms)
 
     def sweep(self) -> None:
         """Forget counters that say no more than none would: those of flows at or below where a newcomer
