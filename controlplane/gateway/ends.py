@@ -81,7 +81,7 @@ class Ends:
         which asks again when it hears nothing.
         """
         now = time.monotonic()
-        if stream.abandoned or now < stream.ask_after:
+        if (stream.abandoned and not stream.keep) or now < stream.ask_after:
             return
         stream.ask_after = now + _ASK_INTERVAL_S
         self.n_top_ups += 1

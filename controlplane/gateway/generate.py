@@ -114,7 +114,7 @@ class Generator:
                 assert request is not None
                 admission = self._resumer if stream.idempotency else self._dispatcher
                 await admission.admit(stream, request, body)
-                headers = (*headers, *stream.limits)
+            headers = (*headers, *stream.limits)
             loop = asyncio.get_running_loop()
             watch = loop.call_later(_WATCH_AFTER_S, _watch, receive, stream)
             if stream.queued:

@@ -117,6 +117,9 @@ class Note(NamedTuple):
         )
 
 
+_PLAIN_NOTES = {e: Note(e, streaming=False, include_usage=False, keyed=False).encode() for e in Endpoint}
+
+
 class Digests:
     """Salted digests under one secret. 0.5 µs for a short body, 27 µs for 50 KB (SHA-256 in hardware)."""
 
@@ -138,5 +141,7 @@ class Digests:
 
     def note(self, request: GenerationRequest, body: bytes, *, keyed: bool) -> str:
         """The note of a request of its own."""
-        digest = self.body(request.endpoint, body) if keyed or request.stream else ""
+        if not (keyed or request.stream):
+            return _PLAIN_NOTES[request.endpoint]
+        digest = self.body(request.endpoint, body)
         return Note(request.endpoint, request.stream, request.include_usage, keyed, digest).encode()

@@ -26,6 +26,7 @@ from workers.contract import (
     JournalEntry,
     Notice,
     WireError,
+    decode_error,
     decode_journal_entry,
     encode,
 )
@@ -238,6 +239,8 @@ class Resumer:
                     "this Idempotency-Key or Last-Event-ID belongs to a request with another body or endpoint: send "
                     "the same bytes, or leave the header out",
                 )
+            if verdict == "failed":
+                raise from_wire(decode_error(answer[1]))
             if verdict not in ("busy", "ending"):
                 return _found(answer)
             if time.monotonic() >= deadline:

@@ -11,6 +11,7 @@ from tests.workers.waiting import until
 from workers import scripts
 from workers.contract import FinishReason, encode
 from workers.engine.base import EngineProfile
+from workers.leases import Claim, Leases
 
 SLOW = EngineProfile(engine="toy", toy_step_ms=5, max_model_len=512)
 NOTE = "cs:ab12"
@@ -200,15 +201,58 @@ async def test_moved_stream_goes_on_at_the_other_gateway_without_a_gap(
         assert (front.server.n_running, len(cell.usage())) == (0, 2)
 
 
-async def test_word_that_comes_before_the_claim_is_answered_is_kept(cell: Cell, tmp_path: Path) -> None:
-    async with serving(cell, tmp_path) as front:
-        request = cell.admit(note=NOTE, max_tokens=20)
+async def test_plain_answer_that_is_flushed_only_at_its_end_goes_to_who_waits_then(
+    cell: Cell, tmp_path: Path
+) -> None:
+    async with serving(cell, tmp_path, profile=SLOW) as front:
+        request = cell.admit(note="cpk:ab12", max_tokens=40, stream=False, sampling={"ignore_eos": True})
         task = front.deliver(request)
-        attach(cell, request)
-        front.server.moved(request)  # before its task has run at all, or while it claims
+        await until(lambda: front.server.n_running, "the claim")
+        await until(lambda: cell.lease(request)[b"state"] == b"claimed", "the claim")
+        assert attach(cell, request)[0] == b"running"
         await task
+        assert len(cell.journal(request)) == 1
         assert texts(cell, 99)
         assert not texts(cell, 1)
+
+
+async def test_word_that_comes_before_the_claim_is_answered_is_kept(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(cell, tmp_path, profile=SLOW) as front:
+        request = cell.admit(note="cpk:ab12", max_tokens=20, stream=False)
+        claim = Leases.claim
+
+        async def slow_answer(self: Leases, request_id: str, epoch: int) -> Claim:
+            claimed = await claim(self, request_id, epoch)
+            attach(cell, request)
+            front.server.moved(request)
+            cell.r.hdel(cell.keys.machine("m1").lease(request), "moved")
+            return claimed
+
+        monkeypatch.setattr(Leases, "claim", slow_answer)
+        await front.deliver(request)
+        assert texts(cell, 99)
+        assert not texts(cell, 1)
+
+
+async def test_cancel_outlives_the_replica_that_was_told(cell: Cell, tmp_path: Path) -> None:
+    """Its replica dies before it has ended: whoever gets it next ends it, and serves it to nobody."""
+    async with serving(cell, tmp_path, profile=SLOW) as first:
+        request = cell.admit(note=NOTE, max_tokens=200, sampling={"ignore_eos": True})
+        first.deliver(request)
+        await until(lambda: cell.stream(request), "the first token")
+        cell.r.hset(
+            cell.keys.request(request), "cancel", 1
+        )  # as cancel.lua does; the lease dies with the replica
+        cell.withdraw("r1")
+    n = int(cell.r.hget(cell.keys.request(request), "n") or 0)
+    assert attach(cell, request)[0] == b"ending"
+    async with serving(cell, tmp_path, replica="r2", machine="m2") as second:
+        await second.deliver(request, 2)
+        end = cell.journal(request, "m2")[-1].end
+        assert end
+        assert (end.reason, end.n_completion) == (FinishReason.ABORT, n)
 
 
 def seed(cell: Cell, request: str, of: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request as the client knows it, 4 project of the key, 5 digest of the body ('' = no
 --       body was sent), 6 gateway, 7 stream, 8 how long an admission may take, ms.
 -- Returns {'unknown'} (also when it is another project's) | {'differs'} (another body) | {'busy'} (a continuation is
--- being admitted) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
+-- being admitted) | {'failed', error} (nobody will serve it) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
 -- stream}, where verdict is 'running' or 'queued' (attached; the last two are who had it before), 'ending' (cancelled,
 -- not over yet), 'done'; machine: where its journal lies, '' = never on one.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
@@ -15,7 +15,7 @@ if ARGV[5] ~= '' and string.match(first[2], '^%a*:(%x*)') ~= ARGV[5] then return
 
 local function read(request)
   return redis.call('HMGET', P .. 'req:' .. request, 'state', 'note', 'adm_ms', 'mid', 'was_mid', 'dep', 'pv', 'gw',
-    'stream', 'rid', 'cancel')
+    'stream', 'rid', 'cancel', 'error')
 end
 
 if first[4] then id = first[4] end
@@ -32,9 +32,10 @@ local function answer(verdict, machine)
   return {verdict, id, r[2], r[3], machine, r[6], r[7], first[3], r[8], r[9]}
 end
 
+if r[12] and r[12] ~= '' then return {'failed', r[12]} end
 if r[1] == 'done' or (r[1] == 'bound' and mid == '') then return answer('done', mid ~= '' and mid or r[5] or '') end
 if r[1] == 'queued' then
-  if r[11] then return answer('ending', '') end
+  if r[11] or r[12] then return answer('ending', '') end
   redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
   return answer('queued', '')
 end

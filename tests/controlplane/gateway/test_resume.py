@@ -23,7 +23,8 @@ from tests.controlplane.gateway.harness import (
     text_of,
     until,
 )
-from workers.contract import FinishReason, WireError
+from workers import scripts
+from workers.contract import Ask, FinishReason, WireError, encode, encode_ask
 
 WORDS = [f"w{i} " for i in range(8)]
 STORY = "".join(WORDS)
@@ -211,6 +212,30 @@ async def test_plain_request_sent_twice_at_once_is_generated_once(
     assert third.content == by_status[0].content
 
 
+async def test_end_that_was_sent_elsewhere_just_as_the_client_came_back_is_found_soon(redis_url: str) -> None:
+    """The stall check is far off, and no further frame will tell."""
+    may_end = asyncio.Event()
+
+    async def lose_the_end(job: Job) -> None:
+        await may_end.wait()
+        await job.finish("done", n=1, lost=True)
+
+    async with running(redis_url, stall_s=60) as gw:
+        machine = Machine(redis_url)
+        machine.behaviour = lose_the_end
+        await machine.start()
+        headers = {"idempotency-key": "k"}
+        first = asyncio.ensure_future(gw.post(CHAT, **headers))
+        await until(lambda: machine.jobs)
+        second = asyncio.ensure_future(gw.post(CHAT, **headers))
+        await until(lambda: gw.gateway.resumer.n_resumed)
+        await until(lambda: not any(s.catching_up for s in gw.gateway.inbox.streams.values()))
+        may_end.set()
+        assert (await second).json()["choices"][0]["message"]["content"] == "done"
+        assert (await first).status_code == 409
+        await machine.stop()
+
+
 # -- it has ended
 
 
@@ -264,6 +289,7 @@ async def test_answer_is_replayed_byte_for_byte_and_charged_once(
     assert "x-corral-resumed" not in first.headers
     assert again.headers["x-corral-resumed"] == "replayed"
     assert len(teller.jobs) == 1
+    assert other.gateway.ends.n_settled == 0
     assert await charged(gw) == 7 + 2 * 8
 
 
@@ -296,6 +322,25 @@ async def test_refusal_of_the_replica_is_replayed_a_failure_of_ours_is_tried_aga
     codes = [(await gw.post(CHAT, **headers)).status_code for _ in range(4)]
     assert codes == [500, 400, 400, 400]
     assert len(machine.jobs) == 2
+
+
+async def test_request_that_nobody_will_serve_is_not_tried_again(gw: Running, teller: Teller) -> None:
+    """Poison: its reason stays in its record."""
+    teller.may_tell = 2
+    async with gw.stream(CHAT, **{"idempotency-key": "k"}) as first:
+        await read(first, 2)
+        poison = encode(WireError(500, "request_poison", "it killed two replicas"))
+        withdraw = (scripts.WITHDRAW.sha, 0, KEYS.prefix, 1)
+        await gw.redis.evalsha(*withdraw, "r1", "dead", 1, poison)
+        await gw.redis.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, 1, "r2", "m2", DEPLOYMENT, 4)
+        prefix = KEYS.machine("m2").prefix
+        await gw.redis.evalsha(scripts.CLAIM.sha, 0, prefix, 1, teller.jobs[0].id, 2, "r2")
+        given_up = await gw.redis.evalsha(*withdraw, "r2", "dead", 1, poison)
+        assert given_up[2] == 1
+        for headers in ({"idempotency-key": "k"}, {"last-event-id": first.ids[-1]}):
+            async with gw.stream(CHAT, **headers) as again:
+                assert again.status == 500
+                assert "request_poison" in (await again.response.aread()).decode()
 
 
 async def test_answer_that_is_not_kept_is_gone(gw: Running, teller: Teller) -> None:
@@ -440,6 +485,9 @@ async def test_client_that_leaves_with_a_key_finds_the_answer_later(
     await until(lambda: teller.jobs[0].offset == 2)
     sending.cancel()
     await until(lambda: gw.log.lines and gw.log.lines[-1].code == "client_gone")
+    frame = encode_ask(teller.jobs[0].stream, Ask(8, 7))
+    await gw.redis.publish(teller.machine.keys.gateway_channel(teller.jobs[0].gateway), frame)
+    await until(lambda: gw.gateway.ends.n_top_ups == 1)  # nobody reads it, and it may still use its money
     teller.may_tell = 8
     await until(is_done(gw, teller.jobs[0].id))
     assert not teller.jobs[0].cancelled.is_set()

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billing.money import NanoPerMillion, Rates, request_cost
-from controlplane.policy.admission import hold
+from controlplane.policy.admission import hold, rest
 
 RATES = Rates(NanoPerMillion(1_000_000), NanoPerMillion(500_000), NanoPerMillion(2_000_000))
 rates = st.integers(0, 10**12).map(NanoPerMillion)
@@ -13,6 +13,14 @@ rates = st.integers(0, 10**12).map(NanoPerMillion)
 def test_hold_of_a_plain_request() -> None:
     taken = hold(10, 20, 2048, RATES)
     assert (taken.n_prompt, taken.n_output, taken.money_nano, taken.output_rate_nano) == (10, 20, 50, 2.0)
+
+
+def test_continuation_holds_the_rest_and_at_least_one_token() -> None:
+    whole = hold(10, 20, 2048, RATES, streaming=True)
+    taken = rest(whole, 10, 15, RATES)
+    assert (taken.n_prompt, taken.n_output, taken.money_nano, taken.share) == (0, 5, 10, whole.share)
+    assert rest(whole, 12, 20, RATES).n_output == 1
+    assert rest(whole, 0, 0, RATES) == whole, "nothing was charged before"
 
 
 def test_open_request_holds_what_the_context_leaves_for_a_prompt_of_half_the_estimate() -> None:
