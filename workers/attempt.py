@@ -39,7 +39,17 @@ STOP_OF: Final = {
 class Attempt:
     """A claimed attempt while it runs."""
 
-    __slots__ = ("allowance", "epoch", "generating", "moved", "output", "request_id", "stop", "task")
+    __slots__ = (
+        "allowance",
+        "epoch",
+        "generating",
+        "moved",
+        "n_shown",
+        "output",
+        "request_id",
+        "stop",
+        "task",
+    )
 
     def __init__(self, request_id: str, epoch: int, task: asyncio.Task[Any]) -> None:
         self.request_id = request_id
@@ -47,6 +57,7 @@ class Attempt:
         self.task = task
         self.stop: Stop | None = None
         self.generating = False
+        self.n_shown = 0  # tokens that left here, over all claims: the client may have seen them
         self.output: Output | None = None  # since it was claimed
         self.moved = False  # its client reads elsewhere, and where is not known yet
         self.allowance: Allowance | None = None  # where the money held is less than the request may use

@@ -174,7 +174,7 @@ class Server:
                     return await self._refuse(run, attempt, _internal("the request could not be continued"))
                 return await self._serve_claimed(run, attempt)
             except asyncio.CancelledError:
-                await self._hand_back(attempt, output)
+                await self._hand_back(run, attempt)
                 raise
             except Exception:
                 # A fault of ours. The client gets an end in any case, and not a silence.
@@ -220,9 +220,9 @@ class Server:
         if claim.verdict is ClaimVerdict.CANCELLED or attempt.stop is Stop.CANCELLED:
             run.n_prompt = len(prompt) if claim.n_done else 0
             return await self._end(run, attempt, FinishReason.ABORT)
-        blockers = self._blockers(envelope)
+        blockers = self._blockers(run, attempt)
         if blockers:
-            return await self._refuse(run, attempt, _cannot_continue(blockers))
+            return await self._refuse(run, attempt, _cannot_continue(run, blockers))
         run.set_limit(self._engine.max_model_len)
         if run.limit <= claim.n_done:
             return await self._end(run, attempt, run.reason_at_limit)
@@ -318,12 +318,19 @@ class Server:
         finally:
             _release_to(output, held)  # an interrupted answer journals what it made, too
 
-    def _blockers(self, envelope: RequestEnvelope) -> tuple[str, ...]:
-        """Why a request that continues another one would not continue it exactly; empty for all others."""
-        if not envelope.n_carried:
+    def _blockers(self, run: Run, attempt: Attempt) -> tuple[str, ...]:
+        """Why going on would not give what an undisturbed run had given; empty while nothing may have been shown."""
+        n_shown = max(run.claim.n_done, attempt.n_shown)
+        if n_shown == 0:
             return ()
         dtype = EngineProfile.from_json(dict(self._config.spec.profile)).dtype
-        return resume_blockers(sampling_of(envelope, 1), dtype)
+        sampling = run.envelope.sampling
+        blockers = resume_blockers(sampling, dtype)
+        if run.n_completion < n_shown and sampling.temperature > 0 and not blockers:
+            return (
+                "temperature",
+            )  # Redis forgot tokens that were shown: others would be drawn in their place
+        return blockers
 
     def _allowance(self, run: Run) -> Allowance:
         """What the attempt may produce, and how it asks for more."""
@@ -406,12 +413,21 @@ class Server:
     async def _release(self, attempt: Attempt, output: Output) -> bool:
         """Unclaim, once nothing of ours is under way; then it may be claimed again."""
         await self._publisher.settle(output, _SETTLE_S)
+        attempt.n_shown = max(attempt.n_shown, output.n_accepted)
         output.drop()
         return await self._leases.release(attempt.request_id, attempt.epoch)
 
-    async def _hand_back(self, attempt: Attempt, output: Output) -> None:
-        """The replica stops: journal what was made, then let go of the lease so that no death is counted."""
-        released = await self._release(attempt, output)
+    async def _hand_back(self, run: Run, attempt: Attempt) -> None:
+        """The replica stops: journal what was made, then let go of the lease so that no death is counted.
+
+        What could not be continued exactly elsewhere ends here, visibly.
+        """
+        attempt.n_shown = max(attempt.n_shown, run.n_completion)
+        blockers = self._blockers(run, attempt)
+        if blockers:
+            await self._refuse(run, attempt, _cannot_continue(run, blockers))
+            return
+        released = await self._release(attempt, run.output)
         log.info("handed back", extra={**self._ids(attempt), "released": released})
 
     def _ids(self, attempt: Attempt) -> dict[str, object]:
@@ -431,13 +447,13 @@ def _wire_logprobs(delta: Delta) -> list[object] | None:
     return [[t.text, t.logprob, [[text, logprob] for _, text, logprob in t.top]] for t in delta.logprobs]
 
 
-def _cannot_continue(blockers: tuple[str, ...]) -> WireError:
-    return WireError(
-        409,
-        "cannot_continue",
-        f"the answer was cut off and cannot be continued exactly (because of {', '.join(blockers)}): send it again "
-        "without Last-Event-ID",
+def _cannot_continue(run: Run, blockers: tuple[str, ...]) -> WireError:
+    what = (
+        f"was interrupted and cannot be continued exactly (because of {', '.join(blockers)}): send it again"
     )
+    if run.envelope.n_carried:  # it was asked for with Last-Event-ID, which the same call must leave out
+        return WireError(409, "cannot_continue", f"the answer {what} without Last-Event-ID")
+    return WireError(503, "cannot_continue", f"the answer {what}")
 
 
 def _internal(sentence: str) -> WireError:

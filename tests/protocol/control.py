@@ -171,6 +171,7 @@ class Row:
     key: str
     attempts: int
     finish: str
+    status: int
     n_deliveries: int = 1
 
 
@@ -200,7 +201,7 @@ class Ledger:
                 new.add(item.usage.request_id)
                 self.rows[event.request_id] = Row(
                     event.n_prompt, item.usage.n_completion, item.cost_nano, event.key, event.attempts,
-                    event.finish_reason.value,
+                    event.finish_reason.value, event.status,
                 )  # fmt: skip
             else:
                 row.n_deliveries += 1

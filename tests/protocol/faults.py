@@ -265,7 +265,9 @@ async def unfold(world: World, rng: random.Random, faults: tuple[Fault, ...]) ->
 
 
 def _ask(world: World, rng: random.Random, i: int) -> None:
+    seeded = {"temperature": 1.0, "seed": i} if rng.random() < 0.15 else {}
     world.client.ask(
         f"question {i} of {world.seed}", rng.choice((1, 2, 5, 12, 30, 60)), streaming=rng.random() < 0.7,
-        slow_s=rng.choice((0.0, 0.0, 0.0, 0.2)),
+        slow_s=rng.choice((0.0, 0.0, 0.0, 0.2)), returns=rng.random() < 0.5,
+        idempotency_key=f"key {i}" if rng.random() < 0.3 else "", **seeded,
     )  # fmt: skip

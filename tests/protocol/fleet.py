@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import workers.accounting
+import workers.engine.toy
 import workers.replica
 from tests.protocol.clock import Process, VirtualLoop, VirtualTime, current_process
 from workers.agent.spools import DeadSpools
@@ -297,6 +298,7 @@ def installed(loop: VirtualLoop) -> Iterator[None]:
     real_os, real_sync = workers.replica.os, workers.accounting.Accounting.sync_forever
     spool_defaults = dict(Spool.__init__.__kwdefaults__ or {})
     engine_defaults = ToyEngine.__init__.__defaults__
+    real_toy_os, workers.engine.toy.os = workers.engine.toy.os, types.SimpleNamespace(_exit=_exit_of_process)
     workers.replica.os = types.SimpleNamespace(_exit=_exit_of_process, getpid=os.getpid)
     workers.accounting.Accounting.sync_forever = _never
     Spool.__init__.__kwdefaults__ = {**spool_defaults, "now_s": time.monotonic}
@@ -304,9 +306,10 @@ def installed(loop: VirtualLoop) -> Iterator[None]:
     try:
         yield
     finally:
+        workers.engine.toy.os = real_toy_os
         workers.replica.os, workers.accounting.Accounting.sync_forever = real_os, real_sync
         Spool.__init__.__kwdefaults__ = spool_defaults
         ToyEngine.__init__.__defaults__ = engine_defaults
 
 
-PROFILE = EngineProfile(engine="toy", toy_step_ms=40, max_model_len=256, max_num_seqs=16)
+PROFILE = EngineProfile(engine="toy", toy_step_ms=40, max_model_len=256, max_num_seqs=16, toy_faults=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.protocol.world import World
 
 REQUEST_TIMEOUT_S = 60.0
+MAX_RETURNS = 40
+_AGAIN = ("request_ending", "request_in_progress", "cell_unavailable", "auth_unavailable")
 
 
 class Door:
@@ -73,6 +75,10 @@ class Answer:
     key: str = ""
     ended_at_s: float = 0.0
     leave: asyncio.Event = field(default_factory=asyncio.Event)
+    # Comes back with Last-Event-ID, or with its Idempotency-Key, when its connection ends before the answer does.
+    returns: bool = False
+    idempotency_key: str = ""
+    n_returns: int = 0
 
     @property
     def complete(self) -> bool:
@@ -82,7 +88,7 @@ class Answer:
 def reference(prompt: str, max_tokens: int, sampling: dict[str, Any] | None = None) -> tuple[str, int, str]:
     """(text, tokens, finish reason) of an undisturbed run."""
     ids = toy_text.tokenize_chat([{"role": "user", "content": prompt}])
-    spec = SamplingSpec(max_tokens=max_tokens, temperature=0.0, **(sampling or {}))
+    spec = SamplingSpec(max_tokens=max_tokens, **{"temperature": 0.0, **(sampling or {})})
     sequence = Sequence(EngineRequest("reference", ids, spec), (0, 0), 10_000)
     while sequence.finish is None:
         sequence.advance()
@@ -109,14 +115,38 @@ class Client:
         slow_s: float = 0.0,
         key: str | None = None,
         door: Door | None = None,
-        headers: dict[str, str] | None = None,
+        returns: bool = False,
+        idempotency_key: str = "",
         **sampling: Any,
     ) -> Answer:
         answer = Answer(prompt, max_tokens, streaming, self.world.loop.now_s, sampling=sampling)
         answer.key = key or self.world.key
+        answer.returns, answer.idempotency_key = returns, idempotency_key
         self.answers.append(answer)
-        self.process.spawn(self._ask(answer, leave_after_s, slow_s, door, headers or {}))
+        self.process.spawn(self._ask_until_answered(answer, leave_after_s, slow_s, door))
         return answer
+
+    async def _ask_until_answered(
+        self, answer: Answer, leave_after_s: float | None, slow_s: float, door: Door | None
+    ) -> None:
+        for _ in range(MAX_RETURNS):
+            headers = {"idempotency-key": answer.idempotency_key} if answer.idempotency_key else {}
+            if answer.n_returns and answer.streaming and answer.ids:
+                headers["last-event-id"] = answer.ids[-1]
+            outcome = await self._ask(answer, leave_after_s, slow_s, door, headers)
+            can_return = bool(answer.idempotency_key or (answer.streaming and answer.ids))
+            again = outcome in ("left", "broken") or (answer.n_returns and answer.code in _AGAIN)
+            if not (answer.returns and can_return and again):
+                break
+            answer.n_returns += 1
+            answer.code, answer.status, answer.left, answer.broken = "", 0, False, False
+            answer.leave.clear()
+            door, leave_after_s = None, None
+            if not answer.ids:
+                answer.text = ""
+            await asyncio.sleep(self.world.rng.uniform(0.1, 1.0))
+        answer.over = True
+        answer.ended_at_s = self.world.loop.now_s
 
     async def _ask(
         self,
@@ -160,13 +190,12 @@ class Client:
             if message["type"] == "http.response.start":
                 answer.status = message["status"]
                 for name, value in message["headers"]:
-                    if name == b"x-request-id":
+                    if name == b"x-request-id" and not answer.request:
                         answer.request = value.decode().removeprefix("req_")
                 return
             sse.extend(message.get("body", b""))
             if not message.get("more_body"):
                 _read(answer, bytes(sse))
-                answer.over = True
                 over.set()
             elif answer.streaming:
                 end = sse.rfind(b"\n\n") + 2
@@ -184,7 +213,7 @@ class Client:
         }  # fmt: skip
 
         def broken() -> None:
-            if not answer.over and not answer.left:
+            if not (over.is_set() or gone.is_set()):
                 answer.broken = True
                 over.set()
 
@@ -195,10 +224,12 @@ class Client:
             world.loop.call_later(leave_after_s, answer.leave.set)
         leaves = asyncio.ensure_future(answer.leave.wait())
         await asyncio.wait((leaves, asyncio.ensure_future(over.wait())), return_when=asyncio.FIRST_COMPLETED)
-        answer.left = not answer.over and not answer.broken
-        answer.over = True
-        answer.ended_at_s = world.loop.now_s
+        leaves.cancel()
         gone.set()
+        if answer.broken:
+            return "broken"
+        answer.left = not over.is_set()
+        return "left" if answer.left else "over"
 
 
 def _read(answer: Answer, data: bytes) -> None:
