@@ -317,6 +317,31 @@ def test_pop_decodes_where_matching_could_be_fooled(r: Any, tag: str, headers: d
     assert json.loads(r.hget("u", tag)) == [message, "ex", 'k"ey']
 
 
+OWN_END = celery_message("decoy", 1, "decoy").decode().partition('"properties": ')[2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"body": f'"properties": {OWN_END}'},
+        {"headers": {"properties": json.loads(OWN_END[:-1])}},
+        {"x": [json.loads(OWN_END[:-1])]},
+    ],
+)
+def test_pop_is_not_fooled_by_the_end_of_our_message_elsewhere(r: Any, message: dict[str, Any]) -> None:
+    """Before the properties, and after them where the JSON allows it."""
+    properties = {"delivery_tag": "true", "delivery_info": {"exchange": "ex", "routing_key": "key"}}
+    for n, sent in enumerate(
+        (
+            message | {"properties": properties},
+            {"properties": properties | {"delivery_tag": "true2"}} | message,
+        )
+    ):
+        r.lpush("q", json.dumps(sent))
+        pop(r, 1, "q")
+        assert json.loads(r.hget("u", ("true", "true2")[n])) == [sent, "ex", "key"]
+
+
 # -- as a plain kombu transport
 
 

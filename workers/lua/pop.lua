@@ -14,7 +14,18 @@ local function only_value(message, field)
   end
 end
 
+-- How the gateways' own messages end (contract.MESSAGE_TEMPLATE). Quotes inside a JSON string are escaped, so this is
+-- no text of somebody's; and what ends the message is its last member.
+local OWN = '"properties": {"correlation_id": "", "delivery_mode": 2, '
+local OWN_END = '^"delivery_info": {"exchange": "", "routing_key": "([%w._-]+)"}, "priority": 0, "delivery_tag": "([%w._-]+)"}}$'
+local OWN_CHARS = 400
+
 local function address(message)
+  local _, last = string.find(message, OWN, -OWN_CHARS, true)
+  if last then
+    local key, own_tag = string.match(message, OWN_END, last + 1)
+    if key then return own_tag, '""', '"' .. key .. '"' end
+  end
   local tag = only_value(message, 'delivery_tag')
   local exchange = only_value(message, 'exchange')
   local routing_key = only_value(message, 'routing_key')
