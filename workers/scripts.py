@@ -27,10 +27,15 @@ class Script:
 
 
 @cache
-def load(name: str, *includes: str) -> Script:
-    """Script `lua/<name>.lua` with its includes in front; the same object on every call."""
+def load(name: str, *includes: str, wraps: str = "") -> Script:
+    """Script `lua/<name>.lua` with its includes in front; the same object on every call.
+
+    `wraps`: another script, which it may call as the function `one(ARGV)`.
+    """
     parts = [f"local MESSAGE_TEMPLATE = [==[{MESSAGE_TEMPLATE}]==]"] if includes else []
     parts += [(_LUA / f"{include}.lua").read_text() for include in includes]
+    if wraps:
+        parts += ["local function one(ARGV)", (_LUA / f"{wraps}.lua").read_text(), "end"]
     parts.append((_LUA / f"{name}.lua").read_text())
     source = "\n".join(parts)
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
@@ -38,6 +43,8 @@ def load(name: str, *includes: str) -> Script:
 
 ADMIT = load("admit", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
 SETTLE = load("settle", "lib_bind", "lib_flows", "lib_queue", "lib_limits")
+ADMIT_SEVERAL = load("admit_several", "lib_bind", "lib_flows", "lib_queue", "lib_limits", wraps="admit")
+SETTLE_SEVERAL = load("settle_several", "lib_bind", "lib_flows", "lib_queue", "lib_limits", wraps="settle")
 CHARGE = load("charge", "lib_flows")
 SWEEP = load("sweep")
 TOPUP = load("topup", "lib_limits")
@@ -57,6 +64,7 @@ POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    ADMIT, SETTLE, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW,
-)  # fmt: skip
+    *(ADMIT, ADMIT_SEVERAL, SETTLE, SETTLE_SEVERAL, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL),
+    *(IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
+)
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

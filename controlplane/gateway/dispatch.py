@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from controlplane.gateway import ratelimits
 from controlplane.gateway.auth import Deployment, KeyContext
+from controlplane.gateway.batches import Admissions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, Headers, unavailable
@@ -49,6 +50,7 @@ class Dispatcher:
         digests: Digests,
     ) -> None:
         self._redis = redis
+        self._admissions = Admissions(redis)
         self._keys = keys
         self._gateway = gateway
         self._directory = directory
@@ -213,14 +215,12 @@ class Dispatcher:
         if origin is not None:
             envelope.continues = origin.request
             envelope.n_carried, envelope.n_carried_prompt = origin.n_carried, origin.n_carried_prompt
-        redis = self._redis
         now_ms = time.time_ns() // 1_000_000
         try:
-            # One write: the script reads the body that the command before it stored, or deletes it.
-            redis.fire("SET", self._keys.body(stream.request), contract.encode(envelope), "PX", self._body_ms)
-            verdict: list[Any] = await redis.evalsha(
-                scripts.ADMIT,
-                (),
+            verdict = await self._admissions.submit(
+                self._keys.body(stream.request),
+                contract.encode(envelope),
+                self._body_ms,
                 (
                     self._keys.prefix,
                     now_ms,

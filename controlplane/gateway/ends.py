@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from typing import Final
 
 from billing.money import TOKENS_PER_RATE, request_cost
+from controlplane.gateway.batches import Settlements
 from controlplane.gateway.inbox import Inbox
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
@@ -20,7 +21,7 @@ from controlplane.policy import estimate
 from controlplane.policy.admission import prompt_rate
 from workers import scripts
 from workers.contract import Ask, End
-from workers.keys import RETENTION_MS, CellKeys
+from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError
 
 _MAX_CALIBRATIONS: Final = 50_000
@@ -40,6 +41,7 @@ class Ends:
         self.inbox = Inbox(redis, keys, self.on_end, self.on_ask)
         self.n_settled = self.n_cancelled = self.n_top_ups = 0
         self._redis = redis
+        self._settlements = Settlements(redis, keys.prefix)
         self._keys = keys
         self._routes = routes
         self._gateway = gateway
@@ -152,8 +154,9 @@ class Ends:
         return await self._cancel(stream) == b"queued"
 
     async def drain(self) -> None:
-        """Let cancels under way finish (bounded by the client's own deadline)."""
+        """Let cancels under way finish (bounded by the client's own deadline), and settlements leave."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._settlements.send()
 
     def _start_cancel(self, stream: Stream) -> None:
         task = asyncio.get_running_loop().create_task(self._cancel_abandoned(stream))
@@ -195,19 +198,7 @@ class Ends:
         cost = request_cost(
             stream.deployment.rates, n_prompt=n_prompt, n_cached=n_cached, n_completion=n_completion
         )
-        self._redis.fire(
-            "EVALSHA",
-            scripts.SETTLE.sha,
-            0,
-            self._keys.prefix,
-            time.time_ns() // 1_000_000,
-            stream.request,
-            n_prompt,
-            n_completion,
-            cost,
-            RETENTION_MS,
-            n_cached,
-        )
+        self._settlements.submit(stream.request, n_prompt, n_completion, cost, n_cached)
 
     def _observe(self, stream: Stream, n_prompt: int, n_completion: int) -> None:
         pair = (stream.key.organization, stream.deployment.id)

@@ -27,7 +27,7 @@ local rec_key = P .. 'req:' .. id
 if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 
 -- First pass: would every scope allow it? Nothing is written before all of them do.
-local look = examine(P, now, 17, n_in, n_out)
+local look = examine(P, now, ARGV, 17, n_in, n_out)
 if look.seed and not look.refusal then
   redis.call('DEL', P .. 'body:' .. id)
   return {'seed', SCOPE[look.seed], ARGV[17 + (look.seed - 1) * 7]}
@@ -78,7 +78,7 @@ local held = string.format('%.0f', money)
 for s = 1, 3 do
   local h, set = scope_key(P, s, ARGV[17 + (s - 1) * 7]), look[s]
   if set.held then put_money(h, set, 'held', set.held, money) end
-  redis.call('HSET', h, unpack(set))
+  put_scope(h, set)
 end
 
 redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],

@@ -18,6 +18,48 @@ local function refilled(stored, cap, elapsed_ms)
   return math.min(tonumber(stored) + elapsed_ms * cap / 60000, cap)
 end
 
+-- What a call has read of scopes: the values of READ, by the scope's key. A script that serves several requests at once
+-- keeps what they change and writes it back at its end (`several`, write_scopes), so that requests of one tenant share
+-- the reading and the writing.
+local several = false
+local PLACE = {rq = 1, ['in'] = 2, out = 3, ms = 4, conc = 5, spent = 6, held = 7, dur = 8}
+local read, unwritten = {}, {}
+
+local function read_scope(h)
+  local v = read[h]
+  if not v then
+    v = redis.call('HMGET', h, 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held', 'dur')
+    read[h] = v
+  end
+  return v
+end
+
+local function write_scopes()
+  for h, fields in pairs(unwritten) do
+    local set = {}
+    for field, value in pairs(fields) do
+      set[#set + 1] = field
+      set[#set + 1] = value
+    end
+    redis.call('HSET', h, unpack(set))
+  end
+  unwritten = {}
+end
+
+-- `set`: fields and values in turn.
+local function put_scope(h, set)
+  if not several then
+    redis.call('HSET', h, unpack(set))
+    return
+  end
+  local v, fields = read[h], unwritten[h] or {}
+  for i = 1, #set, 2 do
+    v[PLACE[set[i]]] = set[i + 1]
+    fields[set[i]] = set[i + 1]
+  end
+  unwritten[h] = fields
+end
+
 -- Adds to an integer amount of money: with the other fields of the hash (`set`, an argument list for HSET) where a
 -- double holds the sum exactly, by Redis' own 64-bit integers beyond that.
 local EXACT = 2 ^ 52
@@ -28,7 +70,9 @@ local function put_money(h, set, field, before, added)
     set[#set + 1] = field
     set[#set + 1] = string.format('%.0f', sum)
   else
-    redis.call('HINCRBY', h, field, string.format('%.0f', added))
+    write_scopes()
+    local now = redis.call('HINCRBY', h, field, string.format('%.0f', added))
+    if read[h] then read[h][PLACE[field]] = now end
   end
 end
 
@@ -37,26 +81,26 @@ local function refuse_longest(look, retry_ms, scope, limit, cap, left)
   look.refusal = {scope, limit, retry_ms, cap, left}
 end
 
--- What a request of n_in and n_out tokens finds at its scopes, seven arguments each from ARGV[at]: id, rpm, input_tpm,
+-- What a request of n_in and n_out tokens finds at its scopes, seven arguments each from args[at]: id, rpm, input_tpm,
 -- output_tpm, max_concurrency, budget_nano (-1 = no limit), weight (not for here). Reads only. Answers a table:
 --   1, 2, 3: per scope the fields to write once admitted
 --   refusal: {scope, limit, retry_ms, cap, left} of the limit that refuses longest, or nil
 --   seed: number of a scope whose booked money is not known here, or nil
 --   left: the least money left at a scope with a budget, or nil; tight: that scope's number
 --   caps, levels: of requests, input and output tokens, each of the scope that has the fewest left
-local function examine(P, now, at, n_in, n_out)
+local function examine(P, now, args, at, n_in, n_out)
   local look = {caps = {}, levels = {}}
   local need = {1, n_in, n_out}
   for s = 1, 3 do
     local a = at + (s - 1) * 7
-    local cap_conc, budget = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
-    local v = redis.call('HMGET', scope_key(P, s, ARGV[a]), 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held', 'dur')
+    local cap_conc, budget = tonumber(args[a + 4]), tonumber(args[a + 5])
+    local v = read_scope(scope_key(P, s, args[a]))
     local stood_ms = tonumber(v[4] or now)
     local elapsed_ms = math.max(now - stood_ms, 0)
     local conc = tonumber(v[5] or '0')
     local set = {'ms', math.max(now, stood_ms), 'conc', conc + 1}
     for i = 1, 3 do
-      local cap = tonumber(ARGV[a + i])
+      local cap = tonumber(args[a + i])
       if cap >= 0 then
         local level = refilled(v[i], cap, elapsed_ms)
         -- What is larger than the whole minute is let through when the bucket is full, and the level goes negative.

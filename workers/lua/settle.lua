@@ -16,28 +16,28 @@ local took_ms = r[14] and math.max(now - tonumber(r[14]), 0)
 for s = 1, 3 do
   local h = scope_key(P, s, r[s + 2])
   local itpm, otpm, budget = caps[s * 3 - 2], caps[s * 3 - 1], caps[s * 3]
-  local v = redis.call('HMGET', h, 'in', 'out', 'conc', 'spent', 'held', 'dur')
-  local set = {'conc', math.max(tonumber(v[3] or '0') - 1, 0)}
+  local v = read_scope(h)
+  local set = {'conc', math.max(tonumber(v[5] or '0') - 1, 0)}
   if took_ms then
-    local dur = tonumber(v[6] or took_ms)
+    local dur = tonumber(v[8] or took_ms)
     set[3], set[4] = 'dur', math.floor(dur + (took_ms - dur) / 8)
   end
   -- Refunds lift the level as it stood at ms; whoever reads it next refills and clamps.
-  if itpm >= 0 and v[1] then
+  if itpm >= 0 and v[2] then
     set[#set + 1] = 'in'
-    set[#set + 1] = tonumber(v[1]) + back_in
+    set[#set + 1] = tonumber(v[2]) + back_in
   end
-  if otpm >= 0 and v[2] then
+  if otpm >= 0 and v[3] then
     set[#set + 1] = 'out'
-    set[#set + 1] = tonumber(v[2]) + back_out
+    set[#set + 1] = tonumber(v[3]) + back_out
   end
   if budget >= 0 then
-    put_money(h, set, 'held', v[5] or '0', -tonumber(r[8]))
+    put_money(h, set, 'held', v[7] or '0', -tonumber(r[8]))
     if r[15] == '1' then redis.call('HINCRBY', h, 'ask', -1) end
   end
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
-  if v[4] then put_money(h, set, 'spent', v[4], tonumber(ARGV[6])) end
-  redis.call('HSET', h, unpack(set))
+  if v[6] then put_money(h, set, 'spent', v[6], tonumber(ARGV[6])) end
+  put_scope(h, set)
 end
 if r[1] == 'queued' then
   leave(P, did, id, flow_of(r[12], r[3], r[4], r[5]))
