@@ -273,3 +273,14 @@ def test_redis_away_does_not_lose_an_order(scaling: Scaling) -> None:
     assert reconcile.restore(scaling.house) == 1
     assert good.read_desired(replica.machine_id.hex) == {"generation": False, replica.id.hex: False}
     assert reconcile.restore(scaling.house) == 0
+
+
+def test_slots_are_observed_as_given_and_as_configured(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    scaling.house.cell.resize(replica.id.hex, was=4, slots=3, why="too slow")
+    scaling.beat(replica, 1)
+    decision = scaling.tick().decision
+    (seen,) = decision.memory.samples[-1:]
+    assert seen.slots == 3.0
+    scaling.house.cell.redis.delete(scaling.house.cell.keys.replica(replica.id.hex))
+    assert scaling.tick().decision.memory.samples[-1].slots == 4.0

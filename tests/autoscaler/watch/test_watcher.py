@@ -303,9 +303,11 @@ def test_adapted_slots_survive_a_pump_another_watcher_and_an_emptied_redis(
     watch.scaling.queue("third")
     for seq in range(13, 16):
         measured(watch, serving, seq, gap_ms=95.0, n_running=2)
+        watch.cell.redis.hset(watch.cell.keys.replica(serving.id.hex), "used", 1)  # one ended: a slot is free
         watch.now[0] += 1.1
         other.step(0.05)
         assert slots(watch, serving) == 2
+    assert watch.queued() == []
     watch.cell.redis.delete(
         watch.cell.keys.replica(serving.id.hex), watch.cell.keys.replicas(watch.scaling.deployment.id.hex)
     )

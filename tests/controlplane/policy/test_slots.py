@@ -121,6 +121,15 @@ def test_one_bad_beat_moves_nothing(seed: int) -> None:
     assert set(replica.run(10)) == {64}
 
 
+def test_a_beat_full_of_late_steps_among_good_ones_moves_nothing() -> None:
+    memory = SlotMemory(8)
+    for beat in range(20):
+        gaps = ((300.0, 400),) if beat % 4 == 2 else ((10.0, 400),)
+        seen = an_observation(beat / 2, used=8, n_queued=0, gaps=gaps)
+        slots, memory, _ = next_slots(memory, seen, SlotTarget(100.0, 8))
+        assert slots == 8
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_noisy_host_costs_half_of_the_slots_at_most_and_not_for_long(seed: int) -> None:
     """Eight of a hundred steps take five times as long, at any batch: fewer slots cannot mend that."""
