@@ -33,8 +33,10 @@ STEPS_OF_GROWTH: Final = 8  # from one slot to the ceiling
 LEAST_GROWTH: Final = 20  # a step below one twentieth of the slots is not worth the unrest
 SHRINK_MOST: Final = 0.5  # of one decision
 SHRINK_FACTOR: Final = 0.75  # of what the promise allows, where keeping clear of it would cost still more
-# A promise that one request alone would break cannot be kept: then within so much of the best there is.
-OUT_OF_REACH: Final = 1.25
+# A promise that one request alone would break cannot be kept: then within so much of the best there is. What one
+# alone takes is believed for so long, and never more than what any batch was seen to take since.
+OUT_OF_REACH: Final = 1.5
+ALONE_FOR_S: Final = 600.0
 # No growth so soon after a shrink, and twice as long after each that undid a growth of the last minute.
 PATIENCE_FIRST_S, PATIENCE_MAX_S = 5.0, 120.0
 UNDONE_WITHIN_S: Final = 60.0
@@ -146,6 +148,8 @@ class Shrink:
     """The last shrink for slowness: what it was to better; the slots before the series, and before its futile end."""
 
     p95_ms: float
+    typical_ms: float
+    batch: float
     began: int
     helped: int
     n_futile: int = 0
@@ -161,6 +165,8 @@ class SlotMemory:
     grown_at_s: float = _NEVER_S
     shrunk_at_s: float = _NEVER_S
     shrink: Shrink | None = None
+    alone_ms: float = 0.0  # 95th percentile of one request alone; 0: not known, or within the promise
+    alone_at_s: float = _NEVER_S
     patience_s: float = PATIENCE_FIRST_S
     quiet_s: float = QUIET_FIRST_S
     quiet_until_s: float = _NEVER_S
@@ -238,11 +244,16 @@ def next_slots(
         why = f"{n_running:.0f} still run: judged when they have come down to {memory.slots}"
         # A shrink is as old as its effect.
         return memory.slots, replace(memory, beats=(), shrunk_at_s=observation.at_s), why
+    memory = _alone(memory, observation.at_s, target)
+    promised_ms = target.itl_ms
+    target = replace(target, itl_ms=_aim_ms(memory, target))
     window = _window(_newest(memory.beats), memory.slots, target)
     for rule in (_relieve, _slow_down, _grow):
         found = rule(memory, window, observation, target)
         if found is not None:
             slots, memory, reason = found
+            if memory.alone_ms:
+                reason += f"; {promised_ms:g} is out of reach, one alone takes {memory.alone_ms:.0f}"
             return slots, memory, reason
     return memory.slots, memory, "slots stay"  # _grow always has a word
 
@@ -260,6 +271,28 @@ def _note(memory: SlotMemory, seen: SlotObservation, n_tokens: int) -> SlotMemor
     )
     fit = memory.fit.plus(n_tokens / seen.n_steps, _typical_ms(seen.gaps), seen.n_steps)
     return replace(memory, beats=(*memory.beats, beat)[-MAX_BEATS:], fit=fit)
+
+
+def _alone(memory: SlotMemory, at_s: float, target: SlotTarget) -> SlotMemory:
+    """What one request alone takes, as far as it was seen: measured while no more than one ran, bounded by all else."""
+    if not target.itl_ms:
+        return memory
+    recent = _newest(memory.beats)
+    if len(recent) < SHRINK_BEATS or sum(b.n_steps for b in recent) < SHRINK_STEPS:
+        return memory
+    single = tuple(b for b in memory.beats if b.n_tokens <= 1.5 * b.n_steps)
+    if len(single) >= SHRINK_BEATS and single[-1] is memory.beats[-1]:
+        memory = replace(memory, alone_ms=_window(single, memory.slots, target).p95_ms, alone_at_s=at_s)
+    elif at_s - memory.alone_at_s > ALONE_FOR_S:
+        memory = replace(memory, alone_ms=0.0)
+    seen_ms = _window(recent, memory.slots, target).p95_ms
+    alone_ms = min(memory.alone_ms, seen_ms)
+    return replace(memory, alone_ms=alone_ms if alone_ms > target.itl_ms else 0.0)
+
+
+def _aim_ms(memory: SlotMemory, target: SlotTarget) -> float:
+    """The promise, or what is near the best there is where that is out of reach."""
+    return max(target.itl_ms, OUT_OF_REACH * memory.alone_ms) if target.itl_ms else 0.0
 
 
 def _newest(beats: tuple[Beat, ...]) -> tuple[Beat, ...]:
@@ -329,9 +362,9 @@ def _slow_down(memory: SlotMemory, window: _Window, seen: SlotObservation, targe
         return memory.slots, memory, f"{said}: the fewest slots there can be"
     last = memory.shrink
     if last is None or seen.at_s - memory.shrunk_at_s > SERIES_S:
-        last = Shrink(math.inf, memory.slots, memory.slots)
-    not_grown_since = memory.grown_at_s < memory.shrunk_at_s
-    futile = not_grown_since and window.p95_ms > FUTILE_RATIO * last.p95_ms
+        last = Shrink(math.inf, math.inf, math.inf, memory.slots, memory.slots)
+    came_down = memory.grown_at_s < memory.shrunk_at_s and window.batch < last.batch
+    futile = came_down and window.p95_ms > FUTILE_RATIO * last.p95_ms
     last = replace(
         last,
         n_futile=last.n_futile + 1 if futile else 0,
@@ -341,21 +374,32 @@ def _slow_down(memory: SlotMemory, window: _Window, seen: SlotObservation, targe
     by_tail = memory.slots <= least
     if last.n_futile >= FUTILE_SHRINKS or by_tail:
         return _give_back(memory, last.began if by_tail else last.helped, seen, said)
-    aim_ms, slope_ms = target.itl_ms, memory.fit.slope_ms
-    wanted = window.feasible(CALM * aim_ms, slope_ms)
+    slope_ms = memory.fit.slope_ms
+    if slope_ms is None:
+        slope_ms = _slope_of(last, window)
+    wanted = window.feasible(CALM * target.itl_ms, slope_ms)
     if slope_ms is not None:
         alone_ms = window.at_ms(1.0, slope_ms)
-        if alone_ms > aim_ms:
-            aim_ms = OUT_OF_REACH * alone_ms
-            said += f", {alone_ms:.1f} for one alone"
-            if window.p95_ms <= aim_ms:
-                return memory.slots, memory, f"{said}: out of reach, slots stay"
+        if alone_ms > target.itl_ms:
+            memory = replace(memory, alone_ms=alone_ms, alone_at_s=seen.at_s)
+            target = replace(target, itl_ms=_aim_ms(memory, target))
+            if window.p95_ms <= target.itl_ms:
+                return memory.slots, memory, f"{said}: slots stay"
         wanted = max(
-            window.feasible(CALM * aim_ms, slope_ms), SHRINK_FACTOR * window.feasible(aim_ms, slope_ms)
+            window.feasible(CALM * target.itl_ms, slope_ms),
+            SHRINK_FACTOR * window.feasible(target.itl_ms, slope_ms),
         )
     slots = _shrunk(memory.slots, max(wanted, float(least)), target)
-    shrink = replace(last, p95_ms=window.p95_ms)
+    shrink = replace(last, p95_ms=window.p95_ms, typical_ms=window.typical_ms, batch=window.batch)
     return slots, _after_shrink(memory, slots, seen, shrink), f"shrinks from {memory.slots}: {said}"
+
+
+def _slope_of(last: Shrink, window: _Window) -> float | None:
+    """Milliseconds per sequence between the last shrink and now, where the fit (too much noise) knows none."""
+    if not 1.2 * window.batch < last.batch < math.inf:
+        return None
+    slope_ms = (last.typical_ms - window.typical_ms) / (last.batch - window.batch)
+    return min(max(slope_ms, 0.0), window.typical_ms / window.batch)
 
 
 def _after_shrink(memory: SlotMemory, slots: int, seen: SlotObservation, shrink: Shrink | None) -> SlotMemory:

@@ -59,7 +59,9 @@ class Loop:
             REPLICA, MACHINE, DEPLOYMENT, self.profile.max_num_seqs, ReplicaPhase.READY, self.itl_ms
         )
         recorder = SimpleNamespace(
-            table=Table(1, {REPLICA: known}, {}, (DEPLOYMENT,)), note=lambda _: None, want_tick=lambda _: None
+            table=Table(1, {REPLICA: known}, deployments=(DEPLOYMENT,)),
+            note=lambda _: None,
+            want_tick=lambda _: None,
         )
         self.watcher = Watcher(
             Cell(self.redis_url, CellKeys("t0")),
