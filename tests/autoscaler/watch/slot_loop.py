@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,19 +57,8 @@ class Loop:
         self.cell = serving.Cell(self.redis_url)
         self.cell.enrol(REPLICA, MACHINE, self.slots)
         self.engine = ToyEngine(self.profile, now_s=lambda: self.now_s)
-        known = KnownReplica(
-            REPLICA, MACHINE, DEPLOYMENT, self.profile.max_num_seqs, ReplicaPhase.READY, self.itl_ms
-        )
-        recorder = SimpleNamespace(
-            table=Table(1, {REPLICA: known}, deployments=(DEPLOYMENT,)),
-            note=lambda _: None,
-            want_tick=lambda _: None,
-        )
-        self.watcher = Watcher(
-            Cell(self.redis_url, CellKeys("t0")),
-            cast(Any, recorder),
-            stale_after_s=60,
-            clock=lambda: self.now_s,
+        self.watcher = a_watcher(
+            self.redis_url, self.profile.max_num_seqs, self.itl_ms, clock=lambda: self.now_s
         )
         self.reporter = _reporter(self.cell.r, self.profile, self.engine)
         self.tasks: set[asyncio.Task[None]] = set()
@@ -179,6 +170,20 @@ class Seen:
             tokens_per_s=len(waits) / total_ms * 1000,
             engine_queue=sum(n for _, _, n in tail) / len(tail),
         )
+
+
+def a_watcher(
+    redis_url: str, max_num_seqs: int, itl_ms: int, clock: Callable[[], float] = time.monotonic
+) -> Watcher:
+    """The product's watcher, knowing one replica; no Postgres behind it."""
+    known = KnownReplica(REPLICA, MACHINE, DEPLOYMENT, max_num_seqs, ReplicaPhase.READY, itl_ms)
+    recorder = SimpleNamespace(
+        table=Table(1, {REPLICA: known}, deployments=(DEPLOYMENT,)),
+        note=lambda _: None,
+        want_tick=lambda _: None,
+        want_table=lambda: None,
+    )
+    return Watcher(Cell(redis_url, CellKeys("t0")), cast(Any, recorder), stale_after_s=60, clock=clock)
 
 
 async def _settled() -> None:
