@@ -28,6 +28,8 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout_error",
 }
+# The openai SDK tries a 409 again by itself, and two clients would take a request from each other in turn.
+NO_RETRY: Headers = ((b"x-should-retry", b"false"),)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -96,7 +98,10 @@ def from_wire(error: WireError) -> ApiError:
     """What a replica or the control worker decided. A status that is no HTTP error becomes 500."""
     status = error.status if 400 <= error.status <= 599 else 500
     retry_after_s = 1.0 if status == 503 else None
-    return ApiError(status, error.code, error.message, param=error.param, retry_after_s=retry_after_s)
+    headers = NO_RETRY if status == 409 else ()
+    return ApiError(
+        status, error.code, error.message, param=error.param, retry_after_s=retry_after_s, headers=headers
+    )
 
 
 class ClientGone(Exception):  # noqa: N818 - a state of the world, not a mistake

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
-from controlplane.gateway.errors import ApiError, bad_request, from_wire, unavailable
+from controlplane.gateway.errors import NO_RETRY, ApiError, bad_request, from_wire, unavailable
 from controlplane.gateway.identity import Asked, Digests, EventId, Note
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Resumed, Stream
@@ -163,6 +163,7 @@ class Resumer:
                 "body_needed",
                 "the answer was cut off when its connection broke: send the request itself again, with Last-Event-ID, "
                 "to go on",
+                headers=NO_RETRY,
             )
         return self._replayed(first, found, number, event, key, streaming=True), found.note.include_usage
 
@@ -207,6 +208,7 @@ class Resumer:
                 "idempotency_key_reused",
                 "Idempotency-Key and Last-Event-ID are of different requests: send one of them",
                 param="Idempotency-Key",
+                headers=NO_RETRY,
             )
 
     async def _find(self, first: str, key: KeyContext, digest: str, number: int) -> _Found:
@@ -238,6 +240,7 @@ class Resumer:
                     "body_differs",
                     "this Idempotency-Key or Last-Event-ID belongs to a request with another body or endpoint: send "
                     "the same bytes, or leave the header out",
+                    headers=NO_RETRY,
                 )
             if verdict == "failed":
                 raise from_wire(decode_error(answer[1]))
@@ -366,6 +369,7 @@ class Resumer:
                     f"the answer was cut off and cannot be continued exactly (because of {', '.join(blockers)}): send "
                     "it again without Last-Event-ID and with a new Idempotency-Key",
                     param=blockers[0],
+                    headers=NO_RETRY,
                 )
         origin = _origin(Resumed.CONTINUED, first, found.created_ms, event, n_carried, n_charged)
         stream = self._dispatcher.open(request_id, key, deployment, request, origin)

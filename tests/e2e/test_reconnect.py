@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -182,3 +185,19 @@ def test_cut_stream_is_continued_and_its_tokens_are_booked_once(
     n_requests = 2 if response.headers["x-corral-resumed"] == "continued" else 1
     expected = (n_requests, whole.usage["prompt_tokens"], N_TOKENS)
     eventually(lambda: booked(operator, before) == expected, "prompt and tokens are booked once")
+
+
+def test_commands_of_the_guide_work_as_they_stand(
+    calls: Callable[..., Any], stack: BenchStack, tmp_path: Path
+) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "clients.md").read_text()
+    commands = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    assert len(commands) == 3
+    env = {**os.environ, "BASE_URL": stack.facts.base_url, "API_KEY": stack.facts.api_key, "MODEL": MODEL}
+    for command in commands:
+        shell = ["bash", "-euo", "pipefail", "-c", command]
+        done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, command + done.stdout + done.stderr
+    assert (tmp_path / "rest.txt").read_text().endswith("data: [DONE]\n\n")
+    assert json.loads((tmp_path / "first.json").read_text())["usage"]
+    assert (tmp_path / "again.txt").read_text().count("data: ") > 2

@@ -208,6 +208,7 @@ async def test_plain_request_sent_twice_at_once_is_generated_once(
     assert [answer.status_code for answer in by_status] == [200, 409]
     assert by_status[0].json()["choices"][0]["message"]["content"] == STORY
     assert by_status[1].json()["error"]["code"] == "superseded"
+    assert by_status[1].headers["x-should-retry"] == "false"
     third = await gw.post(CHAT, **headers)
     assert third.content == by_status[0].content
 
@@ -498,16 +499,23 @@ async def test_client_that_leaves_with_a_key_finds_the_answer_later(
     assert len(teller.jobs) == 1
 
 
-async def test_kept_request_ends_at_its_deadline(redis_url: str) -> None:
+async def test_kept_request_ends_at_its_deadline_and_can_be_continued(redis_url: str) -> None:
     async with running(redis_url, request_timeout_s=1) as gw:
         machine = Machine(redis_url)
         teller = Teller(machine)
         await machine.start()
+        teller.may_tell = 3
         sending = asyncio.ensure_future(gw.post(CHAT, **{"idempotency-key": "k"}))
         await until(lambda: teller.jobs)
         sending.cancel()
         await until(is_done(gw, teller.jobs[0].id))
         assert teller.jobs[0].cancelled.is_set()
+        teller.may_tell = 8
+        answer = (await gw.post(CHAT, **{"idempotency-key": "k"})).json()
+        assert answer["choices"][0]["message"]["content"] == STORY
+        assert answer["usage"]["completion_tokens"] == 8
+        assert answer["id"] == "chatcmpl-" + teller.jobs[0].id
+        assert teller.jobs[1].envelope.n_carried == 3
         await machine.stop()
 
 
@@ -535,6 +543,7 @@ async def test_another_body_is_a_409(gw: Running, teller: Teller) -> None:
         for body in ({**STREAM, "seed": 1}, CHAT):
             answer = await gw.post(body, **headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "body_differs")
+            assert answer.headers["x-should-retry"] == "false", "the SDK would send it again at once"
     body = b'{"model":"tiny","prompt":"x","messages":[]}'
     assert (await gw.post(body, path="/v1/completions", **{"idempotency-key": "k"})).status_code == 400
     other_key = await gw.post(STREAM, **{"idempotency-key": "unused", "last-event-id": event_id})
