@@ -12,7 +12,7 @@ from uuid import UUID
 from autoscaler.models import LIVE_PHASES, Replica
 from controlplane.deployments import importing
 from controlplane.deployments import services as deployments
-from controlplane.deployments.models import ModelVersion
+from controlplane.deployments.models import Deployment, ModelVersion
 from controlplane.errors import NotFoundError
 from controlplane.settings import ENV
 from controlplane.tenants import services as tenants
@@ -54,6 +54,7 @@ def prepare(engine: str, model: str) -> DrillTenant:
     project = tenants.ensure_project(organization_id=organization.id, name="Drills", slug=SLUG)
     tenants.set_organization_limits(organization_id=organization.id, limits=LIMITS)
     tenants.set_project_limits(organization_id=organization.id, project_id=project.id, limits=LIMITS)
+    _sweep(organization.id)
     version = importing.register(
         organization_id=organization.id, source="toy" if engine == "toy" else model, var=ENV.var
     )
@@ -64,6 +65,12 @@ def prepare(engine: str, model: str) -> DrillTenant:
         for name, limits in (("drill", LIMITS), ("drill, never used", Limits()))
     )
     return DrillTenant(organization.id, project.id, key.id, text, unseen.id, unseen_text, version)
+
+
+def _sweep(organization_id: UUID) -> None:
+    """Deployments of a drill that was killed: nobody else has any here, and only one drill runs at a time."""
+    for row in Deployment.objects.filter(organization_id=organization_id, deleted_at=None):
+        deployments.delete_deployment(organization_id=organization_id, deployment_id=row.id)
 
 
 def profile(engine: str, n_slots: int) -> dict[str, object]:

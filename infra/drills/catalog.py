@@ -60,6 +60,12 @@ DRILLS: dict[str, Drill] = {
         machine.hang_engine,
         recovery_limit_s=9.0,
     ),
+    "kill-machine": Drill(
+        "SIGKILL to everything on the machine at once, so that nobody reports it: heartbeats stand still, the machine "
+        "is started again or replaced",
+        machine.kill_machine,
+        limit_s=300.0,
+    ),
     "spot-notice": Drill(
         f"gives the machine {machine.NOTICE_S:g} s notice: a replacement serves before the drain, short requests "
         "finish (every fourth), the rest is handed over",

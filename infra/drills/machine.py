@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 
@@ -128,6 +129,19 @@ def kill_agent(scene: Scene, strike: Strike) -> None:
     )
     now = scene.serving()
     strike.require(now == replica, "the replica was replaced although it only lost its agent")
+
+
+def kill_machine(scene: Scene, strike: Strike) -> None:
+    """Power loss: nobody is left to report anything, only heartbeats that stand still."""
+    replica = scene.serving()
+    processes = scene.processes_of(replica.machine)
+    agent = scene.agent_of(replica.machine)
+    # The agent first: nothing it could still say may help.
+    for process in sorted(processes, key=lambda p: p != agent):
+        with contextlib.suppress(DrillError, ProcessLookupError):  # it died with its parent
+            scene.signal(process, signal.SIGKILL)
+    strike.done(f"SIGKILL to all {len(processes)} processes of machine {replica.machine[:8]}")
+    _until_replaced(scene, replica)
 
 
 def spot_notice(scene: Scene, strike: Strike) -> None:

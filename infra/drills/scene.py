@@ -214,12 +214,15 @@ class Scene:
         identity = read_agent_pid(self.machine_dir(machine) / "agent.pid")
         return identity if identity is not None and is_alive(identity) else None
 
+    def processes_of(self, machine: str) -> list[ProcessIdentity]:
+        """All of the machine: agent, zygote, fronts (engine cores die with their fronts)."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = (identity_of(pid) for pid in pids if self._belongs(pid, machine))
+        return [identity for identity in found if identity is not None]
+
     def machine_ends(self, machine: str) -> bool:
         """Whether nothing of the machine runs any more."""
-        return not any(
-            entry.name.isdigit() and self._belongs(int(entry.name), machine)
-            for entry in Path("/proc").iterdir()
-        )
+        return not self.processes_of(machine)
 
     # -- acting
 

@@ -22,6 +22,7 @@ from controlplane.drills.report import as_table, over
 from controlplane.errors import CorralError
 from infra.drills.catalog import DRILLS, Drill
 from infra.drills.load import Target
+from infra.drills.lock import only_drill
 from infra.drills.run import Result, asks_of, run
 from infra.drills.scene import DrillError, Scene
 
@@ -66,7 +67,8 @@ class Command(BaseCommand):
             if not 1 <= value <= high:
                 raise CommandError(f"{name} {value}: give 1 to {high}", returncode=2)
         try:
-            results = self._run(drill, options, n_tokens)
+            with only_drill(settings.ENV.var):
+                results = self._run(drill, options, n_tokens)
         except (DrillError, CorralError) as error:
             raise CommandError(str(error), returncode=2) from error
         report = over(options["name"], drill, engine, results, self._facts)
@@ -112,6 +114,7 @@ class Command(BaseCommand):
             self._facts["running"] = {
                 **{p.name: p.pid for p in scene.record().processes if p.pid},
                 "machine": replica.machine,
+                "agent": getattr(scene.agent_of(replica.machine), "pid", None),
                 "replica": replica.id,
                 "replica_pid": replica.front.pid,
             }
