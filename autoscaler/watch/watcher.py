@@ -266,6 +266,8 @@ class Watcher:
             self._withdraw(replica)
             message = f"no heartbeat for {self._beats.stale_after_s:g} s"
             self.recorder.note(Lost(replica.id, "heartbeat_lost", message))
+            # Its agent should have said so: perhaps there is none any more. Its own silence would tell 4 s later.
+            self.recorder.note(MachineSilent(replica.machine))
             log.warning("replica.lost", replica=replica.id, machine=replica.machine)
         elif (
             beat is not None

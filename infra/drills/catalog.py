@@ -64,6 +64,7 @@ DRILLS: dict[str, Drill] = {
         "SIGKILL to everything on the machine at once, so that nobody reports it: heartbeats stand still, the machine "
         "is started again or replaced",
         machine.kill_machine,
+        recovery_limit_s=10.0,
         limit_s=300.0,
     ),
     "spot-notice": Drill(

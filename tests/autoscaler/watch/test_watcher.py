@@ -445,6 +445,29 @@ def test_a_silent_agent_is_asked_after_and_restarted(watch: Watch, serving: Repl
     assert watch.routed() == [serving.id.hex]  # replicas outlive their agent
 
 
+def test_a_replica_that_died_unreported_has_its_machine_asked_after_at_once(
+    watch: Watch, serving: Replica
+) -> None:
+    from datetime import timedelta
+
+    from django.utils import timezone
+
+    from infra.providers.base import ProviderState
+
+    machine = watch.scaling.machine()
+    past = timezone.now() - timedelta(seconds=60)
+    Machine.objects.update(created_at=past, launched_at=past)
+    watch.scaling.provider.set_state(machine.provider_ref, ProviderState.AGENT_DOWN)
+    _agent_beats(watch, machine, 1)
+    for seq in range(2, 5):
+        watch.scaling.beat(serving, seq)
+        watch.turn()
+    for _ in range(10):  # 2.5 s: the agent itself counts as silent after 6
+        watch.turn()
+    assert watch.routed() == []
+    assert watch.scaling.provider.restarted == [machine.provider_ref]
+
+
 def test_a_notice_orders_the_replacement_and_drains_when_it_serves(watch: Watch, serving: Replica) -> None:
     """From the agent's beat to the drain; the pool may have one machine, and the leaving one counts no more."""
     leaving = watch.scaling.machine()
