@@ -32,7 +32,7 @@ from workers.contract import (
 )
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
-from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, WITHDRAW, Script
+from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, SWEEP, WITHDRAW, Script
 
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
@@ -178,6 +178,11 @@ class Cell:
         answer = self._run(WITHDRAW, replica, mode, DEATHS_ALLOWED, encode_wire(POISON), *requests)
         n_requeued, n_left, n_given_up = cast(list[int], answer)
         return n_requeued, n_left, n_given_up
+
+    def sweep_counters(self, deployment: str, cursor: str, n_fields: int) -> tuple[str, int]:
+        """One step of forgetting what the fair queue need not know: (next cursor, '0' = done; n forgotten)."""
+        cursor_after, n = cast(tuple[bytes, int], self._run(SWEEP, deployment, cursor, n_fields))
+        return cursor_after.decode(), int(n)
 
     def finish_failed(self) -> int:
         """Tell the gateways of requests that were given up, settle those at nothing; how many there were.

@@ -34,6 +34,7 @@ from autoscaler.watch.recorder import (
     WatchBegins,
 )
 from autoscaler.watch.slots import SlotKeeper
+from autoscaler.watch.sweeper import Sweeper
 from autoscaler.watch.table import KnownReplica
 from workers.contract import ReplicaPhase as Phase
 from workers.contract import ReplicaStatus, Stage
@@ -79,6 +80,7 @@ class Watcher:
         self._orphans = Orphans()
         self._audited_last = ""
         self._slots = SlotKeeper(cell)
+        self._sweeper = Sweeper(cell)
         self._queued: dict[str, int] = {}  # requests waiting by deployment, at the last slow scan
         self._pubsub: PubSub | None = None
         self._run_id = ""
@@ -253,6 +255,7 @@ class Watcher:
             self._scan_agents(table.machines, now_s)
             self._scan_queues(table.deployments, known, readings)
             self.cell.finish_failed()
+            self._sweeper.step(table.deployments)
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
         self._slots.adapt(known, serving, self._queued, now_s)

@@ -178,7 +178,7 @@ class History:
     def _note(
         self, text: str, script: scripts.Script, args: list[Any], answer: Any, bindings: list[tuple[str, str]]
     ) -> None:
-        first = [KEYS.prefix] if script in (scripts.CHARGE, scripts.SWEEP) else [KEYS.prefix, self.now_ms]
+        first = [KEYS.prefix] if script is scripts.CHARGE else [KEYS.prefix, self.now_ms]
         state = twin_state(self.twin)
         state["used"] |= dict.fromkeys(self.lost[-3:], 0)
         self.steps.append(Step(text, script, [*first, *args], answer, bindings, state))
