@@ -43,7 +43,7 @@ class Change:
     max_replicas: int | None = None
     idle_timeout_s: int | None = None
     slo_class: str | None = None
-    queue_order: QueueOrder | None = None
+    queue_order: str | None = None
     locality_window_tokens: int | None = None
     engine_profile: Mapping[str, object] | None = None  # replaces the whole profile
     model_version_id: UUID | None = None
@@ -106,7 +106,7 @@ def create_deployment(
     max_replicas: int = 1,
     idle_timeout_s: int = 300,
     slo_class: str = "interactive",
-    queue_order: QueueOrder = QueueOrder.EDF,
+    queue_order: str = QueueOrder.EDF,
     locality_window_tokens: int = 2_000,
     price: str = DEFAULT_PRICE,
 ) -> Deployment:
@@ -149,10 +149,12 @@ def ensure_deployment(
     max_replicas: int = 1,
     idle_timeout_s: int = 300,
     slo_class: str | None = None,
+    queue_order: str | None = None,
+    locality_window_tokens: int | None = None,
 ) -> Deployment:
     """The deployment of this name, created if missing and changed only where it differs. May run twice.
 
-    `slo_class` None: `interactive` for a new one, else as it is.
+    None leaves what there is, and is the ordinary value for a new one.
     """
     with tenant(organization_id):
         found = Deployment.objects.filter(
@@ -169,6 +171,8 @@ def ensure_deployment(
                 max_replicas=max_replicas,
                 idle_timeout_s=idle_timeout_s,
                 slo_class=slo_class or "interactive",
+                queue_order=queue_order or QueueOrder.EDF,
+                locality_window_tokens=2_000 if locality_window_tokens is None else locality_window_tokens,
             )
         return update_deployment(
             organization_id=organization_id,
@@ -180,6 +184,8 @@ def ensure_deployment(
                 max_replicas=max_replicas,
                 idle_timeout_s=idle_timeout_s,
                 slo_class=slo_class,
+                queue_order=queue_order,
+                locality_window_tokens=locality_window_tokens,
             ),
         )
 

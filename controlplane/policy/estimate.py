@@ -30,7 +30,8 @@ class Calibration:
 
     ratio: float = 1.0
     n: int = 0
-    n_output: float = 256.0
+    # Low until something is known: who is charged too much at first is served too much when it comes back.
+    n_output: float = 64.0
     n_answers: int = 0
 
 

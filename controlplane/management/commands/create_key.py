@@ -26,6 +26,9 @@ class Command(BaseCommand):
         parser.add_argument("--input-tpm", type=int, help="prompt tokens per minute")
         parser.add_argument("--output-tpm", type=int, help="completion tokens per minute")
         parser.add_argument("--max-concurrency", type=int, help="requests in flight")
+        parser.add_argument(
+            "--weight", type=int, default=100, help="share of a full queue (default: %(default)s)"
+        )
         parser.add_argument("--budget", type=int, metavar="DOLLARS", help="money this key may spend")
         parser.add_argument(
             "--limit-all",
@@ -54,7 +57,11 @@ class Command(BaseCommand):
                     organization_id=organization.id, project_id=project.id, limits=limits
                 )
             key, plaintext = services.create_api_key(
-                organization_id=organization.id, project_id=project.id, name=options["name"], limits=limits
+                organization_id=organization.id,
+                project_id=project.id,
+                name=options["name"],
+                weight=options["weight"],
+                limits=limits,
             )
         except CorralError as error:
             raise CommandError(str(error)) from error

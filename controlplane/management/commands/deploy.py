@@ -29,6 +29,15 @@ class Command(BaseCommand):
         parser.add_argument("--idle-timeout-s", type=int, default=300, metavar="S")
         parser.add_argument("--slo", metavar="CLASS", help="interactive (default), standard, batch or flex")
         parser.add_argument(
+            "--queue-order", metavar="ORDER", help="of the requests of one key: edf (default), sjf or fcfs"
+        )
+        parser.add_argument(
+            "--locality-window-tokens",
+            type=int,
+            metavar="N",
+            help="fairness given up for cached prompts (2000)",
+        )
+        parser.add_argument(
             "--profile",
             action="append",
             default=[],
@@ -62,6 +71,8 @@ class Command(BaseCommand):
                 max_replicas=options["max_replicas"],
                 idle_timeout_s=options["idle_timeout_s"],
                 slo_class=options["slo"],
+                queue_order=options["queue_order"],
+                locality_window_tokens=options["locality_window_tokens"],
             )
         except CorralError as error:
             raise CommandError(str(error)) from error

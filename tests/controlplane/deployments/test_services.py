@@ -64,6 +64,9 @@ def test_a_bad_profile_is_refused_with_knob_value_and_range(
         ({"max_replicas": 1001}, "max_replicas"),
         ({"idle_timeout_s": -5}, "idle_timeout_s"),
         ({"slo_class": "instant"}, "slo_class"),
+        ({"queue_order": "lifo"}, "queue_order"),
+        ({"locality_window_tokens": -1}, "locality_window_tokens"),
+        ({"locality_window_tokens": 1_000_001}, "locality_window_tokens"),
         ({"price": "free"}, "price"),
     ],
 )
@@ -187,3 +190,11 @@ def test_deployments_of_weights_with_an_engine_that_needs_them(world: World) -> 
         source_uri="file:///models/x",
     )
     assert make_deployment(world, "real", model_version_id=weights.id, engine_profile={}).engine == "vllm"
+
+
+def test_order_and_window_of_the_queue_can_be_changed(world: World, deployment: Deployment) -> None:
+    assert (deployment.queue_order, deployment.locality_window_tokens) == ("edf", 2_000)
+    changed = change(world, deployment, queue_order="sjf", locality_window_tokens=0)
+    assert (changed.queue_order, changed.locality_window_tokens, changed.generation) == ("sjf", 0, 2)
+    with pytest.raises(InvalidInputError, match="queue_order"):
+        change(world, deployment, queue_order="lifo")

@@ -59,7 +59,7 @@ def test_prompt_that_was_never_counted_teaches_nothing() -> None:
 
 def test_an_answer_is_expected_as_long_as_those_before_and_never_longer_than_held() -> None:
     calibration = estimate.NEW
-    assert estimate.expected_output(calibration, 100_000) == 256
+    assert estimate.expected_output(calibration, 100_000) == 64
     assert estimate.expected_output(calibration, 16) == 16
     for _ in range(200):
         calibration = estimate.observe_output(calibration, 40)

@@ -169,3 +169,29 @@ def test_roles_may_what_the_table_says() -> None:
     assert not rights.may(Role.VIEWER, rights.Right.USE_MODELS)
     assert not rights.may(Role.BILLING, rights.Right.USE_MODELS)
     assert rights.RIGHTS.keys() == set(Role)
+
+
+def test_weights_are_set_at_each_level_and_bad_ones_named(world: World) -> None:
+    key, _ = new_key(world, weight=50)
+    organization = world.organization.id
+    services.set_weight(organization_id=organization, weight=200)
+    services.set_weight(organization_id=organization, project_id=world.project.id, weight=300)
+    with tenant(organization):
+        assert selectors.organization(organization_id=organization).weight == 200
+        assert selectors.project(organization_id=organization, project_id=world.project.id).weight == 300
+        assert selectors.api_key(organization_id=organization, key_id=key.id).weight == 50
+    services.set_weight(organization_id=organization, key_id=key.id, weight=1)
+    with tenant(organization):
+        assert selectors.api_key(organization_id=organization, key_id=key.id).weight == 1
+    for weight in (0, -1, 10_001):
+        with pytest.raises(InvalidInputError, match="1 to 10000") as refused:
+            services.set_weight(organization_id=organization, weight=weight)
+        assert refused.value.field == "weight"
+        with pytest.raises(InvalidInputError, match="1 to 10000"):
+            new_key(world, weight=weight)
+
+
+def test_a_stranger_cannot_change_a_weight(world: World) -> None:
+    key, _ = new_key(world)
+    with pytest.raises(NotFoundError):
+        services.set_weight(organization_id=world.other_organization.id, key_id=key.id, weight=9_999)

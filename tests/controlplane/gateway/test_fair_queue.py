@@ -1,0 +1,231 @@
+"""What the gateway tells the fair queue: weights, band, order, prefixes, lengths, and what was really produced."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from controlplane.policy.fairness import TOKEN
+from controlplane.policy.ordering import QueueOrder
+from controlplane.tenants import api_keys
+from tests.controlplane.gateway.harness import CHAT, DEPLOYMENT, KEYS, Job, Machine, Running, running, until
+
+V = f"{KEYS.prefix}dep:{DEPLOYMENT}:v"
+ORG, PROJECT = "0" * 32, "1" * 32
+
+
+class Held:
+    """A replica with one slot, whose requests end when they are told to."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.order: list[str] = []
+        self._go: dict[str, asyncio.Event] = {}
+        self.end: dict[str, Any] = {"text": "x", "n": 1}
+
+    async def serve(self, job: Job) -> None:
+        word = job.envelope.payload.decode().split('"content"')[1].split('"')[1]
+        self.order.append(word)
+        await self._go.setdefault(word, asyncio.Event()).wait()
+        await job.finish(**self.end)
+
+    def release(self, word: str) -> None:
+        self._go.setdefault(word, asyncio.Event()).set()
+
+    def release_all(self) -> None:
+        for word in ("busy", "a", "b", "c", "d", "e"):
+            self.release(word)
+
+
+@pytest.fixture
+async def held(gw: Running, redis_url: str) -> AsyncIterator[Held]:
+    machine = Machine(redis_url)
+    held = Held(machine)
+    machine.behaviour = held.serve
+    await machine.start(slots=1)
+    yield held
+    held.release_all()
+    await machine.stop()
+
+
+def says(word: str, **fields: Any) -> dict[str, Any]:
+    return {**CHAT, "messages": [{"role": "user", "content": word}], **fields}
+
+
+async def send(gw: Running, body: dict[str, Any], key: str = "") -> asyncio.Task[Any]:
+    """On its way, and waiting in the queue."""
+    n = await gw.redis.zcard(KEYS.queue(DEPLOYMENT))
+
+    async def post() -> Any:
+        return await gw.http.post("/v1/chat/completions", json=body, headers=gw.auth(key or None))
+
+    task = asyncio.ensure_future(post())
+
+    async def waits() -> bool:
+        return await gw.redis.zcard(KEYS.queue(DEPLOYMENT)) == n + 1
+
+    await until(waits)
+    return task
+
+
+async def occupy(gw: Running, held: Held) -> asyncio.Task[Any]:
+    task = asyncio.ensure_future(gw.post(says("busy")))
+    await until(lambda: "busy" in held.order)
+    return task
+
+
+def change_deployment(gw: Running, **values: Any) -> None:
+    for lookup, record in gw.directory.records.items():
+        deployments = tuple(replace(row, **values) for row in record.deployments)
+        gw.directory.records[lookup] = replace(record, deployments=deployments)
+
+
+async def counters(gw: Running) -> dict[str, int]:
+    found = await gw.redis.hgetall(V)
+    return {name.decode(): int(value) for name, value in found.items()}
+
+
+async def test_a_flex_request_waits_behind_all_others(gw: Running, held: Held) -> None:
+    await occupy(gw, held)
+    tasks = [
+        await send(gw, says("a", service_tier="flex")),
+        await send(gw, says("b", service_tier="default")),
+    ]
+    held.release_all()
+    assert {(await task).status_code for task in tasks} == {200}
+    assert held.order == ["busy", "b", "a"]
+
+
+async def test_another_tier_is_refused_by_name(gw: Running) -> None:
+    response = await gw.post(says("a", service_tier="priority"))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "service_tier")
+    assert "flex" in error["message"]
+
+
+async def test_tenants_take_turns_whoever_came_first(gw: Running, held: Held) -> None:
+    other = gw.directory.add_key(organization="2" * 32, project="3" * 32)
+    held.release("e")
+    assert (await gw.post(says("e"))).status_code == 200  # answers have one token: known from now on
+    await occupy(gw, held)
+    tasks = [await send(gw, says(word)) for word in ("a", "b", "c")]
+    tasks.append(await send(gw, says("d"), other))
+    held.release_all()
+    assert {(await task).status_code for task in tasks} == {200}
+    assert held.order.index("d") <= 3, held.order
+
+
+async def test_weights_and_expected_length_of_the_directory_reach_the_queue(gw: Running, held: Held) -> None:
+    lookup = api_keys.lookup_of(gw.key)
+    assert lookup
+    record = gw.directory.records[lookup]
+    gw.directory.records[lookup] = replace(
+        record,
+        key=replace(record.key, weight=30),
+        project=replace(record.project, weight=20),
+        organization=replace(record.organization, weight=10),
+    )
+    await occupy(gw, held)
+    task = await send(gw, says("a", max_tokens=12))
+    (request,) = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
+    fields = await gw.record(request.decode())
+    assert (fields[b"fq"], fields[b"pred"], fields[b"pfx"]) == (b"0,30,20,10", b"12", b"")
+    held.release_all()
+    await task
+
+
+async def test_shortest_first_within_a_key_when_the_deployment_says_so(gw: Running, held: Held) -> None:
+    change_deployment(gw, queue_order=QueueOrder.SJF)
+    await occupy(gw, held)
+    tasks = [await send(gw, says("a", max_tokens=2_000)), await send(gw, says("b", max_tokens=3))]
+    held.release_all()
+    await asyncio.gather(*tasks)
+    assert held.order == ["busy", "b", "a"]
+
+
+@pytest.mark.parametrize(("window", "n_hashes"), [(0, 0), (2_000, 3)])
+async def test_long_prompts_carry_the_hashes_of_their_beginnings(
+    gw: Running, held: Held, window: int, n_hashes: int
+) -> None:
+    change_deployment(gw, locality_window_tokens=window)
+    await occupy(gw, held)
+    task = await send(gw, says("a" * 1_500))
+    (request,) = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
+    assert len((await gw.record(request.decode()))[b"pfx"]) == 8 * n_hashes
+    held.release("a" * 1_500)
+    held.release_all()
+    await task
+
+
+async def test_the_end_is_charged_exactly_with_what_was_cached(gw: Running, held: Held) -> None:
+    await occupy(gw, held)
+    held.end |= {"n_prompt": 100, "n_cached": 90}
+    waiting = [await send(gw, says(word)) for word in ("a", "b")]
+    held.release("busy")
+    await until(lambda: len(held.order) == 2)
+    held.release(held.order[-1])
+    await until(lambda: len(held.order) == 3)
+    expected_each = (10 + 9 + 2) * TOKEN  # 10 uncached, 90 at a tenth, one token of output at two
+
+    async def settled() -> bool:
+        # The first found a free slot, and others waited when it ended; the second waited; the third is predicted.
+        found = (await counters(gw))[f"0o{ORG}"]
+        (request,) = await gw.redis.smembers(KEYS.replica_live("r1"))
+        predicted = int((await gw.record(request.decode()))[b"chg"]) * TOKEN // 10
+        return found == 2 * expected_each + predicted
+
+    await until(settled)
+    held.release_all()
+    await asyncio.gather(*waiting)
+
+    async def all_settled() -> bool:
+        return (await counters(gw))[f"0o{ORG}"] == 3 * expected_each
+
+    await until(all_settled)
+
+
+async def test_what_nobody_waited_for_is_free(gw: Running, machine: Machine) -> None:
+    assert (await gw.post(CHAT)).status_code == 200  # it makes the replica known, through the queue
+    await until(lambda: gw.gateway.routes.candidates(DEPLOYMENT))
+    await until(lambda: gw.gateway.ends.n_settled == 1)
+    before = await gw.redis.hgetall(V)
+    assert (await gw.post(CHAT)).status_code == 200
+    await until(lambda: gw.gateway.ends.n_settled == 2)
+    assert await gw.redis.hgetall(V) == before
+
+
+async def test_a_long_answer_is_charged_while_it_runs(gw: Running, machine: Machine) -> None:
+    go = asyncio.Event()
+
+    async def talk(job: Job) -> None:
+        await job.emit("many words", n=600)
+        await go.wait()
+        await job.finish()
+
+    machine.behaviour = talk
+    await machine.enrol(slots=1)
+    running_one = asyncio.ensure_future(gw.post(says("a")))
+    await until(lambda: machine.jobs)
+    waiting = await send(gw, says("b"))
+
+    async def charged() -> bool:
+        prompt = int((await gw.record(machine.jobs[0].id))[b"in_est"])
+        return (await counters(gw)).get(f"0o{ORG}") == (prompt + 2 * 600) * TOKEN
+
+    await until(charged)
+    go.set()
+    assert (await running_one).status_code == (await waiting).status_code == 200
+
+
+async def test_one_organization_leaves_room_in_the_queue_for_others(redis_url: str) -> None:
+    async with running(redis_url, queue_bound=4) as gw:
+        other = gw.directory.add_key(organization="2" * 32, project="3" * 32)
+        tasks = [await send(gw, says(word)) for word in ("a", "b", "c")]
+        refused = await gw.post(says("d"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert "yours" in refused.json()["error"]["message"]
+        tasks.append(await send(gw, says("e"), other))
+        for task in tasks:
+            task.cancel()
