@@ -28,7 +28,7 @@ SHRINK_BEATS, SHRINK_STEPS = 4, 8  # two seconds of a beat every half second
 # Below this share of the target one slot more (or a sixteenth) is tried although nothing can be predicted yet.
 PROBE, PROBE_SHARE = 0.75, 16
 MAX_BEATS: Final = 40  # remembered since the last change: a mild breach needs that many steps to be sure of
-SURE: Final = 2.0  # standard deviations beyond the 5 % of late steps that chance alone may bring
+SURE: Final = 3.0  # standard deviations beyond the 5 % of late steps that chance alone may bring
 STEPS_OF_GROWTH: Final = 8  # from one slot to the ceiling
 LEAST_GROWTH: Final = 20  # a step below one twentieth of the slots is not worth the unrest
 SHRINK_MOST: Final = 0.5  # of one decision
