@@ -59,6 +59,11 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "tenants.lease_shares": {
+            "task": "tenants.lease_shares",
+            "schedule": 10.0,
+            "options": {"expires": 10.0},
+        },
         "autoscaler.tick_all": {
             "task": "autoscaler.tick_all",
             "schedule": 5.0,

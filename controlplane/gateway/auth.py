@@ -14,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from billing.money import Rates
-from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, Limits
+from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, LeaseRow, Limits
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
+from controlplane.policy.shares import scaled
 from controlplane.tenants import api_keys
 
 _MAX_HEADER = 256  # a key has 63 characters
+_UNLEASED_S = 1.0  # how long a cell without a lease does not ask again for the same key
 _MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
 
 
@@ -60,16 +62,22 @@ class KeyContext:
     scope_args: tuple[str | int, ...]
     # Whether any of them has a budget.
     budgeted: bool
+    # While there are several cells the limits are this cell's part of them, for `lease_ms` from the question on.
+    # Without a lease that counts, nothing limited is served.
+    lease_ms: int | None
+    unleased: bool
 
 
 def context_of(record: KeyRecord) -> KeyContext:
     """The context behind a directory record."""
     key, project, organization = record.key, record.project, record.organization
+    lease = record.lease
     scopes = (
-        ("key", key.id, key.limits.values()),
-        ("prj", project.id, project.limits.values()),
-        ("org", organization.id, organization.limits.values()),
+        ("key", key.id, _part(key.limits.values(), "key", lease)),
+        ("prj", project.id, _part(project.limits.values(), "prj", lease)),
+        ("org", organization.id, _part(organization.limits.values(), "org", lease)),
     )
+    is_limited = any(limit >= 0 for _, _, limits in scopes for limit in limits)
     weights = (key.weight, project.weight, organization.weight)
     deployments = {
         row.name: Deployment(
@@ -104,7 +112,18 @@ def context_of(record: KeyRecord) -> KeyContext:
             for arg in (scope_id, *limits, weight)
         ),
         budgeted=any(limits[4] >= 0 for _, _, limits in scopes),
+        lease_ms=lease.left_ms if lease is not None and is_limited else None,
+        unleased=lease is not None and is_limited and lease.left_ms <= 0,
     )
+
+
+def _part(limits: Limits, scope: str, lease: LeaseRow | None) -> Limits:
+    """This cell's part of a scope's limits."""
+    if lease is None:
+        return limits
+    rpm, input_tpm, output_tpm, concurrency = (scaled(limit, lease.ppm) for limit in limits[:4])
+    budget = limits[4] if limits[4] < 0 else lease.budgets.get(scope, 0)
+    return rpm, input_tpm, output_tpm, concurrency, budget
 
 
 class _Entry:
@@ -166,10 +185,16 @@ class KeyCache:
             raise _unauthorized("expired_api_key", "this API key has expired: use another one")
         if context.suspended:
             raise ApiError(403, "organization_suspended", "the organization of this API key is suspended")
+        if context.unleased:
+            raise unavailable(
+                "limits_unavailable",
+                "this cell has no part of the limits at the moment: try again shortly",
+                2.0,
+            )
         return context
 
     def invalidate(self, ref: str) -> None:
-        """Something changed: `key:<lookup>`, `prj:<id>`, `org:<id>`, `dep:<id>` or `all`.
+        """Something changed: `key:<lookup>`, `prj:<id>`, `org:<id>`, `dep:<id>`, `lim:<organization>` or `all`.
 
         What may have been taken away (a key, an organization) is not served again before it was read;
         anything else is read again at the next use, and served meanwhile should Postgres be away.
@@ -190,6 +215,7 @@ class KeyCache:
             elif (
                 kind == "all"
                 or (kind == "prj" and context.project == name)
+                or (kind == "lim" and context.organization == name)
                 or (kind == "dep" and any(d.id == name for d in context.deployments.values()))
             ):
                 entry.fresh_until = 0.0
@@ -241,6 +267,7 @@ class KeyCache:
     async def _read(self, lookup: str) -> _Entry:
         self.n_lookups += 1
         n_changes = self._n_changes
+        asked_at = self._clock()
         record = await self._directory.find(lookup)
         now = self._clock()
         digest = b"" if record is None else bytes.fromhex(record.key.digest)
@@ -257,6 +284,11 @@ class KeyCache:
             entry.context = context_of(record)
             entry.fresh_until = now + self._fresh_s
             entry.usable_until = now + self._stale_s
+            lease_ms = entry.context.lease_ms
+            if lease_ms is not None:  # beyond it the part may be another cell's
+                lease_end = asked_at + lease_ms / 1000 if lease_ms > 0 else now + _UNLEASED_S
+                entry.fresh_until = min(entry.fresh_until, lease_end)
+                entry.usable_until = min(entry.usable_until, lease_end)
         if n_changes != self._n_changes:
             entry.fresh_until = 0.0  # good for who asked; asked again at the next use
         self._entries[lookup] = entry

@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from billing.money import Nano, NanoPerMillion, Rates
 from controlplane.policy.ordering import QueueOrder
+from workers.keys import DEFAULT_CELL
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,24 @@ class DeploymentRow(msgspec.Struct, frozen=True):
     locality_window_tokens: int = 2_000
 
 
+class LeaseRow(msgspec.Struct, frozen=True):
+    """This cell's part of a tenant's limits, while there are several cells. `budgets`: by scope, nano-dollars that may
+    be spent here; what is not named is not leased (yet)."""
+
+    ppm: int = 0
+    left_ms: int = 0
+    budgets: dict[str, int] = {}
+
+
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup: one key with everything a request under it needs."""
+    """Answer of corral_key_lookup_in: one key with everything a request under it needs."""
 
     key: KeyRow
     project: ProjectRow
     organization: OrganizationRow
     deployments: tuple[DeploymentRow, ...] = ()
+    # None: this is the only cell, and the limits are all its own.
+    lease: LeaseRow | None = None
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -128,12 +140,18 @@ class KeyDirectory(Protocol):
         """Money booked against a key, project or organization (`key`, `prj`, `org`) in its budget's
         period."""
 
+    async def spent_here_nano(self, scope: str, scope_id: str) -> Nano:
+        """The same, as far as it was spent in this cell."""
+
 
 class PgDirectory:
     """The directory in Postgres. `up` is what the last question showed; a known outage answers at once."""
 
-    def __init__(self, dsn: str, *, pool_size: int = 4, timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, dsn: str, *, cell: str = DEFAULT_CELL, pool_size: int = 4, timeout_s: float = 2.0
+    ) -> None:
         self.up = True
+        self._cell = cell
         self._timeout_s = timeout_s
         statement_ms = int(timeout_s * 1000)
         self._pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
@@ -163,7 +181,7 @@ class PgDirectory:
     async def find(self, lookup: str) -> KeyRecord | None:
         if not self.up:  # the change feed asks again every half second and lifts this
             raise DirectoryUnavailable
-        found = await self._ask("SELECT corral_key_lookup(%s)", lookup)
+        found = await self._ask("SELECT corral_key_lookup_in(%s, %s)", lookup, self._cell)
         return None if found is None else msgspec.convert(found, KeyRecord)
 
     async def changes(self, watermark: str | None) -> Changes:
@@ -173,6 +191,11 @@ class PgDirectory:
         if not self.up:
             raise DirectoryUnavailable
         return Nano(int(await self._ask("SELECT corral_spent(%s, %s)", scope, scope_id)))
+
+    async def spent_here_nano(self, scope: str, scope_id: str) -> Nano:
+        if not self.up:
+            raise DirectoryUnavailable
+        return Nano(int(await self._ask("SELECT corral_spent_in(%s, %s, %s)", scope, scope_id, self._cell)))
 
     async def _ask(self, statement: str, *params: str | None) -> Any:
         try:

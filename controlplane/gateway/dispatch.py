@@ -280,7 +280,13 @@ class Dispatcher:
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:
                     asked_ms = time.time_ns() // 1_000_000
-                    spent = await self._directory.spent_nano(scope, scope_id)
+                    # A leased budget is this cell's part of it, and so is what was spent of it.
+                    ask = (
+                        self._directory.spent_nano
+                        if key.lease_ms is None
+                        else self._directory.spent_here_nano
+                    )
+                    spent = await ask(scope, scope_id)
                     args = (self._keys.prefix, scope, scope_id, spent, asked_ms)
                     await self._redis.evalsha(scripts.SEED, (), args)
         except (DirectoryUnavailable, RedisError) as error:

@@ -60,7 +60,9 @@ class Gateway:
             config.redis_url, name=f"gateway-{config.name}", on_message=self._on_message, on_gap=self._on_gap
         )
         self._pg = (
-            None if directory is not None else PgDirectory(config.pg_dsn, pool_size=config.pg_pool_size)
+            None
+            if directory is not None
+            else PgDirectory(config.pg_dsn, cell=config.cell, pool_size=config.pg_pool_size)
         )
         self.directory: KeyDirectory = directory or self._pg  # type: ignore[assignment]
         self.key_cache = KeyCache(

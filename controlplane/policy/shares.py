@@ -63,7 +63,9 @@ def wanted_ppm(
     wanted = {c: parts[c] * WHOLE_PPM // units for c in cells}
     step = max(HYSTERESIS_PPM, WHOLE_PPM // units // 2)
     held = {c: current.get(c, 0) for c in cells}
-    settled = WHOLE_PPM - step < sum(held.values()) <= WHOLE_PPM and all(abs(wanted[c] - held[c]) < step for c in cells)
+    settled = WHOLE_PPM - step < sum(held.values()) <= WHOLE_PPM and all(
+        abs(wanted[c] - held[c]) < step for c in cells
+    )
     return held if settled else wanted
 
 

@@ -13,7 +13,7 @@ from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
 from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import F, Q
-from django.db.models.functions import Lower
+from django.db.models.functions import Lower, Now
 
 from controlplane import ids
 from controlplane.tenants.api_keys import LOOKUP_LENGTH
@@ -208,3 +208,52 @@ class ApiKey(LimitColumns):
     def is_active(self, now: datetime) -> bool:
         """Whether the key itself is good at `now` (its organization may still be suspended)."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+class Cell(models.Model):
+    """A cell (one Redis with its gateways and machines) whose control worker has been here. The house's."""
+
+    name = models.CharField(primary_key=True, max_length=32)
+    created_at = models.DateTimeField(db_default=Now())
+    seen_at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class CellLease(models.Model):
+    """One cell's part of a tenant's limits, while there are several cells (leases.py).
+
+    The row with scope `share` is a part per million of every rate and of concurrency at every level; the others are
+    nano-dollars of the budget of one key, project or organization, counted from its beginning.
+    """
+
+    SHARE = "share"
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+")
+    cell = models.CharField(max_length=32)
+    scope = models.CharField(max_length=8, help_text="share, key, prj or org")
+    scope_id = models.UUIDField(help_text="of the key, project or organization")
+    granted = models.BigIntegerField(default=0, help_text="parts per million, or nano-dollars")
+    expires_at = models.DateTimeField()
+    before = models.BigIntegerField(default=0, help_text="granted earlier, counts until before_until")
+    before_until = models.DateTimeField()
+    n_asked = models.BigIntegerField(default=0, help_text="requests counted in the cell, as last reported")
+    demand = models.FloatField(default=0.0, help_text="requests per second, smoothed")
+    reported_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["scope", "scope_id", "cell"], name="celllease_unique"),
+            models.CheckConstraint(condition=Q(granted__gte=0, before__gte=0), name="celllease_not_negative"),
+            models.CheckConstraint(
+                condition=Q(scope__in=["share", "key", "prj", "org"]), name="celllease_scope_known"
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["organization", "cell"], name="celllease_of_tenant"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.scope}:{self.scope_id.hex}"

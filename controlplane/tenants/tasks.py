@@ -2,9 +2,19 @@
 
 from datetime import timedelta
 
+import redis
 import structlog
 from celery import shared_task
-from django.db import connection
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connection, connections
+from django.utils import timezone
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from controlplane.tenants.leases import DATABASE, Leases
+
+LEASES_EVERY_S = 10.0
+REDIS_TIMEOUT_S = 2.0
 
 log = structlog.get_logger("corral.tenants")
 
@@ -22,3 +32,26 @@ def prune_changes() -> None:
         (n_pruned,) = cursor.fetchone()
     if n_pruned:
         log.info("changes.pruned", n_pruned=n_pruned)
+
+
+@shared_task(  # type: ignore[untyped-decorator]
+    name="tenants.lease_shares", ignore_result=True, expires=LEASES_EVERY_S
+)
+def lease_shares() -> None:
+    """Renew this cell's part of every tenant's limits. A run that fails is made up for by the next: a lease outlives
+    several."""
+    client = redis.Redis.from_url(
+        settings.ENV.redis_url,
+        socket_timeout=REDIS_TIMEOUT_S,
+        socket_connect_timeout=REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+    try:
+        with client:
+            renewed = Leases(settings.ENV.cell, client).renew(timezone.now())
+    except (redis.RedisError, DatabaseError, InterfaceError) as error:
+        connections[DATABASE].close()
+        log.warning("leases.not_renewed", error=type(error).__name__)
+        return
+    if renewed.n_changed:
+        log.info("leases.changed", n_tenants=renewed.n_tenants, n_changed=renewed.n_changed)

@@ -49,6 +49,9 @@ end
 if look.refusal then
   local scope, limit, retry_ms, cap, remaining = unpack(look.refusal)
   redis.call('DEL', P .. 'body:' .. id)
+  local org = scope_key(P, 3, ARGV[31])
+  local seen = read_scope(org)
+  if seen[4] then put_scope(org, {'n', tonumber(seen[9] or '0') + 1}) end
   return {'refused', scope, limit, math.ceil(retry_ms), math.floor(cap), math.floor(remaining),
     unpack(heads(look, 0, 0, 0))}
 end

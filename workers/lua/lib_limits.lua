@@ -1,7 +1,8 @@
 -- Included by admission, top-up and settlement: token buckets, concurrency and money holds of key, project and
 -- organization. A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight),
--- dur (their usual duration, ms), held (nano-dollars held), spent (nano-dollars booked since the budget began; absent
--- until seeded from the ledger), ask (requests in flight that have used up their hold and found nothing left).
+-- dur (their usual duration, ms), n (requests of an organization, admitted or refused: its demand here), held
+-- (nano-dollars held), spent (nano-dollars booked since the budget began; absent until seeded from the ledger), ask
+-- (requests in flight that have used up their hold and found nothing left).
 
 local SCOPE = {'key', 'prj', 'org'}
 local BUCKET = {'requests_per_minute', 'input_tokens_per_minute', 'output_tokens_per_minute'}
@@ -22,13 +23,13 @@ end
 -- keeps what they change and writes it back at its end (`several`, write_scopes), so that requests of one tenant share
 -- the reading and the writing.
 local several = false
-local PLACE = {rq = 1, ['in'] = 2, out = 3, ms = 4, conc = 5, spent = 6, held = 7, dur = 8}
+local PLACE = {rq = 1, ['in'] = 2, out = 3, ms = 4, conc = 5, spent = 6, held = 7, dur = 8, n = 9}
 local read, unwritten = {}, {}
 
 local function read_scope(h)
   local v = read[h]
   if not v then
-    v = redis.call('HMGET', h, 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held', 'dur')
+    v = redis.call('HMGET', h, 'rq', 'in', 'out', 'ms', 'conc', 'spent', 'held', 'dur', 'n')
     read[h] = v
   end
   return v
@@ -127,6 +128,10 @@ local function examine(P, now, args, at, n_in, n_out)
       else
         look.seed = look.seed or s
       end
+    end
+    if s == 3 then
+      set[#set + 1] = 'n'
+      set[#set + 1] = tonumber(v[9] or '0') + 1
     end
     look[s] = set
   end
