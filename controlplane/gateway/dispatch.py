@@ -103,6 +103,7 @@ class Dispatcher:
             buffer=self._buffer,
             origin=origin,
         )
+        stream.is_greedy = request.body.temperature == 0
         self._ends.inbox.streams[stream.number] = stream
         return stream
 

@@ -201,6 +201,11 @@ class Inbox:
             is_done = state == b"done"
             # Settled by somebody else meanwhile: the journal still lies where it ran last.
             machine = (mid or (was_mid if is_done else None) or b"").decode()
+            if machine and not stream.is_greedy and await self._is_behind(stream, machine):
+                stream.fail(
+                    unavailable("answer_lost", "a part of the answer was lost: send the request again")
+                )
+                return
             if machine:
                 await self._read_journal(stream, self._keys.machine(machine).journal(stream.request))
             if stream.end is not None or stream.paused:
@@ -214,6 +219,14 @@ class Inbox:
             if self._take_held_back(stream, machine):
                 stream.live_machine = None if stream.paused or stream.end else machine
                 return
+
+    async def _is_behind(self, stream: Stream, machine: str) -> bool:
+        """Whether the cell knows of fewer tokens than its client has seen: Redis came back without the end of its log.
+
+        The replica makes them anew; sampled, they would be others, and what follows would not fit.
+        """
+        n = await self._redis.call("HGET", self._keys.machine(machine).lease(stream.request), "n")
+        return n is not None and int(n) < stream.have
 
     async def _read_journal(self, stream: Stream, journal: str) -> None:
         while not stream.paused and stream.end is None:

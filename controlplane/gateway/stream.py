@@ -90,6 +90,7 @@ class Stream:
         "held_back",
         "hold",
         "idempotency",
+        "is_greedy",
         "keep",
         "key",
         "last_at",
@@ -164,6 +165,8 @@ class Stream:
         self.live_machine: str | None = None
         self.replica = ""
         self.admitted = False
+        self.is_greedy = False  # made anew, its tokens would be the same
+
         self.limits: Headers = ()  # rate-limit headers of its answer
 
         # What has arrived: `have` tokens in `n_entries` journal entries; `pieces` of it not yet taken.

@@ -177,6 +177,38 @@ async def test_a_subscription_that_is_back_first_waits_for_the_connection_that_r
         assert text_of(await events.rest()) == "after"
 
 
+@pytest.mark.parametrize(("temperature", "goes_on"), [(0, True), (0.7, False), (None, False)])
+async def test_an_answer_whose_end_redis_forgot_goes_on_only_if_it_comes_out_the_same(
+    gw: Running, machine: Machine, temperature: float | None, goes_on: bool
+) -> None:
+    """Redis came back without the last second of its log: the replica makes the missing tokens anew."""
+    seen = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        for text in ("one ", "two "):
+            await job.emit(text)
+        await seen.wait()
+        await gw.redis.hset(machine.keys.lease(job.id), "n", 1)
+        await gw.redis.ltrim(machine.keys.journal(job.id), 0, 0)
+        gw.gateway.inbox.catch_up_all()
+        await until(lambda: not any(s.catching_up for s in gw.gateway.inbox.streams.values()))
+        job.offset = 1
+        for text in ("two ", "three"):
+            await job.emit(text)
+        await job.finish()
+
+    machine.behaviour = wait
+    async with gw.stream({**CHAT, "temperature": temperature}) as events:
+        while (text := text_of([await events.next()])) != "two ":
+            assert text in ("", "one ")
+        seen.set()
+        rest = await events.rest()
+    if goes_on:
+        assert text_of(rest) == "three"
+    else:
+        assert (rest[-1]["error"]["code"], text_of(rest[:-1])) == ("answer_lost", "")
+
+
 async def test_gateway_starts_without_redis(own_redis: EmbeddedRedis) -> None:
     url = own_redis.url()
     own_redis.stop()
