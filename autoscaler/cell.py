@@ -40,6 +40,10 @@ MAX_FAILED = 256  # requests given up, told a call
 MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
 MAX_MESSAGES_SEEN = 2048  # of a replica's queue; its slots bound what lies there
 MAX_LOST = 512  # a call
+# What waits for a gateway that is gone is kept for as long as its client may come back for it.
+ABANDONED_AFTER_MS = RETENTION_MS
+MAX_ABANDONED = 64  # of a band, a look
+N_BANDS, BAND_SPAN = 4, 10**13  # as in lua/lib_flows.lua
 BELL_MAX = 16
 # A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
 GENERATION_FIELD = "generation"
@@ -48,6 +52,7 @@ _decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
 _decode_status = msgspec.json.Decoder(ReplicaStatus).decode
 _decode_serving = msgspec.json.Decoder(ServingReport).decode
 
+ABANDONED = WireError(status=504, code="timeout", message="the request waited too long for a free replica")
 POISON = WireError(
     status=500,
     code="request_poison",
@@ -199,6 +204,35 @@ class Cell:
             self._run(SETTLE, request, 0, 0, 0, RETENTION_MS, 0)
             self.redis.srem(self.keys.failed, request)
         return len(failed)
+
+    def abandoned(self, deployment: str, now_ms: int) -> set[str]:
+        """Requests that have waited for `ABANDONED_AFTER_MS` for a gateway that nobody hears any more.
+
+        A live gateway ends its own in time. Three round trips at most.
+        """
+        queue, before_ms = self.keys.queue(deployment), now_ms - ABANDONED_AFTER_MS
+        pipeline = self.redis.pipeline(transaction=False)
+        for band in range(-1, N_BANDS):  # -1: those that ran before
+            least = band * BAND_SPAN
+            pipeline.zrangebyscore(queue, least, least + before_ms, start=0, num=MAX_ABANDONED)
+        old = [request.decode() for found in pipeline.execute() for request in found]
+        for request in old:
+            pipeline.hget(self.keys.request(request), "gw")
+        gateway_of = {r: gw.decode() for r, gw in zip(old, pipeline.execute(), strict=True) if gw is not None}
+        channels = sorted({self.keys.notice_channel(gateway) for gateway in gateway_of.values()})
+        if not channels:
+            return set()
+        n_heard = {channel.decode(): n for channel, n in cast(Any, self.redis).pubsub_numsub(*channels)}
+        return {r for r, gateway in gateway_of.items() if not n_heard.get(self.keys.notice_channel(gateway))}
+
+    def give_up(self, requests: Iterable[str], error: WireError) -> None:
+        """Nobody will serve them: their gateways are told `error`, and they are settled at nothing."""
+        pipeline = self.redis.pipeline(transaction=True)
+        for request in requests:
+            pipeline.hset(self.keys.request(request), "error", encode_wire(error))
+            pipeline.sadd(self.keys.failed, request)
+        pipeline.execute()
+        self.finish_failed()
 
     def read_serving(
         self, replicas: Sequence[tuple[str, str]]

@@ -18,7 +18,7 @@ import redis
 import structlog
 from redis.client import PubSub
 
-from autoscaler.cell import Cell, ReplicaReading, parse_status
+from autoscaler.cell import ABANDONED, Cell, ReplicaReading, parse_status
 from autoscaler.models import MachineState, ReplicaPhase
 from autoscaler.types import StageName
 from autoscaler.watch.liveness import Liveness
@@ -44,6 +44,7 @@ log = structlog.get_logger("corral.autoscaler")
 SCAN_EVERY_S = 0.25
 SLOW_SCAN_EVERY_S = 1.0
 LOCK_LIFE_MS = 4000
+ABANDONED_SCAN_EVERY_S = 60.0
 AGENT_STALE_S = 6.0
 # Replicas whose requests are compared with what they say they serve; the rest take turns.
 AUDITED_PER_SCAN = 64
@@ -86,6 +87,8 @@ class Watcher:
         self._run_id = ""
         self._next_scan_s = 0.0
         self._next_slow_scan_s = 0.0
+        self._next_abandoned_scan_s = 0.0
+        self._abandoned: set[str] = set()
         self._told: dict[str, tuple[str, str]] = {}  # replica -> (phase, code) as last passed on
         self._over: set[str] = set()  # replicas withdrawn, until the table forgets them
         self._unmatched: dict[str, tuple[float, str, ReplicaStatus]] = {}
@@ -256,6 +259,7 @@ class Watcher:
             self._scan_queues(table.deployments, known, readings)
             self.cell.finish_failed()
             self._sweeper.step(table.deployments)
+            self._scan_abandoned(now_s)
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
         self._slots.adapt(known, serving, self._queued, now_s)
@@ -325,6 +329,21 @@ class Watcher:
                 if replica.deployment == did and reading.state == "ready" and reading.used < reading.slots:
                     self._enrol(replica, reading.slots)
                     break
+
+    def _scan_abandoned(self, now_s: float) -> None:
+        """Requests that wait for a gateway that died: ended once their client may not come back any more.
+
+        Looked at twice, because a gateway may be reconnecting just now.
+        """
+        if now_s < self._next_abandoned_scan_s:
+            return
+        self._next_abandoned_scan_s = now_s + ABANDONED_SCAN_EVERY_S
+        before, self._abandoned = self._abandoned, set()
+        for did in self._queued:
+            self._abandoned |= self.cell.abandoned(did, time.time_ns() // 1_000_000)
+        if found := sorted(before & self._abandoned):
+            self.cell.give_up(found, ABANDONED)
+            log.warning("queue.abandoned", n=len(found), first=found[0])
 
     def _audit(self, busy: list[KnownReplica], now_s: float) -> None:
         """What is bound to a replica and neither in its hands nor in its queue was lost on the way."""

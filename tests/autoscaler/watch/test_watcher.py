@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import redis
 
 from autoscaler import records
-from autoscaler.cell import Cell
+from autoscaler.cell import ABANDONED_AFTER_MS, Cell
 from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.specs import desired_spec
 from autoscaler.watch.recorder import Recorder
@@ -680,3 +681,33 @@ def test_requests_that_are_served_or_still_in_the_queue_are_left_alone(
     queue = watch.cell.keys.machine(serving.machine_id.hex).prefix + f"replica.{serving.id.hex}"
     watch.cell.redis.delete(queue)
     assert audited(watch, serving, "first") == b"1", "the replica has it in its hands"
+
+
+# -- requests whose gateway died
+
+
+def test_what_waits_for_a_dead_gateway_is_ended_when_its_client_may_not_come_back_any_more(
+    watch: Watch,
+) -> None:
+    cell, did = watch.cell, watch.scaling.deployment.id.hex
+    now_ms = time.time_ns() // 1_000_000
+    old_ms = now_ms - ABANDONED_AFTER_MS - 1_000
+    watch.scaling.queue("old", "heard", "young", "resumed")
+    for request, gateway, score in (
+        ("old", "dead", 2 * 10**13 + old_ms),
+        ("heard", "alive", old_ms),
+        ("young", "dead", now_ms),
+        ("resumed", "dead", old_ms - 10**13),
+    ):
+        cell.redis.hset(cell.keys.request(request), "gw", gateway)
+        cell.redis.zadd(cell.keys.queue(did), {request: score})
+    ears = cell.redis.pubsub()
+    ears.subscribe(cell.keys.notice_channel("alive"))
+    assert ears.get_message(timeout=5)["type"] == "subscribe"
+    watch.turn(60.0)
+    watch.turn(1.1)
+    assert len(watch.queued()) == 4, "seen once, it may be reconnecting"
+    watch.turn(60.0)
+    assert sorted(watch.queued()) == [b"heard", b"young"]
+    assert cell.redis.hget(cell.keys.request("old"), "state") == b"done"
+    ears.close()
