@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import cache
 from typing import Final, NamedTuple, Self
 
 from controlplane.gateway.errors import bad_request
@@ -94,9 +95,7 @@ class Note(NamedTuple):
     n_carried_prompt: int = 0
 
     def encode(self) -> str:
-        letters = _ENDPOINT_LETTERS[self.endpoint] + ("s" if self.streaming else "p")
-        letters += ("u" if self.include_usage else "") + ("k" if self.keyed else "")
-        note = f"{letters}:{self.digest}"
+        note = _letters(self.endpoint, self.streaming, self.include_usage, self.keyed) + self.digest
         if self.n_carried or self.n_carried_prompt:
             note += f":{self.n_carried}:{self.n_carried_prompt}"
         return note
@@ -117,7 +116,10 @@ class Note(NamedTuple):
         )
 
 
-_PLAIN_NOTES = {e: Note(e, streaming=False, include_usage=False, keyed=False).encode() for e in Endpoint}
+@cache
+def _letters(endpoint: Endpoint, streaming: bool, include_usage: bool, keyed: bool) -> str:
+    letters = _ENDPOINT_LETTERS[endpoint] + ("s" if streaming else "p")
+    return letters + ("u" if include_usage else "") + ("k" if keyed else "") + ":"
 
 
 class Digests:
@@ -141,7 +143,5 @@ class Digests:
 
     def note(self, request: GenerationRequest, body: bytes, *, keyed: bool) -> str:
         """The note of a request of its own."""
-        if not (keyed or request.stream):
-            return _PLAIN_NOTES[request.endpoint]
-        digest = self.body(request.endpoint, body)
-        return Note(request.endpoint, request.stream, request.include_usage, keyed, digest).encode()
+        letters = _letters(request.endpoint, request.stream, request.include_usage, keyed)
+        return letters + self.body(request.endpoint, body) if keyed or request.stream else letters

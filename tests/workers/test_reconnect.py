@@ -172,6 +172,27 @@ def test_retracting_leads_back_to_the_one_before(cell: Cell) -> None:
     assert attach(cell, first) == [b"busy"], "a late retraction of another changes nothing"
 
 
+def test_journal_that_is_carried_lives_as_long_as_its_request(cell: Cell) -> None:
+    """A copy for an admission that never comes leaves nothing; an admitted one must not expire under its writer."""
+    first = cell.admit(note=NOTE)
+    source = cell.keys.machine("m9").journal(first)
+    cell.r.rpush(source, b"entry", b"entry and end")
+    assert continue_(cell, first, first, "n1", journal=source, rest=b"entry without end") == b"ok"
+    assert cell.r.lrange(cell.keys.journal("n1"), 0, -1) == [b"entry", b"entry without end"]
+    assert 0 < cell.r.pttl(cell.keys.journal("n1")) <= 10 * ADMISSION_MS
+    cell.admit(note=NOTE, request="n1", n_carried=2)
+    assert cell.r.pttl(cell.keys.journal("n1")) > 60 * 60 * 1000
+    cell.enrol("r1")
+    assert cell.r.pttl(cell.keys.machine("m1").journal("n1")) > 60 * 60 * 1000
+    cell.r.rpush(cell.keys.journal("n2"), b"entry")
+    cell.r.pexpire(cell.keys.journal("n2"), 1_000)
+    cell.admit(note=NOTE, request="n2", n_carried=1)
+    assert cell.r.pttl(cell.keys.machine("m1").journal("n2")) == -1
+    with pytest.raises(AssertionError, match="gone"):
+        cell.admit(note=NOTE, request="n3", n_carried=1)
+    assert not cell.r.exists(cell.keys.body("n3"))
+
+
 # -- the replica
 
 

@@ -15,7 +15,7 @@
 -- Returns {'bound', epoch, rid, hold_out, heads...} | {'queued', depth, waiting_for_replica 0|1, hold_out, heads...}
 --       | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
 --       | {'full', depth, whose 'deployment'|'organization', heads...} | {'seed', scope, id}
---       | {'exists'} (the id was used before) | {'gone'} (no body: nothing was taken);
+--       | {'exists'} (the id was used before) | {'gone'} (no body, or no journal to continue: nothing was taken);
 --         heads: what the limits stand at (lib_limits.lua), none where nothing is limited.
 local P, now = ARGV[1], tonumber(ARGV[2])
 local id, did = ARGV[3], ARGV[4]
@@ -66,8 +66,16 @@ if depth == 0 then
     if mid then rid = ARGV[i]; break end
   end
 end
+if n_carried > 0 and redis.call('EXISTS', P .. 'jrn:' .. id) == 0 then
+  redis.call('DEL', P .. 'body:' .. id)
+  return {'gone'}
+end
 if rid and not move_body(P, P .. 'm:' .. mid .. ':', id) then return {'gone'} end
-if rid and n_carried > 0 then redis.call('RENAME', P .. 'jrn:' .. id, P .. 'm:' .. mid .. ':jrn:' .. id) end
+if rid and n_carried > 0 then
+  local journal = P .. 'm:' .. mid .. ':jrn:' .. id
+  redis.call('RENAME', P .. 'jrn:' .. id, journal)
+  redis.call('PERSIST', journal)
+end
 if not rid then
   local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
   if whose then
@@ -104,6 +112,7 @@ redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
 local f = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
 join(P, did, id, f, ARGV[11], now)
 redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
+if n_carried > 0 then redis.call('PEXPIRE', P .. 'jrn:' .. id, LEASE_GC_MS) end
 pump(P, did, now)
 if redis.call('HGET', rec_key, 'state') == 'bound' then
   local r = redis.call('HMGET', rec_key, 'epoch', 'rid')
