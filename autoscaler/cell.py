@@ -32,7 +32,7 @@ from workers.contract import (
 )
 from workers.contract import encode as encode_wire
 from workers.keys import RETENTION_MS, CellKeys, MachineKeys
-from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, SWEEP, WITHDRAW, Script
+from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, SHORTEN, SWEEP, WITHDRAW, Script
 
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
@@ -45,6 +45,7 @@ ABANDONED_AFTER_MS = RETENTION_MS
 MAX_ABANDONED = 64  # of a band, a look
 N_BANDS, BAND_SPAN = 4, 10**13  # as in lua/lib_flows.lua
 BELL_MAX = 16
+SCANNED_PER_CALL = 2000  # keys; some 0.3 ms of Redis
 # A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
 GENERATION_FIELD = "generation"
 _json = msgspec.json.Encoder()
@@ -333,6 +334,25 @@ class Cell:
         pipeline.ltrim(keys.bell, 0, BELL_MAX - 1)
         pipeline.execute()
 
+    # -- memory
+
+    def memory_used_ratio(self) -> float:
+        """Of what Redis may use; 0.0 where it has no bound."""
+        info = self.redis.info("memory")
+        most = int(info.get("maxmemory", 0))
+        return int(info["used_memory"]) / most if most else 0.0
+
+    def shorten_journals(self, cursor: int, life_ms: int) -> tuple[int, int]:
+        """Keep journals of ended requests no longer than `life_ms` from now; looks at some thousand keys from `cursor`.
+
+        (cursor to go on from, 0 = all were seen; how many were shortened).
+        """
+        found = self.redis.scan(cursor, match=f"{self.keys.prefix}m:*:jrn:*", count=SCANNED_PER_CALL)
+        cursor, journals = cast(tuple[int, list[bytes]], found)
+        if not journals:
+            return cursor, 0
+        return cursor, int(self._run_bare(SHORTEN, life_ms, RETENTION_MS, *journals))
+
     # -- stages
 
     def publish_stage(self, stage: Stage) -> None:
@@ -404,7 +424,9 @@ class Cell:
         return cast(Any, self.redis).execute_command("ACL", *args)
 
     def _run(self, script: Script, *args: str | int | bytes) -> Any:
-        arguments = (self.keys.prefix, time.time_ns() // 1_000_000, *args)
+        return self._run_bare(script, self.keys.prefix, time.time_ns() // 1_000_000, *args)
+
+    def _run_bare(self, script: Script, *arguments: str | int | bytes) -> Any:
         try:
             return self.redis.evalsha(script.sha, 0, *arguments)
         except redis.exceptions.NoScriptError:

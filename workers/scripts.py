@@ -58,13 +58,14 @@ RETRACT = load("retract")
 ENROL = load("enrol", "lib_bind", "lib_flows", "lib_queue")
 RESIZE = load("resize", "lib_bind", "lib_flows", "lib_queue")
 WITHDRAW = load("withdraw", "lib_bind", "lib_flows", "lib_queue")
+SHORTEN = load("shorten")
 CLAIM = load("claim")
 FLUSH = load("flush")
 POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    *(ADMIT, ADMIT_SEVERAL, SETTLE, SETTLE_SEVERAL, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL),
+    *(ADMIT, ADMIT_SEVERAL, SETTLE, SETTLE_SEVERAL, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL, SHORTEN),
     *(IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
 )
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

@@ -22,6 +22,7 @@ from autoscaler.cell import ABANDONED, Cell, ReplicaReading, parse_status
 from autoscaler.models import MachineState, ReplicaPhase
 from autoscaler.types import StageName
 from autoscaler.watch.liveness import Liveness
+from autoscaler.watch.memory import MemoryKeeper
 from autoscaler.watch.orphans import Orphans
 from autoscaler.watch.recorder import (
     CellEmptied,
@@ -77,6 +78,7 @@ class Watcher:
         self.is_active = False
         self._clock = clock
         self._beats = Liveness(stale_after_s)
+        self._memory = MemoryKeeper(cell)
         self._agents = Liveness(AGENT_STALE_S)
         self._orphans = Orphans()
         self._audited_last = ""
@@ -260,6 +262,7 @@ class Watcher:
             self.cell.finish_failed()
             self._sweeper.step(table.deployments)
             self._scan_abandoned(now_s)
+            self._memory.look()
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
         self._slots.adapt(known, serving, self._queued, now_s)

@@ -229,8 +229,8 @@ def _nothing_left_behind(world: World) -> None:
         name = key.decode().removeprefix(prefix)
         if world.r.pttl(key) >= 0 or name.startswith(LASTING):
             continue
-        if world.forgot and ":unacked" in name and world.fronts[name.rpartition(".")[2]].process.alive:
-            continue  # acknowledged in what Redis forgot: goes with the replica
+        if world.forgot and (":unacked" in name or ":replica." in name):
+            continue  # what Redis brought back from before: goes with the replica, if that still lives
         n_bytes += world.r.memory_usage(key) or 0
         assert name.startswith("m:") and name.endswith(LASTING_OF_MACHINES), (
             f"{key.decode()} is left for ever"

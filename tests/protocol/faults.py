@@ -209,23 +209,13 @@ GENTLE: tuple[Fault, ...] = (
 HARSH: tuple[Fault, ...] = (
     *GENTLE, postgres_away, kill_gateway, reset_gateway, restart_redis, replace_redis, empty_redis,
 )  # fmt: skip
+_FORGOT = {"cell_unavailable", "budget_unavailable", "request_lost", "request_not_found", "journal_unreadable",
+           "internal_error"}  # fmt: skip
 EXCUSES: dict[Fault, set[str]] = {
     reset_gateway: {"cell_unavailable"},
     restart_redis: {"cell_unavailable", "budget_unavailable"},
-    replace_redis: {
-        "cell_unavailable",
-        "budget_unavailable",
-        "request_lost",
-        "journal_unreadable",
-        "internal_error",
-    },
-    empty_redis: {
-        "cell_unavailable",
-        "budget_unavailable",
-        "request_lost",
-        "journal_unreadable",
-        "internal_error",
-    },
+    replace_redis: _FORGOT,
+    empty_redis: _FORGOT,
     postgres_away: {"auth_unavailable", "budget_unavailable"},
 }
 

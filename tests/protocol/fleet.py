@@ -189,9 +189,13 @@ class Consumer:
         await self.front.replica.serve(request, epoch)
 
     async def _ack(self, tag: str) -> None:
-        with suppress(RedisError):
-            await self._client.call("HDEL", self._records[0], tag)
-            await self._client.call("ZREM", self._records[1], tag)
+        """acks.py: what a connection took down with it waits for the next one."""
+        while True:
+            with suppress(RedisError):
+                await self._client.call("HDEL", self._records[0], tag)
+                await self._client.call("ZREM", self._records[1], tag)
+                return
+            await asyncio.sleep(0.2)
 
     async def stop(self, grace_s: float) -> None:
         """Take nothing more, wait, cancel the rest, put their messages back."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import random
 import shutil
 import tempfile
@@ -146,7 +147,8 @@ class World:
 
     def order(self, slots: int) -> None:
         """A replica has ended: another one comes up a while later, on a machine that lives."""
-        self.loop.call_later(self.rng.uniform(0.8, 2.0), self._start_ordered, slots)
+        nobody = contextvars.Context()  # a provider's work: it goes on whoever dies
+        self.loop.call_later(self.rng.uniform(0.8, 2.0), self._start_ordered, slots, context=nobody)
 
     def _start_ordered(self, slots: int) -> None:
         hosts = [m for m in self.machines if m not in self.dead_machines]

@@ -4,10 +4,11 @@
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms,
 --       8 prompt tokens found cached (optional).
 -- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
+local UNREACHABLE_JOURNAL_MS = 30000
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'in_est', 'out_est', 'money', 'caps',
-  'rid', 'mid', 'fq', 'chg', 'adm_ms', 'asks')
+  'rid', 'mid', 'fq', 'chg', 'adm_ms', 'asks', 'note')
 if not r[1] or r[1] == 'done' then return {0} end
 local did = r[2]
 local back_in, back_out = tonumber(r[6]) - tonumber(ARGV[4]), tonumber(r[7]) - tonumber(ARGV[5])
@@ -46,7 +47,10 @@ if r[1] == 'queued' then
 end
 if r[10] and r[10] ~= '' then
   free_slot(P, id, r[10])
-  redis.call('DEL', P .. 'm:' .. r[11] .. ':body:' .. id)
+  local M = P .. 'm:' .. r[11] .. ':'
+  redis.call('DEL', M .. 'body:' .. id)
+  -- A note without a digest: nothing leads back to it, and its gateway fills a gap within seconds, if at all.
+  if r[16] and string.sub(r[16], -1) == ':' then redis.call('PEXPIRE', M .. 'jrn:' .. id, UNREACHABLE_JOURNAL_MS) end
   -- was_mid: where the journal of a finished request still lies.
   redis.call('HSET', rec_key, 'state', 'done', 'rid', '', 'mid', '', 'was_mid', r[11])
 else
