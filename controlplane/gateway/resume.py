@@ -63,6 +63,8 @@ class _Found(NamedTuple):
     created_ms: int
     gateway: str
     stream: int
+    n_tokens: int
+    error: WireError | None  # why nobody served it
 
 
 class Resumer:
@@ -124,7 +126,8 @@ class Resumer:
         number = self._dispatcher.next_number()
         found = await self._find(first, key, digest, number)
         if found.verdict != "done":
-            return self._attached(first, found, number, asked.event, key, request.stream)
+            is_greedy = request.body.temperature == 0
+            return self._attached(first, found, number, asked.event, key, request.stream, is_greedy)
         journal, last = await self._last_entry(found)
         n_produced = 0 if last is None else last.offset + len(last.token_ids)
         if asked.event is not None and asked.event.n_tokens > n_produced:
@@ -153,7 +156,8 @@ class Resumer:
         number = self._dispatcher.next_number()
         found = await self._find(first, key, "", number)
         if found.verdict != "done":
-            return self._attached(first, found, number, event, key, streaming=True), found.note.include_usage
+            stream = self._attached(first, found, number, event, key, streaming=True, is_greedy=False)
+            return stream, found.note.include_usage
         _, last = await self._last_entry(found)
         if last is None and found.machine:
             raise _not_kept(key)
@@ -242,10 +246,11 @@ class Resumer:
                     "the same bytes, or leave the header out",
                     headers=NO_RETRY,
                 )
-            if verdict == "failed":
-                raise from_wire(decode_error(answer[1]))
             if verdict not in ("busy", "ending"):
-                return _found(answer)
+                found = _found(answer)
+                if found.error is not None and found.error.status not in (503, 504):
+                    raise from_wire(found.error)
+                return found
             if time.monotonic() >= deadline:
                 raise unavailable("request_ending", "the request is just being ended: try again shortly")
             await asyncio.sleep(_POLL_S)
@@ -269,12 +274,24 @@ class Resumer:
     # -- going on with it
 
     def _attached(
-        self, first: str, found: _Found, number: int, event: EventId | None, key: KeyContext, streaming: bool
+        self,
+        first: str,
+        found: _Found,
+        number: int,
+        event: EventId | None,
+        key: KeyContext,
+        streaming: bool,
+        is_greedy: bool,
     ) -> Stream:
         stream = self._reopen(Resumed.ATTACHED, first, found, number, event, key, streaming)
+        stream.is_greedy = is_greedy
         stream.keep = found.note.keyed
         stream.queued = found.verdict == "queued"
         self._supersede(found)
+        if stream.n_seen > found.n_tokens and not is_greedy:
+            # Redis is back without the end of its log: sampled anew, the tokens would not fit what the client has.
+            stream.fail(unavailable("answer_lost", "a part of the answer was lost: send the request again"))
+            return stream
         inbox = self._ends.inbox
         inbox.catch_up(stream)
 
@@ -433,9 +450,10 @@ class Resumer:
 
 
 def _found(answer: list[Any]) -> _Found:
-    verdict, request, note, admitted_ms, machine, deployment, price, created_ms, gateway, stream = (
-        part.decode() for part in answer
+    verdict, request, note, admitted_ms, machine, deployment, price, created_ms, gateway, stream, n_tokens = (
+        part.decode() for part in answer[:11]
     )
+    error = answer[11]
     return _Found(
         verdict,
         request,
@@ -447,6 +465,8 @@ def _found(answer: list[Any]) -> _Found:
         int(created_ms),
         gateway,
         int(stream),
+        int(n_tokens),
+        decode_error(error) if error else None,
     )
 
 

@@ -5,9 +5,10 @@
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request as the client knows it, 4 project of the key, 5 digest of the body ('' = no
 --       body was sent), 6 gateway, 7 stream, 8 how long an admission may take, ms.
 -- Returns {'unknown'} (also when it is another project's) | {'differs'} (another body) | {'busy'} (a continuation is
--- being admitted) | {'failed', error} (nobody will serve it) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
--- stream}, where verdict is 'running' or 'queued' (attached; the last two are who had it before), 'ending' (cancelled,
--- not over yet), 'done'; machine: where its journal lies, '' = never on one.
+-- being admitted) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
+-- stream, tokens, error}, where verdict is 'running' or 'queued' (attached; gateway and stream had it before), 'ending'
+-- (not over yet), 'done'; machine: where its journal lies, '' = never on one; tokens: in the journal of what is attached;
+-- error: why nobody served it, '' = it ended otherwise.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local first = redis.call('HMGET', P .. 'req:' .. id, 'prj', 'note', 'adm_ms', 'next', 'next_ms', 'prev')
 if not first[1] or first[1] ~= ARGV[4] or not first[2] then return {'unknown'} end
@@ -15,7 +16,7 @@ if ARGV[5] ~= '' and string.match(first[2], '^%a*:(%x*)') ~= ARGV[5] then return
 
 local function read(request)
   return redis.call('HMGET', P .. 'req:' .. request, 'state', 'note', 'adm_ms', 'mid', 'was_mid', 'dep', 'pv', 'gw',
-    'stream', 'rid', 'cancel', 'error')
+    'stream', 'rid', 'cancel', 'error', 'n')
 end
 
 if first[4] then id = first[4] end
@@ -28,19 +29,18 @@ if not r[1] then
 end
 
 local mid = r[4] or ''
-local function answer(verdict, machine)
-  return {verdict, id, r[2], r[3], machine, r[6], r[7], first[3], r[8], r[9]}
+local function answer(verdict, machine, n)
+  return {verdict, id, r[2], r[3], machine, r[6], r[7], first[3], r[8], r[9], n or '0', r[12] or ''}
 end
 
-if r[12] and r[12] ~= '' then return {'failed', r[12]} end
 if r[1] == 'done' or (r[1] == 'bound' and mid == '') then return answer('done', mid ~= '' and mid or r[5] or '') end
 if r[1] == 'queued' then
   if r[11] or r[12] then return answer('ending', '') end
   redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
-  return answer('queued', '')
+  return answer('queued', '', r[13])
 end
 local M = P .. 'm:' .. mid .. ':'
-local lease = redis.call('HMGET', M .. 'req:' .. id, 'state', 'cancel')
+local lease = redis.call('HMGET', M .. 'req:' .. id, 'state', 'cancel', 'n')
 if lease[1] == 'done' then return answer('done', mid) end -- over, not settled yet
 if lease[2] or r[11] then return answer('ending', mid) end
 redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
@@ -49,4 +49,4 @@ if lease[1] then
   redis.call('HSET', M .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7], 'moved', 1)
   redis.call('PUBLISH', M .. 'ctl:' .. r[10], '@' .. id)
 end
-return answer('running', mid)
+return answer('running', mid, lease[3])

@@ -90,6 +90,10 @@ async def state_of(gw: Running, request: str) -> bytes:
     return (await gw.record(request)).get(b"state", b"")
 
 
+async def settle(gw: Running, request: str) -> None:
+    await gw.redis.evalsha(scripts.SETTLE.sha, 0, KEYS.prefix, 1, request, 0, 0, 0, 60_000)
+
+
 def is_done(gw: Running, request: str) -> Callable[[], Any]:
     async def done() -> bool:
         return await state_of(gw, request) == b"done"
@@ -338,10 +342,45 @@ async def test_request_that_nobody_will_serve_is_not_tried_again(gw: Running, te
         await gw.redis.evalsha(scripts.CLAIM.sha, 0, prefix, 1, teller.jobs[0].id, 2, "r2")
         given_up = await gw.redis.evalsha(*withdraw, "r2", "dead", 1, poison)
         assert given_up[2] == 1
+        waiting = asyncio.ensure_future(gw.post(AS_STREAMED, **{"idempotency-key": "k"}))
+        await settle(gw, teller.jobs[0].id)  # as the watcher does
+        assert (await waiting).status_code == 500
         for headers in ({"idempotency-key": "k"}, {"last-event-id": first.ids[-1]}):
             async with gw.stream(CHAT, **headers) as again:
                 assert again.status == 500
                 assert "request_poison" in (await again.response.aread()).decode()
+
+
+async def test_request_that_waited_too_long_may_try_again_under_its_key(gw: Running, redis_url: str) -> None:
+    sending = asyncio.ensure_future(gw.post(CHAT, **{"idempotency-key": "k"}))
+    await until(lambda: gw.redis.zcard(KEYS.queue(DEPLOYMENT)))
+    (request,) = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
+    error = encode(WireError(504, "timeout", "waited too long"))
+    await gw.redis.hset(KEYS.request(request.decode()), "error", error)
+    await settle(gw, request.decode())
+    sending.cancel()
+    machine = Machine(redis_url)
+    await machine.start()
+    assert (await gw.post(CHAT, **{"idempotency-key": "k"})).status_code == 200
+    await machine.stop()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_event_that_redis_has_forgotten_is_made_anew_only_where_that_gives_the_same(
+    gw: Running, teller: Teller, temperature: float
+) -> None:
+    """Redis came back without the end of its log: the client has seen three tokens, the journal has one."""
+    teller.may_tell = 1
+    body = {**CHAT, "temperature": temperature}
+    async with gw.stream(body) as first:
+        await read(first, 1)
+        async with gw.stream(body, **{"last-event-id": f"{teller.jobs[0].id}.3"}) as again:
+            if temperature:
+                assert again.status == 503
+                assert "answer_lost" in (await again.response.aread()).decode()
+            else:
+                teller.may_tell = 8
+                assert text_of(await again.rest()) == "w3 w4 w5 w6 w7 "
 
 
 async def test_answer_that_is_not_kept_is_gone(gw: Running, teller: Teller) -> None:
