@@ -45,6 +45,7 @@ def test_settings_that_matter(redis_server: EmbeddedRedis, redis_url: str) -> No
             "bind": "127.0.0.1",
             "appendonly": "yes",
             "appendfsync": "everysec",
+            "auto-aof-rewrite-min-size": str(32 << 20),  # bounds how long a restart reads
             "save": "",
             "maxmemory-policy": "noeviction",
             "acl-pubsub-default": "resetchannels",
