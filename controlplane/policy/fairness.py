@@ -9,8 +9,9 @@ tests/workers/test_fair_queue.py holds the two together on random histories. The
 3. In the band the organization with the least service per weight goes next, in it the project, in it the key
    (virtual token counters, VTC, arXiv:2401.00588, in a hierarchy); of a key the request with the lowest order
    key.
-4. Where several flows lie within `window` of the least, the one goes whose head has most of its prompt cached
-   on the replica (DLPM, arXiv:2501.14312).
+4. Where several flows lie within `window` of the least, one behind the first goes before it if its head has
+   more prefixes cached on the replica (DLPM, arXiv:2501.14312), unless the first has all of its own, or none to
+   have because its prompt is short.
 
 Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A request that found a
 free slot is charged at its end, if somebody waits then: else it took nothing from anybody. A flow that begins
@@ -272,6 +273,8 @@ class FairQueue:
             n = index.longest(request.prefixes)
             if n > best_n:
                 best, best_n = request, n
+                if n == len(request.prefixes):  # nothing to gain by passing it over
+                    break
         assert best is not None
         n_cached = cached_tokens(best_n, best.n_prompt)
         best.charged = service(best.n_prompt, n_cached, best.n_expected)

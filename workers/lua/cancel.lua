@@ -11,7 +11,7 @@ if r[1] == 'done' then return 'done' end
 if ARGV[4] and (r[5] ~= ARGV[4] or r[6] ~= ARGV[5]) then return 'moved' end
 redis.call('HSET', rec_key, 'cancel', 1) -- a reconnect waits for the end of what is ending (attach.lua)
 if r[1] == 'queued' then
-  leave(P, r[2], id, flow_of(r[7], r[8], r[9], r[10]))
+  leave(P, r[2], id, flow_of(r[7], r[8], r[9], r[10]), 0)
   return 'queued'
 end
 local M = P .. 'm:' .. r[4] .. ':'

@@ -4,10 +4,11 @@
 
 local LEASE_GC_MS = 21600000
 
--- The machine of a replica that takes new work and has a free slot; nil otherwise.
+-- The machine of a replica that takes new work and has a free slot, and how many are free; nil otherwise.
 local function with_slot(P, rid)
   local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots', 'mid')
-  if r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0') then return r[4] end
+  local n_free = tonumber(r[3] or '0') - tonumber(r[2] or '0')
+  if r[1] == 'ready' and n_free > 0 then return r[4], n_free end
   return nil
 end
 
@@ -30,15 +31,17 @@ local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
 end
 
 -- Binds a request that waits (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
--- the body is gone.
-local function bind(P, id, rid, mid, now_ms)
+-- the body is gone. `charged` is what the fair queue takes for it (nil: as before).
+local function bind(P, id, rid, mid, now_ms, charged)
   local rec_key, M = P .. 'req:' .. id, P .. 'm:' .. mid .. ':'
   if not move_body(P, M, id) then return nil end
-  redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
-  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel')
+  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel', 'chg')
   local epoch, attempt = tonumber(rec[6]) + 1, tonumber(rec[5]) + 1
+  if attempt > 1 or rec[3] ~= '0' then
+    redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
+  end
   redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms, 'epoch', epoch,
-             'attempt', attempt)
+             'attempt', attempt, 'chg', charged or rec[8] or 0)
   hand_over(P, M, id, rid, epoch, attempt, rec[1], rec[2], rec[3], rec[4])
   -- Its client left while another replica had it: this one only ends it and says what it used.
   if rec[7] then redis.call('HSET', M .. 'req:' .. id, 'cancel', 1) end

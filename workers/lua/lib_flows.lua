@@ -92,18 +92,30 @@ local function full(P, did, org, depth, bound)
   return nil
 end
 
--- Takes a request out, wherever it waits; flows that have nothing left leave, and say at which counter.
-local function leave(P, did, id, f)
-  local Q, h = P .. 'dep:' .. did .. ':', P .. 'dep:' .. did .. ':v'
+-- Takes a request out, wherever it waits, and charges its flow with `tenths`. Flows that have nothing left leave, and
+-- say at which counter.
+local function leave(P, did, id, f, tenths)
+  local Q, h, lv = P .. 'dep:' .. did .. ':', P .. 'dep:' .. did .. ':v', levels_of(P, did, f)
   redis.call('ZREM', Q .. 'q', id)
   local under = Q .. 'r:' .. f[1] .. ':' .. f[5]
   if redis.call('ZREM', under, id) == 0 then return end -- a resumed request waits outside the flows
-  if redis.call('HINCRBY', h, 'n' .. f[7], -1) <= 0 then redis.call('HDEL', h, 'n' .. f[7]) end
-  local lv = levels_of(P, did, f)
+  local v = redis.call('HMGET', h, lv[1][3], lv[2][3], lv[3][3], 'n' .. f[7])
+  local is_last = redis.call('EXISTS', under) == 0
+  local set = {'n' .. f[7], v[4] - 1}
   for i = 3, 1, -1 do
-    if redis.call('EXISTS', under) == 1 then return end
-    redis.call('HSET', h, lv[i][4], redis.call('HGET', h, lv[i][3]))
-    redis.call('ZREM', lv[i][1], lv[i][2])
-    under = lv[i][1]
+    local l = lv[i]
+    local now = string.format('%.0f', v[i] + virtual(tenths, l[5]))
+    set[#set + 1] = l[3]
+    set[#set + 1] = now
+    if is_last then
+      set[#set + 1] = l[4]
+      set[#set + 1] = now
+      redis.call('ZREM', l[1], l[2])
+      is_last = i > 1 and redis.call('EXISTS', l[1]) == 0
+    elseif tenths > 0 then
+      redis.call('ZADD', l[1], now, l[2])
+    end
   end
+  redis.call('HSET', h, unpack(set))
+  if v[4] == '1' then redis.call('HDEL', h, 'n' .. f[7]) end
 end

@@ -32,21 +32,18 @@ local function note_prefixes(P, rid, pfx, now_ms)
   end
 end
 
--- The band to serve: the lowest, but every AGED_TURN-th time the one that is most overdue. A band is overdue once its
--- oldest request has waited age_ms for each band between it and the lowest that waits.
-local function next_band(Q, now_ms, age_ms)
-  local lowest, aged, worst, from = nil, nil, -1, 0
-  while true do
-    local e = redis.call('ZRANGEBYSCORE', Q .. 'q', string.format('%.0f', from), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-    if not e[1] then break end
-    local b = math.floor(tonumber(e[2]) / BAND_SPAN)
-    local waited_ms = now_ms - (tonumber(e[2]) - b * BAND_SPAN)
-    if not lowest then
-      lowest = b
-    elseif waited_ms - age_ms * (b - lowest) > worst then
-      worst, aged = waited_ms - age_ms * (b - lowest), b
-    end
-    from = (b + 1) * BAND_SPAN
+-- The band to serve, given the first entry of q: the lowest, but every AGED_TURN-th time the one that is most overdue.
+-- A band is overdue once its oldest request has waited age_ms for each band between it and the lowest that waits.
+local function next_band(Q, first_score, now_ms, age_ms)
+  local lowest, aged, worst = math.floor(first_score / BAND_SPAN), nil, -1
+  local highest = math.floor(redis.call('ZRANGE', Q .. 'q', -1, -1, 'WITHSCORES')[2] / BAND_SPAN)
+  local b = lowest
+  while b < highest do
+    local from = string.format('%.0f', (b + 1) * BAND_SPAN)
+    local score = redis.call('ZRANGEBYSCORE', Q .. 'q', from, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+    b = math.floor(score / BAND_SPAN)
+    local overdue_ms = now_ms - (score - b * BAND_SPAN) - age_ms * (b - lowest)
+    if overdue_ms > worst then worst, aged = overdue_ms, b end
   end
   if not aged then return lowest end
   if redis.call('HINCRBY', Q .. 'v', 't', 1) < AGED_TURN then return lowest end
@@ -64,29 +61,45 @@ local function within(zset, window)
   return out
 end
 
--- Heads to choose from: where more than one organization lies within the window, the head of each; else of the
--- projects of the one, else of the keys. Each is {organization, project, key, request}.
-local function heads(Q, b, window)
-  local function first(zset) return redis.call('ZRANGE', zset, 0, 0)[1] end
-  local out = {}
-  local function add(org, prj, key)
-    prj = prj or first(Q .. 'p:' .. b .. ':' .. org)
-    key = key or first(Q .. 'k:' .. b .. ':' .. prj)
-    out[#out + 1] = {org, prj, key, first(Q .. 'r:' .. b .. ':' .. key)}
-  end
-  local orgs = within(Q .. 'o:' .. b, window)
-  if #orgs == 0 then return out end
-  if #orgs > 1 then
-    for _, org in ipairs(orgs) do add(org) end
+-- Flows to choose from, in order: where more than one organization lies within the window, those; else the projects of
+-- the one; else the keys of that. Each is {organization, project or nil, key or nil}.
+local function flows_to_ask(Q, b, window)
+  local out, orgs = {}, within(Q .. 'o:' .. b, window)
+  if #orgs ~= 1 then
+    for i, org in ipairs(orgs) do out[i] = {org} end
     return out
   end
   local prjs = within(Q .. 'p:' .. b .. ':' .. orgs[1], window)
-  if #prjs > 1 then
-    for _, prj in ipairs(prjs) do add(orgs[1], prj) end
+  if #prjs ~= 1 then
+    for i, prj in ipairs(prjs) do out[i] = {orgs[1], prj} end
     return out
   end
-  for _, key in ipairs(within(Q .. 'k:' .. b .. ':' .. prjs[1], window)) do add(orgs[1], prjs[1], key) end
+  for i, key in ipairs(within(Q .. 'k:' .. b .. ':' .. prjs[1], window)) do out[i] = {orgs[1], prjs[1], key} end
   return out
+end
+
+local function first_of(zset)
+  return redis.call('ZRANGE', zset, 0, 0)[1]
+end
+
+-- The request to dispatch from band b to this replica: the head of the first of these flows, or of one behind it that
+-- has more prefixes cached there. A head that has all of them (or none at all: a short prompt) is not passed over.
+-- Returns {organization, project, key, request}, its record's fq, pfx, in_est and pred, and the number of prefixes.
+local function choose(P, Q, b, rid, window)
+  local best, best_rec, best_n = nil, nil, -1
+  for _, flow in ipairs(flows_to_ask(Q, b, window)) do
+    flow[2] = flow[2] or first_of(Q .. 'p:' .. b .. ':' .. flow[1])
+    flow[3] = flow[3] or first_of(Q .. 'k:' .. b .. ':' .. flow[2])
+    flow[4] = first_of(Q .. 'r:' .. b .. ':' .. flow[3])
+    local rec = redis.call('HMGET', P .. 'req:' .. flow[4], 'fq', 'pfx', 'in_est', 'pred')
+    local pfx = rec[2] or ''
+    local n = cached_prefixes(P, rid, pfx)
+    if n > best_n then
+      best, best_rec, best_n = flow, rec, n
+      if n * PREFIX_CHARS == #pfx then break end
+    end
+  end
+  return best, best_rec, best_n
 end
 
 -- Takes the next request for this replica out of the queue and binds it. Returns 1 when it did, 0 when that one could
@@ -100,48 +113,42 @@ local function dispatch(P, did, rid, mid, now_ms)
     return bind(P, first[1], rid, mid, now_ms) and 1 or 0
   end
   local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
-  local b = next_band(Q, now_ms, tonumber(set[2]))
-  local best, best_rec, best_n = nil, nil, -1
-  for _, head in ipairs(heads(Q, b, tonumber(set[1]))) do
-    local rec = redis.call('HMGET', P .. 'req:' .. head[4], 'fq', 'pfx', 'in_est', 'pred')
-    local n = cached_prefixes(P, rid, rec[2] or '')
-    if n > best_n then best, best_rec, best_n = head, rec, n end
-  end
+  local b = next_band(Q, tonumber(first[2]), now_ms, tonumber(set[2]))
+  local best, best_rec, best_n = choose(P, Q, b, rid, tonumber(set[1]))
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others
-    redis.call('ZREM', Q .. 'q', first[1])
+    local from, to = string.format('%.0f', b * BAND_SPAN), string.format('%.0f', (b + 1) * BAND_SPAN - 1)
+    redis.call('ZREM', Q .. 'q', redis.call('ZRANGEBYSCORE', Q .. 'q', from, to, 'LIMIT', 0, 1)[1])
     return 0
   end
   local id, f = best[4], flow_of(best_rec[1], best[3], best[2], best[1])
   f[1] = b
-  local epoch = best_rec[3] and bind(P, id, rid, mid, now_ms)
-  if epoch then
-    local n_in, n_cached = tonumber(best_rec[3]), 0
-    if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
-    local tenths = service(n_in, n_cached, tonumber(best_rec[4]))
-    redis.call('HSET', P .. 'req:' .. id, 'chg', tenths)
-    charge(P, did, f, 0, tenths, true)
-    note_prefixes(P, rid, best_rec[2] or '', now_ms)
+  local n_in, n_cached = tonumber(best_rec[3] or '0'), 0
+  if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
+  local tenths = service(n_in, n_cached, tonumber(best_rec[4] or '0'))
+  if not (best_rec[3] and bind(P, id, rid, mid, now_ms, tenths)) then
+    leave(P, did, id, f, 0)
+    return 0
   end
-  leave(P, did, id, f)
-  return epoch and 1 or 0
+  leave(P, did, id, f, tenths)
+  note_prefixes(P, rid, best_rec[2] or '', now_ms)
+  return 1
 end
 
 -- Binds waiting requests while a replica of the deployment has a free slot, one a round and replica by id, so that a
 -- burst is spread; returns how many. Bounded per call.
 local function pump(P, did, now_ms)
-  if redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 0 then return 0 end
   local n_bound, free = 0, redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')
   table.sort(free)
   while #free > 0 do
     local still = {}
     for _, rid in ipairs(free) do
-      local mid = with_slot(P, rid)
+      local mid, n_free = with_slot(P, rid)
       if mid then
         local got = dispatch(P, did, rid, mid, now_ms)
         if not got then return n_bound end
         n_bound = n_bound + got
         if n_bound >= 256 then return n_bound end
-        still[#still + 1] = rid
+        if n_free > got then still[#still + 1] = rid end
       end
     end
     free = still

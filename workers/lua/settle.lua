@@ -41,7 +41,7 @@ for s = 1, 3 do
   put_scope(h, set)
 end
 if r[1] == 'queued' then
-  leave(P, did, id, flow_of(r[12], r[3], r[4], r[5]))
+  leave(P, did, id, flow_of(r[12], r[3], r[4], r[5]), 0)
   redis.call('DEL', P .. 'body:' .. id)
   redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
 end
