@@ -14,7 +14,10 @@ from infra.drills.scene import DrillError
 @contextlib.contextmanager
 def only_drill(var: Path) -> Iterator[None]:
     """Hold the lock of this data directory; the kernel frees it, however we end. DrillError when another holds it."""
-    descriptor = os.open(var / "drill.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(var / "drill.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        raise DrillError(f"no stack runs from {var}: start it with `make up`") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,8 +4,10 @@ The load, its tenant and its deployment are the drill's own; what is broken is t
 status 0: every promise was kept, 1: one was not, 2: the drill could not be carried out.
 """
 
+import argparse
 import json
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from typing import Any
@@ -30,17 +32,24 @@ from infra.drills.scene import DrillError, Scene
 PROBE_SLOTS = 16
 MODELS = {"demo": f"package:{DEMO_PACKAGE}", "tiny": "tiny"}
 
+_WIDTH = 105
+
 
 class Command(BaseCommand):
-    help = (
+    help = textwrap.fill(
         "Breaks one thing of the running local stack while streams run, compares every stream with its undisturbed "
-        "run, and checks bills and counters. Exit status: 0 all promises kept, 1 not, 2 it could not be carried out. "
-        "Drills: " + "; ".join(f"{name}: {drill.help}" for name, drill in DRILLS.items()) + "."
+        "run, and checks bills and counters. Exit status: 0 all promises kept, 1 not, 2 it could not be carried out.",
+        _WIDTH,
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("name", choices=sorted(DRILLS))
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = "drills:\n" + "\n".join(
+            textwrap.fill(f"{name:<15}{drill.help}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 17)
+            for name, drill in DRILLS.items()
+        )
+        parser.add_argument("name", choices=DRILLS, metavar="NAME", help="one of the drills below")
         parser.add_argument(
             "--streams", type=int, default=64, metavar="N", help="at once (default: %(default)s)"
         )

@@ -13,3 +13,8 @@ def test_a_second_drill_is_refused_until_the_first_is_over(tmp_path: Path) -> No
         pass
     with only_drill(tmp_path):
         pass
+
+
+def test_without_a_stack_the_remedy_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DrillError, match="make up"), only_drill(tmp_path / "none"):
+        pass
