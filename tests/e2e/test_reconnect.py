@@ -30,7 +30,7 @@ N_TOKENS = 200  # two seconds
 
 @pytest.fixture(scope="module")
 def calls(stack: BenchStack) -> Iterator[Callable[..., Any]]:
-    """`calls(prompt, stream, **headers)`: a request with a connection of its own, as a context manager."""
+    """`calls(prompt, **headers)`: a stream on a connection of its own, as a context manager."""
     stack.manage("deploy", MODEL, "--model", "toy", "--min", "1")
     with httpx.Client(base_url=stack.facts.base_url, timeout=60.0, trust_env=False) as warm:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
@@ -38,12 +38,12 @@ def calls(stack: BenchStack) -> Iterator[Callable[..., Any]]:
         assert warm.post("/chat/completions", json=body, headers=auth).status_code == 200
     clients: list[httpx.Client] = []
 
-    def call(prompt: str, stream: bool = True, **headers: str) -> Any:
+    def call(prompt: str, *, model: str = MODEL, n_tokens: int = N_TOKENS, **headers: str) -> Any:
         client = httpx.Client(base_url=stack.facts.base_url, timeout=60.0, trust_env=False)
         clients.append(client)
         content = {
-            "model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": N_TOKENS,
-            "ignore_eos": True, "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {}),
+            "model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": n_tokens,
+            "ignore_eos": True, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         return client.stream("POST", "/chat/completions", json=content, headers={**auth, **headers})
 
@@ -82,12 +82,12 @@ class Read:
                     return
 
 
-def undisturbed(calls: Callable[..., Any], prompt: str) -> Read:
-    with calls(prompt) as response:
+def undisturbed(calls: Callable[..., Any], prompt: str, **options: Any) -> Read:
+    with calls(prompt, **options) as response:
         read = Read(response)
         read.go_on()
     assert read.is_complete
-    assert read.usage["completion_tokens"] == N_TOKENS
+    assert read.usage["completion_tokens"] == options.get("n_tokens", N_TOKENS)
     return read
 
 
@@ -148,6 +148,7 @@ def test_killed_gateway_costs_a_reconnecting_client_nothing(
     eventually(lambda: booked(operator, before) == expected, "it is booked once")
 
 
+@pytest.mark.full
 def test_answer_of_a_killed_gateway_is_collected_by_its_key(
     calls: Callable[..., Any], stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
 ) -> None:
@@ -185,6 +186,25 @@ def test_cut_stream_is_continued_and_its_tokens_are_booked_once(
     n_requests = 2 if response.headers["x-corral-resumed"] == "continued" else 1
     expected = (n_requests, whole.usage["prompt_tokens"], N_TOKENS)
     eventually(lambda: booked(operator, before) == expected, "prompt and tokens are booked once")
+
+
+@pytest.mark.engine
+@pytest.mark.full
+def test_real_model_continues_what_was_cut_with_the_same_words(
+    calls: Callable[..., Any], stack: BenchStack
+) -> None:
+    """Greedy, float32: as it would have gone on."""
+    prompt, options = "Tell me about the sea.", {"model": stack.facts.deployment, "n_tokens": 80}
+    whole = undisturbed(calls, prompt, **options)
+    with calls(prompt, **options) as response:
+        first = Read(response)
+        first.go_on(20)
+    with calls(prompt, **options, **{"last-event-id": first.last_id}) as response:
+        assert response.headers["x-corral-resumed"] == "continued"
+        rest = Read(response)
+        rest.go_on()
+    assert first.text + rest.text == whole.text
+    assert rest.usage["completion_tokens"] == 80
 
 
 def test_commands_of_the_guide_work_as_they_stand(
