@@ -16,69 +16,108 @@ if TYPE_CHECKING:
     from tests.protocol.world import World
 
 
+class View:
+    """All keys of the cell as they are now, read at once."""
+
+    def __init__(self, world: World) -> None:
+        prefix = world.keys.prefix
+        names = sorted(key.decode().removeprefix(prefix) for key in world.r.keys("*"))
+        pipeline = world.r.pipeline(transaction=False)
+        read = []
+        for name in names:
+            ask = _read_as(pipeline, name)
+            if ask is not None:
+                ask(prefix + name)
+                read.append(name)
+        self.names = names
+        self.values: dict[str, Any] = dict(zip(read, pipeline.execute() if read else [], strict=True))
+
+    def records(self) -> dict[str, dict[bytes, bytes]]:
+        return {name[4:]: value for name, value in self.values.items() if name.startswith("req:")}
+
+    def journal(self, request: str) -> list[JournalEntry]:
+        """Wherever it lies; offsets checked."""
+        found = [name for name in self.values if name.endswith(f"jrn:{request}")]
+        assert len(found) <= 1, f"{request}: journals at {found}"
+        entries = [decode_journal_entry(raw) for raw in self.values[found[0]]] if found else []
+        at = 0
+        for entry in entries:
+            assert entry.offset == at, f"{request}: journal entry at {entry.offset}, expected {at}"
+            at += len(entry.token_ids)
+        assert all(entry.end is None for entry in entries[:-1]), f"{request}: something follows its end"
+        return entries
+
+
+def _read_as(pipeline: Any, name: str) -> Any:
+    """How to read what a check looks at; None for what none does."""
+    if name.endswith(":live"):
+        return pipeline.smembers
+    if name.endswith(":usage"):
+        return pipeline.xlen
+    part = name.split(":", 2)[2] if name.startswith("m:") else name
+    if part.startswith("jrn:"):
+        return lambda key: pipeline.lrange(key, 0, -1)
+    if part.startswith(("req:", "lim:")) or (part.startswith("rep:") and part.count(":") == 1):
+        return pipeline.hgetall
+    return None
+
+
 def records(world: World) -> dict[str, dict[bytes, bytes]]:
     """Every request record of the cell, by id."""
-    prefix = f"{world.keys.prefix}req:"
-    keys = sorted(key.decode() for key in world.r.keys(f"{prefix}*"))
-    return {key.removeprefix(prefix): world.r.hgetall(key) for key in keys}
+    return View(world).records()
 
 
 def journal(world: World, request: str) -> list[JournalEntry]:
-    """The request's journal, wherever it lies; offsets checked."""
-    keys = [
-        world.keys.prefix + f"jrn:{request}",
-        *(world.keys.machine(m).journal(request) for m in world.machines),
-    ]
-    found = [key for key in keys if world.r.exists(key)]
-    assert len(found) <= 1, f"{request}: journals at {found}"
-    entries = [decode_journal_entry(raw) for raw in world.r.lrange(found[0], 0, -1)] if found else []
-    at = 0
-    for entry in entries:
-        assert entry.offset == at, f"{request}: journal entry at {entry.offset}, expected {at}"
-        at += len(entry.token_ids)
-    assert all(entry.end is None for entry in entries[:-1]), f"{request}: something follows its end"
-    return entries
+    return View(world).journal(request)
 
 
-def now(world: World) -> None:
+def now(world: World, view: View | None = None) -> None:
     """After any event."""
+    view = view or View(world)
     live: dict[str, str] = {}
-    for key in world.r.keys(f"{world.keys.prefix}rep:*:live"):
-        replica = key.decode().split(":")[2]
-        members = [m.decode() for m in world.r.smembers(key)]
-        used = int(world.r.hget(world.keys.replica(replica), "used") or 0)
-        assert used == len(members), f"replica {replica}: used {used}, live {len(members)}"
-        for request in members:
-            assert request not in live, f"{request} is bound to two replicas"
-            live[request] = replica
-    all_records = records(world)
+    for name, value in view.values.items():
+        if name.startswith("rep:") and not name.endswith(":live"):
+            replica = name[4:]
+            members = [m.decode() for m in view.values.get(f"{name}:live", ())]
+            used = int(value.get(b"used", 0))
+            assert used == len(members), f"replica {replica}: used {used}, live {len(members)}"
+            for request in members:
+                assert request not in live, f"{request} is bound to two replicas"
+                live[request] = replica
     n_open: Counter[str] = Counter()
-    for request, record in all_records.items():
+    held: Counter[str] = Counter()
+    for request, record in view.records().items():
         state, rid = record[b"state"], record.get(b"rid", b"").decode()
         if state == b"bound" and rid:  # else it ended just before its replica died, and waits for intake
             assert live.get(request) == rid, f"{request} is bound to {rid}, which does not know it"
         if state != b"done":
             n_open[record[b"key"].decode()] += 1
-        journal(world, request)
-        _only_its_holder_has_a_lease(world, request, record)
+            held[record[b"key"].decode()] += int(record[b"money"])
+        view.journal(request)
+        _only_its_holder_has_a_lease(world, view, request, record)
     for key_id, n in n_open.items():
-        conc = int(world.r.hget(world.keys.limits("key", key_id), "conc") or 0)
-        assert conc == n, f"key {key_id}: concurrency {conc}, {n} requests are open"
+        scope = view.values[f"lim:key:{key_id}"]
+        assert int(scope[b"conc"]) == n, (
+            f"key {key_id}: concurrency {scope[b'conc']!r}, {n} requests are open"
+        )
+        assert int(scope[b"held"]) == held[key_id], (
+            f"key {key_id}: {scope[b'held']!r} held, not {held[key_id]}"
+        )
 
 
-def _only_its_holder_has_a_lease(world: World, request: str, record: dict[bytes, bytes]) -> None:
+def _only_its_holder_has_a_lease(world: World, view: View, request: str, record: dict[bytes, bytes]) -> None:
     holder = record.get(b"mid", b"").decode()
     for machine in world.machines:
-        epoch, state = world.r.hmget(world.keys.machine(machine).lease(request), "epoch", "state")
-        if epoch is None or state == b"done":
+        lease = view.values.get(f"m:{machine}:req:{request}")
+        if lease is None or lease.get(b"state") == b"done":
             continue
         settled = record[b"state"] == b"done" and record.get(b"was_mid", b"").decode() == machine
         assert machine == holder or settled, (
             f"{request}: machine {machine} has a lease, {holder or 'nobody'} should"
         )
         if machine == holder:
-            assert epoch == record[b"epoch"], (
-                f"{request}: lease of epoch {epoch!r}, record {record[b'epoch']!r}"
+            assert lease[b"epoch"] == record[b"epoch"], (
+                f"{request}: lease of epoch {lease[b'epoch']!r}, record {record[b'epoch']!r}"
             )
 
 
@@ -99,13 +138,14 @@ def what_waits(world: World) -> str:
     for door in world.doors:
         if door.open and door.gateway.inbox.streams:
             return f"{len(door.gateway.inbox.streams)} streams of {door.process.name}"
-    still_open = [r for r, record in records(world).items() if record[b"state"] != b"done"]
+    view = View(world)
+    still_open = [r for r, record in view.records().items() if record[b"state"] != b"done"]
     if still_open:
         return "open requests " + "; ".join(_story(world, request) for request in still_open)
-    if world.r.exists(world.keys.failed):
+    if "failed" in view.names:
         return "requests given up"
     for machine in world.machines:
-        if world.r.xlen(world.keys.machine(machine).usage):
+        if view.values.get(f"m:{machine}:usage"):
             return f"usage of {machine}"
         for path in (world.var / machine / "spool").glob("*.spool"):
             if machine not in world.dead_machines and _unbooked(world, path):
@@ -135,14 +175,14 @@ def _unbooked(world: World, path: Any) -> bool:
 
 def everything(world: World) -> None:
     """Once the world is at rest."""
-    now(world)
-    all_records = records(world)
+    view = View(world)
+    now(world, view)
     for answer in world.answers:
         _answer(world, answer)
-    for request in all_records:
-        _booked_as_journaled(world, request)
-    _nothing_held(world)
-    _nothing_left_behind(world)
+    for request, record in view.records().items():
+        _booked_as_journaled(world, view, request, record)
+    _nothing_held(world, view)
+    _nothing_left_behind(world, view)
 
 
 def _answer(world: World, answer: Answer) -> None:
@@ -167,8 +207,8 @@ def _answer(world: World, answer: Answer) -> None:
     assert answer.code in world.allowed_codes, f"{name}: failed with {answer.status} {answer.code}"
 
 
-def _booked_as_journaled(world: World, request: str) -> None:
-    entries = journal(world, request)
+def _booked_as_journaled(world: World, view: View, request: str, record: dict[bytes, bytes]) -> None:
+    entries = view.journal(request)
     row = world.ledger.rows.get(request)
     if entries and entries[-1].end is not None:
         end = entries[-1].end
@@ -177,8 +217,8 @@ def _booked_as_journaled(world: World, request: str) -> None:
             f"{request}: the end says {end.n_completion} tokens, the journal holds {n}"
         )
         assert row is not None or world.forgot, f"{request}: ended and was not booked"
-        if row is not None:
-            note = Note.decode(world.record(request)[b"note"].decode())
+        if row is not None and not world.forgot:  # else it may have ended twice, and the first end was booked
+            note = Note.decode(record[b"note"].decode())
             new = n - note.n_carried  # what a request that this one continues made was charged there
             assert row.n_completion == new, f"{request}: booked {row.n_completion} tokens, it made {new}"
             assert row.n_prompt == max(0, end.n_prompt - note.n_carried_prompt)
@@ -186,16 +226,17 @@ def _booked_as_journaled(world: World, request: str) -> None:
         assert world.forgot, f"{request}: booked without an end in its journal"
 
 
-def _nothing_held(world: World) -> None:
-    for key in world.r.keys(f"{world.keys.prefix}lim:*"):
-        fields = {k.decode(): float(v) for k, v in world.r.hgetall(key).items() if _is_number(v)}
-        assert fields.get("conc", 0) == 0, f"{key.decode()}: concurrency {fields['conc']}"
-        assert fields.get("held", 0) == 0, f"{key.decode()}: {fields['held']} nano-dollars are still held"
-    for key in world.r.keys(f"{world.keys.prefix}rep:*"):
-        if not key.endswith(b":live"):
-            assert int(world.r.hget(key, "used") or 0) == 0, f"{key.decode()}: slots are still taken"
+def _nothing_held(world: World, view: View) -> None:
+    for name, fields in view.values.items():
+        if name.startswith("lim:"):
+            assert int(fields.get(b"conc", 0)) == 0, f"{name}: concurrency {fields[b'conc']!r}"
+            assert int(fields.get(b"held", 0)) == 0, (
+                f"{name}: {fields[b'held']!r} nano-dollars are still held"
+            )
+        if name.startswith("rep:") and not name.endswith(":live"):
+            assert int(fields.get(b"used", 0)) == 0, f"{name}: slots are still taken"
     for key_id, spent in _spent(world).items():
-        in_redis = world.r.hget(world.keys.limits("key", key_id), "spent")
+        in_redis = view.values.get(f"lim:key:{key_id}", {}).get(b"spent")
         if in_redis is not None and not world.forgot:
             assert int(in_redis) == spent, (
                 f"key {key_id}: {int(in_redis)} spent in Redis, {spent} in the books"
@@ -209,32 +250,35 @@ def _spent(world: World) -> Counter[str]:
     return spent
 
 
-def _is_number(value: bytes) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-# Keys that may stay for as long as what they describe does; everything else must expire.
-LASTING = ("rep:", "dep:", "lim:", "lock:")
+# What may stay for as long as what it describes does; everything else must expire.
+LASTING = ("lim:", "lock:")
+LASTING_OF_DEPLOYMENTS = (":reps", ":v", ":stage")
 LASTING_OF_MACHINES = (":usage", ":desired", ":actual", ":bell")
 
 
-def _nothing_left_behind(world: World) -> None:
+def _nothing_left_behind(world: World, view: View) -> None:
     prefix = world.keys.prefix
+    pipeline = world.r.pipeline(transaction=False)
+    for name in view.names:
+        pipeline.pttl(prefix + name)
+        pipeline.memory_usage(prefix + name)
+    answers = pipeline.execute()
     n_bytes = 0
-    for key in world.r.keys("*"):
-        name = key.decode().removeprefix(prefix)
-        if world.r.pttl(key) >= 0 or name.startswith(LASTING):
+    for name, ttl_ms, n in zip(view.names, answers[::2], answers[1::2], strict=True):
+        if ttl_ms >= 0 or ttl_ms == -2:
             continue
-        if world.forgot and (":unacked" in name or ":replica." in name):
-            continue  # what Redis brought back from before: goes with the replica, if that still lives
-        n_bytes += world.r.memory_usage(key) or 0
-        assert name.startswith("m:") and name.endswith(LASTING_OF_MACHINES), (
-            f"{key.decode()} is left for ever"
+        if ":unacked" in name or ":replica." in name:
+            front = world.fronts.get(name.rpartition(".")[2])
+            if world.forgot or (front is not None and front.process.alive):
+                continue  # of messages that a lost answer took along, or a Redis of before: go with the replica
+        n_bytes += n or 0
+        kind = name.partition(":")[0]
+        value = view.values.get(name)
+        may_stay = (
+            name.startswith(LASTING)
+            or (kind == "dep" and name.endswith(LASTING_OF_DEPLOYMENTS))
+            or (kind == "m" and name.endswith(LASTING_OF_MACHINES))
+            or (kind == "rep" and (not isinstance(value, dict) or value.get(b"state") != b"dead"))
         )
+        assert may_stay, f"{name} is left for ever: {str(value)[:300]}"
     assert n_bytes < 64_000, f"{n_bytes} bytes stay for ever"
-    for did in (world.deployment,):
-        assert not world.r.zcard(world.keys.queue(did)), "somebody is still queued"

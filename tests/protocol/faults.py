@@ -229,6 +229,8 @@ async def unfold(world: World, rng: random.Random, faults: tuple[Fault, ...]) ->
         chance.p["message_late"] = rng.choice((0.05, 0.3))
     if rng.random() < 0.3:
         chance.p["message_lost"] = rng.choice((0.05, 0.2))
+    if rng.random() < 0.3:
+        chance.p["reply_lost"] = rng.choice((0.002, 0.02))
     if rng.random() < 0.5:
         for door in world.doors:
             world.network.link(door.process).frame_loss = rng.choice((0.02, 0.2, 0.6))

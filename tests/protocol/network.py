@@ -82,6 +82,7 @@ class Network:
         self.ears: list[Callable[[bytes, bytes], None]] = []
         self.n_executed = 0
         self.after_script: list[Callable[[], None]] = []
+        self.reply_takers: list[Callable[[Process, bytes], bool]] = []  # (who asked, what): lose the answer?
         self._locks: dict[str, float] = {}
         self.admin = redis.Redis.from_url(url)
         self._auth = hiredis.pack_command(
@@ -265,6 +266,9 @@ class _End(asyncio.Transport):
             except ConnectionError:
                 self.lose()
                 return
+        if any(takes(self.process, data) for takes in self.network.reply_takers):
+            self.lose()  # it was applied, and nobody hears of it
+            return
         self._send_back(reply)
 
     def _send_back(self, reply: bytes) -> None:

@@ -32,7 +32,7 @@ KINDS = pytest.mark.parametrize("faults", [GENTLE, HARSH], ids=["gentle", "harsh
 
 
 @KINDS
-@pytest.mark.parametrize("block", range(0, 60, 20))
+@pytest.mark.parametrize("block", range(0, 80, 20))
 def test_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
     seeds = range(block, block + 20) if ONLY is None else [FIRST] if not block else []
     for seed in seeds:

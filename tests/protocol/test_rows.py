@@ -10,9 +10,11 @@ import asyncio
 import random
 
 from tests.protocol import checks, faults
+from tests.protocol.clock import Process
 from tests.protocol.fleet import Front
 from tests.protocol.surface import Answer
 from tests.protocol.world import World
+from workers.scripts import FLUSH
 
 LONG, SHORT = 60, 8  # tokens, of 40 ms each
 
@@ -318,12 +320,22 @@ def test_a_flush_whose_answer_was_lost_is_sent_again_and_changes_nothing(w: Worl
     async def story() -> None:
         answer = w.client.ask("question", LONG)
         front = await running(w, answer)
-        for _ in range(8):
-            await asyncio.sleep(w.rng.uniform(0.05, 0.2))
-            w.network.reset(front.machine)
+        lease = front.config.keys.lease(answer.request)
+        taken: list[bytes] = []  # state of the request at each answer
+
+        def takes(process: Process, data: bytes) -> bool:
+            """Every seventh answer to a flush, and the one to the end."""
+            if process is not front.process or FLUSH.sha.encode() not in data:
+                return False
+            taken.append(w.r.hget(lease, "state"))
+            return len(taken) % 7 == 0 or (taken[-1] == b"done" and taken.count(b"done") == 1)
+
+        w.network.reply_takers.append(takes)
         await w.rest()
+        assert b"done" in taken
+        assert front.replica.publisher.n_failed_flushes > 5
         assert attempts(w, answer) == 1, "nobody took it for dead"
-        assert front.replica.publisher.n_failed_flushes > 0
+        assert front.replica.server.n_requests_total == 1, "its end was accepted, and it knows"
 
     w.run(story())
 
@@ -519,6 +531,26 @@ def test_a_new_agent_adopts_what_runs_and_the_spools_of_the_dead(w: World) -> No
         await faults.kill_agent(w, random.Random(0))
         for machine in w.machines:
             w.r.delete(w.keys.machine(machine).usage)  # one witness is gone, the disk is the other
+        w.postgres_up = True
+        await w.rest()
+        assert answer.request in w.ledger.rows
+
+    w.run(story())
+
+
+def test_usage_of_a_machine_lost_with_its_disk_is_booked_from_the_stream(w: World) -> None:
+    async def story() -> None:
+        for door in w.doors:  # they know the key
+            w.client.ask(f"first at {door.process.name}", 1, door=door)
+        await w.until(lambda: all(a.over for a in w.answers))
+        w.postgres_up = False
+        answer = w.client.ask("question", SHORT)
+        await w.until(lambda: answer.over)
+        for machine in w.machines:
+            w.dead_machines.add(machine)
+            w.agents[machine].process.kill()
+            for front in w.fronts.values():
+                front.process.kill()
         w.postgres_up = True
         await w.rest()
         assert answer.request in w.ledger.rows

@@ -77,6 +77,9 @@ class World:
         self.network.empty()
         self.network.after_script.append(self._ring_consumers)
         self.chance = Chance(random.Random(self.rng.random()))
+        self.network.reply_takers.append(
+            lambda process, data: process.host in self.machines and self.chance("reply_lost")
+        )
         self.skew_s: dict[str, float] = {}
         self.log: list[str] = []
         self.postgres_up = True
