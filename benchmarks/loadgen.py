@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -182,6 +183,8 @@ async def run(plan: Plan) -> Tally:
 
 def main() -> None:
     """First line of standard input: the plan. Prints `ready`, waits for a second line, runs, prints the tally."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     raw: dict[str, Any] = json.loads(sys.stdin.readline())
     print(json.dumps(asdict(uvloop.run(run(Plan(**raw))))), flush=True)
 

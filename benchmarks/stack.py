@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import redis
+
 from benchmarks.cpu import tree
 from controlplane import quickstart_file
 from controlplane.quickstart_file import Quickstart
@@ -25,6 +28,7 @@ from infra.local.privatefile import read_json
 from infra.local.process import find_marked
 from infra.local.stackstate import read_state
 from infra.providers.local import MARK
+from workers.contract import Heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent
 UP_TIMEOUT_S = 300
@@ -52,6 +56,13 @@ class BenchStack:
         """Postgres DSN of a role of this stack."""
         saved = read_json(self.var / SAVED) or {}
         return str(saved[f"CORRAL_PG_DSN_{role.upper()}"])
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last beat of every replica."""
+        saved = read_json(self.var / SAVED) or {}
+        with redis.Redis.from_url(str(saved["CORRAL_REDIS_URL"]), socket_timeout=5) as client:
+            found = client.mget(list(client.scan_iter("*:hb:*", count=1000)) or ["-"])
+        return [msgspec.json.decode(raw, type=Heartbeat) for raw in found if raw]
 
     def manage(self, *args: str, timeout_s: float = 120) -> str:
         """Output of a management command run against this stack; RuntimeError with its errors if it fails."""

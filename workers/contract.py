@@ -222,6 +222,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     n_preempted: int = 0
     # Prompt tokens whose first answer token is awaited, now.
     n_prefill_tokens: int = 0
+    # CPU time spent on counting prompts since the start.
+    tokenise_cpu_ms: float = 0.0
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None

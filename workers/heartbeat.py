@@ -98,6 +98,7 @@ class Reporter:
             kv_peak_ratio=round(steps.kv_peak_ratio, 4),
             n_preempted=n_preempted,
             n_prefill_tokens=self._server.n_prefill_tokens,
+            tokenise_cpu_ms=round(self._server.tokenise_cpu_ms, 3),
         )
         key = self._keys.heartbeat(spec.replica)
         self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)

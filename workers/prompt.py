@@ -7,6 +7,7 @@ stream (0.5 ms per 1,000 characters). Called by serve.py. Never logs text.
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -38,18 +39,20 @@ class Prompts:
         self._engine = engine
         self._inline_bytes = inline_bytes
         self._threads = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tokenise")
+        self.cpu_ns = 0  # spent on tokenising so far, decoding the body included
 
     async def token_ids(self, envelope: RequestEnvelope) -> list[int]:
         """EngineInputError when the body cannot be a prompt of this model, or leaves no room for an
         answer.
         """
         if len(envelope.payload) <= self._inline_bytes:
-            ids = self._tokenise(envelope.endpoint, envelope.payload)
+            ids, cpu_ns = self._measured(envelope.endpoint, envelope.payload)
         else:
             loop = asyncio.get_running_loop()
-            ids = await loop.run_in_executor(
-                self._threads, self._tokenise, envelope.endpoint, envelope.payload
+            ids, cpu_ns = await loop.run_in_executor(
+                self._threads, self._measured, envelope.endpoint, envelope.payload
             )
+        self.cpu_ns += cpu_ns
         n_context = self._engine.max_model_len
         if len(ids) >= n_context:
             raise EngineInputError(
@@ -66,6 +69,11 @@ class Prompts:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _measured(self, endpoint: Endpoint, payload: bytes) -> tuple[list[int], int]:
+        began_ns = time.thread_time_ns()
+        ids = self._tokenise(endpoint, payload)
+        return ids, time.thread_time_ns() - began_ns
 
     def _tokenise(self, endpoint: Endpoint, payload: bytes) -> list[int]:
         try:

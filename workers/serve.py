@@ -99,6 +99,11 @@ class Server:
         return len(self._running)
 
     @property
+    def tokenise_cpu_ms(self) -> float:
+        """CPU time spent on counting prompts since the start."""
+        return self._prompts.cpu_ns / 1e6
+
+    @property
     def running(self) -> list[str]:
         """Ids of the requests in our hands, from the delivery of the message to the end."""
         return list(self._running)
