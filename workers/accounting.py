@@ -66,6 +66,8 @@ class Accounting:
         while True:
             await asyncio.sleep(_SYNC_S)
             self._spool.write_out()
+            if not self._spool.dirty:
+                continue
             try:
                 await asyncio.to_thread(self._spool.sync)
             except OSError as error:

@@ -130,6 +130,11 @@ class Spool:
         """Take no new work: what is unbooked must not outgrow the disk. Running requests may still end."""
         return self.failed or self._n_live_bytes >= self._max_bytes
 
+    @property
+    def dirty(self) -> bool:
+        """Whether there is anything for `sync` to do."""
+        return self._dirty
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -64,6 +64,7 @@ class ToyEngine:
         self._hung = False
         self._n_steps = self._n_preemptions = 0
         self._n_strided = 0  # steps since the last call of `step`
+        self._noticed = False  # the last step told somebody something
         self._last_step_at_s = now_s()
         self._step_ms = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -171,9 +172,19 @@ class ToyEngine:
                 await asyncio.sleep(0)
             if self._hung:
                 await asyncio.Event().wait()
-            if not pace_s:
-                self._stride()
+            if pace_s:
+                self.step()
+            else:
+                self._steps_unnoticed()
+
+    def _steps_unnoticed(self) -> None:
+        """Without a pace: steps up to and with the next one that somebody notices, in one go."""
+        for _ in range(_MAX_STRIDE):
+            self._noticed = False
+            self._stride()
             self.step()
+            if self._noticed or not self._running:
+                return
 
     def _pace_s(self) -> float:
         """How long a step takes, as on an accelerator: a base, every sequence's share, and the prompt tokens of the
@@ -229,6 +240,7 @@ class ToyEngine:
                 ended = ended or seq.finish is not None
                 if seq.n_out >= seq.n_due or seq.finish is not None:
                     seq.wake()
+                    self._noticed = True
             at += 1
         if ended:
             for seq in running:
@@ -266,6 +278,7 @@ class ToyEngine:
                 seq.advance()
                 if seq.n_out >= seq.n_due or seq.finish is not None:
                     seq.wake()
+                    self._noticed = True
                 if seq.finish is not None:
                     self._running.pop()
                     self._free(seq)
