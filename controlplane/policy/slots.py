@@ -1,10 +1,10 @@
 """How many requests a replica may run at once, so that the gaps between tokens stay within the promise.
 
-AIMD with a prediction guard, one replica at a time (methods.md 3.3: hold the queue here, not in the engine). Slots
+AIMD with a prediction guard, one replica at a time; what does not fit waits in our queue, not in the engine's. Slots
 grow by a fixed step while requests want them and the predicted 95th percentile of the gaps, the KV cache and the
 engine's own queue stay below their marks; they shrink when a mark is broken in most of several beats, and not again
-before the running requests have come down to them. Called by autoscaler/watch/slots.py with every heartbeat and by
-the simulator. Pure: the time comes with the observation, the memory goes in and comes out.
+before the running requests have come down to them. Called by autoscaler/watch/slots.py with every heartbeat. Pure:
+the time comes with the observation, the memory goes in and comes out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.engine.steps import quantile_ms
 PERCENTILE: Final = 0.95
 # Slots grow to this share of the target and shrink above all of it: between the two nothing moves.
 CALM: Final = 0.9
-KV_CALM: Final = 0.8  # methods.md 3.3
+KV_CALM: Final = 0.8  # as the saturation detector of llm-d has it
 KV_FULL: Final = 0.95
 # The engine's own queue, as a share of the slots (one request at least): more is a queue in the wrong place.
 ENGINE_QUEUE: Final = 0.03
