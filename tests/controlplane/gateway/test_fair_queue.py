@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from controlplane.policy import prefix
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants import api_keys
@@ -136,6 +137,18 @@ async def test_weights_and_expected_length_of_the_directory_reach_the_queue(gw: 
     await task
 
 
+async def test_an_answer_is_expected_as_long_as_the_tenants_last_ones(gw: Running, held: Held) -> None:
+    held.end |= {"n": 9}
+    held.release("e")
+    assert (await gw.post(says("e"))).status_code == 200
+    await occupy(gw, held)
+    task = await send(gw, says("a"))
+    (request,) = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
+    assert (await gw.record(request.decode()))[b"pred"] == b"9"
+    held.release_all()
+    await task
+
+
 async def test_shortest_first_within_a_key_when_the_deployment_says_so(gw: Running, held: Held) -> None:
     change_deployment(gw, queue_order=QueueOrder.SJF)
     await occupy(gw, held)
@@ -154,6 +167,8 @@ async def test_long_prompts_carry_the_hashes_of_their_beginnings(
     task = await send(gw, says("a" * 1_500))
     (request,) = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
     assert len((await gw.record(request.decode()))[b"pfx"]) == 8 * n_hashes
+    expected = prefix.hashes(ORG, b"user\0" + b"a" * 1_500) if window else ()
+    assert (await gw.record(request.decode()))[b"pfx"].decode() == "".join(expected)
     held.release("a" * 1_500)
     held.release_all()
     await task
