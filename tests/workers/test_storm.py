@@ -58,8 +58,14 @@ async def test_storm(cell: Cell, tmp_path: Path, seed: int) -> None:
         lengths: dict[str, int] = {}
         cancelled: set[str] = set()
 
+        def given_up() -> set[str]:
+            """Cancelled while nothing was made and its replica was lost: nobody serves or bills it."""
+            return {raw.decode() for raw in cell.r.smembers(cell.keys.failed)} & cancelled
+
         def over(request: str) -> bool:
-            return any(cell.lease(request, machine).get(b"state") == b"done" for machine in ("m1", "m2"))
+            return request in given_up() or any(
+                cell.lease(request, machine).get(b"state") == b"done" for machine in ("m1", "m2")
+            )
 
         async def disturb() -> None:
             front = chance.choice(fronts)
@@ -107,8 +113,10 @@ async def test_storm(cell: Cell, tmp_path: Path, seed: int) -> None:
             for event in cell.usage(machine):
                 assert event.request_id not in usage, f"billed twice (seed {seed})"
                 usage[event.request_id] = event
-        assert usage.keys() == lengths.keys(), f"seed {seed}"
+        assert usage.keys() == lengths.keys() - given_up(), f"seed {seed}"
         for request, n in lengths.items():
+            if request in given_up():
+                continue
             machine = usage[request].machine
             entries = cell.journal(request, machine)
             ids = [token for entry in entries for token in entry.token_ids]
