@@ -20,6 +20,8 @@ from workers.engine.steps import gaps_of
 
 log = structlog.get_logger("corral.autoscaler")
 
+# The promise is the client's. Gateway, Redis and network add some milliseconds of their own to a gap now and then.
+ENGINE_SHARE = 0.95
 MAX_STEPS = 1_000_000  # of one beat; more is no measurement
 
 
@@ -93,7 +95,7 @@ def _kind(replica: KnownReplica) -> tuple[str, int]:
 
 def _target(replica: KnownReplica, offered: int = 0) -> SlotTarget:
     ceiling = min(replica.slots, offered) if offered > 0 else replica.slots
-    return SlotTarget(itl_ms=float(replica.itl_ms), ceiling=max(ceiling, 1))
+    return SlotTarget(itl_ms=ENGINE_SHARE * replica.itl_ms, ceiling=max(ceiling, 1))
 
 
 def _observation(reading: ReplicaReading, beat: Heartbeat, n_queued: int, now_s: float) -> SlotObservation:

@@ -192,6 +192,15 @@ async def _settled() -> None:
         await asyncio.sleep(0)
 
 
+class _Nobody:
+    """Server and spool of a replica that nobody looks at: every count of theirs is nought."""
+
+    full = False
+
+    def __getattr__(self, name: str) -> int:
+        return 0
+
+
 def _reporter(client: redis.Redis, profile: EngineProfile, engine: ToyEngine) -> Reporter:
     """The product's heartbeat, written with the test's connection."""
     config = FrontConfig(
@@ -204,7 +213,7 @@ def _reporter(client: redis.Redis, profile: EngineProfile, engine: ToyEngine) ->
             slots=profile.max_num_seqs,
         ),
     )  # fmt: skip
-    nobody = SimpleNamespace(n_tokens_total=0, n_requests_total=0, n_prefill_tokens=0, full=False)
+    nobody = _Nobody()
     link = SimpleNamespace(fire=client.execute_command)
     touch = SimpleNamespace(touch=lambda ready: None)
     reporter = Reporter(config, engine, *cast(Any, (link, nobody, nobody, touch)))
