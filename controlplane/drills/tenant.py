@@ -36,14 +36,12 @@ GONE_WITHIN_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class DrillTenant:
-    """Ids and the key, whose text exists nowhere else. `unseen_*` is another one, for when no gateway may know it."""
+    """Ids and the key, whose text exists nowhere else."""
 
     organization_id: UUID
     project_id: UUID
     key_id: UUID
     api_key: str = field(repr=False)
-    unseen_id: UUID
-    unseen_key: str = field(repr=False)
     version: ModelVersion
 
 
@@ -58,13 +56,21 @@ def prepare(engine: str, model: str) -> DrillTenant:
     version = importing.register(
         organization_id=organization.id, source="toy" if engine == "toy" else model, var=ENV.var
     )
-    (key, text), (unseen, unseen_text) = (
-        tenants.create_api_key(
-            organization_id=organization.id, project_id=project.id, name=name, limits=limits
-        )
-        for name, limits in (("drill", LIMITS), ("drill, never used", Limits()))
+    key, text = tenants.create_api_key(
+        organization_id=organization.id, project_id=project.id, name="drill", limits=LIMITS
     )
-    return DrillTenant(organization.id, project.id, key.id, text, unseen.id, unseen_text, version)
+    return DrillTenant(organization.id, project.id, key.id, text, version)
+
+
+def unseen_key(tenant: DrillTenant) -> tuple[UUID, str]:
+    """Id and text of another key, which no gateway has seen."""
+    key, text = tenants.create_api_key(
+        organization_id=tenant.organization_id,
+        project_id=tenant.project_id,
+        name="drill, unseen",
+        limits=Limits(),
+    )
+    return key.id, text
 
 
 def _sweep(organization_id: UUID) -> None:
@@ -132,6 +138,5 @@ def end_of(replica_id: str) -> str:
     return "" if row is None else f"{row.reason_code or row.phase}: {row.reason_message}"
 
 
-def forget_keys(tenant: DrillTenant) -> None:
-    for key_id in (tenant.key_id, tenant.unseen_id):
-        tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=key_id)
+def forget_key(tenant: DrillTenant, key_id: UUID) -> None:
+    tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=key_id)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from billing.money import Rates
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, LeaseRow, Limits
@@ -66,6 +66,8 @@ class KeyContext:
     # Without a lease that counts, nothing limited is served.
     lease_ms: int | None
     unleased: bool
+    # It could not be read again: what it does not name may exist all the same.
+    stale: bool = False
 
 
 def context_of(record: KeyRecord) -> KeyContext:
@@ -230,22 +232,22 @@ class KeyCache:
         lookup = api_keys.lookup_of(token)
         if lookup is None:
             raise _unauthorized("invalid_api_key", "the API key is malformed: it must look like sk-crl-...")
-        entry = await self._entry(lookup)
+        entry, is_stale = await self._entry(lookup)
         if entry.context is None or not api_keys.matches(self._pepper, token, entry.digest):
             raise _unauthorized("invalid_api_key", "the API key is not known")
         self._verified.pop(header, None)
         self._verified[header] = entry
         while len(self._verified) > self._max_keys:
             del self._verified[next(iter(self._verified))]
-        return entry.context
+        return replace(entry.context, stale=True) if is_stale else entry.context
 
-    async def _entry(self, lookup: str) -> _Entry:
-        """The entry of a lookup part, read from Postgres unless it is fresh."""
+    async def _entry(self, lookup: str) -> tuple[_Entry, bool]:
+        """The entry of a lookup part, read from Postgres unless it is fresh; whether it could not be read."""
         entry = self._entries.get(lookup)
         now = self._clock()
         if entry is not None and now < entry.fresh_until:
             self.n_hits += 1
-            return entry
+            return entry, False
         asking = self._asking.get(lookup)
         if asking is None:
             if len(self._asking) >= _MAX_LOOKUPS:
@@ -255,11 +257,11 @@ class KeyCache:
             asking.add_done_callback(lambda _: self._asking.pop(lookup, None))
         try:
             # Shielded: one client that leaves must not take the answer from the others that wait for it.
-            return await asyncio.shield(asking)
+            return await asyncio.shield(asking), False
         except DirectoryUnavailable:
             if entry is not None and entry.context is not None and now < entry.usable_until:
                 self.n_stale += 1
-                return entry
+                return entry, True
             raise unavailable(
                 "auth_unavailable", "API keys cannot be checked at the moment: try again shortly", 2.0
             ) from None

@@ -194,6 +194,12 @@ def find_deployment(key: KeyContext, model: str) -> Deployment:
     deployment = key.deployments.get(model)
     if deployment is not None:
         return deployment
+    if key.stale:  # it may be younger than what is known of the key
+        raise unavailable(
+            "model_unavailable",
+            "whether this model exists cannot be checked at the moment: try again shortly",
+            2.0,
+        )
     names = sorted(key.deployments)
     shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
     remedy = f"this API key may use: {shown}" if names else "this API key's project has no deployments yet"

@@ -107,7 +107,7 @@ class Command(BaseCommand):
                 results.append(result)
                 self._step(_line(result))
         finally:
-            tenants.forget_keys(tenant)
+            tenants.forget_key(tenant, tenant.key_id)
         return results
 
     def _once(
@@ -117,6 +117,7 @@ class Command(BaseCommand):
         n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0)
         deployment_id = tenants.deploy(tenant, name, engine, n_slots)
         scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, engine, tenants.end_of)
+        unseen_id, unseen_key = tenants.unseen_key(tenant)
         try:
             tenants.wait_until_it_serves(scene)
             replica = scene.serving()
@@ -135,12 +136,13 @@ class Command(BaseCommand):
                 model=name,
                 reconnects=drill.reconnects,
             )
-            scene.unseen = replace(target, api_key=tenant.unseen_key, reconnects=False)
+            scene.unseen = replace(target, api_key=unseen_key, reconnects=False)
             books = BookKeeper(tenant, deployment_id, scene)
             asks = asks_of(drill, n_streams=n_streams, n_tokens=n_tokens)
             return run(drill, scene, target, asks, books.read)
         finally:
             try:
+                tenants.forget_key(tenant, unseen_id)
                 tenants.remove(tenant, deployment_id, scene)
             finally:
                 scene.close()

@@ -122,7 +122,12 @@ async def test_redis_away_for_long_ends_streams_with_a_retryable_error(own_redis
             assert (await events.rest())[-1]["error"]["code"] == "cell_unavailable"
         restart(own_redis)
         await until(lambda: not gw.gateway.ends.n_orphans)
-        await until(machine.jobs[0].cancelled.is_set)  # the cancel is sent once Redis is there
+        lease = machine.keys.lease(machine.jobs[0].id)
+
+        async def marked() -> bool:
+            return await gw.redis.hget(lease, "cancel") == b"1"
+
+        await until(marked)  # its next flush is told, should nobody have heard the word itself
         await machine.stop()
 
 
@@ -234,6 +239,24 @@ async def test_postgres_away_serves_known_keys_and_503s_unknown_ones(gw: Running
     gw.directory.up = True
     response = await gw.http.post("/v1/chat/completions", json=CHAT, headers=gw.auth(never_seen))
     assert response.status_code == 200
+
+
+async def test_postgres_away_never_denies_a_model_that_may_be_younger_than_the_cache(
+    gw: Running, machine: Machine
+) -> None:
+    unknown = {**CHAT, "model": "made-a-moment-ago"}
+    assert (await gw.post(CHAT)).status_code == 200
+    assert (await gw.post(unknown)).status_code == 404
+    gw.directory.up = False
+    gw.gateway.key_cache.doubt_all()
+    response = await gw.post(unknown)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "model_unavailable")
+    assert int(response.headers["retry-after"]) >= 1
+    one = await gw.http.get("/v1/models/made-a-moment-ago", headers=gw.auth())
+    assert one.status_code == 503
+    assert (await gw.post(CHAT)).status_code == 200, "what is known is served"
+    gw.directory.up = True
+    assert (await gw.post(unknown)).status_code == 404
 
 
 async def test_directory_without_postgres_says_so_in_time() -> None:
