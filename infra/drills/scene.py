@@ -117,6 +117,10 @@ class Scene:
         """Whether the supervisor calls it ready."""
         return any(p.name == name and p.phase == "ready" for p in self.record().processes)
 
+    def is_down(self, name: str) -> bool:
+        """Whether the supervisor has seen it end, and ended what it left."""
+        return any(p.name == name and p.phase == "backing-off" for p in self.record().processes)
+
     def ask_with_unseen_key(self) -> int:
         """Status of one plain request under a key that no gateway has seen yet; 0 when nobody answers."""
         if self.unseen is None:

@@ -11,13 +11,14 @@ import signal
 import time
 from typing import Final
 
-from infra.drills.scene import DrillError, Scene, Strike
+from infra.drills.scene import DrillError, Scene, ServingReplica, Strike
 from infra.local.hold import held
 from infra.local.process import ProcessIdentity, is_alive
 from infra.local.redis import EmbeddedRedis
 
 POSTGRES_AWAY_S: Final = 10.0
 LOST_LOG_S: Final = 1.0
+KEPT_FOR_S: Final = 6.0  # a consumer that cannot come back ends within a second or two
 _BACK_WITHIN_S: Final = 60.0
 _ASK_EVERY_S: Final = 0.5
 
@@ -32,16 +33,17 @@ def kill_gateway(scene: Scene, strike: Strike) -> None:
 
 def kill_redis(scene: Scene, strike: Strike) -> None:
     """Redis dies and comes back with its append-only log."""
-    before = scene.process("redis")
+    replica, before = scene.serving(), scene.process("redis")
     scene.signal(before, signal.SIGKILL)
     strike.done(f"SIGKILL to Redis, pid {before.pid}")
     _until_back(scene, strike, "redis", before)
+    _require_kept(scene, strike, replica)
 
 
 def trim_redis(scene: Scene, strike: Strike) -> None:
     """Redis dies and comes back without the last second of its log: what a power cut may cost (fsync every second)."""
     log = scene.var / "redis" / "appendonly.aof"
-    before = scene.process("redis")
+    replica, before = scene.serving(), scene.process("redis")
     n_kept_bytes = log.stat().st_size
     time.sleep(LOST_LOG_S)
     with held(scene.var, "redis", _BACK_WITHIN_S):
@@ -53,6 +55,7 @@ def trim_redis(scene: Scene, strike: Strike) -> None:
     strike.notes["lost"] = f"{n_lost_bytes} bytes of log"
     strike.require(n_lost_bytes > 0, "nothing was written in that second")
     _until_back(scene, strike, "redis", before)
+    _require_kept(scene, strike, replica)
 
 
 def lose_redis(scene: Scene, strike: Strike) -> None:
@@ -67,9 +70,7 @@ def lose_redis(scene: Scene, strike: Strike) -> None:
     _until_back(scene, strike, "redis", before)
     scene.wait(lambda: scene.routed(), "a replica is routed to again", _BACK_WITHIN_S)
     strike.notes["routed again"] = f"{_since(strike):.2f} s after the fault"
-    strike.require(
-        scene.serving().front == replica.front, "the replica should have been kept, and was replaced"
-    )
+    _require_kept(scene, strike, replica)
 
 
 def kill_postgres(scene: Scene, strike: Strike) -> None:
@@ -78,6 +79,8 @@ def kill_postgres(scene: Scene, strike: Strike) -> None:
     with held(scene.var, "postgres", POSTGRES_AWAY_S + _BACK_WITHIN_S):
         scene.signal(before, signal.SIGKILL)
         strike.done(f"SIGKILL to Postgres, pid {before.pid}, and {POSTGRES_AWAY_S:g} s without it")
+        # Its backends outlive it by a moment, and may answer.
+        scene.wait(lambda: scene.is_down("postgres"), "all of Postgres is gone", 10.0)
         answers, pages = [], []
         while _since(strike) < POSTGRES_AWAY_S:
             answers.append(scene.ask_with_unseen_key())
@@ -105,6 +108,16 @@ def _until_back(scene: Scene, strike: Strike, name: str, before: ProcessIdentity
 
     scene.wait(back, f"{name} runs again", _BACK_WITHIN_S)
     strike.notes[f"{name} back"] = f"{_since(strike):.2f} s after the fault"
+
+
+def _require_kept(scene: Scene, strike: Strike, replica: ServingReplica) -> None:
+    """The replica's process and the control worker live on: an outage of ours is nobody's death."""
+    control = scene.process("control")
+    until_s = time.monotonic() + KEPT_FOR_S
+    while time.monotonic() < until_s and is_alive(replica.front) and is_alive(control):
+        time.sleep(_ASK_EVERY_S)
+    strike.require(is_alive(replica.front), "the replica should have been kept, and its process ended")
+    strike.require(is_alive(control), "the control worker ended")
 
 
 def _since(strike: Strike) -> float:
