@@ -198,7 +198,15 @@ class VirtualTime:
     def time_ns(self) -> int:
         return int(self.time() * 1_000_000) * 1000
 
-    perf_counter = monotonic
+    def monotonic_ns(self) -> int:
+        return int(self.monotonic() * 1e9)
+
+    perf_counter, perf_counter_ns = monotonic, monotonic_ns
+    # CPU time is what was really computed: it is reported, nothing is decided by it.
+    thread_time = staticmethod(real_time.thread_time)
+    thread_time_ns = staticmethod(real_time.thread_time_ns)
+    process_time = staticmethod(real_time.process_time)
+    process_time_ns = staticmethod(real_time.process_time_ns)
 
     def sleep(self, seconds: float) -> None:
         raise AssertionError("nothing sleeps on a virtual clock")

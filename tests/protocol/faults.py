@@ -236,10 +236,13 @@ async def unfold(world: World, rng: random.Random, faults: tuple[Fault, ...]) ->
             world.network.link(door.process).frame_loss = rng.choice((0.02, 0.2, 0.6))
     if rng.random() < 0.2:
         world.network.links["control"].frame_loss = 0.5
+    keys = [world.key]
+    if rng.random() < 0.25:
+        keys.append(world.key_with(budget_nano=rng.randint(40, 600)))
     span_s = rng.uniform(1.0, 6.0)
     events: list[tuple[float, Callable[[], object]]] = []
     for i in range(rng.randint(2, 10)):
-        events.append((rng.uniform(0.0, span_s), lambda i=i: _ask(world, rng, i)))
+        events.append((rng.uniform(0.0, span_s), lambda i=i: _ask(world, rng, i, rng.choice(keys))))
     drawn = [rng.choice(faults) for _ in range(rng.randint(1, 5))]
     for fault in drawn:
         world.allowed_codes |= EXCUSES.get(fault, set())
@@ -256,10 +259,10 @@ async def unfold(world: World, rng: random.Random, faults: tuple[Fault, ...]) ->
             checks.now(world)
 
 
-def _ask(world: World, rng: random.Random, i: int) -> None:
+def _ask(world: World, rng: random.Random, i: int, key: str) -> None:
     seeded = {"temperature": 1.0, "seed": i} if rng.random() < 0.15 else {}
     world.client.ask(
         f"question {i} of {world.seed}", rng.choice((1, 2, 5, 12, 30, 60)), streaming=rng.random() < 0.7,
         slow_s=rng.choice((0.0, 0.0, 0.0, 0.2)), returns=rng.random() < 0.5,
-        idempotency_key=f"key {i}" if rng.random() < 0.3 else "", **seeded,
+        idempotency_key=f"key {i}" if rng.random() < 0.3 else "", key=key, **seeded,
     )  # fmt: skip

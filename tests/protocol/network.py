@@ -26,6 +26,7 @@ from redis.connection import Connection as SyncConnection
 from tests.protocol.clock import Process, VirtualLoop, current_process, step_aside
 
 _LOCK = re.compile(rb"[^\s:]+:lock:\w+")
+_LIFE = re.compile(rb"\r\n(\d{3,6})\r\n")  # of a lock, in milliseconds, as an argument
 _MARK = b"*2\r\n$4\r\nPING\r\n$12\r\nend-of-reply\r\n"
 _MARK_REPLY = b"$12\r\nend-of-reply\r\n"
 _NO_AUTH = b"-NOAUTH Authentication required.\r\n"  # the mark's, on a connection whose AUTH was refused
@@ -109,7 +110,8 @@ class Network:
                 self.admin.delete(lock)
         reply = wire.execute(data)
         for lock in locks if b"PEXPIRE" in data or reply.startswith(b"+OK") else ():  # renewed or taken
-            self._locks[lock] = self.loop.now_s + max(0, self.admin.pttl(lock)) / 1000
+            life_ms = int(_LIFE.findall(data)[-1])
+            self._locks[lock] = self.loop.now_s + life_ms / 1000
         if any(verb in data for verb in _RUNS_SCRIPT):
             self._ear.sock.sendall(b"*1\r\n$4\r\nPING\r\n")
             for channel, payload in self._listen(b"pong"):

@@ -66,6 +66,7 @@ class Answer:
     code: str = ""
     text: str = ""
     finish: str = ""
+    out_of_money: bool = False
     usage: dict[str, Any] = field(default_factory=dict)
     ids: list[str] = field(default_factory=list)
     over: bool = False
@@ -244,6 +245,7 @@ def _read(answer: Answer, data: bytes) -> None:
         choice = body["choices"][0]
         answer.text, answer.finish = choice["message"]["content"], choice["finish_reason"]
         answer.usage = body["usage"]
+        answer.out_of_money = "budget" in str(body.get("corral")) or "budget" in str(choice.get("corral"))
         return
     for event in data.decode().split("\n\n"):
         for line in event.split("\n"):
@@ -258,6 +260,7 @@ def _read(answer: Answer, data: bytes) -> None:
             for choice in payload["choices"]:
                 answer.text += choice["delta"].get("content") or ""
                 answer.finish = choice.get("finish_reason") or answer.finish
+            answer.out_of_money = answer.out_of_money or b'"finish":"budget"' in line.encode()
             answer.usage = payload.get("usage") or answer.usage
 
 

@@ -489,6 +489,25 @@ def test_what_a_client_left_is_not_served_again_when_its_worker_dies(w: World) -
     w.run(story())
 
 
+# -- money
+
+
+def test_streams_that_share_the_last_credit_end_at_its_exact_token_although_a_worker_dies(w: World) -> None:
+    async def story() -> None:
+        budget = 330
+        key = w.key_with(budget_nano=budget)
+        answers = [w.client.ask(f"question {i}", LONG, key=key) for i in range(4)]
+        await shown(w, *answers, n_chars=5)
+        w.front_of(answers[0].request).process.kill()
+        await w.rest()
+        spent = sum(row.cost_nano for row in w.ledger.rows.values())
+        assert budget - 2 < spent <= budget, "not a token too many, and none was left that could be paid"
+        assert any(answer.out_of_money for answer in answers)
+        assert all(answer.complete for answer in answers)
+
+    w.run(story())
+
+
 # -- messages that are lost; control and agents that die
 
 

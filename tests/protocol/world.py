@@ -95,6 +95,7 @@ class World:
         self.directory.spent_nano = self._spent_nano
         self.price = PriceRow("c" * 32, 1_000_000, 500_000, 2_000_000)
         self.key = self.directory.add_key(key_limits=LimitsRow(max_concurrency=200, budget_nano=BUDGET_NANO))
+        self.budgets: dict[str, int] = {}  # of keys with little money, by id
         self.rows = Rows(self)
         self.ledger = Ledger(self)
         self._n_ids = 0
@@ -137,6 +138,12 @@ class World:
         keys = self.keys.machine(machine)
         rules = keys.acl_rules(hashlib.sha256(b"pw").hexdigest())
         self.network.admin.execute_command("ACL", "SETUSER", keys.redis_user, *rules)
+
+    def key_with(self, **limits: int) -> str:
+        """An API key of its own, with these limits."""
+        if "budget_nano" in limits:
+            self.budgets[f"{len(self.directory.records):032x}"] = limits["budget_nano"]
+        return self.directory.add_key(key_limits=LimitsRow(**limits))
 
     def machine_url(self, machine: str) -> str:
         return f"redis://{self.keys.machine(machine).redis_user}:pw@{self._url.hostname}:{self._url.port}/0"
@@ -215,7 +222,11 @@ class World:
     async def _spent_nano(self, scope: str, scope_id: str) -> Any:
         await asyncio.sleep(0.002)
         self.directory._require_up()
-        return sum(row.cost_nano for row in self.ledger.rows.values()) if scope == "key" else 0
+        return (
+            sum(row.cost_nano for row in self.ledger.rows.values() if row.key == scope_id)
+            if scope == "key"
+            else 0
+        )
 
     def _ring_consumers(self) -> None:
         """What BLMOVE does for a consumer: it wakes when its queue is not empty."""
