@@ -37,6 +37,8 @@ from workers.scripts import ENROL, MACHINE_SCRIPTS, RESIZE, SETTLE, SHORTEN, SWE
 TIMEOUT_S = 2.0
 DEATHS_ALLOWED = 1  # a request that killed two replicas is poison
 MAX_FAILED = 256  # requests given up, told a call
+BOUND_PER_CALL = 256  # what the scripts bind at once (lib_queue.lua)
+MAX_ENROL_CALLS = 16  # an engine batches 4,096 at most
 MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
 MAX_MESSAGES_SEEN = 2048  # of a replica's queue; its slots bound what lies there
 MAX_LOST = 512  # a call
@@ -154,8 +156,14 @@ class Cell:
     # -- routing
 
     def enrol(self, *, replica: str, machine: str, deployment: str, slots: int) -> int:
-        """The replica takes requests; answers how many waiting ones it was given. Safe to repeat."""
-        return int(self._run(ENROL, replica, machine, deployment, slots))
+        """The replica takes requests; answers how many waiting ones were given out. Safe to repeat."""
+        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots))
+        for _ in range(MAX_ENROL_CALLS):
+            if n < BOUND_PER_CALL:
+                break
+            n = int(self._run(ENROL, replica, machine, deployment, slots))
+            n_bound += n
+        return n_bound
 
     def resize(self, replica: str, *, was: int, slots: int, why: str) -> int:
         """The replica runs so many requests at once from now on; answers how many waiting ones it was given, -1

@@ -18,7 +18,7 @@ free slot is charged at its end, if somebody waits then: else it took nothing fr
 to wait is lifted to the least counter that waits beside it, or to that of the last to leave: idleness earns no
 credit. So the counters of two flows that wait all the time stay within `window + U` of each other, where U is
 the largest charge of one request per weight; what was charged wrongly of the requests under way comes on top
-until it is made good. Every operation takes O(log n).
+until it is made good. Every operation takes O(log n) of the requests that wait; a dispatch looks at each replica.
 """
 
 from __future__ import annotations
@@ -241,9 +241,12 @@ class FairQueue:
     # -- slots
 
     def pump(self, now_ms: int) -> list[Binding]:
-        """Bind waiting requests while there is a free slot, one a round and replica by id."""
+        """Bind waiting requests while there is a free slot, one a round and replica by id. (The cell binds at
+        most 256 a call.)"""
         bindings: list[Binding] = []
-        free = sorted(name for name, replica in self.replicas.items() if replica.routed)
+        if not len(self):
+            return bindings
+        free = sorted(name for name, replica in self.replicas.items() if replica.is_free)
         while free:
             still = []
             for replica in free:
