@@ -23,8 +23,8 @@ RETRY = Expected(attempts=(1, 2), may_fail=True)
 class Drill:
     """One drill. Token counts and engine pace are chosen so that every stream is in its middle when it is struck.
 
-    n_tokens: of each stream, by engine; `--tokens` changes it. n_short_tokens: every fourth stream is so short
-    instead (0: none). recovery_limit_s: median silence that passes, with the toy engine; 0: not judged.
+    n_tokens: of each stream, by engine; `--tokens` changes it. short_share: every fourth stream wants that
+    part of them only (0: none). recovery_limit_s: median silence that passes, with the toy engine; 0: not judged.
     reconnects: clients come back with their idempotency key. limit_s: of the clients' patience, from the first byte.
     loses_s: so much of what ended before the fault may be missing in the counters of budgets (never in the ledger).
     probes: short requests at a steady pace beside the streams tell who is refused, and since when no more.
@@ -36,7 +36,7 @@ class Drill:
     expected_short: Expected = ONCE
     n_tokens: int = 400
     n_tokens_vllm: int = 64
-    n_short_tokens: int = 0
+    short_share: float = 0.0
     recovery_limit_s: float = 0.0
     reconnects: bool = False
     probes: bool = False
@@ -73,7 +73,7 @@ DRILLS: dict[str, Drill] = {
         machine.spot_notice,
         n_tokens=1600,
         n_tokens_vllm=1500,
-        n_short_tokens=600,
+        short_share=0.375,
         limit_s=300.0,
     ),
     "duplicate": Drill(

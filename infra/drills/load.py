@@ -39,6 +39,7 @@ class Ask:
 
     prompt: str
     n_tokens: int
+    is_short: bool = False
 
 
 class StreamLog:

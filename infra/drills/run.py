@@ -43,8 +43,9 @@ def asks_of(drill: Drill, *, n_streams: int, n_tokens: int) -> list[Ask]:
     nonce = secrets.token_hex(6)
     asks = []
     for n in range(n_streams):
-        is_short = drill.n_short_tokens > 0 and n % 4 == 3
-        asks.append(Ask(f"drill {nonce} stream {n}: go on", drill.n_short_tokens if is_short else n_tokens))
+        is_short = drill.short_share > 0 and n % 4 == 3
+        wanted = max(1, round(n_tokens * drill.short_share)) if is_short else n_tokens
+        asks.append(Ask(f"drill {nonce} stream {n}: go on", wanted, is_short=is_short))
     return asks
 
 
@@ -84,12 +85,7 @@ def run(
     scene.say(f"all streams ended after {run_s:.1f} s; waiting for their bills")
     others = [probe.answer for probe in probes.answered] if probes else []
     books = read_books([*answers, *others], True)
-    expected = [
-        drill.expected_short
-        if drill.n_short_tokens and ask.n_tokens == drill.n_short_tokens
-        else drill.expected
-        for ask in asks
-    ]
+    expected = [drill.expected_short if ask.is_short else drill.expected for ask in asks]
     struck_at_s = strike.at_s or time.monotonic()
     forgotten = {
         probe.answer.request
