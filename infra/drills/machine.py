@@ -158,8 +158,9 @@ def spot_notice(scene: Scene, strike: Strike) -> None:
     gone_at_s = time.monotonic()
     scene.wait(lambda: scene.machine_ends(replica.machine), "the machine was given back", NOTICE_S)
     began_s = strike.at_s or drained_at_s
+    word = "served" if successors else "did not serve"
     strike.notes["replacement"] = (
-        f"{'served' if successors else 'did not serve'} before the drain, which began {drained_at_s - began_s:.1f} s after the notice and took "
+        f"{word} before the drain, which began {drained_at_s - began_s:.1f} s after the notice and took "
         f"{gone_at_s - drained_at_s:.1f} s"
     )
     strike.notes["machine"] = f"given back {time.monotonic() - began_s:.1f} s after the notice"
