@@ -8,7 +8,7 @@ nothing by a restart: slots stand in Redis, and the measurements of a few second
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import structlog
 
@@ -48,15 +48,16 @@ class SlotKeeper:
         replicas: Mapping[str, KnownReplica],
         readings: Mapping[str, ReplicaReading],
         queued: Mapping[str, int],
+        deployments: Collection[str],
         now_s: float,
     ) -> None:
-        """One look at all of them. `queued`: requests waiting by deployment. Raises redis.RedisError."""
+        """One look at all of them. `queued`: requests waiting by deployment; `deployments`: those that exist, idle
+        ones included. Raises redis.RedisError.
+        """
         for rid in self._memories.keys() - replicas.keys():
             del self._memories[rid]
             self._seqs.pop(rid, None)
-        kinds = {_kind(replica) for replica in replicas.values()}
-        deployments = {replica.deployment for replica in replicas.values()} | queued.keys()
-        for kind in [k for k in self._learned if k not in kinds and k[0] not in deployments]:
+        for kind in [kind for kind in self._learned if kind[0] not in deployments]:
             del self._learned[kind]
         for rid, reading in readings.items():
             beat = reading.beat

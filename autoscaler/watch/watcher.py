@@ -265,7 +265,7 @@ class Watcher:
             self._memory.look()
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
-        self._slots.adapt(known, serving, self._queued, now_s)
+        self._slots.adapt(known, serving, self._queued, table.deployments, now_s)
 
     def _judge(self, replica: KnownReplica, reading: ReplicaReading, now_s: float) -> None:
         """Dead when it should serve and its beat stands still; routed to when it serves and is not yet."""
