@@ -18,6 +18,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
 | `rep:<rid>:px` | zset of prefix hashes | trusted | what its cache probably holds, bounded |
 | `failed` | set of request ids | trusted | given up; until their gateways and holds were told |
+| `born` | string | trusted | since when limits count here: 0 from the start, else when this Redis was found empty |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
@@ -114,6 +115,10 @@ class CellKeys:
     @property
     def failed(self) -> str:
         return f"{self.prefix}failed"
+
+    @property
+    def born(self) -> str:
+        return f"{self.prefix}born"
 
     @property
     def usage_bad(self) -> str:

@@ -53,7 +53,8 @@ class Client:
     """Pipelining client of one Redis. Belongs to one event loop; not thread-safe.
 
     `scripts` are loaded on every connect. A user that may not load them (a machine's) passes
-    `may_load_scripts=False` and relies on the trusted side having done so.
+    `may_load_scripts=False` and relies on the trusted side having done so. `greeting(again)`: a command to send before
+    any other on every connection; `again` = this client was connected before.
     All calls share one deadline, `call_timeout_s`: since replies come in order, one overdue reply means the
     connection is stuck, so it is dropped and everything in flight fails with `maybe_applied=True`.
     """
@@ -65,6 +66,7 @@ class Client:
         name: str,
         scripts: Iterable[Script] = (),
         may_load_scripts: bool = True,
+        greeting: Callable[[bool], tuple[str | int, ...]] = lambda again: (),
         connect_timeout_s: float = 2.0,
         call_timeout_s: float = 2.0,
         max_in_flight: int = 65_536,
@@ -75,6 +77,7 @@ class Client:
         self.n_fire_errors = 0
         self._scripts = tuple(scripts)
         self._may_load_scripts = may_load_scripts
+        self._greeting = greeting
         self._connect_timeout_s = connect_timeout_s
         self._call_timeout_s = call_timeout_s
         self._max_in_flight = max_in_flight
@@ -229,6 +232,7 @@ class Client:
                     timeout_s=self._connect_timeout_s,
                     scripts=self._scripts if self._may_load_scripts else (),
                     on_orphan_error=lambda error: self._count_fire_error(error.code),
+                    greeting=self._greeting(self.n_disconnects > 0),
                 )
             except Exception as exc:  # whatever it is, a client that stopped trying would be worse
                 if n_failures == 0:

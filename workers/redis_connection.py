@@ -191,8 +191,12 @@ async def open_connection(
     scripts: Iterable[Script] = (),
     on_orphan_error: Callable[[ResponseError], None],
     on_push: Callable[[Any], None] | None = None,
+    greeting: tuple[str | int, ...] = (),
 ) -> Connection:
-    """Connect, authenticate, select, load scripts; raises RedisUnavailable or ResponseError if it cannot."""
+    """Connect, authenticate, select, load scripts; raises RedisUnavailable or ResponseError if it cannot.
+
+    `greeting`: a command to send before any other; what Redis answers to it does not matter.
+    """
     loop = asyncio.get_running_loop()
     connection = Connection(loop, on_orphan_error=on_orphan_error)
 
@@ -205,7 +209,7 @@ async def open_connection(
                 await loop.create_unix_connection(factory, address.path)
             else:
                 await loop.create_connection(factory, address.host, address.port, ssl=address.tls)
-            await _handshake(connection, address, client_name, scripts)
+            await _handshake(connection, address, client_name, scripts, greeting)
     except (OSError, TimeoutError) as exc:
         connection.abort()
         raise RedisUnavailable(f"cannot reach Redis at {address}: {exc!r}") from exc
@@ -217,7 +221,11 @@ async def open_connection(
 
 
 async def _handshake(
-    connection: Connection, address: Address, client_name: str, scripts: Iterable[Script]
+    connection: Connection,
+    address: Address,
+    client_name: str,
+    scripts: Iterable[Script],
+    greeting: tuple[str | int, ...],
 ) -> None:
     """One round trip. PING proves that Redis serves (not LOADING); a user may lack PING or SETNAME."""
     commands: list[tuple[str | int, ...]] = []
@@ -227,6 +235,7 @@ async def _handshake(
         commands.append(("SELECT", address.db))
     commands += [("CLIENT", "SETNAME", client_name), ("PING",)]
     commands += [("SCRIPT", "LOAD", script.source) for script in scripts]
+    commands += [greeting] if greeting else []
     loop = asyncio.get_running_loop()
     waiters: list[asyncio.Future[Any]] = []
     for command in commands:
@@ -236,6 +245,8 @@ async def _handshake(
     for command, reply in zip(commands, replies, strict=True):
         optional = command[0] in ("CLIENT", "PING")
         if isinstance(reply, ResponseError) and optional and reply.code == "NOPERM":
+            continue
+        if isinstance(reply, ResponseError) and command is greeting:
             continue
         if isinstance(reply, BaseException):
             raise reply

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 
 import msgspec
 import uuid_utils
@@ -55,7 +56,9 @@ class Gateway:
         self.id: str = uuid_utils.uuid7().hex
         self.draining = False
         keys = self.keys = CellKeys(config.cell)
-        self.redis = Client(config.redis_url, name=f"gateway-{config.name}", scripts=_SCRIPTS)
+        self.redis = Client(
+            config.redis_url, name=f"gateway-{config.name}", scripts=_SCRIPTS, greeting=self._mark_birth
+        )
         self.subscriber = Subscriber(
             config.redis_url, name=f"gateway-{config.name}", on_message=self._on_message, on_gap=self._on_gap
         )
@@ -169,6 +172,10 @@ class Gateway:
         return [name for name, failing in parts.items() if failing]
 
     # -- messages
+
+    def _mark_birth(self, again: bool) -> tuple[str | int, ...]:
+        """A Redis that this process knew and that has forgotten everything: its rate limits fill from empty."""
+        return ("SET", self.keys.born, time.time_ns() // 1_000_000 if again else 0, "NX")
 
     def _on_message(self, channel: bytes, payload: bytes) -> None:
         handler = self._channels.get(channel)

@@ -12,11 +12,17 @@ local function scope_key(P, s, scope_id)
   return P .. 'lim:' .. SCOPE[s] .. ':' .. scope_id
 end
 
--- Level of a bucket of `cap` units a minute, `elapsed_ms` after it stood at `stored`; a bucket never seen is full.
--- A refund may have lifted `stored` above the cap: clamped here, where it is read.
+-- Level of a bucket of `cap` units a minute, `elapsed_ms` after it stood at `stored`. A refund may have lifted `stored`
+-- above the cap: clamped here, where it is read.
 local function refilled(stored, cap, elapsed_ms)
-  if not stored then return cap end
   return math.min(tonumber(stored) + elapsed_ms * cap / 60000, cap)
+end
+
+-- Level of a bucket never seen: full, unless this Redis lost what it knew less than a minute ago (`born`): then nobody
+-- can say what was used, and it fills from empty.
+local function unseen(P, cap, now)
+  local born_ms = tonumber(redis.call('GET', P .. 'born') or '0')
+  return refilled(0, cap, math.max(now - born_ms, 0))
 end
 
 -- What a call has read of scopes: the values of READ, by the scope's key. A script that serves several requests at once
@@ -103,7 +109,7 @@ local function examine(P, now, args, at, n_in, n_out)
     for i = 1, 3 do
       local cap = tonumber(args[a + i])
       if cap >= 0 then
-        local level = refilled(v[i], cap, elapsed_ms)
+        local level = v[i] and refilled(v[i], cap, elapsed_ms) or unseen(P, cap, now)
         -- What is larger than the whole minute is let through when the bucket is full, and the level goes negative.
         local enough = math.min(need[i], cap)
         if level < enough or cap == 0 then

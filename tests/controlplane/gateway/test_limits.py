@@ -1,6 +1,7 @@
 """Limits and budgets as OpenAI's clients expect them: 429 with the limit, the scope and when to retry."""
 
 import asyncio
+import time
 
 from controlplane.gateway.directory import LimitsRow
 from tests.controlplane.gateway.harness import CHAT, KEYS, Job, Machine, Running, until
@@ -97,11 +98,34 @@ async def test_answer_is_cut_where_the_money_ends(gw: Running, machine: Machine)
     assert n_allowed == (60 - estimated) // 2
 
 
+async def test_after_redis_lost_everything_rates_fill_from_empty(gw: Running, machine: Machine) -> None:
+    """What was used is not known any more. Over the loss: at most the full limit, and what has filled since."""
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=60))
+
+    async def admitted(n: int) -> int:
+        answers = await asyncio.gather(*(gw.post(CHAT) for _ in range(n)))
+        return sum(answer.status_code == 200 for answer in answers)
+
+    assert await admitted(70) >= 60
+    n_before = gw.gateway.redis.n_disconnects
+    started_at = time.monotonic()
+    await gw.redis.flushall()
+    for client in await gw.redis.client_list(_type="normal"):
+        if client["name"].startswith("gateway-"):
+            await gw.redis.client_kill_filter(_id=client["id"])
+    await until(lambda: gw.gateway.redis.n_disconnects > n_before and gw.gateway.redis.connected)
+    await machine.enrol()
+    await until(lambda: gw.gateway.subscriber.connected)
+    n = await admitted(70)
+    since_s = time.monotonic() - started_at
+    assert n <= since_s + 1, "one a second, from the moment it was found empty"
+
+
 async def test_refused_request_leaves_nothing_behind(gw: Running) -> None:
     gw.key = gw.directory.add_key(key_limits=LimitsRow(max_concurrency=0))
     assert (await gw.post(CHAT)).status_code == 429
     assert not gw.gateway.inbox.streams
-    assert await gw.redis.keys(KEYS.prefix + "*") == []
+    assert await gw.redis.keys(KEYS.prefix + "*") == [KEYS.born.encode()]
 
 
 async def test_every_answer_says_where_the_limits_stand(gw: Running, machine: Machine) -> None:
