@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import coldstart, gateway, joint, slots
+from benchmarks import coldstart, gateway, joint, limits, slots
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ BENCHES = {
         joint.as_text,
         1,
     ),
+    "limits": Bench(
+        "each kind of limit at each level lets exactly 10 of 64 through; 32 streams share the last credit",
+        limits.measure,
+        limits.as_text,
+        1,
+    ),
     "slots": Bench(
         "gaps between tokens and throughput with standing slots and with slots that keep a promise",
         slots.measure,
@@ -48,7 +54,9 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("name", choices=sorted(BENCHES))
-        parser.add_argument("--repeats", type=int, help="runs per figure (default: 7; joint: 1, slots: 3)")
+        parser.add_argument(
+            "--repeats", type=int, help="runs per figure (default: 7; joint and limits: 1, slots: 3)"
+        )
         parser.add_argument("--only", help="gateway: scenarios whose name contains this")
         parser.add_argument("--json", action="store_true")
 

@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from controlplane import ids
 from controlplane.errors import CorralError
 from controlplane.tenants import services
-from controlplane.tenants.limits import Limits
+from controlplane.tenants.limits import NO_LIMITS, Limits
 from controlplane.tenants.models import Organization, Project
 
 NANO_PER_DOLLAR = 1_000_000_000
@@ -30,6 +30,12 @@ class Command(BaseCommand):
             "--weight", type=int, default=100, help="share of a full queue (default: %(default)s)"
         )
         parser.add_argument("--budget", type=int, metavar="DOLLARS", help="money this key may spend")
+        parser.add_argument("--budget-nano", type=int, metavar="N", help="the same in nano-dollars")
+        parser.add_argument(
+            "--limits-on",
+            choices=("key", "project", "organization"),
+            help="set the limits there, and take away those of the other two levels",
+        )
         parser.add_argument(
             "--limit-all",
             action="store_true",
@@ -42,26 +48,34 @@ class Command(BaseCommand):
         project = Project.objects.filter(organization=organization, slug=options["project"]).first()
         if organization is None or project is None:
             raise CommandError(f"no project {options['organization']}/{options['project']}: check the slugs")
-        budget = options["budget"]
+        budget = None if options["budget"] is None else options["budget"] * NANO_PER_DOLLAR
+        if options["budget_nano"] is not None:
+            budget = options["budget_nano"]
         limits = Limits(
             rpm=options["rpm"],
             input_tpm=options["input_tpm"],
             output_tpm=options["output_tpm"],
             max_concurrency=options["max_concurrency"],
-            budget_nano=None if budget is None else budget * NANO_PER_DOLLAR,
+            budget_nano=budget,
         )
+        levels = dict.fromkeys(("key", "project", "organization"), limits if options["limit_all"] else None)
+        if options["limits_on"]:
+            levels = dict.fromkeys(levels, NO_LIMITS) | {options["limits_on"]: limits}
         try:
-            if options["limit_all"]:
-                services.set_organization_limits(organization_id=organization.id, limits=limits)
+            if levels["organization"] is not None:
+                services.set_organization_limits(
+                    organization_id=organization.id, limits=levels["organization"]
+                )
+            if levels["project"] is not None:
                 services.set_project_limits(
-                    organization_id=organization.id, project_id=project.id, limits=limits
+                    organization_id=organization.id, project_id=project.id, limits=levels["project"]
                 )
             key, plaintext = services.create_api_key(
                 organization_id=organization.id,
                 project_id=project.id,
                 name=options["name"],
                 weight=options["weight"],
-                limits=limits,
+                limits=limits if levels["key"] is None else levels["key"],
             )
         except CorralError as error:
             raise CommandError(str(error)) from error
