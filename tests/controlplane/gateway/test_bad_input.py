@@ -22,7 +22,7 @@ async def refused(gw: Running, body: Any, path: str = "/v1/chat/completions") ->
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
-    assert await gw.redis.keys(KEYS.prefix + "*") == [], "nothing was reserved"
+    assert await gw.redis.keys(KEYS.prefix + "*") == [KEYS.born.encode()], "nothing was reserved"
     return response.status_code, error
 
 

@@ -30,7 +30,11 @@ async def test_running_request_is_aborted_and_billed_by_what_it_produced(
     await until(machine.jobs[0].cancelled.is_set)
     await until(lambda: not gw.gateway.inbox.streams)
     job = machine.jobs[0]
-    assert (await gw.record(job.id))[b"state"] == b"done"
+
+    async def settled() -> bool:
+        return (await gw.record(job.id))[b"state"] == b"done"
+
+    await until(settled)
     limits = await gw.limit("key", job.envelope.key)
     assert int(limits[b"spent"]) == 7 + 2 * job.offset
     assert limits[b"held"] == b"0"

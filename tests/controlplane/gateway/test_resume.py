@@ -661,7 +661,7 @@ async def test_malformed_header_is_a_400_that_names_it(gw: Running, name: str, v
     answer = await gw.post(CHAT, **{name: value})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].lower() == name
-    assert not await gw.redis.keys("t0:*")
+    assert await gw.redis.keys("t0:*") == [b"t0:born"]
 
 
 async def test_event_id_ahead_of_the_answer_is_a_400(gw: Running, teller: Teller) -> None:
