@@ -259,7 +259,7 @@ def _spent(world: World) -> Counter[str]:
 
 
 # What may stay for as long as what it describes does; everything else must expire.
-LASTING = ("lim:", "lock:")
+LASTING = ("lim:", "lock:", "born")
 LASTING_OF_DEPLOYMENTS = (":reps", ":v", ":stage")
 LASTING_OF_MACHINES = (":usage", ":desired", ":actual", ":bell")
 
