@@ -208,10 +208,6 @@ class VirtualTime:
     process_time = staticmethod(real_time.process_time)
     process_time_ns = staticmethod(real_time.process_time_ns)
 
-    @staticmethod
-    def thread_time_ns() -> int:
-        return 0  # CPU costs nothing here
-
     def sleep(self, seconds: float) -> None:
         raise AssertionError("nothing sleeps on a virtual clock")
 
