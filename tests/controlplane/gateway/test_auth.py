@@ -3,8 +3,10 @@
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.gateway.auth import KeyCache
+from controlplane.gateway.directory import LeaseRow, LimitsRow
 from controlplane.gateway.errors import ApiError
 from controlplane.tenants import api_keys
 from tests.controlplane.gateway.harness import CHAT, KEYS, PEPPER, FakeDirectory, Machine, Running, until
@@ -259,3 +261,64 @@ async def test_revoke_takes_effect_within_a_second(gw: Running, by: str) -> None
         return (await gw.http.get("/v1/models", headers=gw.auth())).status_code == 401
 
     await until(refused, 1.0)
+
+
+# -- several cells: the limits in a context are this cell's part of them, as long as the lease lasts
+
+
+def leased(directory: FakeDirectory, key: str, ppm: int, left_ms: int, /, **budgets: int) -> None:
+    """This cell's part of the key's limits becomes this."""
+    lookup = lookup_of(key)
+    record = directory.records[lookup]
+    directory.records[lookup] = replace(record, lease=LeaseRow(ppm, left_ms, budgets))
+
+
+async def test_a_context_holds_the_cells_part_of_every_limit(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    limits = LimitsRow(rpm=7, input_tpm=1000, output_tpm=999, max_concurrency=3, budget_nano=5_000)
+    key = directory.add_key(key_limits=limits)
+    leased(directory, key, 500_000, 60_000, key=1_234)
+    context = await cache.authenticate(b"Bearer " + key.encode(), None)
+    assert context.scopes[0][2] == (3, 500, 499, 1, 1_234)
+    assert context.scopes[2][2] == (-1, -1, -1, -1, -1), "no limit stays none"
+
+
+async def test_a_part_is_not_used_beyond_its_lease_even_with_postgres_away(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock
+) -> None:
+    key = directory.add_key(key_limits=LimitsRow(rpm=10))
+    leased(directory, key, 500_000, 20_000)
+    assert await ask(cache, key) == "ok"
+    directory.up = False
+    clock.now += 19.9
+    assert await ask(cache, key) == "ok"
+    clock.now += 0.2
+    assert await ask(cache, key) == "auth_unavailable", "the part may be another cell's by now"
+
+
+async def test_without_a_lease_what_is_limited_gets_a_503_and_the_rest_is_served(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock
+) -> None:
+    limited, unlimited = directory.add_key(key_limits=LimitsRow(rpm=10)), directory.add_key()
+    for key in (limited, unlimited):
+        leased(directory, key, 0, 0)
+    assert await ask(cache, limited) == "limits_unavailable"
+    assert await ask(cache, unlimited) == "ok"
+    n_found = directory.n_found
+    assert await ask(cache, limited) == "limits_unavailable"
+    assert directory.n_found == n_found, "and Postgres is not asked each time"
+    leased(directory, limited, 1_000_000, 60_000)
+    clock.now += 1.1
+    assert await ask(cache, limited) == "ok"
+
+
+async def test_a_changed_share_is_read_again_when_it_is_announced(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    key = directory.add_key(key_limits=LimitsRow(rpm=10), organization="e" * 32)
+    leased(directory, key, 1_000_000, 60_000)
+    assert (await cache.authenticate(b"Bearer " + key.encode(), None)).scopes[0][2][0] == 10
+    leased(directory, key, 100_000, 60_000)
+    cache.invalidate("lim:" + "e" * 32)
+    assert (await cache.authenticate(b"Bearer " + key.encode(), None)).scopes[0][2][0] == 1

@@ -409,3 +409,21 @@ async def test_steps_are_told_with_what_ran_and_what_waited() -> None:
     assert (steps.n_steps, steps.n_tokens, steps.n_waiting) == (11, 20, 1.0)
     assert quantile_ms(gaps_of(steps.buckets), 0.5) == pytest.approx(20.0, rel=0.025)
     assert engine.take_steps().n_steps == 0
+
+
+@pytest.mark.parametrize("stop", [(), ("zz",)], ids=["countable", "with a stop string"])
+async def test_single_tokens_stay_single_however_slowly_they_are_read(stop: tuple[str, ...]) -> None:
+    """An answer whose money may end after any token. A late reader is otherwise given several at once."""
+    async with running(toy_step_ms=0) as engine:
+        whole = await read(engine, a_request(engine, stop=stop))
+        sizes, ids, text = [], [], ""
+        request = replace(a_request(engine, stop=stop), single_tokens=True)
+        async with aclosing(engine.generate(request)) as deltas:
+            async for delta in deltas:
+                sizes.append(len(delta.token_ids))
+                ids += delta.token_ids
+                text += delta.text
+                for _ in range(5):
+                    await asyncio.sleep(0)
+    assert max(sizes) == 1
+    assert (ids, text) == (whole.token_ids, whole.text)

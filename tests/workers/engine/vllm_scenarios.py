@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ async def check_a_stop_string_ends_text_before_it_and_frees_the_engine(engine: V
     # A resume after the stop string was journaled, but its end was not, ends at once.
     again = await read(engine, a_request(engine, ignore_eos=True, stop=(stop,), prior=answer.token_ids))
     assert (again.token_ids, again.text, again.finish) == ([], "", FinishReason.STOP)
+
+
+async def check_single_tokens_stay_single_however_slowly_they_are_read(engine: VllmEngine) -> None:
+    """An answer whose money may end after any token. A late reader is otherwise given several at once."""
+    whole = await read(engine, a_request(engine, ignore_eos=True, logprobs=0))
+    ids, text, logprobs, sizes, finish = [], "", [], [], None
+    request = replace(a_request(engine, ignore_eos=True, logprobs=0), single_tokens=True)
+    async with aclosing(engine.generate(request)) as deltas:
+        async for delta in deltas:
+            sizes.append(len(delta.token_ids))
+            ids += delta.token_ids
+            text += delta.text
+            logprobs += delta.logprobs or ()
+            finish = delta.finish
+            if len(sizes) in (2, 9):
+                await asyncio.sleep(0.3)
+    assert max(sizes) == 1
+    assert (ids, text, finish) == (whole.token_ids, whole.text, whole.finish)
+    assert [lp.token_id for lp in logprobs] == ids
 
 
 async def check_finished_priors_need_no_engine(engine: VllmEngine) -> None:
