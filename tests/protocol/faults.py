@@ -210,7 +210,7 @@ HARSH: tuple[Fault, ...] = (
     *GENTLE, postgres_away, kill_gateway, reset_gateway, restart_redis, replace_redis, empty_redis,
 )  # fmt: skip
 _FORGOT = {"cell_unavailable", "budget_unavailable", "request_lost", "request_not_found", "journal_unreadable",
-           "internal_error"}  # fmt: skip
+           "answer_lost", "internal_error"}  # fmt: skip
 EXCUSES: dict[Fault, set[str]] = {
     reset_gateway: {"cell_unavailable"},
     restart_redis: {"cell_unavailable", "budget_unavailable"},

@@ -32,16 +32,16 @@ KINDS = pytest.mark.parametrize("faults", [GENTLE, HARSH], ids=["gentle", "harsh
 
 
 @KINDS
-@pytest.mark.parametrize("block", range(0, 80, 20))
+@pytest.mark.parametrize("block", range(0, 60, 10))
 def test_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
-    seeds = range(block, block + 20) if ONLY is None else [FIRST] if not block else []
+    seeds = range(block, block + 10) if ONLY is None else [FIRST] if not block else []
     for seed in seeds:
         tell(make_world, seed, faults)
 
 
 @KINDS
 @pytest.mark.full
-@pytest.mark.parametrize("block", range(1000, 3000, 100))
+@pytest.mark.parametrize("block", range(1000, 3000, 50))
 def test_many_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
-    for seed in range(block, block + 100):
+    for seed in range(block, block + 50):
         tell(make_world, seed, faults)

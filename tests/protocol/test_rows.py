@@ -316,6 +316,23 @@ def test_gaps_in_the_frames_are_filled_from_the_journal(w: World) -> None:
     w.run(story())
 
 
+def test_with_every_frame_lost_the_journal_is_enough_and_the_second_to_settle_changes_nothing(
+    w: World,
+) -> None:
+    async def story() -> None:
+        for door in w.doors:
+            w.network.link(door.process).frame_loss = 1.0
+        answer = w.client.ask("question", SHORT)
+        other = w.client.ask("other", 120)  # holds money while the first is settled twice
+        await w.until(lambda: answer.over)
+        checks.now(w)
+        await w.rest()
+        assert answer.complete
+        assert other.complete
+
+    w.run(story())
+
+
 def test_a_flush_whose_answer_was_lost_is_sent_again_and_changes_nothing(w: World) -> None:
     async def story() -> None:
         answer = w.client.ask("question", LONG)
@@ -399,7 +416,7 @@ def test_redis_replaced_by_a_replica_that_lags_shows_no_token_twice(w: World) ->
     async def story() -> None:
         w.forgot, w.allowed_codes = (
             True,
-            {"cell_unavailable", "request_lost", "journal_unreadable", "internal_error"},
+            {"cell_unavailable", "request_lost", "journal_unreadable", "answer_lost"},
         )
         answers = [w.client.ask(f"question {i}", LONG) for i in range(4)]
         await shown(w, *answers)
@@ -409,6 +426,22 @@ def test_redis_replaced_by_a_replica_that_lags_shows_no_token_twice(w: World) ->
         await asyncio.sleep(0.3)
         w.network.start(snapshot=kept)
         await w.rest()
+
+    w.run(story())
+
+
+def test_sampled_tokens_that_redis_forgot_are_not_drawn_again_in_silence(w: World) -> None:
+    async def story() -> None:
+        w.forgot, w.allowed_codes = True, {"cannot_continue", "answer_lost"}
+        answer = w.client.ask("question", LONG, temperature=1.0)
+        await shown(w, answer)
+        kept = w.network.snapshot()
+        await asyncio.sleep(0.4)
+        w.network.crash()
+        await asyncio.sleep(0.3)
+        w.network.start(snapshot=kept)
+        await w.rest()
+        assert answer.code, "the gateway or the replica says so, whoever is first"
 
     w.run(story())
 
@@ -467,6 +500,22 @@ def test_poison_is_told_although_the_control_worker_dies_before_it_can(w: World)
 
 
 # -- clients that leave
+
+
+def test_a_generation_stops_when_its_client_leaves_also_when_that_word_is_lost(w: World) -> None:
+    async def story() -> None:
+        for machine in w.machines:
+            w.network.links[machine].frame_loss = 1.0  # control messages among them
+        answer = w.client.ask("question", LONG)
+        front = await running(w, answer)
+        answer.leave.set()
+        await w.until(lambda: front.replica.server.n_running == 0, within_s=0.2)
+        await w.rest()
+        row = w.ledger.rows[answer.request]
+        assert row.finish == "abort"
+        assert row.n_completion < LONG
+
+    w.run(story())
 
 
 def test_what_a_client_left_is_not_served_again_when_its_worker_dies(w: World) -> None:
