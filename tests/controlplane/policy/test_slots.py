@@ -162,6 +162,14 @@ def test_a_host_too_slow_for_the_promise_is_not_throttled_to_one_request(seed: i
     assert sum(loaded) / len(loaded) >= 8, loaded[::4]
 
 
+def test_what_one_request_takes_alone_is_measured_while_one_runs() -> None:
+    replica = SimulatedReplica(240, 1, SlotTarget(100, 32), slots=32, load=1)
+    replica.run(10)
+    assert replica.memory.alone_ms == pytest.approx(241, rel=0.03)
+    replica.load = 30
+    assert set(replica.run(20)) == {32}  # 270 ms: no shrink was needed to find out
+
+
 def test_the_promise_counts_again_when_the_host_is_quick_again() -> None:
     replica = SimulatedReplica(250, 2, TARGET, slots=64, noise=0.02, stream_s=1)
     replica.run(30)
