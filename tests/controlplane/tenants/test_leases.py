@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import redis
 from django.db import connections
+from django.test import override_settings
 
 from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
@@ -274,3 +276,19 @@ def _count(ref: str) -> int:
         with connection.cursor() as cursor:
             cursor.execute("SELECT count(*) FROM corral_change WHERE ref = %s", [ref])
             return int(cursor.fetchone()[0])
+
+
+def test_the_task_registers_its_cell_and_outlives_what_is_away(cells: tuple[CellSide, CellSide]) -> None:
+    from controlplane.tenants import tasks
+    from controlplane.tenants.models import Cell
+    from infra.local.ports import free_port
+
+    _key(build_world(), rpm=100)
+    tasks.lease_shares()
+    assert list(Cell.objects.using("operator").values_list("name", flat=True)) == ["c0"]
+    cells[1].leases.renew(datetime.now(tz=UTC))
+    tasks.lease_shares()
+    assert set(_shares()) == {"c0", "c1"}
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    with override_settings(ENV=replace(tasks.settings.ENV, redis_url=url)):
+        tasks.lease_shares()
