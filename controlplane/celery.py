@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 app = Celery("corral-control", amqp="workers.broker_connection:Amqp")
 app.conf.update(
     broker_url=settings.ENV.redis_url,
+    # As the replicas': a task that ends while Redis is away is acknowledged when it is back. Stock kombu asks the
+    # closed channel for a connection, and the AttributeError ends the worker (2 of 6 kills of Redis under load).
+    broker_transport="workers.transport:Transport",
     broker_transport_options={
+        "priority_steps": [0],
         "global_keyprefix": f"{settings.ENV.cell}:ctl:",
         # Longer than any task may run (task_time_limit), so that none is delivered to two workers at once.
         "visibility_timeout": 600,

@@ -50,6 +50,10 @@ def trim_redis(scene: Scene, strike: Strike) -> None:
         scene.signal(before, signal.SIGKILL)
         scene.wait(lambda: not is_alive(before), "Redis is dead", 5.0)
         n_lost_bytes = log.stat().st_size - n_kept_bytes
+        if n_lost_bytes < 0:
+            raise DrillError(
+                "Redis rewrote its log just then, so that its last second cannot be told: run it again"
+            )
         os.truncate(log, n_kept_bytes)
         strike.done(f"SIGKILL to Redis, pid {before.pid}, and the last {LOST_LOG_S:g} s of its log cut off")
     strike.notes["lost"] = f"{n_lost_bytes} bytes of log"

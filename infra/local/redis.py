@@ -5,6 +5,7 @@ start, and whatever machine users the control plane adds (it calls ACL SAVE; the
 Nothing is ever evicted: full memory refuses writes. Called by stack.py and the tests.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import secrets
@@ -24,6 +25,8 @@ MAX_MEMORY_MB = (
     1024  # a cell of the local stack holds some MB; the bound keeps a leak from taking the machine
 )
 
+LOG_BYTES = 32 << 20
+
 _SETTINGS = {
     "bind": HOST,
     "daemonize": "no",
@@ -33,7 +36,7 @@ _SETTINGS = {
     "appendfsync": "everysec",
     "aof-load-truncated": "yes",
     # A restart reads the whole log, some 20 MB a second on a busy machine; rewriting a cell of some MB costs 0.1 s.
-    "auto-aof-rewrite-min-size": "32mb",
+    "auto-aof-rewrite-min-size": str(LOG_BYTES),
     "save": '""',
     "maxmemory-policy": "noeviction",
     "acl-pubsub-default": "resetchannels",  # a new user hears and says nothing until told otherwise
@@ -81,6 +84,12 @@ class EmbeddedRedis(EmbeddedServer):
             self.url(), socket_timeout=2, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
         )
 
+    def compact(self) -> None:
+        """Rewrite a long log in the background: by itself the server waits until it has doubled since its start."""
+        if any(path.stat().st_size > LOG_BYTES for path in self.base.glob("appendonly.aof")):
+            with self.connect() as client, contextlib.suppress(redis.RedisError):
+                client.bgrewriteaof()
+
     def forget(self) -> None:
         """Delete everything it knows: the log, and the machines' users. Only while it does not run."""
         for path in (*self.base.glob("*.aof*"), *self.base.glob("*.rdb"), self._users_path):
@@ -88,6 +97,8 @@ class EmbeddedRedis(EmbeddedServer):
 
     def _prepare(self) -> None:
         self._end_leftovers(self.base)
+        for half in self.base.glob("temp-*.aof"):  # of a rewrite that was cut off
+            half.unlink(missing_ok=True)
         settings = {
             **_SETTINGS,
             "port": str(self.port),

@@ -120,6 +120,7 @@ def stack_specs(
                 log_path=logs / "redis.log",
                 before_start=redis.prepare,
                 ready=lambda _pid: redis.is_ready(),
+                on_ready=redis.compact,
                 on_stopped=redis.release,
                 ready_timeout_s=120.0,
                 death_signal=signal.SIGTERM,

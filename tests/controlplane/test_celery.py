@@ -5,6 +5,8 @@ import redis
 from django.conf import settings
 
 from controlplane.celery import app
+from workers.broker_connection import BrokerConnection
+from workers.transport import Transport
 
 
 def test_every_scheduled_task_exists_and_expires_no_later_than_a_few_turns() -> None:
@@ -22,6 +24,13 @@ def test_a_message_lands_in_the_queue_under_the_prefix_of_control(redis_url: str
         assert client.llen(f"{settings.ENV.cell}:ctl:control") == 1
     assert keys
     assert all(key.startswith(f"{settings.ENV.cell}:ctl:") for key in keys), keys
+
+
+def test_control_survives_a_broker_that_goes_away_as_replicas_do() -> None:
+    """What that takes: tests/workers/test_broker_connection.py."""
+    with app.connection_for_read() as connection:
+        assert isinstance(connection, BrokerConnection)
+        assert issubclass(connection.get_transport_cls(), Transport)
 
 
 @pytest.mark.parametrize("content_type", ["pickle", "yaml"])

@@ -60,3 +60,4 @@ def test_losing_the_broker_with_messages_in_hand_does_not_end_the_worker(
     monkeypatch.setattr(channel, "_brpop_read", refuse)
     connection.collect(socket_timeout=1)
     connection.close()
+    channel.basic_ack("a tag")  # of a task that ends only now

@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from infra.local.process import find_working_in, identity_of
-from infra.local.redis import EmbeddedRedis
+from infra.local.redis import LOG_BYTES, EmbeddedRedis
 from tests.infra.local.conditions import until
 
 
@@ -45,7 +45,7 @@ def test_settings_that_matter(redis_server: EmbeddedRedis, redis_url: str) -> No
             "bind": "127.0.0.1",
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "auto-aof-rewrite-min-size": str(32 << 20),  # bounds how long a restart reads
+            "auto-aof-rewrite-min-size": str(LOG_BYTES),  # bounds how long a restart reads
             "save": "",
             "maxmemory-policy": "noeviction",
             "acl-pubsub-default": "resetchannels",
@@ -149,3 +149,29 @@ def test_second_start_over_the_same_data_is_refused(redis_server: EmbeddedRedis)
 def test_files_are_private(redis_server: EmbeddedRedis) -> None:
     for name in ("credentials.json", "redis.conf", "users.acl", "appendonly.aof"):
         assert (redis_server.base / name).stat().st_mode & 0o077 == 0, name
+
+
+def test_a_long_log_is_rewritten_at_the_start_and_what_a_cut_off_rewrite_left_is_removed(
+    tmp_path: Path,
+) -> None:
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    server.wait_ready()
+    try:
+        with server.connect() as client:
+            value = "x" * (1 << 20)
+            for _ in range(LOG_BYTES // len(value) + 1):
+                client.set("same", value)
+        log = tmp_path / "redis" / "appendonly.aof"
+        server.stop()
+        assert log.stat().st_size > LOG_BYTES
+        (tmp_path / "redis" / "temp-rewriteaof-1.aof").write_text("half")
+        server.start()
+        server.wait_ready()
+        server.compact()
+        until(lambda: log.stat().st_size < LOG_BYTES, "the log is short")
+        assert not list((tmp_path / "redis").glob("temp-rewriteaof-1.aof"))
+        with server.connect() as client:
+            assert client.get("same") == value.encode()
+    finally:
+        server.stop()
