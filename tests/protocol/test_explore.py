@@ -22,7 +22,7 @@ def tell(make_world: MakeWorld, seed: int, faults: tuple[Fault, ...]) -> None:
         rng = random.Random(seed)
         for host in [*w.machines, *(door.process.host for door in w.doors)]:
             if rng.random() < 0.3:
-                w.skew_s[host] = rng.uniform(-600, 600)
+                w.set_clock(host, rng.uniform(-600, 600))
         w.run(w.ready())
         w.run(unfold(w, rng, faults))
         w.run(w.rest())

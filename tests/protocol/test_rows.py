@@ -272,12 +272,18 @@ def test_a_request_outlives_its_gateway_and_is_billed_once(w: World) -> None:
 
 def test_a_client_that_comes_back_gets_the_rest_from_another_gateway(w: World) -> None:
     async def story() -> None:
-        stream = w.client.ask("question", LONG, door=w.doors[0], returns=True)
+        stream = w.client.ask("question", 150, door=w.doors[0], returns=True)
         plain = w.client.ask(
             "other", LONG, door=w.doors[0], streaming=False, returns=True, idempotency_key="key"
         )
         await shown(w, stream)
         w.doors[0].process.kill()
+        await w.until(lambda: stream.n_returns)
+        await asyncio.sleep(1.2)
+        for _ in range(4):  # as it is made, not only when the journal is looked at
+            n_before = len(stream.text)
+            await asyncio.sleep(0.3)
+            assert len(stream.text) > n_before
         await w.rest()
         assert stream.complete
         assert plain.complete
@@ -631,11 +637,10 @@ def test_usage_of_a_machine_lost_with_its_disk_is_booked_from_the_stream(w: Worl
 
 def test_machines_and_gateways_with_wrong_clocks_lose_nothing(make_world) -> None:
     with make_world() as w:
-        w.skew_s.update(
-            {w.machines[0]: 86_400.0, w.machines[1]: -86_400.0, "gateway:0": 300.0, "gateway:1": -300.0}
-        )
-        for process in [d.process for d in w.doors] + [f.process for f in w.fronts.values()]:
-            process.skew_s = w.skew_s.get(process.host, 0.0)
+        for host, skew_s in {
+            w.machines[0]: 86_400.0, w.machines[1]: -86_400.0, "gateway:0": 300.0, "gateway:1": -300.0,
+        }.items():  # fmt: skip
+            w.set_clock(host, skew_s)
 
         async def story() -> None:
             await w.ready()

@@ -155,6 +155,13 @@ class World:
         self.set_desired(machine, front.spec)
         return front
 
+    def set_clock(self, host: str, skew_s: float) -> None:
+        """The wall clock of a machine or gateway is wrong by so much."""
+        self.skew_s[host] = skew_s
+        owners = [*self.fronts.values(), *self.agents.values(), *self.doors]
+        for process in (owner.process for owner in owners if owner.process.host == host):
+            process.skew_s = skew_s
+
     def order(self, slots: int) -> None:
         """A replica has ended: another one comes up a while later, on a machine that lives."""
         nobody = contextvars.Context()  # a provider's work: it goes on whoever dies
