@@ -43,7 +43,6 @@ from workers.engine.base import (
     Engine,
     EngineDead,
     EngineInputError,
-    EngineProfile,
     EngineRequest,
     resume_blockers,
 )
@@ -328,9 +327,8 @@ class Server:
         n_shown = max(run.claim.n_done, attempt.n_shown)
         if n_shown == 0:
             return ()
-        dtype = EngineProfile.from_json(dict(self._config.spec.profile)).dtype
         sampling = run.envelope.sampling
-        blockers = resume_blockers(sampling, dtype)
+        blockers = resume_blockers(sampling)
         if run.n_completion < n_shown and sampling.temperature > 0 and not blockers:
             return (
                 "temperature",

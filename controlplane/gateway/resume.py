@@ -377,8 +377,7 @@ class Resumer:
             n_carried = last.offset + len(last.token_ids)
             n_charged = max(n_charged, last.end.n_prompt if last.end else 0)
         if n_carried:
-            # As of float32; the replica knows the model's dtype and has the last word.
-            blockers = resume_blockers(request.sampling(1), "float32")
+            blockers = resume_blockers(request.sampling(1))
             if blockers:
                 raise ApiError(
                     409,

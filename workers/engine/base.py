@@ -249,14 +249,15 @@ def _one_of(knob: str, value: str, allowed: tuple[str, ...]) -> None:
 _PROFILE_TYPES = _profile_types()
 
 
-def resume_blockers(sampling: SamplingSpec | Sampling, dtype: str) -> tuple[str, ...]:
-    """Features that keep a resumed request from continuing exactly as the undisturbed run would have.
+def resume_blockers(sampling: SamplingSpec | Sampling) -> tuple[str, ...]:
+    """Features that a resumed request would break: what it promised the client cannot be kept by going on.
 
-    Empty: resuming from the journal is exact. Not empty: drain such a request to its end where there is time,
-    else resume and say so. Measured on vLLM 0.32 (2026-11-20): the random generator of a seeded request
-    restarts, and below float32 batching changes greedy choices (15 of 24). Presence and frequency penalties
-    are carried over by resume_penalties.py, which cannot be combined with repetition_penalty. An unseeded
-    sampled request promises no particular continuation, so sampling itself blocks nothing.
+    Empty: it goes on from the journal. Not empty: it drains to its end where there is time, else it fails visibly.
+    Measured on vLLM 0.32 (2026-11-20): the random generator of a seeded request restarts with an attempt.
+    Presence and frequency penalties are carried over by resume_penalties.py, which cannot be combined with
+    repetition_penalty. An unseeded sampled request promises no particular continuation, so sampling itself
+    blocks nothing. Greedy choices below float32 depend on the batch they run in (15 of 24 went on with the same
+    words): no undisturbed run promises them either, so they go on, and `corral.attempts` says that they did.
     """
     reasons = []
     if sampling.repetition_penalty != 1.0:
@@ -266,6 +267,4 @@ def resume_blockers(sampling: SamplingSpec | Sampling, dtype: str) -> tuple[str,
             reasons.append("frequency_penalty")
     if sampling.temperature > 0 and sampling.seed is not None:
         reasons.append("seed")
-    if dtype != "float32" and sampling.temperature == 0:
-        reasons.append("dtype")
     return tuple(reasons)
