@@ -15,7 +15,7 @@ from typing import Final
 from controlplane.policy.gpus import Gpu
 
 # Shares of the peaks that well-tuned kernels reach, and what a step costs besides: the prior for what was never
-# measured. Fitted values replace them (docs/performance-model.md).
+# measured. Fitted values replace them (docs/simulator.md).
 MEMORY_EFFICIENCY: Final = 0.75
 FLOPS_EFFICIENCY: Final = 0.55
 STEP_OVERHEAD_S: Final = 0.002
