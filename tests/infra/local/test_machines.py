@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.machines import end_machines
-from infra.local.process import find_marked, identity_of
+from infra.local.process import find_marked, identity_of, kill_marked
 from infra.providers.local import MARK
 from tests.infra.local.conditions import until
 
@@ -28,6 +28,7 @@ class Machines:
     def __init__(self, var: Path) -> None:
         self.var = var
         self.processes: list[subprocess.Popen[str]] = []
+        self.started: list[str] = []
 
     def start(self, machine_id: str, *args: str) -> subprocess.Popen[str]:
         agent = subprocess.Popen(
@@ -38,7 +39,10 @@ class Machines:
             text=True,
         )
         self.processes.append(agent)
+        self.started.append(machine_id)
         assert agent.stdout.readline() == "up\n"
+        # The environment of a process that is being executed reads as empty for an instant.
+        until(lambda: self.n_processes(machine_id) == 2, "the agent and its replica to carry the mark")
         directory = self.var / "machines" / machine_id
         directory.mkdir(parents=True)
         identity = identity_of(agent.pid)
@@ -58,6 +62,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         process.kill()
         process.wait()
         process.stdout.close()
+    for machine_id in machines.started:
+        kill_marked(f"{MARK}={machine_id}")
 
 
 @pytest.mark.parametrize("kind", ["polite", "stubborn"])
