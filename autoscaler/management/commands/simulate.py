@@ -25,6 +25,7 @@ from autoscaler.sim.job import Job
 from autoscaler.sim.market import MarketError, Zone, read_zone
 from autoscaler.sim.rates import arrivals, read_lengths, read_rates
 from autoscaler.sim.scenario import NEEDS_MARKET, POLICIES, Result, Setting, run
+from autoscaler.sim.statistics import interval
 from autoscaler.sim.workload import WorkloadError, jobs, read_requests, thin
 from controlplane.policy.capacity import Mix, capacity
 from controlplane.policy.gpus import GPUS, gpu
@@ -49,27 +50,6 @@ _COLUMNS = (
     ("USD", "usd", "{:.2f}"),
     ("available", "availability", "{:.3%}"),
     ("req/CPU s", "requests_per_cpu_s", "{:,.0f}"),
-)
-# Two-sided 95 % of Student's t by degrees of freedom; beyond 30 the normal value.
-_T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
 )
 
 
@@ -159,8 +139,9 @@ class Command(BaseCommand):
         for name, results in rows.items():
             cells = []
             for _, field, form in _COLUMNS:
-                mean, half = _interval([getattr(result, field) for result in results])
-                cells.append(form.format(mean) + (f" ±{form.format(half).split()[0]}" if half else ""))
+                found = interval([getattr(result, field) for result in results])
+                half = f" ±{form.format(found.half).split()[0]}" if found.half else ""
+                cells.append(form.format(found.mean) + half)
             self.stdout.write(f"{name:<20}" + "".join(f"{cell:>20}" for cell in cells))
 
 
@@ -268,12 +249,3 @@ def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
     else:
         found["market"] = f"none: {setting.replicas} replicas are there"
     return found
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (0 for a single run)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, 0.0
-    t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
-    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
