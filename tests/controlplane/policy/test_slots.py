@@ -6,13 +6,13 @@ import random
 import pytest
 
 from controlplane.policy.slots import (
-    MAX_BEATS,
     SlotMemory,
     SlotObservation,
     SlotTarget,
     first_slots,
     next_slots,
 )
+from controlplane.policy.slots.controller import MAX_BEATS
 from tests.controlplane.policy.slot_engine import SimulatedReplica
 
 TARGET = SlotTarget(itl_ms=100.0, ceiling=64)
