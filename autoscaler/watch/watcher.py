@@ -18,7 +18,8 @@ import redis
 import structlog
 from redis.client import PubSub
 
-from autoscaler.cell import ABANDONED, Cell, ReplicaReading, parse_status
+from autoscaler.cell import Cell, ReplicaReading, parse_status
+from autoscaler.cell.giving_up import ABANDONED
 from autoscaler.models import MachineState, ReplicaPhase
 from autoscaler.types import StageName
 from autoscaler.watch.liveness import Liveness

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from autoscaler.cell import BOUND_PER_CALL, Cell
+from autoscaler.cell import Cell
+from autoscaler.cell.routing import BOUND_PER_CALL
 from controlplane.policy.fairness import Flow, Request
 from tests.queueing import CellQueue
 from workers.keys import CellKeys

@@ -5,7 +5,7 @@ local K = 8               -- flows looked at for a cached prefix
 local AGED_TURN = 8       -- every so many dispatches one may go to a lower band that waited long
 local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used forgotten first
 local PREFIX_CHARS = 8
-local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell.py)
+local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell/routing.py)
 local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
 
 -- How many of a request's prefixes (shortest first, PREFIX_CHARS each) the replica holds by our books.

@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from autoscaler import records
-from autoscaler.cell import ABANDONED_AFTER_MS, Cell
+from autoscaler.cell import Cell
+from autoscaler.cell.giving_up import ABANDONED_AFTER_MS
 from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.specs import desired_spec
 from autoscaler.watch.recorder import Recorder

@@ -1,0 +1,62 @@
+"""What the agent of a machine should run: desired state, which it follows (docs/decisions.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import msgspec
+
+from autoscaler.cell.connection import Connection
+from workers.contract import ReplicaSpec
+
+BELL_MAX = 16
+# A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
+GENERATION_FIELD = "generation"
+_json = msgspec.json.Encoder()
+
+
+class Desired(Connection):
+    """Writes what the rows say; rings the agent's bell."""
+
+    def set_desired(self, machine: str, spec: ReplicaSpec) -> None:
+        """The agent of this machine should run this replica as specified."""
+        self._change_desired(machine, {spec.replica: _json.encode(spec)}, ())
+
+    def drop_desired(self, machine: str, *replicas: str) -> None:
+        """The agent of this machine should not run these replicas."""
+        self._change_desired(machine, {}, replicas)
+
+    def restore_desired(self, machine: str, wanted: dict[str, ReplicaSpec], seen: dict[str, bool]) -> bool:
+        """Make the hash agree with rows read AFTER `seen` was (see read_desired); True if it did not.
+
+        Only a field that is missing, one too many, or one that must drain is touched: a change made meanwhile
+        is never undone.
+        """
+        put = {
+            rid: _json.encode(spec)
+            for rid, spec in wanted.items()
+            if rid not in seen or (spec.drain and not seen[rid])
+        }
+        drop = [rid for rid in seen if rid not in wanted and rid != GENERATION_FIELD]
+        if not put and not drop and GENERATION_FIELD in seen:
+            return False
+        self._change_desired(machine, put, drop)
+        return True
+
+    def read_desired(self, machine: str) -> dict[str, bool]:
+        """Replica id -> whether it is told to drain; plus GENERATION_FIELD unless the hash was lost."""
+        fields = cast(dict[bytes, bytes], self.redis.hgetall(self._machine(machine).desired))
+        return {name.decode(): b'"drain":true' in value for name, value in fields.items()}
+
+    def _change_desired(self, machine: str, put: dict[str, bytes], drop: Iterable[str]) -> None:
+        keys = self._machine(machine)
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.hincrby(keys.desired, GENERATION_FIELD, 1)
+        if put:
+            pipeline.hset(keys.desired, mapping=cast(dict[Any, Any], put))
+        if drop := list(drop):
+            pipeline.hdel(keys.desired, *drop)
+        pipeline.lpush(keys.bell, "1")
+        pipeline.ltrim(keys.bell, 0, BELL_MAX - 1)
+        pipeline.execute()

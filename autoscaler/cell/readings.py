@@ -1,0 +1,142 @@
+"""What a cell's Redis holds of replicas, deployments and agents. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+from uuid import UUID
+
+import msgspec
+
+from autoscaler.cell.connection import Connection
+from workers.contract import Heartbeat, ReplicaStatus, ServingReport
+
+_decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+_decode_status = msgspec.json.Decoder(ReplicaStatus).decode
+_decode_serving = msgspec.json.Decoder(ServingReport).decode
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReading:
+    """What Redis holds of one replica. `state` '' : the cell does not know it; `beat` None: none came."""
+
+    state: str = ""
+    slots: int = 0
+    used: int = 0
+    is_routed: bool = False
+    beat: Heartbeat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentReading:
+    """What Redis holds of one deployment."""
+
+    n_queued: int = 0
+    n_routed: int = 0
+
+
+class Readings(Connection):
+    """Every call is one round trip."""
+
+    def read_replicas(self, replicas: Sequence[tuple[str, str, str]]) -> dict[str, ReplicaReading]:
+        """By replica id, for (replica, machine, deployment) triples. One round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid, did in replicas:
+            pipeline.hmget(self.keys.replica(rid), "state", "slots", "used")
+            pipeline.sismember(self.keys.replicas(did), rid)
+            pipeline.get(self.keys.machine(mid).heartbeat(rid))
+        answers = pipeline.execute() if replicas else []
+        found = {}
+        for i, (rid, mid, _) in enumerate(replicas):
+            (state, slots, used), is_routed, beat = answers[3 * i : 3 * i + 3]
+            found[rid] = ReplicaReading(
+                state=(state or b"").decode(),
+                slots=int(slots or 0),
+                used=max(int(used or 0), 0),
+                is_routed=bool(is_routed),
+                beat=_beat_of(beat, mid, rid),
+            )
+        return found
+
+    def read_deployments(self, deployment_ids: Sequence[str]) -> dict[str, DeploymentReading]:
+        """Queue depth and routed replicas by deployment id. One round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for did in deployment_ids:
+            pipeline.zcard(self.keys.queue(did))
+            pipeline.scard(self.keys.replicas(did))
+        answers = pipeline.execute() if deployment_ids else []
+        return {
+            did: DeploymentReading(int(answers[2 * i]), int(answers[2 * i + 1]))
+            for i, did in enumerate(deployment_ids)
+        }
+
+    def read_agents(self, machine_ids: Sequence[str]) -> dict[str, Heartbeat | None]:
+        """The agents' heartbeats by machine id. One round trip."""
+        if not machine_ids:
+            return {}
+        beats = cast(list[bytes | None], self.redis.mget([self._machine(m).heartbeat() for m in machine_ids]))
+        return {mid: _beat_of(beat, mid, "") for mid, beat in zip(machine_ids, beats, strict=True)}
+
+    def read_actual(self, replicas: Sequence[tuple[str, str]]) -> dict[str, ReplicaStatus]:
+        """What the agents say of these (replica, machine) pairs, by replica id, as far as it parses.
+
+        Asked for by name: a machine may have filled its hash with anything. One round trip.
+        """
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid in replicas:
+            pipeline.hget(self._machine(mid).actual, rid)
+        answers = pipeline.execute() if replicas else []
+        found = {}
+        for (rid, _), payload in zip(replicas, answers, strict=True):
+            status = parse_status(payload) if payload is not None else None
+            if status is not None and status.replica == rid:
+                found[rid] = status
+        return found
+
+    def read_serving(
+        self, replicas: Sequence[tuple[str, str]]
+    ) -> dict[str, tuple[set[str], ServingReport | None]]:
+        """By replica id, for (replica, machine) pairs: the requests bound to it, and those it says it has.
+
+        One round trip.
+        """
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid, mid in replicas:
+            pipeline.smembers(self.keys.replica_live(rid))
+            pipeline.get(self._machine(mid).serving(rid))
+        answers = pipeline.execute() if replicas else []
+        return {
+            rid: ({member.decode() for member in answers[2 * i]}, _serving_of(answers[2 * i + 1]))
+            for i, (rid, _) in enumerate(replicas)
+        }
+
+    def routed(self, deployment: str) -> list[UUID]:
+        """Replicas that the cell gives this deployment's requests to."""
+        members = cast(set[bytes], self.redis.smembers(self.keys.replicas(deployment)))
+        return [UUID(hex=member.decode()) for member in sorted(members)]
+
+
+def parse_status(payload: bytes) -> ReplicaStatus | None:
+    """None for anything that is no status: machines are not trusted to speak well."""
+    try:
+        return _decode_status(payload)
+    except msgspec.DecodeError:
+        return None
+
+
+def _serving_of(payload: bytes | None) -> ServingReport | None:
+    try:
+        return None if payload is None else _decode_serving(payload)
+    except msgspec.DecodeError:
+        return None
+
+
+def _beat_of(payload: bytes | None, machine: str, replica: str) -> Heartbeat | None:
+    if payload is None:
+        return None
+    try:
+        beat = _decode_heartbeat(payload)
+    except msgspec.DecodeError:
+        return None
+    return beat if (beat.machine, beat.replica) == (machine, replica) else None

@@ -1,0 +1,53 @@
+"""Which replicas get a deployment's requests, and how many each."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from autoscaler.cell.giving_up import GivingUp
+from workers.scripts import ENROL, RESIZE, SWEEP
+
+BOUND_PER_CALL = 256  # what the scripts bind at once (lib_queue.lua)
+MAX_ENROL_CALLS = 16  # an engine batches 4,096 at most
+MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
+
+
+class Routing(GivingUp):
+    """All of it may be repeated."""
+
+    def enrol(self, *, replica: str, machine: str, deployment: str, slots: int) -> int:
+        """The replica takes requests; answers how many waiting ones were given out. Safe to repeat."""
+        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots))
+        for _ in range(MAX_ENROL_CALLS):
+            if n < BOUND_PER_CALL:
+                break
+            n = int(self._run(ENROL, replica, machine, deployment, slots))
+            n_bound += n
+        return n_bound
+
+    def resize(self, replica: str, *, was: int, slots: int, why: str) -> int:
+        """The replica runs so many requests at once from now on; answers how many waiting ones it was given, -1
+        when it drains or has other slots than `was`.
+        """
+        return int(self._run(RESIZE, replica, was, slots, why))
+
+    def drain(self, replica: str) -> None:
+        """The replica gets nothing new. Safe to repeat."""
+        self._withdraw(replica, "drain")
+
+    def withdraw_dead(self, replica: str) -> int:
+        """What the replica ran goes back to the queue, or fails as poison; how many went back. Repeatable."""
+        n_requeued = 0
+        for _ in range(MAX_WITHDRAW_CALLS):
+            n, n_left, n_given_up = self._withdraw(replica, "dead")
+            n_requeued += n
+            if n_given_up:
+                self.finish_failed()
+            if n_left == 0:
+                break
+        return n_requeued
+
+    def sweep_counters(self, deployment: str, cursor: str, n_fields: int) -> tuple[str, int]:
+        """One step of forgetting what the fair queue need not know: (next cursor, '0' = done; n forgotten)."""
+        cursor_after, n = cast(tuple[bytes, int], self._run(SWEEP, deployment, cursor, n_fields))
+        return cursor_after.decode(), int(n)
