@@ -18,6 +18,7 @@ from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, Replica, ReplicaPhase
 from autoscaler.models import MachineState as MachineRowState
+from autoscaler.policy.pool import Pool
 from autoscaler.specs import engine_digest
 from autoscaler.types import (
     Failure,
@@ -46,14 +47,15 @@ def observe(
     digest = engine_digest(deployment)
     failures, last_good_at_s = _failures(deployment, spec, now)
     machine_failures, last_machine_good_at_s = _machine_failures(config, cell.keys.cell, now)
-    machines = machine_views(config, cell.keys.cell)
+    replicas = tuple(_replica_view(row, readings, digest) for row in rows)
+    pool = Pool(machine_views(config, cell.keys.cell))
     return Observation(
         now_s=now.timestamp(),
         deployment_id=deployment.id.hex,
         n_queued=None if load is None else load.n_queued,
-        replicas=tuple(_replica_view(row, readings, digest) for row in rows),
-        machines=machines,
-        n_machines=sum(1 for machine in machines if machine.ends_at_s is None),
+        replicas=replicas,
+        machines=pool.view(replicas, spec.max_replicas),
+        n_machines=pool.n_machines,
         failures=failures,
         last_good_at_s=last_good_at_s,
         machine_failures=machine_failures,

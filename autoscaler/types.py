@@ -78,6 +78,7 @@ class Failure:
 class Observation:
     """One deployment and the pool it may use, at one instant.
 
+    machines: those its replicas live on, and the first candidates for new ones (policy/pool.py).
     n_queued: requests in the fair queue; None when Redis could not be asked.
     n_machines: machines of the whole pool, whoever uses them; those that are being taken away do not count.
     failures: replicas of the present generation, bounded, oldest first; those before `last_good_at_s`, when

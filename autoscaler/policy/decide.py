@@ -32,11 +32,8 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     if memory.born_at_s == 0:
         memory = replace(memory, born_at_s=observation.now_s)
     late = retire.overdue(observation, spec)
-    leaving = tuple(
-        r
-        for r in retire.on_leaving_machines(observation, spec)
-        if r.replica_id not in {x.replica_id for x in late}
-    )
+    is_late = {r.replica_id for r in late}
+    leaving = tuple(r for r in retire.on_leaving_machines(observation, spec) if r.replica_id not in is_late)
     retired = {r.replica_id for r in (*late, *leaving)}
     reasons = [f"replica {r.replica_id}: {r.reason}" for r in (*late, *leaving)]
     stay = tuple(r for r in observation.replicas if r.id not in retired)

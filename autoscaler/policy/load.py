@@ -4,7 +4,7 @@ Growth follows the first figure, shrinking the second: a missing or stale readin
 and as full when shrinking, so that blindness neither buys machines nor takes them away. Pure.
 """
 
-from autoscaler.types import Beat, Observation, ReplicaPhase, ReplicaView, Sample, ScalerMemory, ScalerSpec
+from autoscaler.types import Beat, Observation, ReplicaPhase, Sample, ScalerMemory, ScalerSpec
 
 
 def next_beats(observation: Observation, memory: ScalerMemory) -> tuple[Beat, ...]:
@@ -23,9 +23,9 @@ def next_beats(observation: Observation, memory: ScalerMemory) -> tuple[Beat, ..
     return tuple(beats)
 
 
-def is_fresh(replica: ReplicaView, beats: tuple[Beat, ...], now_s: float, spec: ScalerSpec) -> bool:
-    """Whether its readings may be believed: its heartbeat number changed less than `beat_stale_s` ago."""
-    return any(b.replica_id == replica.id and now_s - b.since_s < spec.beat_stale_s for b in beats)
+def fresh(beats: tuple[Beat, ...], now_s: float, spec: ScalerSpec) -> frozenset[str]:
+    """Replicas whose readings may be believed: their heartbeat number changed less than `beat_stale_s` ago."""
+    return frozenset(b.replica_id for b in beats if now_s - b.since_s < spec.beat_stale_s)
 
 
 def load_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpec) -> tuple[float, float]:
@@ -36,10 +36,11 @@ def load_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpec
     serving = [r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING]
     known = float(observation.n_queued or 0)
     possible = known
+    believed = fresh(beats, observation.now_s, spec)
     for replica in serving:
         if replica.phase is not ReplicaPhase.READY:
             continue
-        if replica.used is not None and is_fresh(replica, beats, observation.now_s, spec):
+        if replica.used is not None and replica.id in believed:
             known += replica.used
             possible += replica.used
         else:
@@ -54,12 +55,11 @@ def slots_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpe
 
     Demand is counted in requests, queued ones included, so fewer slots never look like less of it.
     """
+    believed = fresh(beats, observation.now_s, spec)
     given = [
         float(r.slots_now)
         for r in observation.replicas
-        if r.phase is ReplicaPhase.READY
-        and r.slots_now is not None
-        and is_fresh(r, beats, observation.now_s, spec)
+        if r.phase is ReplicaPhase.READY and r.slots_now is not None and r.id in believed
     ]
     if not given:
         return float(spec.slots)

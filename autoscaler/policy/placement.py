@@ -3,12 +3,14 @@
 One machine a tick at most: it counts with its room from the next tick on. Pure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heapreplace
+from typing import Final
 
 from autoscaler.types import MachineState, MachineView, Observation, ScalerSpec
 
 # A machine that answers beats one that proved itself, which beats one that may never come up.
-_RANK = {MachineState.READY: 0, MachineState.ENROLLED: 1, MachineState.PENDING: 2}
+RANK: Final = {MachineState.READY: 0, MachineState.ENROLLED: 1, MachineState.PENDING: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +22,24 @@ class Placement:
     n_unplaced: int
 
 
+def preference(machine: MachineView) -> tuple[int, int, str]:
+    """Sorts candidates: least is best. The id last, so that ties break alike everywhere."""
+    return RANK[machine.state], -machine.n_free, machine.id
+
+
 def place(n: int, observation: Observation, spec: ScalerSpec) -> Placement:
     """Room for `n` more replicas: the freest ready machine first, ties by id."""
-    free = {m.id: m.n_free for m in observation.machines if m.state in _RANK}
-    machines = {m.id: m for m in observation.machines}
+    candidates = [(preference(m), m) for m in observation.machines if m.state in RANK and m.n_free > 0]
+    heapify(candidates)
     chosen: list[str] = []
-    while len(chosen) < n:
-        open_ids = [mid for mid, n_free in free.items() if n_free > 0]
-        if not open_ids:
-            break
-        best = min(open_ids, key=lambda mid: (_RANK[machines[mid].state], -free[mid], mid))
-        free[best] -= 1
-        chosen.append(best)
+    while candidates and len(chosen) < n:
+        _, machine = candidates[0]
+        chosen.append(machine.id)
+        if machine.n_free > 1:
+            machine = replace(machine, n_free=machine.n_free - 1)
+            heapreplace(candidates, (preference(machine), machine))
+        else:
+            heappop(candidates)
     n_unplaced = n - len(chosen)
     return Placement(
         machine_ids=tuple(chosen),

@@ -37,7 +37,7 @@ def status(
     if spec.deleted:
         return Status(DeploymentPhase.DELETED, "", StageName.FAILED, now_s, "deployment_deleted")
     error = gate.describe(spec) or machine_gate.describe(spec)
-    if any(r.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) for r in observation.replicas if r in live):
+    if any(r.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) for r in live):
         trouble = (error or no_room) if n_missing else ""  # what serves has outlived what failed before
         return Status(DeploymentPhase.READY, trouble, StageName.READY, now_s)
     coming = [r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import coldstart, gateway, joint, limits, slots
+from benchmarks import autoscaler, coldstart, gateway, joint, limits, slots
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,21 @@ class Bench:
     measure: Callable[..., dict[str, Any]]
     as_text: Callable[[dict[str, Any]], str]
     repeats: int = 7
+    options: tuple[str, ...] = ()  # of the command, passed on
 
 
 BENCHES = {
+    "autoscaler": Bench(
+        "one pass over a whole cell, at a tenth, a third and the whole size; the purchase plan beside it",
+        autoscaler.measure,
+        autoscaler.as_text,
+        options=("replicas", "deployments"),
+    ),
     "gateway": Bench(
-        "CPU per request and per streamed event, everything switched on", gateway.measure, gateway.as_text
+        "CPU per request and per streamed event, everything switched on",
+        gateway.measure,
+        gateway.as_text,
+        options=("only",),
     ),
     "coldstart": Bench(
         "agent command to first token; a request at zero replicas to first token",
@@ -58,6 +68,10 @@ class Command(BaseCommand):
             "--repeats", type=int, help="runs per figure (default: 7; joint and limits: 1, slots: 3)"
         )
         parser.add_argument("--only", help="gateway: scenarios whose name contains this")
+        parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
+        parser.add_argument(
+            "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"
+        )
         parser.add_argument("--json", action="store_true")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -65,6 +79,8 @@ class Command(BaseCommand):
         repeats = bench.repeats if options["repeats"] is None else options["repeats"]
         if not 1 <= repeats <= 100:
             raise CommandError(f"--repeats {repeats}: give 1 to 100")
-        keywords = {"only": options["only"]} if options["name"] == "gateway" else {}
+        if not 1 <= options["deployments"] <= options["replicas"] <= 100_000:
+            raise CommandError("--deployments and --replicas: 1 to 100000, a replica for each at least")
+        keywords = {name: options[name] for name in bench.options}
         report = bench.measure(repeats=repeats, progress=self.stderr.write, **keywords)
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else bench.as_text(report))
