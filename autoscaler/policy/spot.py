@@ -93,6 +93,7 @@ class Orders:
     release: tuple[tuple[str, int], ...] = ()
     launch_on_demand: int = 0
     release_on_demand: int = 0
+    cancel_on_demand: int = 0  # of those that have not become ready
     reasons: tuple[str, ...] = ()
 
 
@@ -142,6 +143,9 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
             view.n_on_demand_ready, max(n_staying_ready + view.n_on_demand_ready - view.n_wanted, 0)
         )
         n_over -= release_on_demand
+    # What is ready suffices: cover that still starts would come too late to be of use.
+    n_spare_ready = n_staying_ready + view.n_on_demand_ready - release_on_demand - view.n_wanted
+    cancel_on_demand = view.n_on_demand_pending if n_spare_ready >= 0 and not launch_on_demand else 0
     release: dict[str, int] = {}
     n_surplus = n_spot - view.n_wanted - n_spares
     for offer in reversed(ranked):
@@ -157,7 +161,12 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     assert n_ready >= 0
     return (
         Orders(
-            tuple(launch.items()), tuple(release.items()), launch_on_demand, release_on_demand, tuple(reasons)
+            tuple(launch.items()),
+            tuple(release.items()),
+            launch_on_demand,
+            release_on_demand,
+            cancel_on_demand,
+            tuple(reasons),
         ),
         memory,
     )

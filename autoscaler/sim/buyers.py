@@ -38,24 +38,24 @@ class SpotOnly:
 
 
 class AnyZoneElseOnDemand:
-    """The three-line policy: any zone with spot, else on-demand; back to spot as soon as a zone gives."""
+    """The three-line policy: any zone with spot, else on-demand; back to spot as soon as a zone gives. `n_extra` more
+    than wanted buy it availability, where a table compares at equal availability."""
 
-    def __init__(self, retry_s: float = 60.0) -> None:
-        self.retry_s = retry_s
+    def __init__(self, n_extra: int = 0, retry_s: float = 60.0) -> None:
+        self.n_extra, self.retry_s = n_extra, retry_s
 
     def buy(self, view: FleetView) -> Orders:
+        n_goal = view.n_wanted + self.n_extra if view.n_wanted else 0
         n_spot = sum(o.n_pending + o.n_ready for o in view.offers)
-        n_missing = view.n_wanted - n_spot
+        n_missing = n_goal - n_spot
         launch = _first(view, n_missing, self.retry_s)
         n_on_demand = view.n_on_demand_pending + view.n_on_demand_ready
         n_ready = sum(o.n_ready for o in view.offers)
         return Orders(
             launch=launch,
-            release=_most(view, n_spot),
+            release=_most(view, n_spot, n_goal),
             launch_on_demand=0 if launch else max(n_missing - n_on_demand, 0),
-            release_on_demand=min(
-                view.n_on_demand_ready, max(n_ready + view.n_on_demand_ready - view.n_wanted, 0)
-            ),
+            release_on_demand=min(view.n_on_demand_ready, max(n_ready + view.n_on_demand_ready - n_goal, 0)),
         )
 
 
@@ -63,7 +63,9 @@ class SpotHedge:
     """Over-provision `n_extra` spot machines over zones, on-demand for what is not ready yet.
 
     Zones that took or refused a machine are left alone until fewer than two others remain; the next machine goes to the
-    cheapest active zone that hosts none, else the cheapest active one.
+    cheapest active zone that hosts none, else the cheapest active one (its published placer once filtered candidates
+    the wrong way round; this is what it means to do). On-demand covers what is not ready, at most what is wanted, so
+    spare machines are never bought on-demand.
     """
 
     def __init__(self, n_extra: int = 1) -> None:
@@ -98,7 +100,9 @@ class SpotHedge:
             launch=tuple(launch.items()),
             release=_most(view, n_spot, n_goal),
             launch_on_demand=max(n_on_demand - have, 0),
-            release_on_demand=min(max(have - n_on_demand, 0), view.n_on_demand_ready),
+            # Those that have not come up go first, as its autoscaler picks them.
+            cancel_on_demand=min(max(have - n_on_demand, 0), view.n_on_demand_pending),
+            release_on_demand=max(view.n_on_demand_ready - n_on_demand, 0),
         )
 
 

@@ -6,13 +6,14 @@ world, if there is one, is told when a machine becomes ready or goes, and serves
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from autoscaler.policy.spot import FleetView, OfferView, Orders
 from autoscaler.sim.kernel import Kernel
-from autoscaler.sim.market import Zone
+from autoscaler.sim.market import Steps, Zone
 
 
 class Buyer(Protocol):
@@ -44,7 +45,7 @@ class Terms:
 
 
 class Fleet:
-    """Machines of one pool. `wanted(now_s)` says how many should be ready."""
+    """Machines of one pool. `wanted(now_s)` says how many should be ready; it is asked once per instant, in order."""
 
     def __init__(
         self,
@@ -76,8 +77,10 @@ class Fleet:
             str, float
         ] = {}  # zone -> until when it gives nothing, because it is about to drop
         self._n_machines = 0
+        # Since when so many were wanted, and when that was last asked.
+        self._wish_s, self._wishes, self._asked_at_s = [-1.0], [0], -1.0
         self._counted_s = 0.0
-        self._due = False
+        self._is_due = False
         self._asked_s, self._n_asked = -1.0, 0
         for zone in zones:
             for at_s, capacity in zone.drops():
@@ -121,12 +124,12 @@ class Fleet:
 
     def _soon(self) -> None:
         """Ask the buyer after everything that happens at this instant."""
-        if not self._due:
-            self._due = True
+        if not self._is_due:
+            self._is_due = True
             self.kernel.after(0.0, self._decide)
 
     def _decide(self) -> None:
-        self._due = False
+        self._is_due = False
         self._account()
         orders = self.buyer.buy(self.view())
         for name, n in orders.release:
@@ -136,6 +139,9 @@ class Fleet:
                 self._end(machine)
         ready = [m for m in self.machines if m.zone is None and m.is_ready]
         for machine in ready[::-1][: orders.release_on_demand]:
+            self._end(machine)
+        starting = [m for m in self.machines if m.zone is None and not m.is_ready]
+        for machine in starting[::-1][: orders.cancel_on_demand]:
             self._end(machine)
         was_refused = False
         for name, n in orders.launch:
@@ -217,7 +223,7 @@ class Fleet:
             for z in self.zones
         )
         return FleetView(
-            now_s, self.wanted(now_s), offers, self.terms.on_demand_usd_per_h, n_pending, n_ready
+            now_s, self._wanted_now(), offers, self.terms.on_demand_usd_per_h, n_pending, n_ready
         )
 
     def _account(self) -> None:
@@ -226,10 +232,7 @@ class Fleet:
         passed_s = now_s - self._counted_s
         if passed_s <= 0:
             return
-        # A wish is due once a machine ordered with it could be there.
-        wanted = min(
-            self.wanted(self._counted_s), self.wanted(max(self._counted_s - self.terms.boot_s - 60, 0))
-        )
+        wanted = self._due(self._counted_s)
         n_ready = sum(m.is_ready for m in self.machines)
         self._counted_s = now_s
         if self._counted_s <= self.terms.boot_s + 60:
@@ -241,11 +244,45 @@ class Fleet:
             self.short_s += passed_s
             self.missing_machine_s += (wanted - n_ready) * passed_s
 
+    def _wanted_now(self) -> int:
+        now_s = self.kernel.now_s
+        if self._asked_at_s < now_s:
+            self._asked_at_s = now_s
+            n = self.wanted(now_s)
+            if n != self._wishes[-1]:
+                self._wish_s.append(now_s)
+                self._wishes.append(n)
+        return self._wishes[-1]
+
+    def _due(self, at_s: float) -> int:
+        """Machines that could be there then: what was wanted ever since a machine had to be ordered for it."""
+        first = max(bisect.bisect_right(self._wish_s, at_s - self.terms.boot_s - 60) - 1, 0)
+        last = max(bisect.bisect_right(self._wish_s, at_s), first + 1)
+        return min(self._wishes[first:last])
+
     def close(self) -> None:
         """The end: what still runs is paid for."""
         self._account()
         for machine in list(self.machines):
             self._end(machine)
+
+    @property
+    def n_wanted(self) -> int:
+        return self._wishes[-1]
+
+    @property
+    def demand(self) -> Steps:
+        """What was wanted, from the first instant on."""
+        return Steps(tuple(self._wish_s), tuple(self._wishes))
+
+    @property
+    def usd_now(self) -> float:
+        """Paid so far, with what running machines have cost until now."""
+        running = 0.0
+        for machine in self.machines:
+            price = self.terms.on_demand_usd_per_h if machine.zone is None else machine.zone.usd_per_h
+            running += (self.kernel.now_s - machine.bought_s) / 3600 * price
+        return self.usd + running
 
     @property
     def usd(self) -> float:

@@ -73,10 +73,15 @@ def read_zone(path: Path, *, usd_per_h: float, machines_per_unit: int = 1) -> Zo
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A step function of time: `values[i]` from `at_s[i]` on."""
+    """A step function of time: `values[i]` from `at_s[i]` on; before the first instant the first value."""
 
     at_s: tuple[float, ...]
     values: tuple[int, ...]
 
     def __call__(self, now_s: float) -> int:
         return self.values[max(bisect.bisect_right(self.at_s, now_s) - 1, 0)]
+
+    def least(self, from_s: float, until_s: float) -> int:
+        """The lowest value at any instant of the span."""
+        first = max(bisect.bisect_right(self.at_s, from_s) - 1, 0)
+        return min(self.values[first : max(bisect.bisect_left(self.at_s, until_s), first + 1)])

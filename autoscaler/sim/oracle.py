@@ -16,7 +16,8 @@ from typing import Any
 import highspy
 import numpy as np
 
-from autoscaler.sim.market import Zone
+from autoscaler.sim.market import Steps, Zone
+from autoscaler.sim.scenario import Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,26 @@ class Bound:
     usd: float
     on_demand_share: float
     solve_s: float
+
+
+class OracleError(RuntimeError):
+    """The solver found no optimum in time; says so."""
+
+
+def bound_of(setting: Setting, demand: Steps, availability: float, tick_s: float = 0.0) -> Bound:
+    """The bound for a run's own demand. Of each tick only the least demand counts, and what a start takes is free at
+    the very beginning: both lower the bound."""
+    tick_s = tick_s or max(zone.gap_s for zone in setting.zones)
+    until_s = min(setting.until_s, *(zone.end_s for zone in setting.zones))
+    return cheapest(
+        setting.zones,
+        lambda now_s: demand.least(now_s, now_s + tick_s),
+        until_s,
+        boot_s=setting.terms.boot_s,
+        on_demand_usd_per_h=setting.terms.on_demand_usd_per_h,
+        availability=availability,
+        tick_s=tick_s,
+    )
 
 
 def cheapest(
@@ -57,9 +78,9 @@ def cheapest(
         cost[j * n : (j + 1) * n] = usd_per_h * tick_h
         cost[(k + j) * n : (k + j + 1) * n] = usd_per_h * rest_h
         if zone is not None:
-            # Held through the whole tick: the least capacity in it.
+            # The most that could be held at its beginning or end: exact where ticks are the recording's.
             upper[j * n : (j + 1) * n] = [
-                min(zone.at(i * tick_s), zone.at((i + 1) * tick_s - 1e-6)) for i in range(n)
+                max(zone.at(i * tick_s), zone.at((i + 1) * tick_s - 1e-6)) for i in range(n)
             ]
     upper[2 * k * n :] = need
     starts, index, value, low, high = [0], [], [], [], []
@@ -102,9 +123,7 @@ def cheapest(
     solver.passModel(lp)
     solver.run()
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        raise RuntimeError(
-            f"the oracle found no optimum within {time_limit_s:g} s: {solver.getModelStatus()}"
-        )
+        raise OracleError(f"the oracle found no optimum within {time_limit_s:g} s: {solver.getModelStatus()}")
     solution = np.array(solver.getSolution().col_value)
     paid = solution * cost
     on_demand = paid[(k - 1) * n : k * n].sum() + paid[(2 * k - 1) * n : 2 * k * n].sum()

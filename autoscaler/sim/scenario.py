@@ -1,30 +1,25 @@
 """One run of the simulator: a workload, a policy, a seed; and what came of it as plain numbers.
 
-A policy is a bundle of one queue, one router, one scaler and one buyer of machines. `corral` is the production bundle;
-every other name replaces one part of it, so that a table of all is at once the comparison and the ablation.
+A policy is a bundle of one queue, one router, one scaler and one buyer of machines; policies.py names them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 
-from autoscaler.policy.spot import SpotSpec
-from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.checkers import Conservation, InvariantError
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Buyer, Fleet, Machine, Terms
 from autoscaler.sim.job import Job
 from autoscaler.sim.kernel import Kernel
-from autoscaler.sim.market import Zone
-from autoscaler.sim.queues import Fair, Queue, fcfs, shortest_predicted
-from autoscaler.sim.routers import LeastLoad, RoundRobin
-from autoscaler.sim.scalers import Hpa, Kpa, Production, Scaler, Static
+from autoscaler.sim.market import Steps, Zone
+from autoscaler.sim.queues import Queue
+from autoscaler.sim.scalers import Scaler
+from autoscaler.sim.series import Machines, Recorder, Sample, TenantService, quantile
 from autoscaler.sim.world import Replica, Router, World
-from autoscaler.types import ScalerSpec
 
 _TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.06, tick_s=15)
 
@@ -46,32 +41,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Makers of the four parts for a setting; each run gets fresh ones."""
+    """Makers of the four parts for a setting; each run gets fresh ones. policies.py has those with a name."""
 
-    queue: Callable[[Setting], Queue] = lambda s: Fair()
-    router: Callable[[Setting], Router] = lambda s: LeastLoad()
-    scaler: Callable[[Setting], Scaler] = lambda s: Production(
-        ScalerSpec(0, 1, s.max_machines, 1e9, s.slots, target_ratio=s.target_ratio, beat_stale_s=1e9)
-    )
-    buyer: Callable[[Setting], Buyer] = lambda s: Corral(SpotSpec(s.terms.boot_s, s.terms.notice_s))
-
-
-CORRAL = Policy()
-POLICIES: dict[str, Policy] = {
-    "corral": CORRAL,
-    "fcfs": replace(CORRAL, queue=lambda s: fcfs()),
-    "shortest-predicted": replace(CORRAL, queue=lambda s: shortest_predicted()),
-    "round-robin": replace(CORRAL, router=lambda s: RoundRobin()),
-    "static": replace(CORRAL, scaler=lambda s: Static(s.replicas)),
-    "hpa": replace(CORRAL, scaler=lambda s: Hpa(s.slots, s.target_ratio, n_max=s.max_machines)),
-    "kpa": replace(CORRAL, scaler=lambda s: Kpa(s.slots, s.target_ratio, n_max=s.max_machines)),
-    "spothedge": replace(CORRAL, buyer=lambda s: SpotHedge(1)),
-    "on-demand": replace(CORRAL, buyer=lambda s: OnDemandOnly()),
-    "spot-only": replace(CORRAL, buyer=lambda s: SpotOnly()),
-    "any-zone": replace(CORRAL, buyer=lambda s: AnyZoneElseOnDemand()),
-}
-# Parts that only matter where machines are bought.
-NEEDS_MARKET = frozenset({"static", "hpa", "kpa", "spothedge", "on-demand", "spot-only", "any-zone"})
+    queue: Callable[[Setting], Queue]
+    router: Callable[[Setting], Router]
+    scaler: Callable[[Setting], Scaler]
+    buyer: Callable[[Setting], Buyer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +72,14 @@ class Result:
     cpu_s: float
     requests_per_cpu_s: float
     n_checks: int
-    notes: tuple[str, ...] = field(default=())
+    # For charts and bounds; not part of a table.
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    tenants: tuple[TenantService, ...] = field(default=(), repr=False)
+    demand: Steps | None = field(default=None, repr=False)
 
-
-class _Collector:
-    def __init__(self) -> None:
-        self.ttft: list[float] = []
-        self.latency_sum_s = 0.0
-        self.by_tenant: dict[str, list[float]] = defaultdict(list)
-        self.n_preempted = 0
-
-    def on_event(self, world: World) -> None:
-        pass
-
-    def on_end(self, world: World, job: Job) -> None:
-        self.ttft.append(job.ttft_s)
-        self.by_tenant[job.flow[0]].append(job.ttft_s)
-        self.latency_sum_s += job.latency_s
-        self.n_preempted += job.n_preempted
+    def figures(self) -> dict[str, float | int]:
+        """The plain numbers, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
 
 
 def run(
@@ -126,11 +91,13 @@ def run(
     progress: Callable[[float, int], None] = lambda now_s, n: None,
 ) -> Result:
     """Simulate to the end. InvariantError names the `label` (policy, seed) when an invariant breaks."""
-    kernel, collector, books = Kernel(), _Collector(), Conservation()
+    kernel, recorder, books = Kernel(), Recorder(setting.ttft_target_s), Conservation()
     began_s = time.process_time()
-    world = World(kernel, policy.queue(setting), policy.router(setting), (books, collector))
+    world = World(kernel, policy.queue(setting), policy.router(setting), (books, recorder))
     fleet = _fleet(kernel, world, setting, policy) if setting.zones else None
-    if fleet is None:
+    if fleet is not None:
+        recorder.machines = _machines(fleet)
+    else:
         for _ in range(setting.replicas):
             world.add_replica(setting.engine, setting.slots)
     world.feed(_fitting(jobs, setting.engine))
@@ -143,7 +110,7 @@ def run(
         raise InvariantError(f"{label}, at {kernel.now_s:.3f} s: {error}") from None
     if fleet is not None:
         fleet.close()
-    return _result(world, collector, fleet, books, time.process_time() - began_s, setting)
+    return _result(world, recorder, fleet, books, time.process_time() - began_s, setting)
 
 
 def _fitting(jobs: Iterator[Job], engine: EngineSpec) -> Iterator[Job]:
@@ -167,19 +134,8 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
     def gone(machine: Machine) -> None:
         world.kill_replica(replicas.pop(machine.id))
 
-    wishes: dict[float, int] = {}
-
     def wanted(now_s: float) -> int:
-        # Asked often at one instant and for the past: decided once per instant.
-        if now_s not in wishes:
-            if wishes and now_s < max(wishes):
-                return wishes[max(s for s in wishes if s <= now_s)]
-            n_starting = sum(1 for m in fleet.machines if not m.is_ready)
-            if len(wishes) > 512:
-                for old in sorted(wishes)[:256]:
-                    del wishes[old]
-            wishes[now_s] = scaler.wanted(world, n_starting, now_s)
-        return wishes[now_s]
+        return scaler.wanted(world, sum(1 for m in fleet.machines if not m.is_ready), now_s)
 
     fleet = Fleet(
         kernel,
@@ -195,35 +151,42 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
     return fleet
 
 
+def _machines(fleet: Fleet) -> Callable[[World], Machines]:
+    def look(world: World) -> Machines:
+        n_ready = sum(m.is_ready for m in fleet.machines)
+        n_on_demand = sum(m.zone is None and m.is_ready for m in fleet.machines)
+        return Machines(fleet.n_wanted, n_ready, n_on_demand, len(fleet.machines), fleet.usd_now)
+
+    return look
+
+
 def _result(
-    world: World, seen: _Collector, fleet: Fleet | None, books: Conservation, cpu_s: float, setting: Setting
+    world: World, seen: Recorder, fleet: Fleet | None, books: Conservation, cpu_s: float, setting: Setting
 ) -> Result:
     ttft = sorted(seen.ttft)
-    tails = [_quantile(sorted(values), 0.99) for values in seen.by_tenant.values() if len(values) >= 100]
-    n_hit = sum(r.engine.n_hit_tokens for r in world.replicas.values())
-    n_prompt = sum(r.engine.n_prompt_tokens for r in world.replicas.values())
+    tails = [quantile(sorted(values), 0.99) for values in seen.by_tenant.values() if len(values) >= 100]
+    seen.sample(world)
     return Result(
         n_requests=len(ttft),
-        ttft_p50_s=_quantile(ttft, 0.5),
-        ttft_p90_s=_quantile(ttft, 0.9),
-        ttft_p99_s=_quantile(ttft, 0.99),
+        ttft_p50_s=quantile(ttft, 0.5),
+        ttft_p90_s=quantile(ttft, 0.9),
+        ttft_p99_s=quantile(ttft, 0.99),
         itl_p50_s=world.gaps.quantile(0.5),
         itl_p99_s=world.gaps.quantile(0.99),
         latency_mean_s=seen.latency_sum_s / max(len(ttft), 1),
-        slo_attainment=sum(1 for t in ttft if t <= setting.ttft_target_s) / max(world.n_arrived, 1),
+        slo_attainment=seen.n_in_slo / max(world.n_arrived, 1),
         usd=fleet.usd if fleet else 0.0,
         availability=fleet.availability if fleet else 1.0,
         n_lost_machines=fleet.n_lost if fleet else 0,
         n_requeued=world.n_requeued,
         n_preempted=seen.n_preempted,
-        hit_ratio=n_hit / n_prompt if n_prompt else 0.0,
+        hit_ratio=world.hit_ratio,
         worst_tenant_p99_s=max(tails, default=math.nan),
         virtual_s=world.kernel.now_s,
         cpu_s=cpu_s,
         requests_per_cpu_s=len(ttft) / max(cpu_s, 1e-9),
         n_checks=books.n_checks,
+        samples=tuple(seen.samples),
+        tenants=seen.tenants(),
+        demand=fleet.demand if fleet else None,
     )
-
-
-def _quantile(ordered: list[float], q: float) -> float:
-    return ordered[min(math.ceil(q * len(ordered)), len(ordered)) - 1] if ordered else math.nan

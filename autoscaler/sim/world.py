@@ -69,7 +69,9 @@ class World:
         self.replicas: dict[int, Replica] = {}
         self.gaps = Histogram()
         self.n_arrived = self.n_ended = self.n_requeued = 0
-        self._n_replicas = 0
+        self._n_replicas = self._n_hit_tokens = self._n_prompt_tokens = (
+            0  # the last two: of replicas that are gone
+        )
         self._arrivals: Iterator[Job] = iter(())
         self._ready: list[Replica] = []
 
@@ -98,6 +100,8 @@ class World:
         self.drain_replica(replica)
         now_s = self.kernel.now_s
         replica.engine.cancel_all(now_s)
+        self._n_hit_tokens += replica.engine.n_hit_tokens
+        self._n_prompt_tokens += replica.engine.n_prompt_tokens
         del self.replicas[replica.id]
         for job in sorted(replica.jobs.values(), key=lambda j: j.id):
             self.router.on_end(job, replica, now_s)
@@ -110,6 +114,13 @@ class World:
     def ready(self) -> list[Replica]:
         """Replicas that take new work, oldest first. Not to be changed."""
         return self._ready
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of prompt tokens found in a cache, on all replicas that ever were; 0 before the first prompt."""
+        engines = [replica.engine for replica in self.replicas.values()]
+        n_prompt = self._n_prompt_tokens + sum(e.n_prompt_tokens for e in engines)
+        return (self._n_hit_tokens + sum(e.n_hit_tokens for e in engines)) / max(n_prompt, 1)
 
     # -- requests
 

@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Terms
 from autoscaler.sim.job import Job
 from autoscaler.sim.market import MarketError, Zone, read_zone
+from autoscaler.sim.oracle import OracleError, bound_of
+from autoscaler.sim.policies import MAKERS, NEEDS_MARKET, policy
 from autoscaler.sim.rates import arrivals, read_lengths, read_rates
-from autoscaler.sim.scenario import NEEDS_MARKET, POLICIES, Result, Setting, run
+from autoscaler.sim.scenario import Result, Setting, run
 from autoscaler.sim.statistics import interval
 from autoscaler.sim.workload import WorkloadError, jobs, read_requests, thin
 from controlplane.policy.capacity import Mix, capacity
@@ -97,8 +99,18 @@ class Command(BaseCommand):
             "--notice-s", type=float, default=120.0, help="warning before a spot machine goes"
         )
         market.add_argument("--max-machines", type=int, default=64)
+        market.add_argument(
+            "--oracle",
+            action="store_true",
+            help="also the least that a buyer who knows the future would pay for the demand each policy had",
+        )
+        market.add_argument(
+            "--availability", type=float, default=0.999, help="what the oracle must reach (default 0.999)"
+        )
         parser.add_argument(
-            "--policy", default="corral", help=f"one of {', '.join(POLICIES)}, several, or all"
+            "--policy",
+            default="corral",
+            help=f"one of {', '.join(MAKERS)}, several, or all; NAME:KNOB=VALUE sets one",
         )
         parser.add_argument(
             "--seeds", type=int, default=1, help="runs per policy; spans of the market differ"
@@ -110,25 +122,35 @@ class Command(BaseCommand):
         try:
             setting = _setting(options)
             rows: dict[str, list[Result]] = {name: [] for name in names}
+            bounds: dict[str, list[float]] = {name: [] for name in names}
             for seed in range(max(options["seeds"], 1)):
                 spanned = _span(setting, options, seed)
                 for name in names:
                     label = f"policy {name}, seed {seed}"
                     self.stderr.write(f"simulating {label}")
                     load = _load(options, seed)
-                    rows[name].append(
-                        run(spanned, POLICIES[name], load, label=label, progress=self._progress)
-                    )
-        except (WorkloadError, MarketError, ValueError, InvariantError) as error:
+                    rows[name].append(run(spanned, policy(name), load, label=label, progress=self._progress))
+                    if options["oracle"]:
+                        bounds[name].append(_bound(spanned, rows[name][-1], options["availability"]))
+        except (WorkloadError, MarketError, ValueError, InvariantError, OracleError) as error:
             raise CommandError(str(error)) from error
         assumptions = _assumptions(options, setting)
         if options["json"]:
-            policies = {name: [asdict(result) for result in results] for name, results in rows.items()}
-            self.stdout.write(json.dumps({"assumptions": assumptions, "policies": policies}, indent=2))
+            policies = {name: [result.figures() for result in results] for name, results in rows.items()}
+            report: dict[str, Any] = {"assumptions": assumptions, "policies": policies}
+            if options["oracle"]:
+                report["oracle_usd"] = bounds
+            self.stdout.write(json.dumps(report, indent=2))
             return
         for name, value in assumptions.items():
             self.stdout.write(f"  {name}: {value}")
         self._table(rows)
+        for name, usd in bounds.items():
+            if usd:
+                paid = interval([r.usd / least for r, least in zip(rows[name], usd, strict=True)])
+                self.stdout.write(
+                    f"{name}: {paid.mean:.3f} ± {paid.half:.3f} times what the oracle would pay for its demand"
+                )
 
     def _progress(self, now_s: float, n_done: int) -> None:
         self.stderr.write(f"  {now_s / 3600:8.2f} h simulated, {n_done:,} requests")
@@ -146,12 +168,14 @@ class Command(BaseCommand):
 
 
 def _policies(text: str, *, has_market: bool) -> list[str]:
-    known = [name for name in POLICIES if has_market or name not in NEEDS_MARKET]
+    known = [name for name in MAKERS if has_market or name not in NEEDS_MARKET]
     names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in POLICIES:
-            raise CommandError(f"--policy: {name!r} is unknown; known: {', '.join(POLICIES)}")
-        if name not in known:
+        try:
+            policy(name)
+        except ValueError as error:
+            raise CommandError(f"--policy: {error}") from None
+        if name.partition(":")[0] not in known:
             raise CommandError(f"--policy {name}: decides about machines; give a market with --spot")
     if not names:
         raise CommandError("--policy: names no policy")
@@ -190,6 +214,12 @@ def _setting(options: dict[str, Any]) -> Setting:
         options["target_ratio"],
         until_s,
     )
+
+
+def _bound(setting: Setting, result: Result, availability: float) -> float:
+    if result.demand is None:
+        raise ValueError("--oracle: bounds what a market costs; give one with --spot")
+    return bound_of(setting, result.demand, availability).usd
 
 
 def _slots(options: dict[str, Any], engine: EngineSpec) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from autoscaler.sim import scenario
 from autoscaler.sim.enginemodel import EngineSpec
-from autoscaler.sim.scenario import CORRAL, Result, Setting
+from autoscaler.sim.policies import CORRAL
+from autoscaler.sim.scenario import Result, Setting
 from autoscaler.sim.statistics import interval
 from autoscaler.sim.studies.base import Column, Goal, Progress, Study, Table
 from autoscaler.sim.workload import jobs, read_requests, thin
@@ -89,4 +90,4 @@ def _study(whole: list[Result], thinned: list[Result], setting: Setting, keep: f
 def _facts(result: Result) -> dict[str, Any]:
     """All but what the machine's own speed decides; as text, so that a missing figure equals itself."""
     own = {"cpu_s", "requests_per_cpu_s"}
-    return {name: repr(value) for name, value in asdict(result).items() if name not in own}
+    return {name: repr(value) for name, value in result.figures().items() if name not in own}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from autoscaler.policy.spot import FleetView, Orders, SpotSpec
+from autoscaler.policy.spot import FleetView, OfferView, Orders, SpotSpec
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.fleet import Buyer, Fleet, Terms
 from autoscaler.sim.kernel import Kernel
-from autoscaler.sim.market import MarketError, Zone, read_zone
+from autoscaler.sim.market import MarketError, Steps, Zone, read_zone
 from autoscaler.sim.oracle import cheapest
 
 HOUR = 3600.0
@@ -107,3 +107,20 @@ def test_what_is_no_capacity_trace_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(MarketError, match=r"zone\.json"):
         read_zone(path, usd_per_h=1)
+
+
+def test_demand_that_has_stood_for_a_start_is_due_and_a_dip_is_not() -> None:
+    wanted = Steps((0.0, HOUR, HOUR + 60, 2 * HOUR), (2, 4, 2, 6))
+    kernel = Kernel()
+    buyer = Corral(SpotSpec(120, 120))
+    fleet = Fleet(kernel, (zone("a", *[9] * 24),), TERMS, buyer, wanted, 4 * HOUR)
+    kernel.run(until_s=4 * HOUR)
+    fleet.close()
+    assert fleet.short_s == 0  # a minute of four is no time to buy any, and six are there after a start
+    assert fleet.demand(2 * HOUR + 60) == 6
+    assert fleet.demand.least(HOUR, 2 * HOUR) == 2
+
+
+def test_cover_that_has_not_come_up_is_cancelled_when_spot_is_ready() -> None:
+    view = FleetView(0.0, 2, (OfferView("a", 1.0, n_ready=2),), 3.0, 1, 0)
+    assert Corral(SpotSpec(120, 120)).buy(view).cancel_on_demand == 1

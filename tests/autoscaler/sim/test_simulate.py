@@ -59,7 +59,9 @@ def test_every_policy_serves_every_request_and_repeats_itself(requests_file: Pat
 def test_a_market_is_paid_and_its_losses_are_served_again(requests_file: Path, zone_files: Path) -> None:
     market = ("--spot", zone_files, "--boot-s", 20, "--notice-s", 20, "--hours", 0.2)
     args = ("--requests", requests_file, *market)
-    report = simulate(*args, "--policy", "corral,on-demand,any-zone")
+    report = simulate(*args, "--policy", "corral,on-demand,any-zone", "--oracle")
+    for name, (least,) in report["oracle_usd"].items():
+        assert 0 < least <= report["policies"][name][0]["usd"]
     runs = {name: found[0] for name, found in report["policies"].items()}
     assert all(run["n_requests"] == 600 for run in runs.values())
     assert runs["corral"]["usd"] < runs["on-demand"]["usd"]
@@ -73,6 +75,7 @@ def test_a_market_is_paid_and_its_losses_are_served_again(requests_file: Path, z
         ((), "--requests or --rates"),
         (("--requests", "FILE", "--policy", "best"), "'best' is unknown; known: corral"),
         (("--requests", "FILE", "--policy", "hpa"), "--spot"),
+        (("--requests", "FILE", "--oracle"), "--oracle: bounds what a market costs"),
         (("--requests", "FILE", "--model", "llama-3.1-70b"), "does not fit"),
         (("--requests", "FILE", "--start-h", "9"), "no request"),
         (("--requests", "nowhere.csv"), "No such file"),

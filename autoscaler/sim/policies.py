@@ -1,0 +1,128 @@
+"""Named policies of the simulator: bundles of queue, router, scaler and buyer, and the knobs of each.
+
+`corral` is the production bundle; every other name replaces one part of it, so that a table of all is at once the
+comparison and the ablation. A name may carry knobs: `hpa:target_ratio=0.8:stabilisation_s=60`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+from autoscaler.policy.spot import SpotSpec
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
+from autoscaler.sim.hpa import HpaSpec
+from autoscaler.sim.kpa import KpaSpec
+from autoscaler.sim.queues import Fair, fcfs, shortest_predicted
+from autoscaler.sim.routers import LeastLoad, RoundRobin
+from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Static
+from autoscaler.sim.scenario import Policy, Setting
+from autoscaler.types import ScalerSpec
+
+
+def _production(setting: Setting) -> Scaler:
+    return Production(
+        ScalerSpec(
+            0,
+            1,
+            setting.max_machines,
+            1e9,
+            setting.slots,
+            target_ratio=setting.target_ratio,
+            beat_stale_s=1e9,
+        )
+    )
+
+
+CORRAL = Policy(
+    queue=lambda s: Fair(),
+    router=lambda s: LeastLoad(),
+    scaler=_production,
+    buyer=lambda s: Corral(SpotSpec(s.terms.boot_s, s.terms.notice_s)),
+)
+
+
+def hpa(target_ratio: float = 0.0, stabilisation_s: float = 300.0, tolerance: float = 0.1) -> Policy:
+    def scaler(s: Setting) -> Scaler:
+        target = s.slots * (target_ratio or s.target_ratio)
+        return HpaScaler(
+            HpaSpec(target, tolerance, stabilisation_s, period_s=15.0, n_min=1, n_max=s.max_machines)
+        )
+
+    return replace(CORRAL, scaler=scaler)
+
+
+def kpa(
+    target_ratio: float = 0.0,
+    stable_window_s: float = 60.0,
+    panic_share: float = 0.1,
+    panic_threshold: float = 2.0,
+    scale_down_delay_s: float = 0.0,
+) -> Policy:
+    def scaler(s: Setting) -> Scaler:
+        return KpaScaler(
+            KpaSpec(
+                s.slots * (target_ratio or s.target_ratio),
+                stable_window_s,
+                panic_share,
+                panic_threshold,
+                scale_down_delay_s=scale_down_delay_s,
+                n_min=1,
+                n_max=s.max_machines,
+            )
+        )
+
+    return replace(CORRAL, scaler=scaler)
+
+
+def static(n: int = 0) -> Policy:
+    return replace(CORRAL, scaler=lambda s: Static(n or s.replicas))
+
+
+def spothedge(n_extra: int = 1) -> Policy:
+    return replace(CORRAL, buyer=lambda s: SpotHedge(n_extra))
+
+
+def any_zone(n_extra: int = 0, retry_s: float = 60.0) -> Policy:
+    return replace(CORRAL, buyer=lambda s: AnyZoneElseOnDemand(n_extra, retry_s))
+
+
+# Makers with their knobs' defaults.
+MAKERS: dict[str, Callable[..., Policy]] = {
+    "corral": lambda: CORRAL,
+    "fcfs": lambda: replace(CORRAL, queue=lambda s: fcfs()),
+    "shortest-predicted": lambda: replace(CORRAL, queue=lambda s: shortest_predicted()),
+    "round-robin": lambda: replace(CORRAL, router=lambda s: RoundRobin()),
+    "static": static,
+    "hpa": hpa,
+    "kpa": kpa,
+    "spothedge": spothedge,
+    "on-demand": lambda: replace(CORRAL, buyer=lambda s: OnDemandOnly()),
+    "spot-only": lambda: replace(CORRAL, buyer=lambda s: SpotOnly()),
+    "any-zone": any_zone,
+}
+# Parts that only matter where machines are bought.
+NEEDS_MARKET = frozenset({"static", "hpa", "kpa", "spothedge", "on-demand", "spot-only", "any-zone"})
+
+
+def policy(text: str) -> Policy:
+    """The policy of a name with its knobs; ValueError names what is unknown and what is known."""
+    name, *pairs = text.split(":")
+    maker = MAKERS.get(name)
+    if maker is None:
+        raise ValueError(f"{name!r} is unknown; known: {', '.join(MAKERS)}")
+    known = inspect.signature(maker).parameters
+    knobs: dict[str, float | int] = {}
+    for pair in pairs:
+        knob, _, value = pair.partition("=")
+        if knob not in known:
+            raise ValueError(f"{name}: no knob {knob!r}; it has {', '.join(known) or 'none'}")
+        try:
+            knobs[knob] = type(known[knob].default)(value)
+        except ValueError:
+            raise ValueError(f"{name}: {knob} = {value!r}: give a number") from None
+    return maker(**knobs)
+
+
+POLICIES: dict[str, Policy] = {name: policy(name) for name in MAKERS}
