@@ -81,6 +81,9 @@ def test_stop_ends_an_answer_early(page: Page, visit: Visit) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(answer).to_contain_text(re.compile(r"Stopped after \d+ tokens"))
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+    stopped = re.search(r"Stopped after (\d+) tokens", answer.inner_text())
+    assert stopped is not None
+    assert 1 <= int(stopped[1]) < 2000
 
 
 def test_revoking_a_key_asks_in_a_dialog(page: Page, visit: Visit) -> None:
@@ -96,6 +99,7 @@ def test_revoking_a_key_asks_in_a_dialog(page: Page, visit: Visit) -> None:
     revoke.click()
     dialog.get_by_role("button", name="Revoke key").click()
     expect(page.get_by_role("status")).to_contain_text("is revoked")
+    assert page.get_by_role("link", name="Revoke short-lived").count() == 0
 
 
 def test_the_keyboard_alone_signs_in_and_reaches_the_content(page: Page, visit: Visit) -> None:
@@ -110,3 +114,4 @@ def test_the_keyboard_alone_signs_in_and_reaches_the_content(page: Page, visit: 
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#main")).to_be_focused()
+    assert page.evaluate("document.activeElement.id") == "main"

@@ -85,6 +85,7 @@ def test_a_killed_process_comes_back_and_nobody_sees_a_401(
         )
 
     eventually(restarted, f"{name} runs again", 60.0)
+    assert pid_of(stack, name) != before
 
 
 def test_a_hanging_redis_is_a_503_with_retry_after(stack: BenchStack, eventually: Eventually) -> None:

@@ -432,6 +432,8 @@ def test_redis_replaced_by_a_replica_that_lags_shows_no_token_twice(w: World) ->
         await asyncio.sleep(0.3)
         w.network.start(snapshot=kept)
         await w.rest()
+        assert all(a.over for a in answers)
+        assert {a.code for a in answers} <= w.allowed_codes | {""}
 
     w.run(story())
 

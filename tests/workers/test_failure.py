@@ -81,7 +81,7 @@ def fault(model: Path) -> str:
 
 
 def test_whole_model_passes(model: Path) -> None:
-    check_model_dir(model)
+    assert check_model_dir(model) is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -251,3 +251,4 @@ def test_money_is_exact_over_many_histories(cell: Cell, seed: int) -> None:
     for _ in range(500):
         history.step()
     history.finish()
+    assert len(history.requests) >= 10

@@ -454,3 +454,4 @@ async def test_a_peer_that_stops_answering_is_left() -> None:
         async with subscribed(f"redis://{address}", ping_interval_s=0.05) as (subscriber, heard):
             await subscriber.subscribe("a")
             await until(lambda: peer.n_connections >= 2 and "gap" in heard.events, "a new connection")
+            assert heard.events[0] == "gap"

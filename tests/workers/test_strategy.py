@@ -379,14 +379,17 @@ def test_a_joined_request_is_not_kept_by_a_cycle_when_its_job_is_revoked(harness
         harness.deliver(message())
         worker_state.requests["q1.1"].terminate(harness.pool)
         wait_until(lambda: in_state() == [0, 0, 0], "the first to go with its job")
+        assert harness.pool.n_joined == 1
     finally:
         gc.enable()
 
 
 def test_celery_may_hand_a_reconnected_request_its_event_dispatcher(harness: Harness) -> None:
     harness.deliver(message())
+    dispatcher = object()
     for request in worker_state.reserved_requests:
-        request.eventer = object()
+        request.eventer = dispatcher
+    assert [r.eventer for r in worker_state.reserved_requests] == [dispatcher]
 
 
 def test_another_pool_gets_the_stock_strategy(harness: Harness) -> None:

@@ -201,6 +201,7 @@ def test_our_worker_runs_a_stock_message(machine: Machine, stock_app: Celery) ->
     with Front(machine):
         wait_until(lambda: machine.log() == ["start quick1.4", "end quick1.4"], "the job")
         wait_until(lambda: not machine.unacked(), "the ack")
+        assert machine.log() == ["start quick1.4", "end quick1.4"]
 
 
 # -- outages

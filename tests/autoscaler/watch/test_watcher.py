@@ -122,8 +122,10 @@ def test_a_wake_up_ticks_at_once_and_tells_the_client(watch: Watch) -> None:
 
 def test_a_lost_wake_up_is_made_up_for_by_the_scan(watch: Watch) -> None:
     watch.scaling.queue("first")
+    assert not Replica.objects.exists()
     watch.turn(1.1)
     watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
+    assert Replica.objects.get().deployment_id == watch.scaling.deployment.id
 
 
 def test_a_change_by_the_owner_is_acted_on_at_once(watch: Watch) -> None:
@@ -135,6 +137,7 @@ def test_a_change_by_the_owner_is_acted_on_at_once(watch: Watch) -> None:
         change=Change(min_replicas=1),
     )
     watch.turn_until(lambda: Replica.objects.exists(), "a replica was ordered")
+    assert Replica.objects.get().deployment_id == watch.scaling.deployment.id
 
 
 def test_clients_of_a_deleted_deployment_are_told(watch: Watch) -> None:
@@ -367,6 +370,7 @@ def test_a_failed_replica_is_withdrawn_at_once_and_its_reason_told(watch: Watch,
 def test_a_draining_replica_gets_nothing_new_and_stops(watch: Watch, serving: Replica) -> None:
     watch.say(serving, Reported.DRAINING)
     watch.turn_until(lambda: watch.state(serving) == b"draining", "draining")
+    assert watch.routed() == []
     watch.say(serving, Reported.STOPPED)
     watch.turn_until(lambda: Replica.objects.get(id=serving.id).phase == ReplicaPhase.STOPPED, "stopped")
 
@@ -374,6 +378,8 @@ def test_a_draining_replica_gets_nothing_new_and_stops(watch: Watch, serving: Re
 def test_a_stop_that_nobody_ordered_is_a_failure(watch: Watch, serving: Replica) -> None:
     watch.say(serving, Reported.STOPPED)
     watch.turn_until(lambda: Replica.objects.get(id=serving.id).phase == ReplicaPhase.FAILED, "failed")
+    assert watch.routed() == []
+    assert Replica.objects.get(id=serving.id).reason_code
 
 
 def test_poison_is_failed_told_to_its_gateway_and_settled(watch: Watch, serving: Replica) -> None:
@@ -567,6 +573,7 @@ def test_threads_outlive_redis_being_away(threads: Watch, eventually: Callable[.
     threads.cell.redis.connection_pool = good
     threads.scaling.queue("first")
     eventually(lambda: Replica.objects.exists(), "a replica was ordered")
+    assert threads.watcher.is_active
 
 
 def test_threads_outlive_postgres_being_away(
@@ -590,8 +597,10 @@ def test_threads_outlive_postgres_being_away(
     threads.scaling.queue("first")
     threads.cell.redis.publish(threads.cell.keys.wake_channel, threads.scaling.deployment.id.hex)
     eventually(lambda: n_failed[0] >= 2, "it tries again")
+    assert not Replica.objects.exists()
     away.clear()
     eventually(lambda: Replica.objects.exists(), "a replica was ordered")
+    assert Replica.objects.count() == 1
 
 
 def test_a_dead_replica_is_withdrawn_while_postgres_is_away(watch: Watch, serving: Replica) -> None:

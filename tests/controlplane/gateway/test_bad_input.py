@@ -143,7 +143,7 @@ async def test_text_parts_and_tool_history_are_accepted(gw: Running, machine: Ma
         assert text_of(await events.rest()) == "one two three"
 
 
-async def test_limits_are_not_touched_by_a_bad_request(gw: Running) -> None:
+async def test_limits_are_not_touched_by_a_bad_request(gw: Running, machine: Machine) -> None:
     gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=1))
-    await refused(gw, chat(temperature=9))
-    await refused(gw, chat(model="none"))
+    bodies = [chat(temperature=9), chat(model="none"), CHAT, CHAT]
+    assert [(await gw.post(body)).status_code for body in bodies] == [400, 404, 200, 429]

@@ -199,6 +199,7 @@ async def test_the_end_is_charged_exactly_with_what_was_cached(gw: Running, held
         return (await counters(gw))[f"0o{ORG}"] == 3 * expected_each
 
     await until(all_settled)
+    assert (await counters(gw))[f"0o{ORG}"] == 3 * expected_each
 
 
 async def test_what_nobody_waited_for_is_free(gw: Running, machine: Machine) -> None:

@@ -71,6 +71,7 @@ async def test_stream_left_early_cancels(sdk: AsyncOpenAI, machine: Machine) -> 
     await stream.close()
     async with asyncio.timeout(10):
         await machine.jobs[0].cancelled.wait()
+    assert [job.cancelled.is_set() for job in machine.jobs] == [True]
 
 
 async def test_completions(sdk: AsyncOpenAI) -> None:

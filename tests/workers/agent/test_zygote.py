@@ -135,6 +135,7 @@ async def test_sigterm_ends_the_zygote_and_its_replicas(tmp_path: Path) -> None:
         pid = await waiting_child(zygote, tmp_path)
         os.kill(zygote.pid, signal.SIGTERM)
         await until(lambda: not alive(pid) and not alive(zygote.pid), "both are gone")
+        assert [alive(pid), alive(zygote.pid)] == [False, False]
 
 
 async def test_only_living_children_can_be_killed(tmp_path: Path) -> None:
@@ -241,6 +242,7 @@ async def test_what_a_replica_started_ends_with_it(tmp_path: Path, family: str) 
         os.kill(pid, signal.SIGKILL)
         # Gone entirely, not a zombie: the zygote is its reaper.
         await until(lambda: not Path(f"/proc/{grandchild}").exists(), "the grandchild is gone")
+        assert alive(zygote.pid)
 
 
 async def test_alone_for_too_long_it_ends_everything(tmp_path: Path) -> None:
@@ -249,6 +251,8 @@ async def test_alone_for_too_long_it_ends_everything(tmp_path: Path) -> None:
         await zygote.close()
         await until(lambda: not alive(pid), "the replica is gone")
         await until(lambda: not (tmp_path / "z.sock").exists(), "the zygote has taken its socket away")
+        await until(lambda: not alive(zygote.pid), "the zygote is gone")
+        assert not alive(pid)
 
 
 async def test_shutdown_asks_first_and_kills_after_the_grace(tmp_path: Path) -> None:
@@ -295,7 +299,9 @@ async def test_nonsense_is_answered_and_survived(tmp_path: Path) -> None:
 
 async def test_the_joint_holds_with_the_toy_engine(tmp_path: Path, redis_url: str) -> None:
     profile = EngineProfile(engine="toy", max_num_seqs=512, max_model_len=100_000, toy_step_ms=5.0)
-    hold_together(await joint.measure(redis_url, tmp_path, profile), n=512)
+    figures = await joint.measure(redis_url, tmp_path, profile)
+    assert figures.n_in_flight == 512
+    hold_together(figures, n=512)
 
 
 @pytest.mark.engine

@@ -78,8 +78,7 @@ def results(lab: Lab) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", vllm_scenarios.checks())
 def test_engine(results: dict[str, str], name: str) -> None:
-    if results[name] != "ok":
-        pytest.fail(results[name], pytrace=False)
+    assert results[name] == "ok"
 
 
 def test_an_engine_is_not_made_beside_another_thread(lab: Lab) -> None:
