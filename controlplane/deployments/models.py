@@ -175,3 +175,44 @@ class Deployment(models.Model):
     def engine(self) -> Any:
         """`vllm` or `toy`."""
         return self.engine_profile["engine"]
+
+
+class Grant(models.Model):
+    """Leave for another project, or for every project of an organization, to call a deployment.
+
+    The tenant is the deployment's owner; who was given leave may read the row. What the callers use counts against
+    their own limits and is billed to them, at their own price of that name.
+    """
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="grants_given")
+    deployment = models.ForeignKey(
+        Deployment, on_delete=models.PROTECT, related_name="grants", db_constraint=False
+    )
+    grantee = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="grants_held")
+    project = models.ForeignKey(
+        Project,
+        null=True,
+        blank=True,
+        on_delete=models.PROTECT,
+        related_name="+",
+        db_constraint=False,
+        help_text="only this project of the grantee; NULL: all of them",
+    )
+    name = models.CharField(
+        max_length=64, validators=[check_name], help_text="the `model` that the grantee's programs send"
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["grantee", "project", "name"], nulls_distinct=False, name="grant_name_unique"
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["organization", "deployment"], name="grant_by_deployment"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name

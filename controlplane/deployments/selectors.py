@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from controlplane.deployments.models import Deployment, ModelVersion, SloClass
+from controlplane.deployments.models import Deployment, Grant, ModelVersion, SloClass
 from controlplane.errors import NotFoundError
 
 
@@ -44,3 +44,16 @@ def model_version(*, organization_id: UUID, model_version_id: UUID) -> ModelVers
 def slo_classes() -> list[SloClass]:
     """The service classes, first served first."""
     return list(SloClass.objects.order_by("band"))
+
+
+def grants_given(*, organization_id: UUID, deployment_id: UUID | None = None) -> list[Grant]:
+    """Who may call this organization's deployments (or one of them) besides their own projects, by name."""
+    found = Grant.objects.filter(organization_id=organization_id)
+    if deployment_id is not None:
+        found = found.filter(deployment_id=deployment_id)
+    return list(found.order_by("name", "created_at", "id"))
+
+
+def grants_held(*, organization_id: UUID) -> list[Grant]:
+    """What others share with this organization or a project of it, by name."""
+    return list(Grant.objects.filter(grantee_id=organization_id).order_by("name", "created_at", "id"))

@@ -12,7 +12,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from billing.prices import DEFAULT_PRICE, price_in_force
-from controlplane.deployments import selectors
+from controlplane.deployments import selectors, sharing
 from controlplane.deployments.models import (
     MAX_WINDOW_TOKENS,
     Deployment,
@@ -233,6 +233,7 @@ def delete_deployment(*, organization_id: UUID, deployment_id: UUID) -> None:
         Deployment.objects.filter(organization_id=organization_id, id=deployment_id, deleted_at=None).update(
             deleted_at=now, updated_at=now, phase=Phase.DELETED, generation=F("generation") + 1
         )
+        sharing.withdraw_all(organization_id=organization_id, deployment_id=deployment_id)
         _publish(deployment)
     log.info("deployment.deleted", organization=organization_id.hex, deployment=deployment_id.hex)
 

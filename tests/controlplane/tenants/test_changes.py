@@ -10,6 +10,7 @@ import redis
 from django.conf import settings as django_settings
 from django.db import connection, transaction
 
+from controlplane.deployments import sharing
 from controlplane.deployments.models import Phase
 from controlplane.deployments.status import record_phase
 from controlplane.tenants import invalidation, services
@@ -152,3 +153,19 @@ def test_redis_away_does_not_fail_the_change_and_is_one_line_in_the_log(
     assert changes_since(before)["changes"] == [f"key:{key.lookup}"]
     (warning,) = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert "invalidation.not_published" in warning.getMessage()
+
+
+def test_leave_given_and_taken_back_is_told_to_who_holds_it(committed: World) -> None:
+    deployment = make_deployment(committed)
+    ref = f"org:{committed.other_organization.id.hex}"
+    before = now()
+    with acting_as("corral_operator"):
+        held = sharing.grant(
+            organization_id=committed.organization.id,
+            deployment_id=deployment.id,
+            grantee_id=committed.other_organization.id,
+        )
+    assert changes_since(before)["changes"] == [ref]
+    before = now()
+    sharing.withdraw(organization_id=committed.organization.id, grant_id=held.id)
+    assert changes_since(before)["changes"] == [ref]

@@ -64,7 +64,10 @@ def test_every_table_with_an_organization_has_row_security_and_policies_for_both
         assert column in using and "corral.organization_id" in using, table
         assert policies["operator", "corral_operator"] == ("true", "true"), table
         others = policies.keys() - {("tenant", "corral_app"), ("operator", "corral_operator")}
-        assert others <= {("shared", "corral_app")}, table
+        assert others <= {("shared", "corral_app"), ("granted", "corral_app")}, table
+        if ("granted", "corral_app") in others:  # the other side of an agreement may read it, no more
+            assert table == "deployments_grant"
+            assert rows("SELECT cmd FROM pg_policies WHERE policyname = 'granted'") == [("SELECT",)]
 
 
 @pytest.mark.django_db(transaction=True)
