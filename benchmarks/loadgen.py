@@ -2,13 +2,15 @@
 
 Run as a process of its own (`python -m benchmarks.loadgen < plan.json`), so that its CPU is not counted with the
 gateway's. Talks to loopback addresses only, ends by itself: the plan bounds requests and seconds. Prints one JSON
-object: counts by status, latencies, and for streams time to first event and number of SSE events.
+object: counts by status, latencies, and for streams time to first event, number of SSE events, and tokens where the
+answers tell their usage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 import sys
 import time
@@ -44,9 +46,14 @@ class Tally:
     latency_ms: list[float] = field(default_factory=list)
     first_event_ms: list[float] = field(default_factory=list)
     n_events: int = 0
+    n_tokens: int = 0
     n_bytes: int = 0
     wall_s: float = 0.0
     errors: list[str] = field(default_factory=list)
+
+
+_N_COMPLETION = re.compile(rb'"completion_tokens":(\d+)')
+_TAIL_BYTES = 1024  # the usage event, [DONE] and the last chunk's end fit
 
 
 class _Connection(asyncio.Protocol):
@@ -102,13 +109,18 @@ class _Connection(asyncio.Protocol):
                 self.n_events += data.count(b"data: ")
                 if not self.first_event_s and b"data: " in data:
                     self.first_event_s = time.perf_counter()
-                self.tail = (self.tail + data)[-7:]
+                self.tail = (self.tail + data)[-_TAIL_BYTES:]
                 if self.tail.endswith(b"\r\n0\r\n\r\n") or self.tail == b"0\r\n\r\n":
                     self._finish()
         else:
             self._length -= len(data)
             if self._length <= 0:
                 self._finish()
+
+    def n_tokens(self) -> int:
+        """Completion tokens as a streamed answer's usage tells them; 0 where it does not."""
+        told = _N_COMPLETION.findall(self.tail)
+        return int(told[-1]) if told else 0
 
     def _finish(self) -> None:
         if self._done and not self._done.done():
@@ -146,6 +158,7 @@ async def run(plan: Plan) -> Tally:
         tally.statuses[str(status)] = tally.statuses.get(str(status), 0) + 1
         tally.latency_ms.append((time.perf_counter() - started_s) * 1000)
         tally.n_events += connection.n_events
+        tally.n_tokens += connection.n_tokens()
         tally.n_bytes += connection.n_bytes
         if connection.first_event_s:
             tally.first_event_ms.append((connection.first_event_s - started_s) * 1000)

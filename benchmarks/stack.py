@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from workers.contract import Heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent
 UP_TIMEOUT_S = 300
+_BEATS_S = 1.0  # several heartbeats of a replica
 
 # Which supervised processes a figure belongs to. On the path of a request: gateways, Redis, the machine.
 ON_PATH = ("gateway", "redis", "machine")
@@ -90,6 +93,28 @@ class BenchStack:
             if process.pid is not None and group in groups:
                 groups[group] += [pid for pid in tree([process.pid]) if pid not in groups["machine"]]
         return groups
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """No process of the stack but its idle supervisor takes CPU inside. For loads that have ended: on the way back
+        Redis, Postgres and the machine go first, so that the watcher finds fresh heartbeats when it looks."""
+        groups = self.processes()
+        first = ("redis", "postgres", "machine")
+        rest = [name for name in groups if name not in first]
+        signal_all([pid for name in (*rest, *reversed(first)) for pid in groups[name]], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            signal_all([pid for name in first for pid in groups[name]], signal.SIGCONT)
+            time.sleep(_BEATS_S)
+            signal_all([pid for name in rest for pid in groups[name]], signal.SIGCONT)
+
+
+def signal_all(pids: Iterable[int], number: int) -> None:
+    """Signals every process that is still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @contextmanager

@@ -101,9 +101,14 @@ def is_cpu_build() -> bool:
     return True
 
 
+def replica_environment() -> dict[str, str]:
+    """What a replica's vLLM reads from the environment."""
+    return _ENVIRONMENT | (_CPU_ENVIRONMENT if is_cpu_build() else {})
+
+
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment. Before its first import; values already set are kept."""
-    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if is_cpu_build() else {})).items():
+    """Set it. Before vLLM's first import; values already set are kept."""
+    for name, value in replica_environment().items():
         os.environ.setdefault(name, value)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import autoscaler, coldstart, gateway, joint, limits, slots
+from benchmarks import autoscaler, coldstart, engine, gateway, joint, limits, slots
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ BENCHES = {
         "CPU per request and per streamed event, everything switched on",
         gateway.measure,
         gateway.as_text,
+        options=("only",),
+    ),
+    "engine": Bench(
+        "the same vLLM behind Corral and behind its own API server",
+        engine.measure,
+        engine.as_text,
         options=("only",),
     ),
     "coldstart": Bench(
@@ -67,7 +73,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--repeats", type=int, help="runs per figure (default: 7; joint and limits: 1, slots: 3)"
         )
-        parser.add_argument("--only", help="gateway: scenarios whose name contains this")
+        parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
         parser.add_argument(
             "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"
