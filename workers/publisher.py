@@ -133,7 +133,7 @@ class Lane:
             # Field order of contract.FrameEntry and contract.JournalEntry (array_like); choice is always 0.
             frame = _encode((output.stream, 0, at, n, output.text, end, output.logprobs))
             journal = _encode((0, at, ids, output.text, end, output.logprobs))
-            args += (output.request_id, output.epoch, at, n, frame, journal, output.usage)
+            args += (output.request_id, output.epoch, at, at + n, frame, journal, output.usage)
             entries.append((output, n, end is not None))
             n_ends += end is not None
             n_tokens += n

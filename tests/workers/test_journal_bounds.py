@@ -34,7 +34,7 @@ def journaled(cell: Cell, request: str, n_per_entry: int) -> int:
         text = "".join(toy_text.PIECES[token] for token in ids)
         frame = encode(FrameEntry(7, 0, at, len(ids), text))
         entry = encode(JournalEntry(0, at, ids, text))
-        args = (request, 1, at, len(ids), frame, entry, b"")
+        args = (request, 1, at, at + len(ids), frame, entry, b"")
         assert cell.run(scripts.FLUSH, MACHINE.prefix, "g1", RETENTION_MS, 1000, *args) == b"a"
     return int(cell.r.memory_usage(MACHINE.journal(request), samples=0))
 

@@ -78,7 +78,7 @@ class Cell:
         for request, epoch, offset, n, finished in entries:
             end = End(FinishReason.STOP, 10, 0, offset + n) if finished else None
             frame = encode(FrameEntry(7, 0, offset, n, f"<{offset}>", end))
-            args += [request, epoch, offset, n, frame, b"J%d" % offset, b"U" if finished else b""]
+            args += [request, epoch, offset, offset + n, frame, b"J%d" % offset, b"U" if finished else b""]
         prefix = KEYS.machine(machine).prefix
         return self.run(scripts.FLUSH, prefix, "g1", RETENTION_MS, 1000, *args)
 
@@ -304,7 +304,7 @@ def test_dead_replica_gives_its_requests_back_with_their_journal(cell: Cell) -> 
     cell.enrol("r2", "m2")
     granted = cell.claim("q1", 2, "r2", "m2")
     assert granted[0] == b"ok"
-    assert granted[4:7] == [b"3", b"17", b"2"], "offset, hold and attempt carry over"
+    assert granted[4:7] == [b"3", 17, b"2"], "offset, hold and attempt carry over"
     assert granted[7:] == [b"J0"]
     assert not cell.r.keys(KEYS.machine("m1").prefix + "*q1*"), "nothing of it is left under the old machine"
 

@@ -415,7 +415,6 @@ async def test_gap_in_the_journal_is_healed_by_claiming_again(cell: Cell, tmp_pa
         with cell.r.pipeline() as pipe:
             pipe.rpop(keys.journal(request))
             pipe.hincrby(keys.lease(request), "n", -1)
-            pipe.hincrby(keys.lease(request), "hold", 1)
             pipe.execute()
         await task
         undisturbed = cell.admit(max_tokens=60, sampling={"ignore_eos": True})

@@ -6,15 +6,15 @@ local M = ARGV[1]
 
 local function claim(id, epoch)
   local k = M .. 'req:' .. id
-  local r = redis.call('HMGET', k, 'epoch', 'state', 'gw', 'stream', 'n', 'hold', 'cancel', 'attempt')
+  local r = redis.call('HMGET', k, 'epoch', 'state', 'gw', 'stream', 'n', 'upto', 'cancel', 'attempt')
   if r[1] ~= epoch then return {'stale'} end
   if r[2] == 'done' then return {'done'} end
   if r[2] == 'claimed' then return {'held'} end
   redis.call('HSET', k, 'state', 'claimed')
-  if r[7] then return {'cancelled', '', r[3], r[4], r[5], r[6], r[8]} end
+  if r[7] then return {'cancelled', '', r[3], r[4], r[5], r[6] - r[5], r[8]} end
   local body = redis.call('GET', M .. 'body:' .. id)
   if not body then return {'stale'} end
-  local out = {'ok', body, r[3], r[4], r[5], r[6], r[8]}
+  local out = {'ok', body, r[3], r[4], r[5], r[6] - r[5], r[8]}
   if r[5] ~= '0' then
     for _, e in ipairs(redis.call('LRANGE', M .. 'jrn:' .. id, 0, -1)) do out[#out + 1] = e end
   end

@@ -21,8 +21,8 @@ end
 -- Lease, slot and message of one attempt; the body lies under the machine's prefix already.
 local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
   local lease = M .. 'req:' .. id
-  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'rid', rid, 'gw', gw, 'stream', stream, 'n', n,
-             'hold', hold, 'attempt', attempt)
+  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'n', n, 'upto', n + hold, 'gw', gw, 'stream', stream,
+             'attempt', attempt)
   redis.call('PEXPIRE', lease, LEASE_GC_MS)
   redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', 1)
   redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)
@@ -66,10 +66,8 @@ local function unbind(P, id, keep)
   local M = P .. 'm:' .. mid .. ':'
   free_slot(P, id, rid)
   if keep then
-    local n = redis.call('HGET', M .. 'req:' .. id, 'n')
-    local hold = redis.call('HGET', M .. 'req:' .. id, 'hold')
-    if n then redis.call('HSET', rec_key, 'n', n) end
-    if hold then redis.call('HSET', rec_key, 'hold_out', hold) end
+    local lease = redis.call('HMGET', M .. 'req:' .. id, 'n', 'upto')
+    if lease[1] and lease[2] then redis.call('HSET', rec_key, 'n', lease[1], 'hold_out', lease[2] - lease[1]) end
     if redis.call('EXISTS', M .. 'body:' .. id) == 1 then redis.call('RENAME', M .. 'body:' .. id, P .. 'body:' .. id) end
     if redis.call('EXISTS', M .. 'jrn:' .. id) == 1 then redis.call('RENAME', M .. 'jrn:' .. id, P .. 'jrn:' .. id) end
     redis.call('DEL', M .. 'req:' .. id)

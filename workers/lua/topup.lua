@@ -14,8 +14,9 @@ local r = redis.call('HMGET', rec_key, 'state', 'mid', 'rid', 'key', 'prj', 'org
   'asks')
 if r[1] ~= 'bound' or r[2] ~= mid then return {'gone'} end
 local M = P .. 'm:' .. mid .. ':'
-local unused = tonumber(redis.call('HGET', M .. 'req:' .. id, 'hold') or '')
-if not unused then return {'gone'} end
+local lease = redis.call('HMGET', M .. 'req:' .. id, 'n', 'upto')
+if not (lease[1] and lease[2]) then return {'gone'} end
+local unused = lease[2] - lease[1]
 local asked, money = tonumber(r[9]), tonumber(r[8])
 local granted = tonumber(r[10] or r[9])
 local n = granted - unused -- tokens produced
@@ -79,7 +80,7 @@ if now_granted > usable and now_granted >= n then
     end
   end
   redis.call('HSET', rec_key, 'money', string.format('%.0f', money + added), 'granted', now_granted)
-  redis.call('HSET', M .. 'req:' .. id, 'hold', now_granted - n)
+  redis.call('HSET', M .. 'req:' .. id, 'upto', lease[1] + now_granted - n)
   if has_asked then count_waiting(-1) end
   tell(now_granted, 0)
   return {'more', now_granted}

@@ -177,7 +177,7 @@ class Job:
         machine = self.machine
         verdict = await machine.redis.evalsha(
             scripts.FLUSH.sha, 0, machine.keys.prefix, "nobody" if lost else self.gateway, RETENTION_MS, 1000,
-            self.id, self.epoch, self.offset, n, frame, journal, b"U" if end else b"",
+            self.id, self.epoch, self.offset, self.offset + n, frame, journal, b"U" if end else b"",
         )  # fmt: skip
         if verdict in (b"a", b"c", b"m"):
             self.offset += n
