@@ -60,5 +60,5 @@ def itl_s(step: StepModel, mix: Mix, n_running: int) -> float:
     """Mean gap between a request's tokens in a full batch of `n_running`: a decode step, and the share of prompts that
     come in while it decodes (each step makes n_running tokens, so a prompt begins every n_output / n_running steps)."""
     decode_s = step.step_s(0, 0.0, n_running, round(n_running * (mix.n_prompt + mix.n_output / 2)))
-    prompt_s = step.token_s * mix.n_prompt + step.pair_s * pairs(0, round(mix.n_prompt))
+    prompt_s = (step.token_s + step.reduce_s) * mix.n_prompt + step.pair_s * pairs(0, round(mix.n_prompt))
     return decode_s + prompt_s * n_running / mix.n_output

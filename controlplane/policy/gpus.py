@@ -1,7 +1,7 @@
-"""What a GPU can do at most: memory, bandwidth, arithmetic, power. Pure facts.
+"""What a GPU can do at most and what it costs: memory, bandwidth, arithmetic, power, price. Pure facts.
 
-Read by the performance model (roofline prior) and by placement (does it fit). Peak figures are the vendors', for
-dense 16-bit arithmetic; how much of a peak real kernels reach is the performance model's business.
+Read by the performance model, by placement (does it fit) and by the choice of GPU types. Peak figures are the
+vendors', for dense arithmetic; how much of a peak real kernels reach is the performance model's business.
 """
 
 from __future__ import annotations
@@ -24,12 +24,35 @@ class Gpu:
     flops_8bit: float
     link_bytes_per_s: float  # to its neighbour in the node: NVLink or PCIe
     power_w: int
+    flops_4bit: float = 0.0  # 0: no 4-bit arithmetic; such weights are widened and multiplied in 16 bit
+
+    def flops(self, bytes_per_param: float) -> float:
+        """The peak at which weights of that width are multiplied."""
+        if bytes_per_param < 0.75:
+            return self.flops_4bit or self.flops_16bit
+        return self.flops_8bit if bytes_per_param <= 1 else self.flops_16bit
 
 
 def _gpu(
-    name: str, gib: float, tb_per_s: float, tflops16: float, tflops8: float, link_gb: float, w: int
+    name: str,
+    gib: float,
+    tb_per_s: float,
+    tflops16: float,
+    tflops8: float,
+    link_gb: float,
+    w: int,
+    tflops4: float = 0,
 ) -> Gpu:
-    return Gpu(name, int(gib * GIB), tb_per_s * 1e12, tflops16 * 1e12, tflops8 * 1e12, link_gb * 1e9, w)
+    return Gpu(
+        name,
+        int(gib * GIB),
+        tb_per_s * 1e12,
+        tflops16 * 1e12,
+        tflops8 * 1e12,
+        link_gb * 1e9,
+        w,
+        tflops4 * 1e12,
+    )
 
 
 # Vendors' data sheets. Cards without 8-bit floating point list their 16-bit figure.
@@ -45,10 +68,11 @@ GPUS: Final = MappingProxyType(
             _gpu("a100_40gb", 40, 1.555, 312, 312, 300, 400),
             _gpu("a100_sxm", 80, 2.039, 312, 312, 300, 400),
             _gpu("h100_pcie", 80, 2.000, 756, 1513, 64, 350),
+            _gpu("a30", 24, 0.933, 165, 165, 32, 165),
             _gpu("h100_sxm", 80, 3.350, 989, 1978, 450, 700),
             _gpu("h200_sxm", 141, 4.800, 989, 1978, 450, 700),
-            _gpu("b200_sxm", 180, 7.700, 2250, 4500, 900, 1000),
-            _gpu("b300_sxm", 268, 7.750, 2250, 4500, 900, 1100),
+            _gpu("b200_sxm", 180, 7.700, 2250, 4500, 900, 1000, 9000),
+            _gpu("b300_sxm", 268, 7.750, 2250, 4500, 900, 1100, 14000),
         )
     }
 )
@@ -60,3 +84,34 @@ def gpu(name: str) -> Gpu:
     if found is None:
         raise ValueError(f"gpu: {name!r} is not in the catalogue; known: {', '.join(sorted(GPUS))}")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """USD per GPU hour on demand, and where that was read."""
+
+    usd_per_h: float
+    source: str
+
+
+def _aws(usd_per_h: float, instance: str, n_gpus: int) -> Price:
+    return Price(round(usd_per_h / n_gpus, 4), f"AWS {instance}, us-east-1, list of 2026-07-20")
+
+
+# On demand, the smallest AWS instance that has the card, its price shared by its cards (a10g, l4, l40s and t4 with the
+# machine around one card). h100_pcie and a30 are not sold there.
+PRICES: Final = MappingProxyType(
+    {
+        "t4": _aws(0.526, "g4dn.xlarge", 1),
+        "v100": _aws(3.06, "p3.2xlarge", 1),
+        "a10g": _aws(1.006, "g5.xlarge", 1),
+        "l4": _aws(0.8048, "g6.xlarge", 1),
+        "l40s": _aws(1.861, "g6e.xlarge", 1),
+        "a100_40gb": _aws(21.957642, "p4d.24xlarge", 8),
+        "a100_sxm": _aws(27.44705, "p4de.24xlarge", 8),
+        "h100_sxm": _aws(6.88, "p5.4xlarge", 1),
+        "h200_sxm": _aws(63.296, "p5en.48xlarge", 8),
+        "b200_sxm": _aws(113.9328, "p6-b200.48xlarge", 8),
+        "b300_sxm": _aws(142.416, "p6-b300.48xlarge", 8),
+    }
+)
