@@ -14,8 +14,8 @@ from typing import Final
 
 P50: Final = 0.5
 P90: Final = 0.9
-# Step of the logarithm: wide at first, so that some twenty measurements overcome a factor of two; then narrow, but never
-# so that a changed machine would go unnoticed.
+# Step of the logarithm: wide at first, so that some twenty measurements overcome a factor of two; then narrow, but
+# never so that a changed machine would go unnoticed.
 _FIRST: Final = 0.5
 _LAST: Final = 0.02
 _LIMIT: Final = math.log(20)  # a factor beyond this is no bias, it is a mistake elsewhere

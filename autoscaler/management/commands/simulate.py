@@ -26,22 +26,15 @@ from autoscaler.sim.market import MarketError, Zone, read_zone
 from autoscaler.sim.oracle import OracleError, bound_of
 from autoscaler.sim.policies import MAKERS, NEEDS_MARKET, policy
 from autoscaler.sim.rates import arrivals, read_lengths, read_rates
+from autoscaler.sim.replicas import engine_spec, told
 from autoscaler.sim.scenario import Result, Setting, run
 from autoscaler.sim.statistics import interval
 from autoscaler.sim.workload import WorkloadError, jobs, read_requests, thin
 from controlplane.policy.capacity import Mix, capacity
-from controlplane.policy.gpus import GPUS, gpu
-from controlplane.policy.perfmodel import ModelShape, kv_tokens, roofline
+from controlplane.policy.gpus import GPUS
+from controlplane.policy.models import MODELS
+from controlplane.policy.perfmodel import DTYPES
 
-_SHAPES = {
-    shape.name: shape
-    for shape in (
-        ModelShape("llama-3.1-8b", 8.03e9, 32, 8, 128, 32),
-        ModelShape("llama-2-13b", 13.0e9, 40, 40, 128, 40),
-        ModelShape("llama-3.1-70b", 70.6e9, 80, 8, 128, 64),
-        ModelShape("qwen3-32b", 32.8e9, 64, 8, 128, 64),
-    )
-}
 _SAMPLE = 2000  # requests whose mean sizes the slots
 _COLUMNS = (
     ("TTFT p50", "ttft_p50_s", "{:.3f} s"),
@@ -71,7 +64,8 @@ class Command(BaseCommand):
         )
         load.add_argument("--hours", type=float, default=math.inf, help="simulate at most so many hours")
         house = parser.add_argument_group("house")
-        house.add_argument("--model", choices=sorted(_SHAPES), default="llama-3.1-8b")
+        house.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b", metavar="NAME")
+        house.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="width of the weights")
         house.add_argument("--gpu", choices=sorted(GPUS), default="l4")
         house.add_argument("--tp", type=int, default=1, help="GPUs per replica")
         house.add_argument(
@@ -183,13 +177,7 @@ def _policies(text: str, *, has_market: bool) -> list[str]:
 
 
 def _setting(options: dict[str, Any]) -> Setting:
-    shape, card = _SHAPES[options["model"]], gpu(options["gpu"])
-    room = kv_tokens(shape, card, options["tp"])
-    if room == 0:
-        raise CommandError(
-            f"--gpu {card.name}: {shape.name} does not fit on {options['tp']}; try a larger --tp"
-        )
-    engine = EngineSpec(roofline(shape, card, options["tp"]), room, prefix_caching=True)
+    engine = engine_spec(options["model"], options["gpu"], options["tp"], dtype=options["dtype"])
     slots = options["slots"] or _slots(options, engine)
     until_s = options["hours"] * 3600
     zones: tuple[Zone, ...] = ()
@@ -266,7 +254,7 @@ def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
     found = {
         "workload": f"{(options['requests'] or options['rates']).name}, share kept {options['keep']:g}, "
         f"speed {options['speed']:g}",
-        "replica": f"{options['model']} on {options['tp']} x {options['gpu']} (roofline prior), "
+        "replica": f"{told(options['model'], options['gpu'], options['tp'], dtype=options['dtype'])}, "
         f"{setting.engine.kv_tokens:,} tokens of KV, {setting.slots} slots",
         "target": f"first token within {setting.ttft_target_s:g} s",
     }

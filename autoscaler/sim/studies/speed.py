@@ -7,17 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from autoscaler.sim import scenario
-from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.policies import CORRAL
+from autoscaler.sim.replicas import engine_spec
 from autoscaler.sim.scenario import Result, Setting
 from autoscaler.sim.statistics import interval
 from autoscaler.sim.studies.base import Column, Goal, Progress, Study, Table
 from autoscaler.sim.workload import jobs, read_requests, thin
-from controlplane.policy.gpus import gpu
-from controlplane.policy.perfmodel import ModelShape, kv_tokens, roofline
 
 HELP = "simulated requests per CPU second; equal seeds, equal results; thinned load against the whole hour"
-_SHAPE = ModelShape("llama-3.1-8b", 8.03e9, 32, 8, 128, 32)
 _REPLICAS = 16
 _GOAL_PER_CPU_S = 5000
 
@@ -28,8 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: dict[str, Any], progress: Progress) -> Study:
     path = options["traces"] / "requests" / "azure_llm_2023_conv.csv"
-    card = gpu("h100_sxm")
-    engine = EngineSpec(roofline(_SHAPE, card, 1), kv_tokens(_SHAPE, card, 1), prefix_caching=True)
+    engine = engine_spec("llama-3.1-8b", "h100_sxm")
     setting = Setting(engine, 64, _REPLICAS, ttft_target_s=2.0)
     whole: list[Result] = []
     for seed in range(options["seeds"]):

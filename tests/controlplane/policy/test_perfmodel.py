@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.policy.gpus import GPUS, gpu
-from controlplane.policy.perfmodel import ModelShape, StepModel, kv_tokens, pairs, roofline
+from controlplane.policy.models import model
+from controlplane.policy.perfmodel import ROOFLINE, ModelShape, StepModel, kv_tokens, pairs, roofline
 
 LLAMA_8B = ModelShape("llama-3.1-8b", 8.03e9, 32, 8, 128, 32)
 seconds = st.floats(1e-9, 1e-2)
@@ -56,6 +58,37 @@ def test_what_does_not_fit_has_no_room_for_kv() -> None:
     big = ModelShape("llama-70b", 70e9, 80, 8, 128, 64)
     assert kv_tokens(big, gpu("a100_sxm")) == 0
     assert kv_tokens(big, gpu("a100_sxm"), tp=4) > 100_000
+
+
+def test_a_mixture_reads_the_experts_that_its_batch_chose() -> None:
+    shape = model("qwen3-30b-a3b")
+    step = roofline(shape, gpu("h100_sxm"))
+    alone_s, few_s, many_s = (step.step_s(0, 0, n, 0) - step.seq_s * n for n in (1, 8, 4000))
+    read_s = 2.0 / (3.35e12 * 0.75)
+    assert alone_s == pytest.approx(step.base_s + shape.n_params_active * read_s, rel=1e-6)
+    assert alone_s < few_s < many_s
+    assert step.step_s(4000, 0.0, 0, 0) == pytest.approx(step.base_s + shape.n_params * read_s, rel=1e-6)
+
+
+def test_narrower_weights_read_faster_and_keep_their_kv() -> None:
+    wide, narrow = model("llama-3.1-8b"), model("llama-3.1-8b").with_dtype("fp8")
+    assert roofline(narrow, gpu("l4")).weights_s == pytest.approx(roofline(wide, gpu("l4")).weights_s / 2)
+    assert roofline(narrow, gpu("l4")).token_s < roofline(wide, gpu("l4")).token_s
+    assert (
+        roofline(narrow, gpu("a100_sxm")).token_s == roofline(wide, gpu("a100_sxm")).token_s
+    )  # no such units
+    assert narrow.kv_bytes_per_token == wide.kv_bytes_per_token
+    with pytest.raises(ValueError, match="dtype"):
+        wide.with_dtype("fp7")
+
+
+def test_shares_and_overheads_outside_their_range_are_named() -> None:
+    with pytest.raises(ValueError, match="memory"):
+        replace(ROOFLINE, memory=0.0)
+    with pytest.raises(ValueError, match="layer_tp_s"):
+        replace(ROOFLINE, layer_tp_s=-1e-6)
+    with pytest.raises(ValueError, match=r"llama-3\.1-8b"):
+        model("llama")
 
 
 def test_unknown_gpu_and_impossible_times_are_named() -> None:
