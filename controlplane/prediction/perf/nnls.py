@@ -37,4 +37,5 @@ def nnls(a: Array, b: Array) -> Array:
             free &= x > 1e-15
             x[~free] = 0.0
         x = trial
-    return x / size
+    solution: Array = x / size
+    return solution
