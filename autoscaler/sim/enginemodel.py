@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +39,11 @@ class EngineSpec:
 
 
 class Engine:
-    """The batch of one replica. `next_s` is the end of the step or stride under way, infinite when idle."""
+    """The batch of one replica. `next_s` is the end of the step or stride under way, infinite when idle.
+
+    `renew` is asked at a boundary where a request has made all tokens it may make (`n_stop`) but not its last: it moves
+    `n_stop` on, or leaves it and the request is put aside (it leaves the batch and its KV; its next turn recomputes).
+    """
 
     __slots__ = (
         "_chunks",
@@ -46,6 +51,7 @@ class Engine:
         "_n_seats",
         "_order",
         "_prefilling",
+        "_renew",
         "_seq_tokens",
         "_started_s",
         "_step_no",
@@ -66,8 +72,14 @@ class Engine:
         "waiting",
     )
 
-    def __init__(self, spec: EngineSpec, gaps: Histogram | None = None) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        gaps: Histogram | None = None,
+        renew: Callable[[Job], None] = lambda job: None,
+    ) -> None:
         self.spec = spec
+        self._renew = renew
         self.cache = PrefixCache() if spec.prefix_caching else None
         self.gaps = gaps
         self.waiting: deque[Job] = deque()
@@ -132,7 +144,7 @@ class Engine:
         return False
 
     def boundary(self, now_s: float) -> list[Job]:
-        """The step or stride ends: returns what finished with it, and begins the next."""
+        """The step or stride ends: returns what finished with it or was put aside, and begins the next."""
         n_steps, n_decoding = self._stride, self.n_decoding
         if n_decoding:
             self._step_no += n_steps
@@ -145,9 +157,11 @@ class Engine:
         while heap and heap[0][0] <= step_no:
             _, seat, job = heapq.heappop(heap)
             if job.seat == seat:
+                job.n_done = job.n_stop
+                if self._goes_on(job):
+                    continue
                 self.n_decoding -= 1
-                self.n_context -= job.n_prompt + job.n_output
-                job.n_done = job.n_output
+                self.n_context -= job.n_prompt + job.n_done
                 self._leave(job)
                 finished.append(job)
         for job, n in self._chunks:
@@ -164,10 +178,7 @@ class Engine:
     def cancel_all(self, now_s: float) -> list[Job]:
         """The engine dies: its requests, with what they had produced by then (the journal has it)."""
         if self._stride > 1:
-            n_over = self.spec.step.decode_steps_within(
-                now_s - self._started_s, self.n_decoding, self.n_context
-            )
-            self._step_no += min(n_over, self._stride)
+            self._step_no += self.steps_within(now_s)
         gone = [job for seat, job in self._order if job.seat == seat]
         for job in gone:
             job.n_done = self._done(job)
@@ -192,6 +203,13 @@ class Engine:
     def done_of(self, job: Job) -> int:
         """Tokens a running request had produced by the last boundary."""
         return self._done(job)
+
+    def steps_within(self, now_s: float) -> int:
+        """Decode steps taken since that boundary."""
+        if self._stride <= 1:
+            return 0
+        n_over = self.spec.step.decode_steps_within(now_s - self._started_s, self.n_decoding, self.n_context)
+        return min(n_over, self._stride)
 
     # -- one step
 
@@ -275,14 +293,23 @@ class Engine:
         self.kv_used += 1
         if job.first_s == NEVER:
             job.first_s = now_s
-        if job.n_done >= job.n_output:
+        if not self._goes_on(job):
             self._leave(job)
             finished.append(job)
             return
         self.n_decoding += 1
         self.n_context += job.n_prompt + job.n_done
-        job.finish_step = self._step_no + job.n_output - job.n_done
+
+    def _goes_on(self, job: Job) -> bool:
+        """Whether it has tokens to make, `n_done` being exact: then the step of its last one is noted."""
+        if job.n_stop <= job.n_done < job.n_output:
+            self._renew(job)
+        n_left = job.n_stop - job.n_done
+        if n_left <= 0:
+            return False
+        job.finish_step = self._step_no + n_left
         heapq.heappush(self._heap, (job.finish_step, job.seat, job))
+        return True
 
     def _leave(self, job: Job) -> None:
         """Give back what it holds. `n_done` must be what its KV stands for."""
@@ -315,4 +342,4 @@ class Engine:
     def _done(self, job: Job) -> int:
         if job.n_prefill_left or job.seat < 0:
             return job.n_done
-        return job.n_output - (job.finish_step - self._step_no)
+        return job.n_stop - (job.finish_step - self._step_no)

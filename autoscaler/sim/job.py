@@ -10,7 +10,8 @@ NEVER: Final = -1.0
 class Job:
     """Lengths in tokens, instants in virtual seconds (`NEVER` = not yet).
 
-    n_output is the true length, which no policy may read; policies get n_predicted. prefix: ids of the prompt's blocks
+    n_output is the true length, which no policy may read; policies get n_predicted. n_stop: how many tokens it may make
+    before the engine puts it aside (all of them, unless a queue deals in quanta). prefix: ids of the prompt's blocks
     of `BLOCK` tokens, leading ones equal where two prompts begin alike.
     """
 
@@ -32,6 +33,7 @@ class Job:
         "n_prefill_left",
         "n_prompt",
         "n_shared",
+        "n_stop",
         "prefix",
         "replica",
         "seat",
@@ -56,7 +58,7 @@ class Job:
         self.id = id
         self.arrived_s = arrived_s
         self.n_prompt = n_prompt
-        self.n_output = n_output
+        self.n_output = self.n_stop = n_output
         self.n_predicted = n_predicted or n_output
         self.flow = flow
         self.band = band

@@ -14,11 +14,13 @@ from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.hpa import HpaSpec
 from autoscaler.sim.kpa import KpaSpec
-from autoscaler.sim.queues import Fair, fcfs, shortest_predicted
+from autoscaler.sim.orders import DlpmOrder, MlfqOrder, VtcOrder
+from autoscaler.sim.queues import Fair, earliest_deadline, fcfs, priority, shortest_predicted
 from autoscaler.sim.routers import LeastLoad, RoundRobin
 from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Static
 from autoscaler.sim.scenario import Policy, Setting
 from autoscaler.types import ScalerSpec
+from controlplane.policy.ordering import GAMMA, QueueOrder
 
 
 def _production(setting: Setting) -> Scaler:
@@ -88,11 +90,33 @@ def any_zone(n_extra: int = 0, retry_s: float = 60.0) -> Policy:
     return replace(CORRAL, buyer=lambda s: AnyZoneElseOnDemand(n_extra, retry_s))
 
 
+def shortest(gamma: float = GAMMA) -> Policy:
+    return replace(CORRAL, queue=lambda s: shortest_predicted(gamma))
+
+
+def fair_shortest(gamma: float = GAMMA) -> Policy:
+    return replace(CORRAL, queue=lambda s: Fair(order=QueueOrder.SJF, gamma=gamma))
+
+
+def mlfq(quantum: float = 64.0, starve_s: float = 60.0, n_levels: int = 5) -> Policy:
+    return replace(CORRAL, queue=lambda s: MlfqOrder(quantum, starve_s, n_levels))
+
+
+def dlpm(quantum: float = 4096.0) -> Policy:
+    return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
+
+
 # Makers with their knobs' defaults.
 MAKERS: dict[str, Callable[..., Policy]] = {
     "corral": lambda: CORRAL,
     "fcfs": lambda: replace(CORRAL, queue=lambda s: fcfs()),
-    "shortest-predicted": lambda: replace(CORRAL, queue=lambda s: shortest_predicted()),
+    "priority": lambda: replace(CORRAL, queue=lambda s: priority()),
+    "edf": lambda: replace(CORRAL, queue=lambda s: earliest_deadline(lambda job: s.ttft_target_s)),
+    "shortest-predicted": shortest,
+    "fair-shortest": fair_shortest,
+    "mlfq": mlfq,
+    "vtc": lambda: replace(CORRAL, queue=lambda s: VtcOrder()),
+    "dlpm": dlpm,
     "round-robin": lambda: replace(CORRAL, router=lambda s: RoundRobin()),
     "static": static,
     "hpa": hpa,

@@ -15,6 +15,7 @@ from autoscaler.sim.enginemodel import Engine, EngineSpec
 from autoscaler.sim.histogram import Histogram
 from autoscaler.sim.job import NEVER, Job
 from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.queues import Binding, Queue
 
 
@@ -68,19 +69,20 @@ class World:
         self.observers = observers
         self.replicas: dict[int, Replica] = {}
         self.gaps = Histogram()
-        self.n_arrived = self.n_ended = self.n_requeued = 0
+        self.n_arrived = self.n_ended = self.n_requeued = self.n_put_aside = 0
         self._n_replicas = self._n_hit_tokens = self._n_prompt_tokens = (
             0  # the last two: of replicas that are gone
         )
         self._arrivals: Iterator[Job] = iter(())
         self._ready: list[Replica] = []
+        queue.attach(self)
 
     # -- replicas
 
     def add_replica(self, spec: EngineSpec, slots: int) -> Replica:
         """A replica that is ready now; it takes what waits."""
         self._n_replicas += 1
-        replica = Replica(self._n_replicas, slots, Engine(spec, self.gaps))
+        replica = Replica(self._n_replicas, slots, Engine(spec, self.gaps, self.queue.renew))
         self.replicas[replica.id] = replica
         self._ready.append(replica)
         self._bind(self.queue.enrol(replica.id, slots, self.kernel.now_s))
@@ -121,6 +123,21 @@ class World:
         engines = [replica.engine for replica in self.replicas.values()]
         n_prompt = self._n_prompt_tokens + sum(e.n_prompt_tokens for e in engines)
         return (self._n_hit_tokens + sum(e.n_hit_tokens for e in engines)) / max(n_prompt, 1)
+
+    # -- what a queue may see
+
+    def n_produced(self, job: Job) -> int:
+        """Tokens a request has produced by now, over all its attempts."""
+        replica = self.replicas.get(job.replica)
+        if job.seat < 0 or replica is None:
+            return job.n_done
+        n = replica.engine.done_of(job)
+        return n if job.n_prefill_left else n + replica.engine.steps_within(self.kernel.now_s)
+
+    def n_cached(self, job: Job, replica: int) -> int:
+        """Prompt tokens of a request that lie in a replica's cache now."""
+        cache = self.replicas[replica].engine.cache
+        return cache.match(job.prefix) * BLOCK if cache is not None else 0
 
     # -- requests
 
@@ -172,8 +189,12 @@ class World:
             self._schedule(replica)
         for job in finished:
             del replica.jobs[job.id]
-            self.n_ended += 1
             self.router.on_end(job, replica, now_s)
+            if job.n_done < job.n_output:
+                self.n_put_aside += 1
+                self._bind(self.queue.put_aside(job, now_s))
+                continue
+            self.n_ended += 1
             for observer in self.observers:
                 observer.on_end(self, job)
             self._bind(self.queue.settle(job, now_s))

@@ -29,11 +29,13 @@ def predicted_ms(n_prompt: int, n_output: int, itl_ms: float) -> float:
     return (n_output + n_prompt * _PREFILL_SHARE) * itl_ms
 
 
-def order_key(order: QueueOrder, admitted_at_ms: int, *, ttft_ms: int, predicted_ms: float) -> int:
+def order_key(
+    order: QueueOrder, admitted_at_ms: int, *, ttft_ms: int, predicted_ms: float, gamma: float = GAMMA
+) -> int:
     """Place inside the flow, lowest first. Static, although SJF ages: every request ages equally fast, so
-    `predicted - GAMMA * waited` orders as `predicted + GAMMA * admitted` does."""
+    `predicted - gamma * waited` orders as `predicted + gamma * admitted` does."""
     if order is QueueOrder.EDF:
         return admitted_at_ms + ttft_ms
     if order is QueueOrder.SJF:
-        return round(predicted_ms + GAMMA * admitted_at_ms)
+        return round(predicted_ms + gamma * admitted_at_ms)
     return admitted_at_ms
