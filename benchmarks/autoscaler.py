@@ -14,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from autoscaler.policy.diversify import Need, greedy
 from autoscaler.policy.fleet import Seen, decide_all
+from autoscaler.policy.tail import Offer, events
+from autoscaler.purchase import plan
 from autoscaler.types import (
     Decision,
     MachineState,
@@ -26,6 +29,11 @@ from autoscaler.types import (
     ScalerSpec,
 )
 
+PLAN_LIMIT_S = 30.0
+_TYPES = ((0.8, 1), (1.2, 1), (2.0, 2), (4.0, 4), (7.0, 6), (11.0, 8))  # USD an hour on demand, replicas held
+_ZONES = 5
+_NEEDS = 12
+_GAP_S = 180.0  # from a loss to its replacement, less the notice
 _PER_MACHINE = 4
 _SLOTS = 32
 _TICK_S = 5.0
@@ -40,6 +48,7 @@ def measure(
     progress: Callable[[str], object],
     replicas: int = 10_000,
     deployments: int = 1000,
+    limit_s: float = PLAN_LIMIT_S,
 ) -> dict[str, Any]:
     """CPU seconds of a pass by size; `replicas` at least as many as `deployments`."""
     sizes = []
@@ -52,8 +61,11 @@ def measure(
     whole = sizes[-1]
     one = _size(min(replicas, _MOST), 1, repeats)
     one["us_per_replica"] = one["pass_s"] / one["replicas"] * 1e6
+    bought = _purchase(replicas, limit_s)
+    progress(f"purchase plan: {bought['programme_s']:.1f} s")
     return {
         "one_deployment": one,
+        "purchase": bought,
         "sizes": sizes,
         "whole_over_tenth_per_replica": whole["us_per_replica"] / sizes[0]["us_per_replica"],
         "whole_over_third_per_replica": whole["us_per_replica"] / sizes[1]["us_per_replica"],
@@ -72,7 +84,54 @@ def as_text(report: dict[str, Any]) -> str:
         f"  time per replica, whole size over a third and over a tenth: "
         f"{report['whole_over_third_per_replica']:.2f}, {report['whole_over_tenth_per_replica']:.2f} (1 = linear)"
     )
+    bought = report["purchase"]
+    lines += [
+        f"Purchase plan for {report['sizes'][-1]['replicas']:,} replicas: {bought['needs']} needs, {bought['offers']} "
+        "offers, at most 0.1 % short",
+        f"  greedy {bought['greedy_s']:.1f} s, {bought['greedy_usd_per_h']:,.0f} USD/h; programme: limit "
+        f"{bought['limit_s']:g} s, took {bought['programme_s']:.1f} s in all, "
+        f"{bought['usd_per_h']:,.0f} USD/h",
+        f"  {bought['verdict']}",
+    ]
     return "\n".join(lines)
+
+
+def _purchase(n_replicas: int, limit_s: float) -> dict[str, Any]:
+    """The whole cell at once: needs that fit three types each, on a market of types x zones x {spot, on-demand}."""
+    rng = random.Random(0)
+    zones = [f"z{i}" for i in range(_ZONES)]
+    offers = []
+    for i, (usd, _) in enumerate(_TYPES):
+        for zone in zones:
+            offers.append(Offer(f"t{i}-{zone}-od", zone, usd * rng.uniform(0.98, 1.05), n_replicas))
+            spot_usd = usd * rng.uniform(0.25, 0.6)
+            n_most, losses_per_h = n_replicas // len(_TYPES), rng.uniform(0.02, 0.4)
+            offers.append(Offer(f"t{i}-{zone}", zone, spot_usd, n_most, losses_per_h))
+    weights = [rng.random() ** 2 + 0.05 for _ in range(_NEEDS)]
+    needs = []
+    for i, weight in enumerate(weights):
+        first = rng.randrange(len(_TYPES) - 2)
+        units = {o.name: _TYPES[t][1] for t in range(first, first + 3) for o in offers if o.name[1] == str(t)}
+        needs.append(Need(f"n{i:02d}", round(n_replicas * weight / sum(weights)), units))
+    found = events(offers, _GAP_S)
+    began_s = time.perf_counter()
+    quick = greedy(needs, offers, found)
+    greedy_s = time.perf_counter() - began_s
+    began_s = time.perf_counter()
+    made = plan(needs, offers, found, time_limit_s=limit_s)
+    return {
+        "needs": _NEEDS,
+        "offers": len(offers),
+        "limit_s": limit_s,
+        "greedy_s": greedy_s,
+        "programme_s": time.perf_counter() - began_s,
+        "greedy_usd_per_h": quick.usd_per_h,
+        "usd_per_h": made.usd_per_h,
+        "bound_usd_per_h": made.bound_usd_per_h,
+        "solver": made.solver.value,
+        "unmet": list(made.unmet),
+        "verdict": made.reasons[0],
+    }
 
 
 def _size(n_replicas: int, n_deployments: int, repeats: int) -> dict[str, Any]:
