@@ -62,6 +62,11 @@ class Attempt:
         self.moved = False  # its client reads elsewhere, and where is not known yet
         self.allowance: Allowance | None = None  # where the money held is less than the request may use
 
+    @property
+    def ids(self) -> dict[str, object]:
+        """For a log line (which says replica and machine anyway)."""
+        return {"request": self.request_id, "epoch": self.epoch}
+
     def interrupt(self, stop: Stop) -> None:
         """Remember why, and end the generation if it runs. The first reason counts."""
         if self.stop is None:
