@@ -123,6 +123,7 @@ def summary_of(tally: StreamTally) -> dict[str, Any]:
         "gap_p95_ms": quantile(tally.gap_ms, 0.95),
         "gap_p99_ms": quantile(tally.gap_ms, 0.99),
         "first_p50_ms": quantile(tally.first_ms, 0.5),
+        "first_p99_ms": quantile(tally.first_ms, 0.99),
         "n_tokens": tally.n_tokens,
         "n_answers": tally.n_answers,
         "n_refused": sum(tally.n_refused.values()),

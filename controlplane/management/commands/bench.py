@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import autoscaler, coldstart, engine, gateway, joint, limits, slots
+from benchmarks import autoscaler, coldstart, engine, gateway, isolation, joint, limits, slots
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ BENCHES = {
         coldstart.measure,
         coldstart.as_text,
     ),
+    "isolation": Bench(
+        "a tenant beside another that sends ten times as much; served tokens against weights",
+        isolation.measure,
+        isolation.as_text,
+        3,
+    ),
     "joint": Bench(
         "zygote, Celery front and forked engine core with 512 requests in flight",
         joint.report,
@@ -71,7 +77,9 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("name", choices=sorted(BENCHES))
         parser.add_argument(
-            "--repeats", type=int, help="runs per figure (default: 7; joint and limits: 1, slots: 3)"
+            "--repeats",
+            type=int,
+            help="runs per figure (default: 7; joint and limits: 1, slots and isolation: 3)",
         )
         parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
