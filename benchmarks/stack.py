@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +118,22 @@ def signal_all(pids: Iterable[int], number: int) -> None:
 
 
 @contextmanager
-def bench_stack(engine: str = "toy", *, demo: str | None = None) -> Iterator[BenchStack]:
+def bench_stack(
+    engine: str = "toy",
+    *,
+    demo: str | None = None,
+    env_of: Callable[[Path], Mapping[str, str]] = lambda var: {},
+) -> Iterator[BenchStack]:
     """Starts a stack in a temporary directory, yields it, stops it and removes its data.
 
     `engine` is what its machines preload. `demo` names another engine for the demo deployment, which is then set up
-    without a first question.
+    without a first question. `env_of` adds to its environment and is told its data directory.
     """
     var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
     var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
     env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
+    env |= env_of(var)
     try:
         up = subprocess.run(
             [sys.executable, "manage.py", "up", "--detach", *(["--no-question"] if demo else [])],

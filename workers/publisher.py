@@ -2,9 +2,11 @@
 
 serve.py opens an `Output` per attempt and adds tokens to it; each gateway has a `Lane` that turns what has
 gathered into one call of the flush script. The next flush leaves as soon as tokens are there and fewer than
-`flush_depth` calls are unanswered; so an idle lane adds no delay and a busy one merges steps. Tokens of one
-output that gather while a lane is busy leave as one entry. When Redis is away, unanswered flushes are sent
-again byte for byte and in order (the offsets make that safe: what was applied comes back as a duplicate).
+`flush_depth` calls are unanswered; so an idle lane adds no delay and a busy one merges steps. Where Redis is
+far away more may be under way, `flush_spacing_s` apart: a round trip delays every token alike and holds none
+back for the one before it. Tokens of one output that gather while a lane is busy leave as one entry. When Redis
+is away, unanswered flushes are sent again byte for byte and in order (the offsets make that safe: what was
+applied comes back as a duplicate).
 Runs on the engine loop only. Never logs text.
 """
 
@@ -61,7 +63,8 @@ class Lane:
         self._gathering: dict[Output, None] = {}
         self._again: deque[_Batch] = deque()
         self._n_in_flight = 0
-        self._scheduled = False
+        self._sent_at_s = 0.0  # the last flush, on the loop's clock
+        self._scheduled = self._spacing = False
         self._retry_s = _RETRY_S
         self._room = asyncio.Event()
         self._room.set()
@@ -108,14 +111,25 @@ class Lane:
 
     def _flush(self) -> None:
         self._scheduled = False
-        depth = self._publisher.tuning.flush_depth
-        while self._n_in_flight < depth:
-            if self._again:
-                self._send(self._again.popleft())
-            elif self._gathering:
-                self._send(self._gather())
-            else:
-                return
+        while (self._again or self._gathering) and self._may_send():
+            self._send(self._again.popleft() if self._again else self._gather())
+
+    def _may_send(self) -> bool:
+        """Whether another flush may leave now; where only the spacing forbids it, it will leave in time."""
+        tuning = self._publisher.tuning
+        if self._n_in_flight < tuning.flush_depth:
+            return True
+        if self._n_in_flight >= tuning.flush_depth_far:
+            return False
+        wait_s = self._sent_at_s + tuning.flush_spacing_s - self._publisher.loop.time()
+        if wait_s > 0 and not self._spacing:
+            self._spacing = True
+            self._publisher.loop.call_later(wait_s, self._spaced)
+        return wait_s <= 0
+
+    def _spaced(self) -> None:
+        self._spacing = False
+        self._flush()
 
     def _gather(self) -> _Batch:
         tuning = self._publisher.tuning
@@ -146,6 +160,7 @@ class Lane:
 
     def _send(self, batch: _Batch) -> None:
         self._n_in_flight += 1
+        self._sent_at_s = self._publisher.loop.time()
         reply = self._publisher.client.evalsha(FLUSH, (), batch.args)
         reply.add_done_callback(functools.partial(self._answered, batch))
 

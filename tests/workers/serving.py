@@ -206,12 +206,16 @@ async def serving(
     profile: EngineProfile = PROFILE,
     tuning: ServeTuning | None = None,
     enrol: bool = True,
+    redis_port: int | None = None,
 ) -> AsyncIterator[Serving]:
-    """A replica whose user is its machine's, enrolled, until the block ends."""
+    """A replica whose user is its machine's, enrolled, until the block ends. `redis_port`: of a proxy on loopback."""
+    redis_url = cell.add_machine(machine)
+    if redis_port is not None:
+        redis_url = f"{redis_url.rpartition('@')[0]}@127.0.0.1:{redis_port}"
     config = FrontConfig(
         cell=cell.keys.cell,
         machine=machine,
-        redis_url=cell.add_machine(machine),
+        redis_url=redis_url,
         var_dir=str(var / machine),
         spec=ReplicaSpec(
             replica=replica,

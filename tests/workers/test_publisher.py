@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from benchmarks.delayproxy import DelayProxy
 from infra.local.redis import EmbeddedRedis
 from tests.workers.serving import GATEWAY, Cell, Serving, now_ms, serving
 from tests.workers.waiting import until
@@ -63,6 +65,26 @@ async def test_tokens_that_gather_while_flushes_are_under_way_leave_as_one_entry
         entries = cell.stream(output.request_id)
         assert [entry.n for entry in entries] == [1, 1, 8]
         assert cell.text(output.request_id) == "0 1 2 3 4 5 6 7 8 9 "
+
+
+async def test_far_redis_delays_every_token_alike(cell: Cell, tmp_path: Path) -> None:
+    """A round trip of 80 ms, a token every 5 ms: each leaves by itself and waits for no answer to another."""
+    address = urlsplit(cell.url)
+    with DelayProxy(lambda: (str(address.hostname), int(address.port or 0)), 40) as proxy:
+        async with serving(cell, tmp_path, redis_port=proxy.port) as front:
+            [output] = await claimed(cell, front)
+            largest = 0
+            for token in range(60):
+                output.add([token], f"{token} ")
+                await asyncio.sleep(0.005)
+                largest = max(largest, output.n_unanswered)
+            await settled(output)
+            sizes = [entry.n for entry in cell.stream(output.request_id)]
+            assert sum(sizes) == 60
+            # Three at a time, as near by, would have made some 12 entries of 5 tokens each.
+            assert len(sizes) > 30, sizes
+            tuning = front.config.tuning
+            assert tuning.flush_depth < largest <= tuning.flush_depth_far
 
 
 async def test_text_without_tokens_waits_for_the_next_entry(cell: Cell, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import autoscaler, coldstart, engine, gateway, isolation, joint, limits, slots
+from benchmarks import autoscaler, coldstart, delay, engine, gateway, isolation, joint, limits, slots
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ BENCHES = {
         isolation.as_text,
         3,
     ),
+    "delay": Bench(
+        "gaps between tokens when Redis is far from the machines", delay.measure, delay.as_text, 3
+    ),
     "joint": Bench(
         "zygote, Celery front and forked engine core with 512 requests in flight",
         joint.report,
@@ -79,7 +82,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--repeats",
             type=int,
-            help="runs per figure (default: 7; joint and limits: 1, slots and isolation: 3)",
+            help="runs per figure (default: 7; joint and limits: 1, slots, isolation and delay: 3)",
         )
         parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
