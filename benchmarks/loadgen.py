@@ -45,6 +45,7 @@ class Tally:
     statuses: dict[str, int] = field(default_factory=dict)
     latency_ms: list[float] = field(default_factory=list)
     first_event_ms: list[float] = field(default_factory=list)
+    first_text_ms: list[float] = field(default_factory=list)
     n_events: int = 0
     n_tokens: int = 0
     n_bytes: int = 0
@@ -53,6 +54,7 @@ class Tally:
 
 
 _N_COMPLETION = re.compile(rb'"completion_tokens":(\d+)')
+_TEXT = re.compile(rb'"content":"[^"]')  # the chunk that names the role has none
 _TAIL_BYTES = 1024  # the usage event, [DONE] and the last chunk's end fit
 
 
@@ -72,7 +74,7 @@ class _Connection(asyncio.Protocol):
         self._in_body = False
         self.n_events = 0
         self.n_bytes = 0
-        self.first_event_s = 0.0
+        self.first_event_s = self.first_text_s = 0.0
         self.tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -109,6 +111,8 @@ class _Connection(asyncio.Protocol):
                 self.n_events += data.count(b"data: ")
                 if not self.first_event_s and b"data: " in data:
                     self.first_event_s = time.perf_counter()
+                if not self.first_text_s and _TEXT.search(self.tail + data):
+                    self.first_text_s = time.perf_counter()
                 self.tail = (self.tail + data)[-_TAIL_BYTES:]
                 if self.tail.endswith(b"\r\n0\r\n\r\n") or self.tail == b"0\r\n\r\n":
                     self._finish()
@@ -162,6 +166,8 @@ async def run(plan: Plan) -> Tally:
         tally.n_bytes += connection.n_bytes
         if connection.first_event_s:
             tally.first_event_ms.append((connection.first_event_s - started_s) * 1000)
+        if connection.first_text_s:
+            tally.first_text_ms.append((connection.first_text_s - started_s) * 1000)
 
     left = plan.n_requests
 

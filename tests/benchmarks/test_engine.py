@@ -72,6 +72,12 @@ def test_prompts_are_the_same_for_both_and_new_for_every_pair() -> None:
     assert len({text[:12] for text in first + second}) == 6
 
 
+def test_answers_differ_in_length_and_not_on_average() -> None:
+    lengths = [json.loads(body)["max_tokens"] for body in bodies("m", 65, 128, "x")]
+    assert sum(lengths) == 65 * 128
+    assert 64 <= min(lengths) < 80 and 176 < max(lengths) <= 192
+
+
 def test_the_side_that_is_not_measured_stands_still() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:

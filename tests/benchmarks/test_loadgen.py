@@ -21,6 +21,7 @@ def test_tokens_are_counted_however_the_answer_is_cut(cut: int, monkeypatch: pyt
     events += 'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":30}}\n\ndata: [DONE]\n\n'
     tally = asyncio.run(_against(f"{len(events):x}\r\n{events}\r\n0\r\n\r\n".encode(), cut))
     assert (tally.statuses, tally.n_tokens, tally.errors) == ({"200": 3}, 90, [])
+    assert len(tally.first_text_ms) == 3
     if cut == 10_000:
         assert tally.n_events == 3 * 32
 
