@@ -16,7 +16,10 @@ from autoscaler.sim.hpa import HpaSpec
 from autoscaler.sim.kpa import KpaSpec
 from autoscaler.sim.orders import DlpmOrder, MlfqOrder, VtcOrder
 from autoscaler.sim.queues import Fair, earliest_deadline, fcfs, priority, shortest_predicted
-from autoscaler.sim.routers import LeastLoad, RoundRobin
+from autoscaler.sim.routers import Affinity, LeastLoad, PowerOfTwo, Random, RoundRobin
+from autoscaler.sim.routers_dynamo import Dynamo
+from autoscaler.sim.routers_llumnix import Llumnix
+from autoscaler.sim.routers_sglang import Sglang, SglangKnobs
 from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Static
 from autoscaler.sim.scenario import Policy, Setting
 from autoscaler.types import ScalerSpec
@@ -106,6 +109,35 @@ def dlpm(quantum: float = 4096.0) -> Policy:
     return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
 
 
+def affinity(ladder: float = 2.0) -> Policy:
+    """`ladder`: prefixes are known at lengths growing by this factor, as in production; 0: at every block."""
+    return replace(CORRAL, router=lambda s: Affinity(s.engine.kv_tokens, ladder=ladder))
+
+
+def power_of_two(seed: int = 0) -> Policy:
+    return replace(CORRAL, router=lambda s: PowerOfTwo(seed))
+
+
+def random_router(seed: int = 0) -> Policy:
+    return replace(CORRAL, router=lambda s: Random(seed))
+
+
+def sglang(
+    cache_threshold: float = 0.3,
+    balance_abs_threshold: int = 64,
+    balance_rel_threshold: float = 1.5,
+    miss_by_load: int = 0,
+) -> Policy:
+    knobs = SglangKnobs(
+        cache_threshold, balance_abs_threshold, balance_rel_threshold, miss_by_load=bool(miss_by_load)
+    )
+    return replace(CORRAL, router=lambda s: Sglang(knobs))
+
+
+def dynamo(overlap_weight: float = 1.0, temperature: float = 0.0, seed: int = 0) -> Policy:
+    return replace(CORRAL, router=lambda s: Dynamo(overlap_weight, temperature, seed))
+
+
 # Makers with their knobs' defaults.
 MAKERS: dict[str, Callable[..., Policy]] = {
     "corral": lambda: CORRAL,
@@ -117,7 +149,13 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     "mlfq": mlfq,
     "vtc": lambda: replace(CORRAL, queue=lambda s: VtcOrder()),
     "dlpm": dlpm,
+    "affinity": affinity,
     "round-robin": lambda: replace(CORRAL, router=lambda s: RoundRobin()),
+    "random": random_router,
+    "p2c": power_of_two,
+    "sglang": sglang,
+    "dynamo": dynamo,
+    "llumnix": lambda: replace(CORRAL, router=lambda s: Llumnix()),
     "static": static,
     "hpa": hpa,
     "kpa": kpa,

@@ -1,9 +1,14 @@
-"""Routing rules, for world.py: the production ranking and the rules it is compared with."""
+"""Routing rules, for world.py: the production board and the plain rules it is compared with."""
 
 from __future__ import annotations
 
-from autoscaler.sim.job import Job
+import random
+from collections import deque
+
+from autoscaler.sim.job import NEVER, Job
+from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.world import Replica
+from controlplane.policy.routing import Ask, Board, Placed, ReplicaLoad, RouteWeights
 
 
 class LeastLoad:
@@ -33,3 +38,97 @@ class RoundRobin(LeastLoad):
         self._n += 1
         at = self._n % len(replicas)
         return replicas[at:] + replicas[:at]
+
+
+class Random(LeastLoad):
+    """Any, load unseen."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._chance = random.Random(seed)
+
+    def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
+        return [self._chance.choice(replicas)] if replicas else []
+
+
+class PowerOfTwo(LeastLoad):
+    """The less loaded of two drawn by chance (Mitzenmacher 2001): what is stale misleads few."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._chance = random.Random(seed)
+
+    def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
+        if len(replicas) < 2:
+            return list(replicas)
+        two = self._chance.sample(replicas, 2)
+        return [min(two, key=lambda r: (r.used / r.slots, r.id))]
+
+
+class Affinity:
+    """The production board (controlplane/policy/routing.py), fed as one gateway would be.
+
+    `cache_tokens`: of one replica, as its engine reports it. Prefixes are known at every block of the trace, or only at
+    lengths that grow by the factor `ladder` (what a gateway can afford to hash).
+    """
+
+    def __init__(self, cache_tokens: int, weights: RouteWeights | None = None, ladder: float = 0.0) -> None:
+        self.board = Board(cache_tokens, weights, max_prefixes=1_000_000)
+        if ladder and ladder <= 1:
+            raise ValueError(f"ladder = {ladder}: must be above 1, or 0 for every block")
+        self._ladder = ladder
+        self._loads: dict[str, ReplicaLoad] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._placed: dict[int, Placed] = {}
+        self._young: deque[Job] = deque()  # whose first token has not been seen yet
+
+    def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
+        if len(replicas) != len(self._loads) or any(str(r.id) not in self._loads for r in replicas):
+            self._replicas = {str(r.id): r for r in replicas}
+            self._loads = {name: ReplicaLoad(name, "", r.used, r.slots) for name, r in self._replicas.items()}
+            self.board.see(self._loads)
+        self._hear()
+        ranked = self.board.rank(self._ask(job), 1, turn=job.id)
+        return [self._replicas[name] for name in ranked]
+
+    def on_bound(self, job: Job, replica: Replica, now_s: float) -> None:
+        name = str(replica.id)
+        load = self._loads.get(name)
+        if load is not None:
+            load.used = replica.used
+            self._placed[job.id] = self.board.bound(name, self._ask(job), now_s)
+            self._young.append(job)
+
+    def on_end(self, job: Job, replica: Replica, now_s: float) -> None:
+        load = self._loads.get(str(replica.id))
+        if load is not None:
+            load.used = replica.used
+        placed = self._placed.pop(job.id, None)
+        if placed is not None:
+            self.board.started(placed)
+
+    def _hear(self) -> None:
+        """First tokens since the last look, as the gateway's streams would tell them."""
+        young, placed = self._young, self._placed
+        for _ in range(len(young)):
+            job = young.popleft()
+            if job.first_s == NEVER:
+                young.append(job)
+            elif job.id in placed:
+                self.board.started(placed[job.id])
+
+    def _ask(self, job: Job) -> Ask:
+        n = min(job.n_prompt // BLOCK, len(job.prefix))
+        if not n:
+            return Ask(job.n_prompt)
+        if not self._ladder:
+            return Ask(job.n_prompt, job.prefix[:n], range(BLOCK, n * BLOCK + 1, BLOCK))
+        lengths = ladder(n, self._ladder)
+        return Ask(job.n_prompt, [job.prefix[k - 1] for k in lengths], [k * BLOCK for k in lengths])
+
+
+def ladder(n: int, factor: float) -> list[int]:
+    """1, and on by at least `factor` each, up to `n`."""
+    found, at = [1], 1.0
+    while (at := at * factor) < n + 1:
+        if int(at) > found[-1]:
+            found.append(int(at))
+    return found

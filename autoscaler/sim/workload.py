@@ -58,13 +58,13 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
 def thin(arrivals: Iterator[Arrival], keep: float, seed: int) -> Iterator[Arrival]:
     """A share `keep` of the requests, chosen independently of everything else: a thinned Poisson process stays one, and
     rates, mixes and lengths keep their proportions. Prefix sharing does not, so conversations are kept or dropped
-    whole (by their first block)."""
+    whole: by their first two blocks, because one alone may be a system prompt that all of them share."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep = {keep}: must be above 0 and at most 1")
     chance = random.Random(seed)
     for arrival in arrivals:
         if arrival.prefix:
-            kept = random.Random(f"{seed}:{arrival.prefix[0]}").random() < keep
+            kept = random.Random(f"{seed}:{arrival.prefix[:2]}").random() < keep
         else:
             kept = chance.random() < keep
         if kept:

@@ -42,6 +42,7 @@ _COLUMNS = (
     ("ITL p99", "itl_p99_s", "{:.4f} s"),
     ("mean latency", "latency_mean_s", "{:.2f} s"),
     ("in SLO", "slo_attainment", "{:.2%}"),
+    ("prefix hits", "hit_ratio", "{:.1%}"),
     ("USD", "usd", "{:.2f}"),
     ("available", "availability", "{:.3%}"),
     ("req/CPU s", "requests_per_cpu_s", "{:,.0f}"),

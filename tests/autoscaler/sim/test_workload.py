@@ -55,11 +55,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_thinning_keeps_the_share_and_whole_conversations() -> None:
-    arrivals = [Arrival(float(n), 1, 1, prefix=(n % 500, n)) for n in range(20_000)]
+    """All begin with one system prompt; conversations differ from the second block on."""
+    arrivals = [Arrival(float(n), 1, 1, prefix=(-1, n % 500, n)) for n in range(20_000)]
     kept = list(thin(iter(arrivals), 0.25, seed=3))
     assert 0.2 < len(kept) / len(arrivals) < 0.3
-    roots = {a.prefix[0] for a in kept}
-    assert len(kept) == sum(1 for a in arrivals if a.prefix[0] in roots)
+    roots = {a.prefix[1] for a in kept}
+    assert len(kept) == sum(1 for a in arrivals if a.prefix[1] in roots)
     assert kept == list(thin(iter(arrivals), 0.25, seed=3))
     assert kept != list(thin(iter(arrivals), 0.25, seed=4))
 
