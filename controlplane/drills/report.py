@@ -18,16 +18,15 @@ def over(
     recovery = over_repeats([result.verdict for result in results])
     problems = [f"run {n}: {p}" for n, r in enumerate(results, 1) for p in r.verdict.problems]
     limit_s = drill.recovery_limit_s if engine == "toy" else 0.0
-    if limit_s and recovery["recovery_median_s"] > limit_s:
-        problems.append(
-            f"the next token came after {recovery['recovery_median_s']:.2f} s (median), allowed {limit_s:g} s"
-        )
+    median_s = recovery["recovery_median_s"]
+    if limit_s and median_s is not None and median_s > limit_s:
+        problems.append(f"the next token came after {median_s:.2f} s (median), allowed {limit_s:g} s")
     totals = {
         key: sum(getattr(result.verdict, key) for result in results)
         for key in (
             *("n_streams", "n_finished", "n_failed", "n_failed_retryably", "n_equal"),
             *("n_tokens_lost", "n_tokens_duplicated"),
-            *("n_billed_once", "n_billed_twice", "n_not_billed", "n_interrupted", "n_401"),
+            *("n_billed_once", "n_billed_twice", "n_not_billed", "n_interrupted", "n_went_on", "n_401"),
         )
     }
     return {
@@ -36,7 +35,7 @@ def over(
         "engine": engine,
         "n_runs": len(results),
         "totals": totals,
-        **{key: round(value, 3) for key, value in recovery.items()},
+        **{key: None if value is None else round(value, 3) for key, value in recovery.items()},
         "recovery_limit_s": limit_s or None,
         "problems": problems,
         "facts": dict(facts),
@@ -63,7 +62,6 @@ def result_json(result: Result) -> dict[str, Any]:
 def as_table(report: Mapping[str, Any]) -> str:
     """What a person wants to know, one line each."""
     totals, facts = report["totals"], report["facts"]
-    silence_s = max(run["silence_worst_s"] for run in report["runs"])
     n = totals["n_streams"]
     last = report["runs"][-1]
     fate = f"{totals['n_finished']} of {n} finished, {totals['n_failed']} failed"
@@ -85,11 +83,7 @@ def as_table(report: Mapping[str, Any]) -> str:
             f"{totals['n_billed_once']} billed once, {totals['n_billed_twice']} twice, "
             f"{totals['n_not_billed']} not at all",
         ),
-        (
-            "next token",
-            f"{report['recovery_median_s']:.2f} s after the fault (median), {report['recovery_worst_s']:.2f} s worst; "
-            f"{totals['n_interrupted']} of {n} streams paused, {silence_s:.2f} s at most",
-        ),
+        ("next token", _next_token(report)),
         *_beside(last["beside"]),
         *_lag(last["spent_lag_nano"]),
         *((name, str(value)) for name, value in last["notes"].items() if name != "n_streams_running"),
@@ -100,6 +94,23 @@ def as_table(report: Mapping[str, Any]) -> str:
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     lines += [f"  problem: {problem}" for problem in report["problems"]]
     return "\n".join(lines)
+
+
+def _next_token(report: Mapping[str, Any]) -> str:
+    """How soon streams went on, said so that a stream which did not go on is no stream that went on at once."""
+    totals, n = report["totals"], report["totals"]["n_streams"]
+    silence_s = max(run["silence_worst_s"] for run in report["runs"])
+    if not totals["n_went_on"]:
+        return "none: no stream went on after the fault"
+    if report["recovery_median_s"] is None:
+        text = f"no pause: {totals['n_went_on']} of {n} streams went on"
+    else:
+        text = (
+            f"{report['recovery_median_s']:.2f} s after the fault (median), {report['recovery_worst_s']:.2f} s worst; "
+            f"{totals['n_interrupted']} of {n} streams paused, {silence_s:.2f} s at most"
+        )
+    n_ended = n - totals["n_went_on"]
+    return f"{text}; {n_ended} did not go on" if n_ended else text
 
 
 def _beside(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -105,11 +105,12 @@ class StreamVerdict:
     # that ended it; 0: not interrupted.
     recovery_s: float = 0.0
     silence_s: float = 0.0  # that silence itself
+    went_on: bool = False  # it finished, or got a token well after the fault
 
 
 @dataclass(slots=True)
 class Verdict:
-    """A run of one drill. Durations are over the streams that were interrupted."""
+    """A run of one drill. Durations are over the streams that were interrupted and went on; None: there were none."""
 
     n_streams: int
     n_finished: int = 0
@@ -122,10 +123,11 @@ class Verdict:
     n_billed_twice: int = 0
     n_not_billed: int = 0
     n_interrupted: int = 0
+    n_went_on: int = 0
     n_401: int = 0
     spent_lag_nano: int = 0  # booked, and missing in the budget's counter
-    recovery_median_s: float = 0.0
-    recovery_worst_s: float = 0.0
+    recovery_median_s: float | None = None
+    recovery_worst_s: float | None = None
     silence_worst_s: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -158,6 +160,7 @@ def judge_stream(
     `moved`: the stream had to change its replica, so its longest silence is an interruption however short.
     """
     found = StreamVerdict(finished=answer.finished, equal=answer.text == reference.text)
+    found.went_on = answer.finished or any(e.at_s > struck_at_s + INTERRUPTION_S for e in answer.events)
     found.failed_retryably = not answer.finished and is_retryable(answer)
     if not found.equal:
         found.n_lost, found.n_duplicated = _difference(
@@ -233,6 +236,7 @@ def judge(
             )
     interrupted = [s.recovery_s for s in streams if s.recovery_s > 0]
     verdict.n_interrupted = len(interrupted)
+    verdict.n_went_on = sum(stream.went_on for stream in streams)
     if interrupted:
         verdict.recovery_median_s = median(interrupted)
         verdict.recovery_worst_s = max(interrupted)
@@ -308,12 +312,12 @@ def _why(answer: Answer) -> str:
     return "; ".join([*parts, *answer.errors])
 
 
-def over_repeats(verdicts: Sequence[Verdict]) -> Mapping[str, float]:
-    """Recovery over several runs, in seconds: median of their medians, and the worst stream of all."""
-    hit = [v for v in verdicts if v.n_interrupted]
-    if not hit:
-        return {"recovery_median_s": 0.0, "recovery_worst_s": 0.0}
+def over_repeats(verdicts: Sequence[Verdict]) -> Mapping[str, float | None]:
+    """Recovery over several runs, in seconds: median of their medians, and the worst stream of all. None: no stream was
+    interrupted and went on."""
+    medians = [v.recovery_median_s for v in verdicts if v.recovery_median_s is not None]
+    worst = [v.recovery_worst_s for v in verdicts if v.recovery_worst_s is not None]
     return {
-        "recovery_median_s": median(v.recovery_median_s for v in hit),
-        "recovery_worst_s": max(v.recovery_worst_s for v in hit),
+        "recovery_median_s": median(medians) if medians else None,
+        "recovery_worst_s": max(worst) if worst else None,
     }

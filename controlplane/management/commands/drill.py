@@ -155,10 +155,14 @@ class Command(BaseCommand):
 
 def _line(result: Result) -> str:
     verdict = result.verdict
+    found = (verdict.recovery_median_s, verdict.recovery_worst_s)
+    paused = (
+        ", nobody paused and went on" if None in found else ", next token after {:.2f} s (worst {:.2f} s)"
+    )
     return (
         f"{verdict.n_finished} of {verdict.n_streams} finished, {verdict.n_tokens_lost} tokens lost, "
-        f"{verdict.n_tokens_duplicated} duplicated, next token after {verdict.recovery_median_s:.2f} s "
-        f"(worst {verdict.recovery_worst_s:.2f} s): {'passed' if verdict.passed else 'FAILED'}"
+        f"{verdict.n_tokens_duplicated} duplicated{paused.format(*found)}: "
+        f"{'passed' if verdict.passed else 'FAILED'}"
     )
 
 

@@ -28,6 +28,7 @@ def a_run(recovery_s: float = 1.0, *problems: str) -> Result:
         n_equal=2,
         n_billed_once=2,
         n_interrupted=2,
+        n_went_on=2,
         recovery_median_s=recovery_s,
         recovery_worst_s=recovery_s + 1,
         problems=list(problems),
@@ -68,3 +69,24 @@ def test_the_table_says_what_was_done_and_how_it_ended(problems: tuple[str, ...]
     for expected in (f"kill-worker: {word}", "SIGKILL to somebody", "2 of 2 finished", "redis 7", "adopted"):
         assert expected in text
     assert all(problem in text for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("n_went_on", "recovery_s", "says"),
+    [
+        (0, None, "none: no stream went on"),
+        (2, None, "no pause: 2 of 2 streams went on"),
+        (1, 0.4, "0.40 s after the fault (median)"),
+        (1, 0.4, "1 did not go on"),
+    ],
+)
+def test_a_stream_that_did_not_go_on_is_not_told_as_one_that_went_on_at_once(
+    n_went_on: int, recovery_s: float | None, says: str
+) -> None:
+    result = a_run()
+    result.verdict.n_went_on = n_went_on
+    result.verdict.recovery_median_s = result.verdict.recovery_worst_s = recovery_s
+    report = over("lose-redis", DRILLS["lose-redis"], "toy", [result], FACTS)
+    line = next(line for line in as_table(report).splitlines() if "next token" in line)
+    assert says in line
+    assert report["recovery_median_s"] == recovery_s

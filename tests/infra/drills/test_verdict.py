@@ -161,3 +161,15 @@ def test_a_stream_that_nobody_moved_is_not_interrupted_by_a_hiccup() -> None:
 def test_the_median_over_runs_is_of_their_medians() -> None:
     runs = [Verdict(1, n_interrupted=1, recovery_median_s=s, recovery_worst_s=2 * s) for s in (1.0, 9.0, 2.0)]
     assert over_repeats([*runs, Verdict(1)]) == {"recovery_median_s": 2.0, "recovery_worst_s": 18.0}
+
+
+def test_a_stream_that_ended_at_the_fault_did_not_go_on() -> None:
+    """Its last token came before the fault, or was under way in that instant: no recovery is told of it."""
+    for n_seen in (4, 5):  # the fifth comes half a second after the fault
+        cut = replace(an_answer(words=WORDS[:n_seen]), finish="", n_completion=-1, errors=("request_lost",))
+        verdict = judged(cut, rows=(), expected=Expected(attempts=(1, 2), may_fail=True))
+        assert verdict.n_went_on == (n_seen == 5)
+        if n_seen == 4:
+            assert verdict.recovery_median_s is verdict.recovery_worst_s is None
+    assert judged().n_went_on == 1
+    assert over_repeats([Verdict(1)]) == {"recovery_median_s": None, "recovery_worst_s": None}
