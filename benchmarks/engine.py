@@ -29,8 +29,8 @@ from workers.engine.base import EngineProfile
 
 CORRAL, VLLM = "corral", "vllm"
 RUN_LIMIT_S = 120.0
-N_ALONE, N_AGAIN = 40, 5  # requests of a pair's half at one connection; those before them are not counted
-ALONE_TOKENS = 8
+N_AGAIN = 2  # requests at one connection that come before those and are not counted
+ALONE_TOKENS = 6
 PROMPT_WORDS = 40
 
 
@@ -44,6 +44,7 @@ class Case:
     n_streams: int
     n_tokens: int
     rounds: int
+    n_alone: int  # requests of a half at one connection
     profile: EngineProfile
     ratio_at_least: float
 
@@ -60,12 +61,12 @@ class Side:
 
 CASES = (
     Case(
-        "tiny", "tiny", 64, 128, 3,
+        "tiny", "tiny", 64, 128, 3, 40,
         EngineProfile(max_model_len=512, max_num_seqs=64, max_num_batched_tokens=2048),
         1.0,
     ),
     Case(
-        "smollm2", f"package:{DEMO_PACKAGE}", 16, 48, 2,
+        "smollm2", f"package:{DEMO_PACKAGE}", 16, 32, 2, 8,
         EngineProfile(max_model_len=1024, max_num_seqs=32, max_num_batched_tokens=2048, kv_cache_bytes=512 << 20),
         0.97,
     ),
@@ -150,7 +151,7 @@ def _pair(
     """Both sides with the same prompts."""
     n_many = case.n_streams * case.rounds
     many = bodies(model, n_many, case.n_tokens, f"{case.name} {number} many")
-    alone = bodies(model, N_ALONE + N_AGAIN, ALONE_TOKENS, f"{case.name} {number} alone")
+    alone = bodies(model, case.n_alone + N_AGAIN, ALONE_TOKENS, f"{case.name} {number} alone")
     found = {}
     for side in sides if number % 2 == 0 else reversed(sides):
         with side.other_still():
