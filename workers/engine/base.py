@@ -194,7 +194,7 @@ class EngineProfile:
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
     toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
-    toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that the step before it computed
+    toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that it computes
     toy_faults: bool = False  # tests: the words <die> and <hang> in a prompt do what they say
 
     def __post_init__(self) -> None:

@@ -71,7 +71,8 @@ class ToyEngine:
         if profile.toy_faults and threading.current_thread() is threading.main_thread():
             signal.signal(SIGNAL_DIE, self._on_signal)
             signal.signal(SIGNAL_HANG, self._on_signal)
-        self._n_prefilled = 0  # prompt tokens that the last step computed
+        self._seated = False  # the step under way has taken in who waited when it began
+        self._n_left = 0  # who waited all the same, for want of a slot or of blocks
         self._steps = StepWindow()
 
     # -- the Engine interface
@@ -163,7 +164,7 @@ class ToyEngine:
             if not self._running and not self._waiting:
                 self._work.clear()
                 await self._work.wait()
-            pace_s = self._pace_s()
+            pace_s = self._begin_s()
             if pace_s:
                 now_s = self._now_s()
                 due_s = max(due_s + pace_s, now_s)  # lateness is not made up for, as on an accelerator
@@ -186,13 +187,42 @@ class ToyEngine:
             if self._noticed or not self._running:
                 return
 
-    def _pace_s(self) -> float:
-        """How long a step takes, as on an accelerator: a base, every sequence's share, and the prompt tokens of the
-        step before.
+    def _begin_s(self) -> float:
+        """Begins a step and says how long it takes, as on an accelerator: a base, every sequence's share, and the
+        prompt tokens that it computes. With a pace, who waits takes a seat now: who comes while the step is under way
+        waits for the next, as in any engine that schedules before it computes. 0: no pace.
         """
         profile = self.profile
-        seq_ms = profile.toy_seq_ms * len(self._running)
-        return (profile.toy_step_ms + seq_ms + profile.toy_prefill_ms * self._n_prefilled / 1000) / 1000
+        if not (profile.toy_step_ms or profile.toy_seq_ms or profile.toy_prefill_ms):
+            return 0.0
+        n_due = sum(seq.n_prompt + seq.n_out - seq.n_computed for seq in self._running)
+        if self._waiting:
+            n_due += self._seat(self._budget - n_due)
+        self._seated, self._n_left = True, len(self._waiting)
+        n_running = len(self._running)
+        n_prompt = max(min(n_due, self._budget) - n_running, 0)  # all but each sequence's next token
+        return (
+            profile.toy_step_ms + profile.toy_seq_ms * n_running + profile.toy_prefill_ms * n_prompt / 1000
+        ) / 1000
+
+    def _seat(self, budget: int) -> int:
+        """Waiting sequences into free slots while their context fits the free blocks; their prompts are computed by the
+        step. Returns their tokens.
+        """
+        n_due = 0
+        while self._waiting and n_due < budget and len(self._running) < self.profile.max_num_seqs:
+            seq = self._waiting[0][1]
+            n_context = seq.n_prompt + seq.n_out
+            if -(-n_context // self._block) > self._n_free:
+                break
+            heapq.heappop(self._waiting)
+            if self.profile.toy_faults:
+                self._misbehave(seq)
+            self._take(seq, n_context)
+            self._running.append(seq)
+            seq.n_computed = 0  # a preempted one is computed from the start again
+            n_due += n_context - seq.n_computed
+        return n_due
 
     def _stride(self) -> None:
         """Without a pace: take the steps up to the next one that somebody would notice, in one go.
@@ -224,7 +254,7 @@ class ToyEngine:
         A sequence whose whole context is computed in this step gets its next token.
         """
         budget, running, ended = self._budget, self._running, False
-        n_running, n_given = len(running), 0
+        n_running = len(running)
         at = 0
         while at < len(running) and budget > 0:
             seq = running[at]
@@ -235,7 +265,6 @@ class ToyEngine:
             budget -= target - seq.n_computed
             seq.n_computed = target
             if target == n_context:
-                n_given += 1
                 seq.advance()
                 ended = ended or seq.finish is not None
                 if seq.n_out >= seq.n_due or seq.finish is not None:
@@ -247,20 +276,21 @@ class ToyEngine:
                 if seq.finish is not None:
                     self._free(seq)
             self._running = [seq for seq in running if seq.finish is None]
-        if self._waiting:
-            budget = self._admit_waiting(budget)
-        self._n_prefilled = self._budget - budget - n_given
+        if not self._seated:
+            self._admit_waiting(budget)
+            self._n_left = len(self._waiting)
+        self._seated = False
         now_s = self._now_s()
         n_steps, self._n_strided = self._n_strided + 1, 0
         step_ms = (now_s - self._last_step_at_s) * 1000 / n_steps
         self._n_steps += n_steps
         self._step_ms += 0.2 * (step_ms - self._step_ms)
-        self._steps.add(step_ms, n_running, len(self._waiting), 1 - self._n_free / self.n_blocks, n_steps)
+        self._steps.add(step_ms, n_running, self._n_left, 1 - self._n_free / self.n_blocks, n_steps)
         self._last_step_at_s = now_s
 
-    def _admit_waiting(self, budget: int) -> int:
-        """Move waiting sequences into free slots while their context fits the free blocks; their prefill
-        starts. Returns what is left of the token budget.
+    def _admit_waiting(self, budget: int) -> None:
+        """Without a pace, at a step's end: waiting sequences into free slots while their context fits the free blocks;
+        their prefill starts.
         """
         while self._waiting and budget > 0 and len(self._running) < self.profile.max_num_seqs:
             seq = self._waiting[0][1]
@@ -282,7 +312,6 @@ class ToyEngine:
                 if seq.finish is not None:
                     self._running.pop()
                     self._free(seq)
-        return budget
 
     def _grow(self, seq: Sequence, n_tokens: int) -> bool:
         """Room for `n_tokens`, at the cost of the sequences admitted last.

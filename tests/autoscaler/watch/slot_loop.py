@@ -75,7 +75,7 @@ class Loop:
                 raise self.failures[0]
             self._deliver()
             await _settled()
-            self.now_s += self.engine._pace_s()
+            self.now_s += self.engine._begin_s()
             n_running, began_s = self.engine.stats().n_running, self.engine.stats().last_step_at_s
             self.engine.step()
             waits = self.engine.stats().n_waiting

@@ -343,7 +343,7 @@ async def test_an_idle_engine_owes_no_step() -> None:
     await engine.start()
     now_s = 900.0
     task = asyncio.create_task(read(engine, a_request(engine)))
-    while not engine.stats().n_waiting:
+    while not engine.stats().n_running:
         await asyncio.sleep(0)
     assert engine.stats().n_steps == 0
     assert engine.stats().last_step_at_s == 900.0
@@ -386,14 +386,46 @@ async def test_a_step_takes_longer_with_more_sequences_and_with_prompts() -> Non
     engine = ToyEngine(
         EngineProfile(engine="toy", toy_step_ms=5, toy_seq_ms=2, toy_prefill_ms=100, max_num_seqs=8)
     )
-    assert engine._pace_s() == pytest.approx(0.005)
+    assert engine._begin_s() == pytest.approx(0.005)
+    engine.step()
     for n in range(3):
         engine._admit(a_request(engine, f"word {n} " * 20, ignore_eos=True))
     n_prompt = sum(entry[1].n_prompt for entry in engine._waiting)
-    engine.step()  # admits and prefills all three
-    assert engine._pace_s() == pytest.approx(0.005 + 3 * 0.002 + n_prompt * 0.1 / 1000)
+    # The prompts, but for the token that each gives as any running sequence does.
+    assert engine._begin_s() == pytest.approx(0.005 + 3 * 0.002 + (n_prompt - 3) * 0.1 / 1000)
+    assert [seq.n_out for seq in engine._running] == [0, 0, 0]
     engine.step()
-    assert engine._pace_s() == pytest.approx(0.005 + 3 * 0.002)
+    assert [seq.n_out for seq in engine._running] == [1, 1, 1]
+    assert engine._begin_s() == pytest.approx(0.005 + 3 * 0.002)
+
+
+async def test_who_comes_while_a_step_is_under_way_waits_for_the_next() -> None:
+    engine = ToyEngine(EngineProfile(engine="toy", toy_step_ms=5, max_num_seqs=2))
+    first, second, third = (engine._admit(a_request(engine, f"word {n}", ignore_eos=True)) for n in range(3))
+    engine._begin_s()
+    fourth = engine._admit(a_request(engine, "word 3", ignore_eos=True))
+    engine.step()
+    assert [seq.n_out for seq in (first, second, third, fourth)] == [1, 1, 0, 0]
+    # One had no slot; the one that came meanwhile was nobody's to seat.
+    assert engine.take_steps().n_waiting == 1.0
+    assert engine.stats().n_waiting == 2
+
+
+async def test_with_a_pace_a_preempted_prompt_is_paid_for_again() -> None:
+    engine = ToyEngine(
+        EngineProfile(engine="toy", toy_step_ms=5, toy_prefill_ms=1000, kv_cache_bytes=1 << 20, block_size=16)
+    )
+    for n in range(2):
+        engine._admit(a_request(engine, f"word {n} " * 200, ignore_eos=True, max_tokens=1000))
+    longest_s = 0.0  # of the steps after a preemption
+    for _ in range(3000):
+        pace_s = engine._begin_s()
+        longest_s = max(longest_s, pace_s if engine._n_preemptions else 0.0)
+        engine.step()
+        if not engine._running and not engine._waiting:
+            break
+    assert engine._n_preemptions
+    assert longest_s > 0.005 + 200 * 1.0 / 1000
 
 
 async def test_steps_are_told_with_what_ran_and_what_waited() -> None:
