@@ -128,6 +128,30 @@ def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
         yield Arrival((at_ms - first_ms) / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
 
 
+def read_sizes(path: Path) -> list[tuple[int, int]]:
+    """(prompt, answer) lengths of a request file, or of a table that has only the two columns of lengths."""
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return [(a.n_prompt, a.n_output) for a in read_requests(path)]
+    with open_text(path) as lines:
+        reader = csv.DictReader(lines)
+        prompt, output = (
+            next((c for c in names if c in (reader.fieldnames or ())), None) for names in (_PROMPT, _OUTPUT)
+        )
+        if prompt is None or output is None:
+            raise WorkloadError(
+                f"{path.name}: needs one of {', '.join(_PROMPT)} and one of {', '.join(_OUTPUT)}"
+            )
+        found = []
+        for number, row in enumerate(reader, start=2):
+            try:
+                found.append((max(int(row[prompt]), 1), max(int(row[output]), 1)))
+            except (TypeError, ValueError) as error:
+                raise WorkloadError(f"{path.name}, line {number}: {error}") from None
+    if not found:
+        raise WorkloadError(f"{path.name}: has no rows")
+    return found
+
+
 def open_text(path: Path) -> IO[str]:
     """A text file, gzipped or not; WorkloadError when it cannot be opened."""
     try:
