@@ -64,10 +64,10 @@ class Conservation:
         for replica in world.replicas.values():
             engine = replica.engine
             running = engine.running()
-            if len(running) != engine.n_running or engine.n_held != replica.used:
+            if len(running) != engine.n_running or engine.n_held + replica.n_on_way != replica.used:
                 raise InvariantError(
                     f"replica {replica.id}: {len(running)} run, {engine.n_running} counted, {engine.n_held} held, "
-                    f"{replica.used} used"
+                    f"{replica.n_on_way} on the way, {replica.used} used"
                 )
             n_kv = sum(j.n_prompt + engine.done_of(j) - j.n_shared for j in running)
             if n_kv != engine.kv_used:

@@ -28,6 +28,7 @@ class Replica:
     engine: Engine
     is_ready: bool = True
     n_dispatched: int = 0
+    n_on_way: int = 0  # bound, not yet in the engine
     jobs: dict[int, Job] = field(default_factory=dict)
 
     @property
@@ -54,7 +55,7 @@ class Observer(Protocol):
 
 
 class World:
-    """A deployment on a kernel. `observers` see every event."""
+    """A deployment on a kernel. `observers` see every event. `dispatch_s` is the way from a slot to the engine."""
 
     def __init__(
         self,
@@ -62,8 +63,11 @@ class World:
         queue: Queue,
         router: Router,
         observers: tuple[Observer, ...] = (),
+        *,
+        dispatch_s: float = 0.0,
     ) -> None:
         self.kernel = kernel
+        self.dispatch_s = dispatch_s
         self.queue = queue
         self.router = router
         self.observers = observers
@@ -172,7 +176,17 @@ class World:
             replica.n_dispatched += 1
             replica.jobs[job.id] = job
             self.router.on_bound(job, replica, now_s)
-            if replica.engine.submit(job, now_s):
+            if self.dispatch_s:
+                replica.n_on_way += 1
+                self.kernel.after(self.dispatch_s, self._submit, job, replica)
+            elif replica.engine.submit(job, now_s):
+                self._schedule(replica)
+
+    def _submit(self, job: Job, replica: Replica) -> None:
+        """What was on the way has come; of a replica that is gone meanwhile its queue took it back."""
+        if self.replicas.get(replica.id) is replica:
+            replica.n_on_way -= 1
+            if replica.engine.submit(job, self.kernel.now_s):
                 self._schedule(replica)
 
     def _schedule(self, replica: Replica) -> None:

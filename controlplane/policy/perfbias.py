@@ -38,7 +38,7 @@ class Bias:
         step = max(_FIRST / math.sqrt(1 + self.n), _LAST)
         p50 = _moved(self.log_p50, value, P50, step)
         p90 = _moved(self.log_p90, value, P90, step)
-        return Bias(p50, max(p50, p90), self.n + 1)
+        return Bias(p50, p90, self.n + 1)
 
     @property
     def p50(self) -> float:
@@ -47,7 +47,7 @@ class Bias:
 
     @property
     def p90(self) -> float:
-        """Factor under which nine of ten lie; never below `p50`."""
+        """Factor under which nine of ten lie; never below `p50`, because it rises by more and falls by less."""
         return math.exp(self.log_p90)
 
 

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import autoscaler, coldstart, delay, engine, gateway, isolation, joint, limits, slots
+from benchmarks import autoscaler, coldstart, delay, engine, gateway, isolation, joint, limits, slots, truth
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ BENCHES = {
         slots.as_text,
         3,
     ),
+    "truth": Bench(
+        "latencies of bursty loads, live and as the simulator says",
+        truth.measure,
+        truth.as_text,
+        3,
+        ("engine", "requests"),
+    ),
 }
 
 
@@ -88,6 +96,12 @@ class Command(BaseCommand):
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
         parser.add_argument(
             "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"
+        )
+        parser.add_argument(
+            "--engine", choices=sorted(truth.CASES), default="toy", help="truth: which engine"
+        )
+        parser.add_argument(
+            "--requests", type=Path, help="truth: a request file whose bursts and sizes to send"
         )
         parser.add_argument("--json", action="store_true")
 

@@ -61,7 +61,8 @@ def test_the_load_is_the_rate_over_what_a_replica_does_in_time() -> None:
 def test_a_kind_that_cannot_keep_the_promise_gets_none_of_it() -> None:
     long, small = buckets([(6000, 50)], 1.0)[0], buckets([(100, 100)], 1.0)[0]
     assert SLOW.step.prefill_s(6000) > PROMISE.prompt_share * PROMISE.ttft_s
-    assert math.isinf(load(SLOW, long, PROMISE))
+    assert math.isinf(load(SLOW, long, Promise(0.5, 2.0)))
+    assert math.isfinite(load(SLOW, long, Promise(0.5, 20.0)))
     assert math.isfinite(load(SLOW, small, PROMISE))
     assert math.isinf(load(SLOW, small, Promise(0.03, 2.0)))  # a step alone takes 40 ms
     tiny = Kind("tiny", 1.0, FAST.step, 5_000)

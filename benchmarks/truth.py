@@ -1,0 +1,318 @@
+"""`manage.py bench truth`: the simulator replays what the live product was given, and its latencies are compared.
+
+Starts the whole product with one replica of the toy engine (or the tiny vLLM), calibrates a simulated engine from a
+run of its own, then sends bursty loads of the recorded kind, open loop. Each load is simulated from its arrivals and
+lengths alone, with the calibration made before; quantiles of time to first token and of gaps between tokens, as the
+clients saw them, stand beside the simulated ones. Every error is the median of `repeats` loads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoscaler.sim.checkers import Conservation
+from autoscaler.sim.enginemodel import EngineSpec
+from autoscaler.sim.histogram import Histogram
+from autoscaler.sim.job import Job
+from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.queues import Fair
+from autoscaler.sim.routers import LeastLoad
+from autoscaler.sim.workload import read_requests
+from autoscaler.sim.world import World
+from benchmarks.calibration import Calibrated, calibrate
+from benchmarks.replay import ReplayPlan, Seen
+from benchmarks.stack import ROOT, BenchStack, bench_stack
+from controlplane.policy.capacity import Mix, capacity
+
+SECONDS = 40.0  # of a judged load
+UTILISATION = 0.7  # of what the replica can serve at most
+GOAL = {"p50": 0.10, "p99": 0.15}
+LIMIT_S = 30.0
+KV_TOKENS = 1_000_000  # more than all slots can fill: KV is not what is compared here
+
+
+@dataclass(frozen=True)
+class Case:
+    """A deployment and the sizes of its requests, in words of the prompt and tokens of the answer."""
+
+    model: str
+    profile: tuple[str, ...]
+    slots: int
+    prompt_words: int  # mean
+    max_words: int
+    answer_tokens: int  # mean
+    max_tokens: int
+    is_judged: bool
+
+
+CASES = {
+    "toy": Case(
+        "toy",
+        ("toy_step_ms=20", "toy_seq_ms=1", "toy_prefill_ms=20", "max_model_len=4096"),
+        slots=16, prompt_words=250, max_words=2000, answer_tokens=40, max_tokens=160, is_judged=True,
+    ),
+    "vllm": Case(
+        "tiny", ("max_model_len=512",),
+        slots=16, prompt_words=60, max_words=150, answer_tokens=40, max_tokens=120, is_judged=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    at_s: float
+    n_words: int
+    n_tokens: int
+
+
+def measure(
+    *,
+    repeats: int = 3,
+    engine: str = "toy",
+    requests: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """One engine, toy or vllm; returns the report that `--json` prints."""
+    case = CASES[engine]
+    progress(f"starting a private stack with the {case.model} model")
+    with bench_stack(engine, demo="toy" if engine == "vllm" else None) as stack:
+        stack.manage(
+            "deploy", "truth", "--model", case.model, "--min", "1", "--max", "1", "--slo", "flex",
+            "--profile", f"max_num_seqs={case.slots}", *(a for p in case.profile for a in ("--profile", p)),
+            timeout_s=300,
+        )  # fmt: skip
+        stack.manage("ask", "ready?", "--model", "truth", timeout_s=240)
+        key = stack.manage_json(
+            "create_key", "bench", "--rpm", "100000000", "--input-tpm", "2000000000", "--output-tpm", "2000000000",
+            "--max-concurrency", "100000", "--budget", "1000000", "--limit-all",
+        )  # fmt: skip
+        api_key = str(key["api_key"])
+        alone, ramp = _calibration_load(case)
+        seen = _send(stack, api_key, [*alone, *ramp], "calibration")
+        found = calibrate(seen, len(alone))
+        progress(f"calibrated: {_told(found)}")
+        rate = UTILISATION * _most_per_s(case, found)
+        runs = []
+        for number in range(repeats):
+            load = _load(case, rate, 1000 + number, requests)
+            seen = _send(stack, api_key, load, f"load {number}")
+            runs.append(compare(seen, found, case.slots))
+            progress(f"load {number + 1} of {repeats}: {runs[-1]}")
+    return {
+        "assumptions": {
+            "engine": f"{case.model}, {', '.join(case.profile)}, {case.slots} slots, class flex",
+            "load": f"{rate:.2f} requests/s ({UTILISATION:.0%} of what the replica can serve), {SECONDS:g} s each, "
+            + (f"span of {requests.name}" if requests else "gamma arrivals, coefficient of variation 1.5"),
+            "calibrated": _told(found),
+            "seen": "by clients over HTTP: sending to first token; gaps between tokens of a stream",
+            "repeats": repeats,
+        },
+        "runs": runs,
+        **summary_of(runs, case),
+    }  # fmt: skip
+
+
+def _told(found: Calibrated) -> str:
+    step = found.step
+    return (
+        f"step {step.base_s * 1e3:.2f} ms + {(step.seq_s + step.token_s) * 1e3:.3f} ms per request + "
+        f"{step.token_s * 1e6:.2f} ms per 1,000 prompt tokens; way {found.way_s * 1e3:.2f} ms"
+    )
+
+
+# -- loads
+
+
+def _calibration_load(case: Case) -> tuple[list[Request], list[Request]]:
+    """Requests alone with short and long prompts; then one more every moment, until all slots are taken, and down."""
+    sizes = (8, case.prompt_words, case.max_words * 3 // 4)
+    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(24)]
+    start_s = alone[-1].at_s + 2.0
+    ramp = [
+        Request(start_s + 0.35 * n, sizes[n % 3], case.max_tokens)
+        for n in range(case.slots)
+        for _ in range(2)
+        if n % 2 == 0
+    ]
+    return alone, ramp
+
+
+def _most_per_s(case: Case, found: Calibrated) -> float:
+    mix = Mix(case.prompt_words, case.answer_tokens)
+    return capacity(found.step, KV_TOKENS, mix, math.inf, case.slots).requests_per_s
+
+
+def _load(case: Case, rate: float, seed: int, path: Path | None) -> list[Request]:
+    """Bursts and sizes of the recorded kind: a span of a request file brought to the rate and the case's mean sizes,
+    or, without one, gamma gaps and lognormal sizes alike."""
+    dice = random.Random(seed)
+    n = int(rate * SECONDS * 3)
+    if path is None:
+        shape = 1 / 1.5**2
+        at_s, raw = 0.0, []
+        for _ in range(n):
+            at_s += dice.gammavariate(shape, 1 / shape)
+            raw.append((at_s, dice.lognormvariate(0, 0.9), dice.lognormvariate(0, 0.8)))
+    else:
+        whole = list(read_requests(path))
+        first = dice.randrange(max(len(whole) - n, 1))
+        raw = [(a.at_s, float(a.n_prompt), float(a.n_output)) for a in whole[first : first + n]]
+    begin_s = raw[0][0]
+    pace = (raw[-1][0] - begin_s) / (len(raw) / rate)
+    mean_words, mean_tokens = (statistics.fmean(row[i] for row in raw) for i in (1, 2))
+    found = [
+        Request(
+            0.5 + (at_s - begin_s) / pace,
+            min(max(round(words * case.prompt_words / mean_words), 1), case.max_words),
+            min(max(round(tokens * case.answer_tokens / mean_tokens), 2), case.max_tokens),
+        )
+        for at_s, words, tokens in raw
+    ]
+    return [one for one in found if one.at_s < SECONDS]
+
+
+def _send(stack: BenchStack, api_key: str, load: Sequence[Request], label: str) -> list[Seen]:
+    """What the clients saw. RuntimeError unless every request was answered in full."""
+    dice = random.Random(label)
+    syllables = [onset + vowel for onset in "bdfghjklmnprstvz" for vowel in "aeio"]
+    bodies = [
+        (one.at_s, json.dumps({
+            "model": "truth", "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True,
+            "temperature": 0, "max_tokens": one.n_tokens,
+            "messages": [{"role": "user", "content": " ".join(
+                dice.choice(syllables) + dice.choice(syllables) for _ in range(one.n_words))}],
+        }))
+        for one in load
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="corral-truth-") as folder:
+        path = Path(folder) / "seen.jsonl"
+        plan = ReplayPlan(stack.port, api_key, str(path), bodies, LIMIT_S)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.replay"],
+            cwd=ROOT, input=json.dumps(asdict(plan)) + "\n", capture_output=True, text=True, check=True,
+            timeout=load[-1].at_s + 2 * LIMIT_S,
+        )  # fmt: skip
+        seen = [Seen(**json.loads(line)) for line in path.read_text().splitlines()]
+    n_whole = sum(one.is_whole for one in seen)
+    if n_whole != len(load):
+        statuses = sorted({one.status for one in seen if not one.is_whole})
+        raise RuntimeError(f"{label}: {n_whole} of {len(load)} answered ({statuses}) {done.stderr[-500:]}")
+    return seen
+
+
+# -- the same, simulated
+
+
+class _Gaps(Histogram):
+    """Every gap as it is, beside the histogram."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[float, int]] = []
+
+    def add(self, value_s: float, n: int = 1) -> None:
+        super().add(value_s, n)
+        self.found.append((value_s, n))
+
+
+class _Firsts:
+    def __init__(self) -> None:
+        self.ttft_s: list[float] = []
+
+    def on_event(self, world: World) -> None:
+        pass
+
+    def on_end(self, world: World, job: Job) -> None:
+        self.ttft_s.append(job.ttft_s)
+
+
+def simulate(
+    arrivals: Sequence[tuple[float, int, int]], found: Calibrated, slots: int
+) -> tuple[Any, Any, Any]:
+    """First tokens, gaps and how often each gap, in seconds, without what clients add: of (instant, prompt tokens,
+    answer tokens), through the production queue with one replica."""
+    kernel, firsts = Kernel(), _Firsts()
+    world = World(kernel, Fair(), LeastLoad(), (Conservation(), firsts), dispatch_s=found.way_s)
+    world.gaps = gaps = _Gaps()
+    world.add_replica(EngineSpec(found.step, KV_TOKENS, slots, max(2048, slots)), slots)
+    world.feed(iter(Job(i, at_s, p, o) for i, (at_s, p, o) in enumerate(sorted(arrivals))))
+    kernel.run()
+    values, counts = zip(*gaps.found, strict=True)
+    return np.array(firsts.ttft_s), np.array(values), np.array(counts, dtype=float)
+
+
+def compare(seen: Sequence[Seen], found: Calibrated, slots: int) -> dict[str, dict[str, float]]:
+    """Quantiles in milliseconds: measured, simulated, and the relative error."""
+    firsts, gaps, counts = simulate([(s.sent_s, s.n_prompt, len(s.tokens_s)) for s in seen], found, slots)
+    ttft = [s.tokens_s[0] - s.sent_s for s in seen]
+    itl = [b - a for s in seen for a, b in zip(s.tokens_s, s.tokens_s[1:], strict=False)]
+    pairs = {
+        "ttft": (np.array(ttft), *with_noise(firsts, np.ones(len(firsts)), found.first_noise_s)),
+        "itl": (np.array(itl), *with_noise(gaps, counts, found.gap_noise_s)),
+    }
+    out = {}
+    for name, (measured, values, weights) in pairs.items():
+        for label, q in (("p50", 0.5), ("p99", 0.99)):
+            live = float(np.quantile(measured, q)) * 1e3
+            told = weighted_quantile(values, weights, q) * 1e3
+            out[f"{name}_{label}"] = {
+                "live_ms": round(live, 2),
+                "simulated_ms": round(told, 2),
+                "error": round(told / live - 1, 4),
+            }
+    return out
+
+
+def with_noise(values: Any, counts: Any, noise: Sequence[float]) -> tuple[Any, Any]:
+    """Every value with every noise, and its weight."""
+    spread = np.maximum(values[:, None] + np.array(noise)[None, :], 0.0)
+    return spread.ravel(), np.repeat(counts, len(noise))
+
+
+def weighted_quantile(values: Any, weights: Any, q: float) -> float:
+    order = np.argsort(values)
+    share = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(share, q * share[-1])])
+
+
+def summary_of(runs: Sequence[dict[str, dict[str, float]]], case: Case) -> dict[str, Any]:
+    """Median of the absolute errors by figure, and the goals where the case is judged."""
+    errors = {name: round(statistics.median(abs(run[name]["error"]) for run in runs), 4) for name in runs[0]}
+    goals = [
+        {"figure": name, "median_error": error, "goal_at_most": GOAL[name[-3:]], "reached": error <= GOAL[name[-3:]]}
+        for name, error in errors.items()
+    ]  # fmt: skip
+    return {"errors": errors, "goals": goals if case.is_judged else []}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+    lines = [f"{name}: {value}" for name, value in report["assumptions"].items()]
+    lines += ["", f"{'load':<6}{'figure':<10}{'live ms':>10}{'simulated':>11}{'error':>9}"]
+    for number, run in enumerate(report["runs"], 1):
+        for name, row in run.items():
+            lines.append(
+                f"{number:<6}{name:<10}{row['live_ms']:>10.1f}{row['simulated_ms']:>11.1f}{row['error']:>+9.1%}"
+            )
+    lines.append("")
+    for name, error in report["errors"].items():
+        goal = next((g for g in report["goals"] if g["figure"] == name), None)
+        verdict = (
+            f" (goal {goal['goal_at_most']:.0%}): {'reached' if goal['reached'] else 'NOT reached'}"
+            if goal
+            else ""
+        )
+        lines.append(f"{name}: median error {error:.1%}{verdict}")
+    return "\n".join(lines)
