@@ -9,8 +9,9 @@ q and down by 1 - q of a step (Robbins and Monro, 1951), on the logarithm, becau
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 P50: Final = 0.5
 P90: Final = 0.9
@@ -49,6 +50,48 @@ class Bias:
     def p90(self) -> float:
         """Factor under which nine of ten lie; never below `p50`, because it rises by more and falls by less."""
         return math.exp(self.log_p90)
+
+
+class Likely(NamedTuple):
+    """Seconds that half of the cases stay under, and nine of ten."""
+
+    p50_s: float
+    p90_s: float
+
+
+class Corrections:
+    """The biases of many deployments and kinds of replica, at most `bound` of them: the one not used for longest goes.
+
+    The key is whatever tells them apart, such as (deployment, kind of replica). What was never measured gets the
+    model's own time and the error that the model has for what it never saw.
+    """
+
+    def __init__(self, bound: int = 10_000) -> None:
+        if bound < 1:
+            raise ValueError(f"bound = {bound}: must be at least 1")
+        self._bound = bound
+        self._biases: OrderedDict[tuple[str, ...], Bias] = OrderedDict()
+
+    def likely(self, key: tuple[str, ...], predicted_s: float) -> Likely:
+        """What the model says, corrected by what was seen under that key."""
+        bias = self._biases.get(key)
+        if bias is None:
+            bias = Bias()
+        else:
+            self._biases.move_to_end(key)
+        return Likely(predicted_s * bias.p50, predicted_s * bias.p90)
+
+    def observe(self, key: tuple[str, ...], predicted_s: float, observed_s: float) -> None:
+        """A measured time beside what the model said of it, uncorrected. ValueError unless both are above 0."""
+        if predicted_s <= 0 or observed_s <= 0:
+            raise ValueError(f"predicted {predicted_s} s, observed {observed_s} s: both must be above 0")
+        self._biases[key] = self._biases.get(key, Bias()).seen(observed_s / predicted_s)
+        self._biases.move_to_end(key)
+        if len(self._biases) > self._bound:
+            self._biases.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._biases)
 
 
 def _moved(estimate: float, value: float, q: float, step: float) -> float:

@@ -24,7 +24,7 @@ from controlplane.prediction.perf import data
 from controlplane.prediction.perf.coefficients import FILE, Coefficients, as_json
 from controlplane.prediction.perf.fit import Fitted, fit
 from controlplane.prediction.perf.kernels import KernelShares, kernel_shares
-from controlplane.prediction.perf.residuals import Residual, held_out, seen
+from controlplane.prediction.perf.residuals import Residual, corrected, held_out, seen
 
 SOURCES = (
     "serving: aiconfigurator 0.10.0 (PyPI, NVIDIA), systems/silicon_sample.csv, Apache-2.0",
@@ -70,6 +70,7 @@ def _report(
         "seen": [asdict(found) for found in seen(rows, fitted)],
         "gpu_held_out": [asdict(found) for found in held_out(rows, kernels, "gpu")],
         "model_held_out": [asdict(found) for found in held_out(rows, kernels, "model")],
+        "corrected": [asdict(found) for found in corrected(rows, kernels)],
         "kernels": {name: {"shares": k.shares, "median_error": k.errors} for name, k in kernels.items()},
         "us_per_prediction": _timed_us(fitted),
     }
@@ -124,6 +125,16 @@ def _text(report: dict[str, Any]) -> str:
                 f"  {found.group:<42}{found.n:>6}{found.median:>9.1%}{found.p90:>9.1%}{found.bias:>+9.1%}"
                 f"{found.prior:>9.1%}"
             )
+    lines += [
+        "",
+        f"{'Model never seen, corrected online':<44}{'rows':>6}{'before':>9}{'median':>9}{'< p50':>9}{'< p90':>9}",
+    ]
+    for row in report["corrected"]:
+        lines.append(
+            f"  {row['group']:<42}{row['n']:>6}{row['before']:>9.1%}{row['median']:>9.1%}{row['under_p50']:>9.0%}"
+            f"{row['under_p90']:>9.0%}"
+        )
+    lines.append("")
     for name, kernel in report["kernels"].items():
         shares = ", ".join(f"{share} {value:.2f}" for share, value in kernel["shares"].items())
         lines.append(f"kernels of {name}: {shares}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from controlplane.policy.gpus import gpu
 from controlplane.policy.models import model
+from controlplane.policy.perfbias import Corrections
 from controlplane.policy.perfmodel import ROOFLINE, Efficiency, step_model
 from controlplane.prediction.perf.data import Observation, predicted_s
 from controlplane.prediction.perf.fit import ENGINE, Fitted, fit
@@ -65,6 +68,46 @@ def held_out(rows: Sequence[Observation], kernels: Mapping[str, KernelShares], b
         fitted = fit(rest, kernels)
         label = name if engine == ENGINE else f"{name} ({engine})"
         found.append(residual(label, judged, lambda row, f=fitted, e=engine: f.of(row.gpu, e)))  # type: ignore[misc]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """Models held out, with the online correction (policy/perfbias.py) by model, GPU and dtype: median absolute error
+    before it and from the `after`-th measurement on, and the shares that stay under p50 and p90."""
+
+    group: str
+    n: int
+    before: float
+    median: float
+    under_p50: float
+    under_p90: float
+
+
+def corrected(
+    rows: Sequence[Observation], kernels: Mapping[str, KernelShares], *, after: int = 5, seed: int = 1
+) -> list[Corrected]:
+    """Of each held-out model of the engine; its measurements come in random order, a correction for each pair."""
+    found = []
+    for name, group in _grouped([r for r in rows if r.engine == ENGINE], lambda row: row.model):
+        fitted = fit([row for row in rows if row.model != name], kernels)
+        group = random.Random(seed).sample(group, len(group))
+        corrections, n_seen = Corrections(), Counter[tuple[str, ...]]()
+        raw, errors, p50, p90 = [], [], 0, 0
+        for row in group:
+            ratio = _error(row, fitted.of(row.gpu)) + 1  # predicted over observed
+            likely = corrections.likely(row.pair, ratio)
+            if n_seen[row.pair] >= after:
+                raw.append(abs(ratio - 1))
+                errors.append(abs(likely.p50_s - 1))
+                p50 += likely.p50_s >= 1
+                p90 += likely.p90_s >= 1
+            corrections.observe(row.pair, ratio, 1.0)
+            n_seen[row.pair] += 1
+        if errors:
+            n = len(errors)
+            medians = [round(float(np.median(values)), 4) for values in (raw, errors)]
+            found.append(Corrected(name, n, *medians, round(p50 / n, 3), round(p90 / n, 3)))
     return found
 
 

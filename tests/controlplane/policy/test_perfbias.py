@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from controlplane.policy.perfbias import Bias
+from controlplane.policy.perfbias import Bias, Corrections, Likely
 
 
 def after(ratios: list[float], bias: Bias | None = None) -> Bias:
@@ -53,3 +53,21 @@ def test_nine_tenths_never_lie_below_half_and_a_constant_is_kept() -> None:
 def test_what_is_no_ratio_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match="ratio"):
         Bias().seen(ratio)
+
+
+def test_corrections_are_kept_apart_and_bounded() -> None:
+    found = Corrections(bound=2)
+    for _ in range(50):
+        found.observe(("a", "l4"), 1.0, 3.0)
+        found.observe(("a", "h100"), 1.0, 0.5)
+    assert found.likely(("a", "l4"), 2.0).p50_s == pytest.approx(6.0, rel=0.05)
+    assert found.likely(("a", "h100"), 2.0).p50_s == pytest.approx(1.0, rel=0.05)
+    assert found.likely(("b", "l4"), 2.0) == Likely(2.0, 2.0 * Bias().p90)  # never measured
+    assert len(found) == 2
+    found.likely(("a", "l4"), 1.0)
+    found.observe(("c", "l4"), 1.0, 1.0)  # the one not used for longest goes
+    assert len(found) == 2
+    assert found.likely(("a", "h100"), 2.0).p50_s == 2.0
+    assert found.likely(("a", "l4"), 2.0).p50_s == pytest.approx(6.0, rel=0.05)
+    with pytest.raises(ValueError, match="above 0"):
+        found.observe(("a", "l4"), 0.0, 1.0)

@@ -147,5 +147,7 @@ def test_the_command_prints_residuals_and_refuses_a_folder_without_measurements(
     assert report["seen"][-1]["median"] < 0.12 < report["seen"][-1]["prior"]
     assert {row["group"] for row in report["gpu_held_out"]} >= {"h100_sxm", "h200_sxm", "b200_sxm"}
     assert report["us_per_prediction"]["step"] > 0
+    off = next(row for row in report["corrected"] if row["group"] == "qwen3-235b-a22b")
+    assert off["median"] < 0.6 * off["before"]
     with pytest.raises(CommandError, match="e2e_silicon_samples"):
         call_command("perf_fit", "--data", tmp_path)
