@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,7 @@ from benchmarks.stats import quantile
 from controlplane.policy.perfmodel import StepModel
 from controlplane.prediction.perf.nnls import nnls
 
-_ROUNDS = 20
-_HUBER = 0.1  # of a gap: what differs more than this was not the engine's doing
+_MIN_GAPS = 10  # of a size of batch, for a median
 _N_NOISE = 200  # quantiles kept of each noise
 
 
@@ -37,31 +37,40 @@ class Calibrated:
 
 
 def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
-    """From records of which the first `alone` met an idle engine; the others overlap. ValueError for too few."""
+    """From records of which the first `alone` met an idle engine; the others overlap. ValueError for too few.
+
+    Medians first, then lines through them: on a busy machine one gap in ten is anything.
+    """
     whole = [one for one in seen if one.is_whole and len(one.tokens_s) > 1]
     gaps = _gaps(whole)
     firsts = [one for one in seen[:alone] if one.is_whole]
-    if len(gaps) < 100 or len(firsts) < 5:
-        raise ValueError(f"{len(gaps)} gaps, {len(firsts)} requests alone: too few to calibrate from")
-    # Columns: base, per running sequence, per prompt token, the way.
-    rows = [[1.0, n, n_prompt, 0.0] for _, n, n_prompt in gaps]
-    rows += [[1.0, 0.0, one.n_prompt, 1.0] for one in firsts]
-    seconds = np.array([s for s, _, _ in gaps] + [one.tokens_s[0] - one.sent_s for one in firsts])
-    columns = np.array(rows, dtype=float)
-    # As many firsts as gaps, in weight: only they tell the way.
-    balance = np.concatenate([np.ones(len(gaps)), np.full(len(firsts), (len(gaps) / len(firsts)) ** 0.5)])
-    weight = balance
-    x = np.zeros(4)
-    for _ in range(_ROUNDS):
-        x = nnls(columns * (weight / seconds)[:, None], weight)
-        error = np.abs(columns @ x - seconds) / seconds
-        weight = balance * np.sqrt(np.minimum(1.0, _HUBER / np.maximum(error, 1e-9)))
-    base_s, seq_s, token_s, way_s = (float(value) for value in x)
-    step = StepModel(base_s, 0.0, token_s, max(seq_s - token_s, 0.0), 0.0, 0.0)
-    left = seconds - columns @ x
-    return Calibrated(
-        step, way_s, _quantiles(left[: len(gaps)].tolist()), _quantiles(left[len(gaps) :].tolist())
-    )
+    by_n: dict[int, list[float]] = defaultdict(list)
+    for gap_s, n, n_prompt in gaps:
+        if not n_prompt:
+            by_n[n].append(gap_s)
+    sizes = {n: found for n, found in by_n.items() if len(found) >= _MIN_GAPS}
+    if len(sizes) < 3 or len(firsts) < 6:
+        raise ValueError(
+            f"{len(sizes)} sizes of batches, {len(firsts)} requests alone: too few to calibrate from"
+        )
+    base_s, per_seq_s = _line([(n, statistics.median(g), len(g)) for n, g in sizes.items()])
+    by_prompt: dict[int, list[float]] = defaultdict(list)
+    for one in firsts:
+        by_prompt[one.n_prompt].append(one.tokens_s[0] - one.sent_s)
+    _, token_s = _line([(n, statistics.median(t), len(t)) for n, t in by_prompt.items()])
+    left = [one.tokens_s[0] - one.sent_s - base_s - token_s * one.n_prompt for one in firsts]
+    way_s = max(statistics.median(left), 0.0)
+    step = StepModel(base_s, 0.0, token_s, max(per_seq_s - token_s, 0.0), 0.0, 0.0)
+    gap_noise = [gap_s - step.step_s(n_prompt, 0.0, n, 0) for gap_s, n, n_prompt in gaps]
+    return Calibrated(step, way_s, _quantiles(gap_noise), _quantiles([value - way_s for value in left]))
+
+
+def _line(points: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
+    """Seconds at zero and per unit, neither negative, through (units, seconds, weight)."""
+    weight = np.sqrt([n for _, _, n in points]) / np.array([s for _, s, _ in points])
+    a = np.array([[1.0, x] for x, _, _ in points]) * weight[:, None]
+    x = nnls(a, np.array([s for _, s, _ in points]) * weight)
+    return float(x[0]), float(x[1])
 
 
 def _gaps(whole: Sequence[Seen]) -> list[tuple[float, int, int]]:
