@@ -106,8 +106,8 @@ def corrected(
             n_seen[row.pair] += 1
         if errors:
             n = len(errors)
-            medians = [round(float(np.median(values)), 4) for values in (raw, errors)]
-            found.append(Corrected(name, n, *medians, round(p50 / n, 3), round(p90 / n, 3)))
+            before, after_it = (round(float(np.median(values)), 4) for values in (raw, errors))
+            found.append(Corrected(name, n, before, after_it, round(p50 / n, 3), round(p90 / n, 3)))
     return found
 
 
