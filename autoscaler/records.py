@@ -12,6 +12,7 @@ from uuid import UUID
 
 import structlog
 from django.db import transaction
+from django.db.models import Subquery
 from django.utils import timezone
 
 from autoscaler import timings
@@ -96,7 +97,9 @@ def machine_answers(machine_id: UUID) -> list[UUID]:
         return []
     log.info("machine.ready", machine=machine_id.hex)
     timings.note_machine(machine_id)
-    live = Deployment.objects.filter(deleted_at=None)
+    live = Deployment.objects.filter(
+        deleted_at=None, cell=Subquery(Machine.objects.filter(id=machine_id).values("cell"))
+    )
     return list(live.values_list("id", flat=True))
 
 

@@ -29,13 +29,14 @@ def tick_deployment(deployment_id: str) -> None:
 
 @shared_task(name="autoscaler.tick_all")  # type: ignore[untyped-decorator]
 def tick_all() -> int:
-    """One tick of every deployment that is served or has replicas left; how many failed."""
+    """One tick of every deployment of this cell that is served or has replicas left; how many failed."""
     has_replicas = Replica.objects.filter(phase__in=LIVE_PHASES).values("deployment_id")
-    wanted = Deployment.objects.filter(Q(deleted_at=None) | Q(id__in=has_replicas))
+    house = build_house()
+    wanted = Deployment.objects.filter(Q(deleted_at=None) | Q(id__in=has_replicas), cell=house.cell.keys.cell)
     n_failed = 0
     for deployment_id in list(wanted.order_by("id").values_list("id", flat=True)):
         try:
-            ticking.tick(deployment_id, build_house())
+            ticking.tick(deployment_id, house)
         except OperationalError:
             raise  # Postgres is away: the others would fail alike
         except Exception:

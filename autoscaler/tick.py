@@ -72,12 +72,12 @@ class TickResult:
 
 
 def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> TickResult:
-    """Decide for one deployment and carry it out. Raises django.db errors when Postgres is away.
+    """Decide for one deployment of this cell and carry it out. Raises django.db errors when Postgres is away.
 
     `now` is for tests that walk a clock; the lease always runs on the real one.
     """
     deployment = Deployment.objects.select_related("model_version").filter(id=deployment_id).first()
-    if deployment is None:
+    if deployment is None or deployment.cell != house.cell.keys.cell:
         return TickResult()
     lease = _Lease.take(deployment, house.config)
     if lease is None:

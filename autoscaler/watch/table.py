@@ -48,7 +48,9 @@ def read(cell: str, version: int) -> Table:
     )
     pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
     machines = list(pool.only("id", "state", "redis_password_digest"))
-    deployments = Deployment.objects.filter(deleted_at=None).order_by("id").values_list("id", flat=True)
+    deployments = (
+        Deployment.objects.filter(cell=cell, deleted_at=None).order_by("id").values_list("id", flat=True)
+    )
     return Table(
         version=version,
         replicas={

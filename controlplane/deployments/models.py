@@ -7,6 +7,7 @@ only; writes are in services.py, reads in selectors.py.
 import re
 from typing import Any, ClassVar
 
+from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import F, Q
@@ -96,8 +97,17 @@ class Phase(models.TextChoices):
     DELETED = "deleted"
 
 
+def this_cell() -> str:
+    """The cell of this control plane."""
+    return str(settings.ENV.cell)
+
+
 class Deployment(models.Model):
-    """A model version served under a name, with its engine settings, its scale and its price."""
+    """A model version served under a name, with its engine settings, its scale and its price.
+
+    It lives in one cell, whose autoscaler scales it and whose gateways serve it. The same name in another cell is
+    another deployment: a tenant spread over two cells has one in each.
+    """
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="deployments")
@@ -107,6 +117,7 @@ class Deployment(models.Model):
     name = models.CharField(
         max_length=64, validators=[check_name], help_text="the `model` that programs send to /v1"
     )
+    cell = models.CharField(max_length=16, default=this_cell, help_text="where it is served")
     model_version = models.ForeignKey(
         ModelVersion, on_delete=models.PROTECT, related_name="deployments", db_constraint=False
     )
@@ -142,7 +153,7 @@ class Deployment(models.Model):
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(
-                fields=["project", "name"],
+                fields=["project", "name", "cell"],
                 condition=Q(deleted_at__isnull=True),
                 name="deployment_name_unique",
             ),
@@ -207,7 +218,7 @@ class Grant(models.Model):
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(
-                fields=["grantee", "project", "name"], nulls_distinct=False, name="grant_name_unique"
+                fields=["deployment", "grantee", "project"], nulls_distinct=False, name="grant_unique"
             ),
         ]
         indexes: ClassVar[list[models.Index]] = [

@@ -20,6 +20,7 @@ from controlplane.deployments.models import (
     ModelVersion,
     Phase,
     SloClass,
+    this_cell,
 )
 from controlplane.errors import ConflictError, InvalidInputError
 from controlplane.policy.ordering import QueueOrder
@@ -110,7 +111,10 @@ def create_deployment(
     locality_window_tokens: int = 2_000,
     price: str = DEFAULT_PRICE,
 ) -> Deployment:
-    """Serve a model version under `name`. Raises NotFoundError, InvalidInputError or ConflictError (name)."""
+    """Serve a model version under `name` in this cell.
+
+    Raises NotFoundError, InvalidInputError or ConflictError (name).
+    """
     with tenant(organization_id):
         tenants.project(organization_id=organization_id, project_id=project_id)
         version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
@@ -158,7 +162,11 @@ def ensure_deployment(
     """
     with tenant(organization_id):
         found = Deployment.objects.filter(
-            organization_id=organization_id, project_id=project_id, name=name, deleted_at=None
+            organization_id=organization_id,
+            project_id=project_id,
+            name=name,
+            cell=this_cell(),
+            deleted_at=None,
         ).first()
         if found is None:
             return create_deployment(

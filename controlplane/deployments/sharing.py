@@ -14,7 +14,7 @@ from django.utils import timezone
 from billing.prices import price_in_force
 from controlplane.deployments import selectors
 from controlplane.deployments.models import Grant
-from controlplane.errors import InvalidInputError, NotFoundError
+from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.saving import insert
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
@@ -52,10 +52,10 @@ def grant(
             project_id=project_id,
             name=f"{owner.slug}/{deployment.name}",
         )
-        insert(
-            made,
-            taken={"grant_name_unique": ("name", f"another deployment is shared with them as {made.name!r}")},
-        )
+        held_as = Grant.objects.filter(only, grantee_id=grantee_id, name=made.name)
+        if held_as.filter(deployment__cell=deployment.cell).exists():
+            raise ConflictError(f"another deployment is shared with them as {made.name!r}", field="name")
+        insert(made, taken={"grant_unique": ("grantee", "it was shared with them just now")})
         _tell(made)
     log.info("grant.given", organization=organization_id.hex, deployment=deployment_id.hex, to=grantee_id.hex)
     return made

@@ -48,7 +48,8 @@ def lease_shares() -> None:
     )
     try:
         with client:
-            renewed = Leases(settings.ENV.cell, client).renew(timezone.now())
+            alone = timedelta(seconds=settings.ENV.gateway_key_stale_s)
+            renewed = Leases(settings.ENV.cell, client, alone=alone).renew(timezone.now())
     except (redis.RedisError, DatabaseError, InterfaceError) as error:
         connections[DATABASE].close()
         log.warning("leases.not_renewed", error=type(error).__name__)

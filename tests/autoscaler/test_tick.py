@@ -9,7 +9,7 @@ from django.utils import timezone
 from autoscaler import reconcile
 from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase, ScalerState
 from autoscaler.tick import replay, stored_commands
-from controlplane.deployments.models import Phase
+from controlplane.deployments.models import Deployment, Phase
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
 
@@ -31,6 +31,20 @@ def test_a_waiting_request_buys_a_machine_and_places_a_replica_on_it_at_once(sca
     assert scaling.house.cell.redis.llen(scaling.house.cell.keys.machine(machine.id.hex).bell) == 1
     assert scaling.house.cell.last_stage(scaling.deployment.id.hex) == ("launching_machine", "")
     assert scaling.seen().phase == Phase.STARTING
+
+
+def test_a_deployment_of_another_cell_is_that_cells_business(scaling: Scaling) -> None:
+    """Two cells share Postgres: each would take the other's replicas, which it cannot see in its Redis, for dead."""
+    from autoscaler.watch import table
+
+    scaling.queue("a")
+    Deployment.objects.filter(id=scaling.deployment.id).update(cell="c1")
+    scaling.tick()
+    assert Machine.objects.count() == Decision.objects.count() == 0
+    assert table.read("c0", 1).deployments == () and len(table.read("c1", 1).deployments) == 1
+    Deployment.objects.filter(id=scaling.deployment.id).update(cell="c0")
+    scaling.tick()
+    assert Machine.objects.count() == 1
 
 
 def test_ticking_twice_launches_and_starts_once(scaling: Scaling) -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from benchmarks import autoscaler, coldstart, delay, engine, gateway, isolation, joint, limits, slots, truth
+from benchmarks import (
+    autoscaler,
+    cells,
+    coldstart,
+    engine,
+    gateway,
+    isolation,
+    joint,
+    limits,
+    slots,
+    truth,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,12 @@ BENCHES = {
         engine.measure,
         engine.as_text,
         options=("only",),
+    ),
+    "cells": Bench(
+        "a tenant in two cells stays within its limits; one cell loses its Redis",
+        cells.measure,
+        cells.as_text,
+        1,
     ),
     "coldstart": Bench(
         "agent command to first token; a request at zero replicas to first token",
@@ -90,7 +107,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--repeats",
             type=int,
-            help="runs per figure (default: 7; joint and limits: 1, slots, isolation and delay: 3)",
+            help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation and delay: 3)",
         )
         parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")

@@ -1,10 +1,12 @@
 """corral_key_lookup: everything a gateway needs to know of an API key, in one query without a tenant."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
+from django.conf import settings
 from django.db import connection
 
 from controlplane.deployments import services as deployments
@@ -12,7 +14,7 @@ from controlplane.deployments.models import Deployment
 from controlplane.tenants import services
 from controlplane.tenants.limits import Limits
 from infra.local.postgres import EmbeddedPostgres
-from tests.world import World
+from tests.world import World, make_deployment
 
 
 def look_up(lookup: str) -> Any:
@@ -64,6 +66,7 @@ def test_it_answers_with_key_project_organization_and_deployments(
     assert served == {
         "id": deployment.id.hex,
         "name": "toy-chat",
+        "cell": "c0",
         "model_version": deployment.model_version_id.hex,
         "engine": "toy",
         "max_model_len": 2048,
@@ -81,6 +84,20 @@ def test_it_answers_with_key_project_organization_and_deployments(
             "output_nano_per_million": 400_000_000,
         },
     }
+
+
+def test_a_gateway_is_told_of_the_deployments_of_its_cell(
+    world: World, key, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name in two cells is two deployments."""
+    monkeypatch.setattr(settings, "ENV", replace(settings.ENV, cell="c1"))
+    twin = make_deployment(world, deployment.name, model_version_id=deployment.model_version_id)
+    assert (deployment.cell, twin.cell) == ("c0", "c1")
+    for cell, ids in (("c0", [deployment.id.hex]), ("c1", [twin.id.hex]), ("c2", [])):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT corral_key_lookup_in(%s, %s)", [key.lookup, cell])
+            found = json.loads(cursor.fetchone()[0])
+        assert [served["id"] for served in found["deployments"]] == ids
 
 
 def test_an_unknown_key_is_null(world: World) -> None:
