@@ -11,7 +11,9 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from benchmarks import (
     autoscaler,
     cells,
+    clients,
     coldstart,
+    delay,
     engine,
     gateway,
     isolation,
@@ -55,6 +57,12 @@ BENCHES = {
         cells.measure,
         cells.as_text,
         1,
+    ),
+    "clients": Bench(
+        "clients that leave, in the queue and in the middle of an answer, and clients that do not read",
+        clients.measure,
+        clients.as_text,
+        3,
     ),
     "coldstart": Bench(
         "agent command to first token; a request at zero replicas to first token",
@@ -107,7 +115,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--repeats",
             type=int,
-            help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation and delay: 3)",
+            help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation, delay and clients: 3)",
         )
         parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
