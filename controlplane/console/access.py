@@ -22,7 +22,7 @@ from controlplane.errors import CorralError
 from controlplane.tenants.context import current_tenant
 from controlplane.tenants.middleware import TenantRequest
 from controlplane.tenants.models import User
-from controlplane.tenants.rights import Right, require
+from controlplane.tenants.rights import Permission, require
 from controlplane.tenants.selectors import Membership
 
 P = ParamSpec("P")
@@ -36,13 +36,15 @@ class MemberRequest(TenantRequest):
     membership: Membership
 
 
-def member_page(*rights: Right) -> Callable[[View[P]], Callable[Concatenate[TenantRequest, P], HttpResponse]]:
-    """Only for members, only with these rights; never cached, because it shows a tenant's data."""
+def member_page(
+    *permissions: Permission,
+) -> Callable[[View[P]], Callable[Concatenate[TenantRequest, P], HttpResponse]]:
+    """Only for members, only with these permissions; never cached, because it shows a tenant's data."""
 
     def wrap(view: View[P]) -> Callable[Concatenate[TenantRequest, P], HttpResponse]:
         @wraps(view)
         def guarded(request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
-            response = _answer(view, rights, request, *args, **kwargs)
+            response = _answer(view, permissions, request, *args, **kwargs)
             add_never_cache_headers(response)
             return response
 
@@ -52,7 +54,12 @@ def member_page(*rights: Right) -> Callable[[View[P]], Callable[Concatenate[Tena
 
 
 def _answer(
-    view: View[P], rights: tuple[Right, ...], request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs
+    view: View[P],
+    permissions: tuple[Permission, ...],
+    request: TenantRequest,
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> HttpResponse:
     if not request.user.is_authenticated:
         return _to_sign_in(request)
@@ -64,8 +71,8 @@ def _answer(
             message="Ask an owner or admin of your organization to add you as a member, then sign in again.",
         )
     try:
-        for right in (Right.VIEW, *rights):
-            require(request.membership.role, right)
+        for permission in (Permission.ORGANIZATION_READ, *permissions):
+            require(request.membership.role, permission)
         return view(cast(MemberRequest, request), *args, **kwargs)
     except CorralError as error:
         if current_tenant() is not None:

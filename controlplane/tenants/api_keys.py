@@ -1,4 +1,7 @@
-"""The text of an API key, `sk-crl-<12 lookup characters>-<43 secret characters>`, and its digest.
+"""The text of a key, `sk-crl-<12 lookup characters>-<43 secret characters>`, and its digest.
+
+Keys of inference begin with `sk-crl`, tokens of the management API with `mt-crl`, so that neither is taken for the
+other, by people or by scanners of leaked secrets.
 
 The lookup part finds the row by a unique index; the whole key is then compared through HMAC-SHA256 under a
 pepper that only trusted processes hold. The secret has 256 random bits, so a fast keyed hash is the right
@@ -12,11 +15,17 @@ import re
 import secrets
 import string
 from dataclasses import dataclass, field
+from typing import Final
 
 LOOKUP_LENGTH = 12
 SECRET_LENGTH = 43  # 32 random bytes in URL-safe base64
 _ALPHABET = string.ascii_letters + string.digits
-_SHAPE = re.compile(rf"sk-crl-([0-9A-Za-z]{{{LOOKUP_LENGTH}}})-[0-9A-Za-z_-]{{{SECRET_LENGTH}}}\Z")
+INFERENCE: Final = "sk-crl"
+MANAGEMENT: Final = "mt-crl"
+_SHAPES: Final = {
+    kind: re.compile(rf"{kind}-([0-9A-Za-z]{{{LOOKUP_LENGTH}}})-[0-9A-Za-z_-]{{{SECRET_LENGTH}}}\Z")
+    for kind in (INFERENCE, MANAGEMENT)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +41,16 @@ class NewKey:
         return self.plaintext[-4:]
 
 
-def generate(pepper: bytes) -> NewKey:
+def generate(pepper: bytes, kind: str = INFERENCE) -> NewKey:
     """A new random key (71 bits of lookup, 256 bits of secret) and its digest under `pepper`."""
     lookup = "".join(secrets.choice(_ALPHABET) for _ in range(LOOKUP_LENGTH))
-    plaintext = f"sk-crl-{lookup}-{secrets.token_urlsafe(32)}"
+    plaintext = f"{kind}-{lookup}-{secrets.token_urlsafe(32)}"
     return NewKey(plaintext=plaintext, lookup=lookup, digest=digest(pepper, plaintext))
 
 
-def lookup_of(text: str) -> str | None:
+def lookup_of(text: str, kind: str = INFERENCE) -> str | None:
     """The lookup part, or None where the text does not have the shape of a key (so no query is worth it)."""
-    match = _SHAPE.match(text)
+    match = _SHAPES[kind].match(text)
     return match.group(1) if match else None
 
 

@@ -1,4 +1,4 @@
-"""Who buys tokens: organizations, their projects, members and API keys, and the limits of each.
+"""Who buys tokens: organizations, their projects, members, service accounts and API keys, and the limits of each.
 
 Fields, constraints and derived properties only; writes are in services.py, reads in selectors.py. Every table
 with an organization has row-level security (rls.py): the app role sees the tenant of the transaction, no
@@ -208,6 +208,95 @@ class ApiKey(LimitColumns):
     def is_active(self, now: datetime) -> bool:
         """Whether the key itself is good at `now` (its organization may still be suspended)."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+class ServiceAccount(models.Model):
+    """A program's place in an organization: it has a role and acts through its tokens, never signs in."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="service_accounts")
+    name = models.CharField(max_length=120)
+    role = models.CharField(max_length=16, choices=Role.choices)
+    created_at = models.DateTimeField(auto_now_add=True)
+    deleted_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["organization", "name"],
+                condition=Q(deleted_at__isnull=True),
+                name="serviceaccount_name_unique",
+            ),
+            models.UniqueConstraint(fields=["organization", "id"], name="serviceaccount_tenant_unique"),
+            models.CheckConstraint(condition=Q(role__in=Role.values), name="serviceaccount_role_known"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.SERVICE_ACCOUNT, self.id)
+
+
+class ManagementToken(models.Model):
+    """A secret that programs call /api/v1 with, as a service account. No use on /v1. Kept as API keys are."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
+    service_account = models.ForeignKey(
+        ServiceAccount, on_delete=models.PROTECT, related_name="tokens", db_constraint=False
+    )
+    name = models.CharField(max_length=120)
+    scopes = models.JSONField(
+        null=True, blank=True, help_text="permissions it is bound to; null = its role's"
+    )
+    lookup = models.CharField(max_length=LOOKUP_LENGTH, unique=True, editable=False)
+    digest = models.BinaryField(max_length=32, editable=False)
+    last4 = models.CharField(max_length=4, editable=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    revoked_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=Q(lookup__regex=r"^[0-9A-Za-z]{12}$"), name="managementtoken_lookup_shape"
+            ),
+            models.CheckConstraint(
+                condition=Q(expires_at__isnull=True) | Q(expires_at__gt=F("created_at")),
+                name="managementtoken_expires_later",
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["organization", "-created_at"], name="managementtoken_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.MANAGEMENT_TOKEN, self.id)
+
+
+class IdempotentWrite(models.Model):
+    """The answer to a write that carried an Idempotency-Key, kept for a day so that it is given again.
+
+    `body` is sealed under the caller's own token (api/idempotency.py): an answer may hold a new secret.
+    """
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+")
+    caller = models.UUIDField(help_text="the management token")
+    key_digest = models.BinaryField(max_length=32, help_text="SHA-256 of the Idempotency-Key")
+    fingerprint = models.BinaryField(max_length=32, help_text="SHA-256 of method, path and body")
+    status = models.PositiveSmallIntegerField()
+    body = models.BinaryField()
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["caller", "key_digest"], name="idempotentwrite_unique"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["created_at"], name="idempotentwrite_oldest"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.id)
 
 
 class Cell(models.Model):

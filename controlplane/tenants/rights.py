@@ -1,36 +1,98 @@
-"""Which role may do what. Surfaces ask before they call a service; services do not know who is asking."""
+"""Which role may do what. Surfaces ask before they call a service; services do not know who is asking.
 
+A permission is `thing:verb`, the same word in the REST API's scopes, in refusals and in docs/permissions.md (written by
+`manage.py permissions`). Reading and writing are apart, money and people too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
 from enum import StrEnum
+from typing import Final
 
 from controlplane.errors import NotPermittedError
 from controlplane.tenants.models import Role
 
 
-class Right(StrEnum):
-    """Something a member may be allowed to do, in the words of the refusal."""
+class Permission(StrEnum):
+    """What can be allowed."""
 
-    VIEW = "view this organization"
-    USE_MODELS = "use models and manage API keys"
-    DEPLOY = "create and change deployments"
-    BILLING = "see and change billing"
-    MANAGE_MEMBERS = "manage members and projects"
+    ORGANIZATION_READ = "organization:read"
+    ORGANIZATION_WRITE = "organization:write"
+    PROJECTS_READ = "projects:read"
+    PROJECTS_WRITE = "projects:write"
+    MEMBERS_READ = "members:read"
+    MEMBERS_WRITE = "members:write"
+    OWNERS_WRITE = "owners:write"
+    SERVICE_ACCOUNTS_READ = "service_accounts:read"
+    SERVICE_ACCOUNTS_WRITE = "service_accounts:write"
+    KEYS_READ = "keys:read"
+    KEYS_WRITE = "keys:write"
+    LIMITS_WRITE = "limits:write"
+    DEPLOYMENTS_READ = "deployments:read"
+    DEPLOYMENTS_WRITE = "deployments:write"
+    MODELS_USE = "models:use"
+    USAGE_READ = "usage:read"
+    BILLING_READ = "billing:read"
+    BILLING_WRITE = "billing:write"
+
+    @property
+    def sentence(self) -> str:
+        """In the words of a refusal: "you may not …"."""
+        return _SENTENCES[self]
 
 
-_ALL = frozenset(Right)
-RIGHTS: dict[Role, frozenset[Right]] = {
-    Role.OWNER: _ALL,
-    Role.ADMIN: _ALL,
-    Role.BILLING: frozenset({Right.VIEW, Right.BILLING}),
-    Role.DEVELOPER: frozenset({Right.VIEW, Right.USE_MODELS, Right.DEPLOY}),
-    Role.VIEWER: frozenset({Right.VIEW}),
+_SENTENCES: Final[dict[Permission, str]] = {
+    Permission.ORGANIZATION_READ: "see this organization",
+    Permission.ORGANIZATION_WRITE: "change this organization",
+    Permission.PROJECTS_READ: "see projects",
+    Permission.PROJECTS_WRITE: "create and change projects",
+    Permission.MEMBERS_READ: "see members",
+    Permission.MEMBERS_WRITE: "add, change and remove members",
+    Permission.OWNERS_WRITE: "make or remove owners",
+    Permission.SERVICE_ACCOUNTS_READ: "see service accounts and their tokens",
+    Permission.SERVICE_ACCOUNTS_WRITE: "create and change service accounts and their tokens",
+    Permission.KEYS_READ: "see API keys",
+    Permission.KEYS_WRITE: "create and revoke API keys",
+    Permission.LIMITS_WRITE: "change limits and budgets",
+    Permission.DEPLOYMENTS_READ: "see deployments",
+    Permission.DEPLOYMENTS_WRITE: "create and change deployments",
+    Permission.MODELS_USE: "use models",
+    Permission.USAGE_READ: "see usage",
+    Permission.BILLING_READ: "see billing",
+    Permission.BILLING_WRITE: "change billing",
+}
+
+_READ: Final = frozenset(
+    {
+        Permission.ORGANIZATION_READ,
+        Permission.PROJECTS_READ,
+        Permission.MEMBERS_READ,
+        Permission.KEYS_READ,
+        Permission.DEPLOYMENTS_READ,
+        Permission.USAGE_READ,
+    }
+)
+PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
+    Role.OWNER: frozenset(Permission),
+    Role.ADMIN: frozenset(Permission) - {Permission.OWNERS_WRITE},
+    Role.BILLING: _READ | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.LIMITS_WRITE},
+    Role.DEVELOPER: _READ | {Permission.KEYS_WRITE, Permission.DEPLOYMENTS_WRITE, Permission.MODELS_USE},
+    Role.VIEWER: _READ,
 }
 
 
-def may(role: Role, right: Right) -> bool:
-    return right in RIGHTS[role]
+def may(role: Role, permission: Permission) -> bool:
+    return permission in PERMISSIONS[role]
 
 
-def require(role: Role, right: Right) -> None:
-    """Raise NotPermittedError naming what is missing and who can help."""
-    if not may(role, right):
-        raise NotPermittedError(f"your role ({role.value}) may not {right.value}: ask an owner or admin")
+def require(role: Role, permission: Permission, scopes: Set[Permission] | None = None) -> None:
+    """Raise NotPermittedError naming what is missing and who can help. `scopes`: of a token, None for no bound."""
+    if not may(role, permission):
+        raise NotPermittedError(
+            f"your role ({role.value}) may not {permission.sentence}: ask an owner or admin"
+        )
+    if scopes is not None and permission not in scopes:
+        raise NotPermittedError(
+            f"this token may not {permission.sentence}: make one with the scope {permission.value}"
+        )

@@ -19,7 +19,7 @@ from controlplane.console.views.playground import is_playground_key
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.tenants import selectors, services
 from controlplane.tenants.models import ApiKey
-from controlplane.tenants.rights import Right, may
+from controlplane.tenants.rights import Permission, may
 
 
 @require_GET
@@ -29,7 +29,7 @@ def key_list(request: MemberRequest) -> HttpResponse:
 
 
 @require_POST
-@member_page(Right.USE_MODELS)
+@member_page(Permission.KEYS_WRITE)
 def create_key(request: MemberRequest) -> HttpResponse:
     """Answers with the plaintext in the page: it is stored nowhere, so nothing could be redirected to."""
     organization_id = request.membership.organization_id
@@ -52,7 +52,7 @@ def create_key(request: MemberRequest) -> HttpResponse:
 
 
 @require_http_methods(["GET", "POST"])
-@member_page(Right.USE_MODELS)
+@member_page(Permission.KEYS_WRITE)
 def revoke_key(request: MemberRequest, key: str) -> HttpResponse:
     """GET asks, POST does it. Revoking again changes nothing."""
     organization_id = request.membership.organization_id
@@ -79,7 +79,7 @@ def _context(request: MemberRequest) -> dict[str, Any]:
         "form": CreateKeyForm(projects=projects),
         "projects": projects,
         "keys": _rows(found, now),
-        "may_manage": may(request.membership.role, Right.USE_MODELS),
+        "may_manage": may(request.membership.role, Permission.KEYS_WRITE),
     }
 
 

@@ -23,7 +23,7 @@ from controlplane.deployments.models import Deployment, Phase
 from controlplane.errors import NotFoundError
 from controlplane.tenants import services
 from controlplane.tenants.models import ApiKey
-from controlplane.tenants.rights import Right, may
+from controlplane.tenants.rights import Permission, may
 
 KEY_NAME: Final = "Playground session"
 KEY_LIFE: Final = timedelta(hours=1)
@@ -47,13 +47,13 @@ def playground(request: MemberRequest) -> HttpResponse:
         "deployments": found,
         "chosen": _chosen(found, request.GET.get("model", "")),
         "base_url": f"{settings.ENV.gateway_url.rstrip('/')}/v1",
-        "may_chat": may(request.membership.role, Right.USE_MODELS),
+        "may_chat": may(request.membership.role, Permission.MODELS_USE),
     }
     return render(request, "console/playground.html", context)
 
 
 @require_POST
-@member_page(Right.USE_MODELS)
+@member_page(Permission.MODELS_USE)
 def playground_key(request: MemberRequest) -> HttpResponse:
     """A fresh key for the project of a deployment, as JSON; this session's earlier one is revoked."""
     organization_id = request.membership.organization_id

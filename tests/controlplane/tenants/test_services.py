@@ -165,10 +165,15 @@ def test_the_last_owner_cannot_leave(world: World) -> None:
 
 
 def test_roles_may_what_the_table_says() -> None:
-    assert rights.may(Role.DEVELOPER, rights.Right.DEPLOY)
-    assert not rights.may(Role.VIEWER, rights.Right.USE_MODELS)
-    assert not rights.may(Role.BILLING, rights.Right.USE_MODELS)
-    assert rights.RIGHTS.keys() == set(Role)
+    can = rights.Permission
+    assert rights.may(Role.DEVELOPER, can.DEPLOYMENTS_WRITE)
+    assert not rights.may(Role.VIEWER, can.KEYS_WRITE)
+    assert not rights.may(Role.BILLING, can.MODELS_USE)
+    assert not rights.may(Role.ADMIN, can.OWNERS_WRITE)
+    assert rights.PERMISSIONS.keys() == set(Role)
+    assert all(permission.sentence for permission in can)
+    reads = {permission for permission in can if permission.endswith(":read")}
+    assert rights.PERMISSIONS[Role.VIEWER] < reads, "a viewer changes nothing"
 
 
 def test_weights_are_set_at_each_level_and_bad_ones_named(world: World) -> None:
