@@ -1,5 +1,7 @@
-"""Routes of this surface."""
+"""Routes of /api/v1."""
 
-from django.urls import URLPattern, URLResolver
+from django.urls import path
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from controlplane.api.app import api
+
+urlpatterns = [path("", api.urls)]

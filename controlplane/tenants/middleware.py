@@ -38,6 +38,10 @@ class TenantMiddleware:
     def __call__(self, request: TenantRequest) -> HttpResponse:
         request.membership = None
         request.memberships = ()
+        if (
+            current_tenant() is not None
+        ):  # a management token has chosen (api/middleware.py): cookies have no say
+            return self._get_response(request)
         user = request.user
         if isinstance(user, User):
             request.memberships = selectors.memberships_of(user_id=user.id)

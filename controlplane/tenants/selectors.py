@@ -85,3 +85,13 @@ def members(*, organization_id: UUID) -> list[Member]:
         .select_related("user")
         .order_by("user__email", "id")
     )
+
+
+def member(*, organization_id: UUID, member_id: UUID) -> Member:
+    """One member with its user. Raises NotFoundError, also for another tenant's."""
+    found = (
+        Member.objects.filter(organization_id=organization_id, id=member_id).select_related("user").first()
+    )
+    if found is None:
+        raise NotFoundError("no such member", field="member")
+    return found

@@ -6,7 +6,7 @@ which run as operator, because only that role can find an organization by its sl
 """
 
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import structlog
@@ -88,6 +88,21 @@ def ensure_organization(*, name: str, slug: str, owner: User) -> Organization:
     return organization
 
 
+def update_organization(
+    *,
+    organization_id: UUID,
+    name: str | None = None,
+    timezone: str | None = None,
+    weight: int | None = None,
+) -> Organization:
+    """Change what is given. Raises InvalidInputError."""
+    with tenant(organization_id):
+        organization = selectors.organization(organization_id=organization_id)
+        _change(organization, name=name, timezone=timezone, weight=weight)
+        invalidation.publish_after_commit(invalidation.organization_ref(organization_id))
+    return organization
+
+
 def suspend_organization(*, organization_id: UUID, suspended: bool) -> Organization:
     """Stop (or allow again) everything the organization's keys do. Running requests end as they would."""
     with tenant(organization_id):
@@ -134,6 +149,22 @@ def create_project(
             taken={"project_slug_unique": ("slug", f"the organization has a project {slug!r} already")},
         )
     log.info("project.created", organization=organization_id.hex, project=project.id.hex)
+    return project
+
+
+def update_project(
+    *,
+    organization_id: UUID,
+    project_id: UUID,
+    name: str | None = None,
+    weight: int | None = None,
+    zero_retention: bool | None = None,
+) -> Project:
+    """Change what is given. Raises NotFoundError, InvalidInputError."""
+    with tenant(organization_id):
+        project = selectors.project(organization_id=organization_id, project_id=project_id)
+        _change(project, name=name, weight=weight, zero_retention=zero_retention)
+        invalidation.publish_after_commit(invalidation.project_ref(project_id))
     return project
 
 
@@ -196,6 +227,34 @@ def revoke_api_key(*, organization_id: UUID, key_id: UUID) -> ApiKey:
     return key
 
 
+def rotate_api_key(*, organization_id: UUID, key_id: UUID, overlap_s: int) -> tuple[ApiKey, str]:
+    """A successor with the same project, weight and limits, and its plaintext; the old key ends after `overlap_s`.
+
+    A key that would expire sooner still does. Raises NotFoundError, or InvalidInputError for a key that has ended.
+    """
+    with tenant(organization_id):
+        old = ApiKey.objects.select_for_update().filter(organization_id=organization_id, id=key_id).first()
+        if old is None:
+            raise NotFoundError("no such API key", field="api_key")
+        now = clock.now()
+        if not old.is_active(now):
+            raise InvalidInputError("api_key: it has ended; create a new one", field="api_key")
+        new, plaintext = create_api_key(
+            organization_id=organization_id,
+            project_id=old.project_id,
+            name=old.name,
+            created_by=old.created_by,
+            weight=old.weight,
+            limits=old.limits,
+        )
+        ends_at = now + timedelta(seconds=overlap_s)
+        old.expires_at = ends_at if old.expires_at is None else min(ends_at, old.expires_at)
+        old.save(update_fields=["expires_at"])
+        invalidation.publish_after_commit(invalidation.key_ref(old.lookup))
+    log.info("key.rotated", organization=organization_id.hex, key=key_id.hex, successor=new.id.hex)
+    return new, plaintext
+
+
 def set_organization_limits(*, organization_id: UUID, limits: Limits) -> None:
     """Replace all five limits of the organization."""
     _check_limits(limits)
@@ -246,22 +305,44 @@ def set_weight(
         invalidation.publish_after_commit(ref)
 
 
+def change_role(*, organization_id: UUID, member_id: UUID, role: Role) -> Member:
+    """Another role for a member. Raises NotFoundError, or InvalidInputError for the last owner."""
+    with tenant(organization_id):
+        member = _locked_member(organization_id, member_id, leaves_owners=role != Role.OWNER)
+        member.role = role
+        member.save(update_fields=["role"])
+    log.info("member.changed", organization=organization_id.hex, user=member.user_id.hex, role=role)
+    return member
+
+
 def remove_member(*, organization_id: UUID, member_id: UUID) -> None:
     """Take a user's place away. Raises NotFoundError, or InvalidInputError for the last owner."""
     with tenant(organization_id):
-        # Locks the owners, so that two who leave at once cannot both think the other stays.
-        owners = list(
-            Member.objects.select_for_update().filter(organization_id=organization_id, role=Role.OWNER)
-        )
-        member = Member.objects.filter(organization_id=organization_id, id=member_id).first()
-        if member is None:
-            raise NotFoundError("no such member", field="member")
-        if [owner.id for owner in owners] == [member_id]:
-            raise InvalidInputError(
-                "the last owner cannot leave: make somebody else owner first", field="member"
-            )
+        member = _locked_member(organization_id, member_id, leaves_owners=True)
         member.delete()
     log.info("member.removed", organization=organization_id.hex, user=member.user_id.hex)
+
+
+def _locked_member(organization_id: UUID, member_id: UUID, *, leaves_owners: bool) -> Member:
+    """The member, with all owners locked: of two who leave at once neither may think that the other stays."""
+    owners = list(Member.objects.select_for_update().filter(organization_id=organization_id, role=Role.OWNER))
+    member = Member.objects.filter(organization_id=organization_id, id=member_id).first()
+    if member is None:
+        raise NotFoundError("no such member", field="member")
+    if leaves_owners and [owner.id for owner in owners] == [member_id]:
+        raise InvalidInputError("the last owner cannot leave: make somebody else owner first", field="member")
+    return member
+
+
+def _change(row: Organization | Project, **values: object) -> None:
+    """Set what is not None, by the fields' own rules."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if isinstance(weight := given.get("weight"), int):
+        _check_weight(weight)
+    for name, value in given.items():
+        setattr(row, name, value)
+    check_fields(row)
+    row.save(update_fields=[*given, "updated_at"])
 
 
 def _set_limits(row: Organization | Project | ApiKey, limits: Limits) -> None:

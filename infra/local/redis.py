@@ -41,7 +41,7 @@ _SETTINGS = {
     "auto-aof-rewrite-percentage": "200",
     "save": '""',
     "maxmemory-policy": "noeviction",
-    # What a replica has cached (rep:<id>:px) is written with every request: 12 µs in a flat list of 128, 7 µs like this.
+    # What a replica has cached (rep:<id>:px) is written with every request: 12 µs in a flat list of 128, 7 like this.
     "zset-max-ziplist-entries": "16",
     "acl-pubsub-default": "resetchannels",  # a new user hears and says nothing until told otherwise
     "tcp-keepalive": "60",

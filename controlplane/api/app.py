@@ -1,0 +1,95 @@
+"""The REST provisioning API: its routers, its OpenAPI document, and errors as problems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from django.db import DatabaseError, InterfaceError
+from django.http import HttpRequest, HttpResponse
+from ninja import NinjaAPI
+from ninja.errors import HttpError, ValidationError
+from ninja.openapi.schema import OpenAPISchema
+
+from controlplane.api.problems import CONTENT_TYPE, database_away, problem
+from controlplane.api.resources import (
+    deployments,
+    keys,
+    members,
+    organization,
+    projects,
+    service_accounts,
+)
+from controlplane.errors import CorralError
+
+log = structlog.get_logger("corral.api")
+
+DESCRIPTION = """Provision tenants, keys, limits and deployments.
+
+Calls carry a management token (`Authorization: Bearer mt-crl-…`) and work for the token's organization. Lists come in
+pages (`limit`, `cursor`). Every write takes an `Idempotency-Key`, changes of one resource an `If-Match`. Refusals are
+problem details (RFC 9457) with a stable `code` and the fields at fault. Money is in nano-dollars, as integers.
+"""
+
+
+class Api(NinjaAPI):
+    """NinjaAPI whose document says what our middleware does: the token, and problems as application/problem+json."""
+
+    def get_openapi_schema(self, *args: Any, **kwargs: Any) -> OpenAPISchema:
+        schema = super().get_openapi_schema(*args, **kwargs)
+        schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"token": []}]
+        for path in schema["paths"].values():
+            for operation in path.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400:
+                        content = response.pop("content")
+                        response["content"] = {CONTENT_TYPE: content["application/json"]}
+        return schema
+
+
+api = Api(
+    title="Corral provisioning API",
+    version="1.0.0",
+    description=DESCRIPTION,
+    docs_url=None,
+    urls_namespace="api",
+)
+for module in (organization, projects, members, service_accounts, keys, deployments):
+    api.add_router("", module.router)
+
+
+@api.exception_handler(CorralError)
+def refused(request: HttpRequest, error: CorralError) -> HttpResponse:
+    errors = [{"field": error.field, "message": error.message}] if error.field else []
+    return problem(request, error.status, error.code, error.message, errors=errors)
+
+
+@api.exception_handler(ValidationError)
+def invalid(request: HttpRequest, error: ValidationError) -> HttpResponse:
+    """400 naming each field; a malformed id in the path is like one that never was: 404."""
+    if any(entry["loc"][0] == "path" for entry in error.errors):
+        return problem(request, 404, "not_found", "there is nothing under this id")
+    # loc: where it came from, the handler's parameter, then the path of the value.
+    found = [
+        {
+            "field": ".".join(str(part) for part in entry["loc"][2:]) or str(entry["loc"][-1]),
+            "message": entry["msg"],
+        }
+        for entry in error.errors
+    ]
+    detail = "; ".join(f"{each['field']}: {each['message']}" for each in found[:3])
+    return problem(request, 400, "invalid_input", detail, errors=found[:50])
+
+
+@api.exception_handler(HttpError)
+def http_error(request: HttpRequest, error: HttpError) -> HttpResponse:
+    return problem(request, error.status_code, "invalid_input", str(error))
+
+
+@api.exception_handler(Exception)
+def failed(request: HttpRequest, error: Exception) -> HttpResponse:
+    if isinstance(error, (DatabaseError, InterfaceError)):
+        return database_away(request, error)
+    log.error("api.failed", error=type(error).__name__, exc_info=error)
+    return problem(request, 500, "internal_error", "this is our fault and was logged: try again later")

@@ -1,0 +1,17 @@
+"""Entity tags: a digest of what a resource looks like, so that a change made meanwhile is noticed (RFC 9110, 13)."""
+
+from __future__ import annotations
+
+import hashlib
+
+from ninja import Schema
+
+
+def etag_of(resource: Schema) -> str:
+    """A strong tag: equal for equal representations, whoever asks."""
+    return f'"{hashlib.sha256(resource.model_dump_json().encode()).hexdigest()[:32]}"'
+
+
+def matches(header: str, etag: str) -> bool:
+    """Whether an If-Match or If-None-Match header names this tag. Weak tags never match, `*` always does."""
+    return header.strip() == "*" or etag in (part.strip() for part in header.split(","))

@@ -1,0 +1,101 @@
+"""How an operation is declared: its permission, its answers, its entity tag. Used by every file of resources/.
+
+A handler takes the request and its parameters and returns a schema; what it raises becomes a problem (app.py). For a
+change of one resource, `current` names how it looks now: If-Match is compared with that, under a row lock.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final
+
+from django.db.models import Model
+from ninja import Router, Schema
+
+from controlplane.api import etags
+from controlplane.api.middleware import ApiRequest
+from controlplane.api.problems import Problem
+from controlplane.errors import CorralError
+from controlplane.tenants.rights import Permission, require
+
+READ_ERRORS: Final = (400, 401, 403, 404, 405, 503)
+WRITE_ERRORS: Final = (400, 401, 403, 404, 405, 409, 412, 413, 503)
+Current = Callable[..., tuple[Model, Callable[[Any], Schema]]]
+_KEY_HEADER: Final = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "description": "Send the same key again to be given the same answer, for a day, without a second effect.",
+}
+_MATCH_HEADER: Final = {
+    "name": "If-Match",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "maxLength": 200},
+    "description": "The ETag as last read; 412 if the resource changed since.",
+}
+
+
+class ChangedMeanwhileError(CorralError):
+    """If-Match names another state than the present one."""
+
+    status = 412
+    code = "changed_meanwhile"
+
+
+def operation(
+    router: Router,
+    method: str,
+    path: str,
+    permission: Permission,
+    answer: Any,
+    *,
+    status: int = 200,
+    current: Current | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a handler. Its docstring's first line is the summary, the rest the description."""
+    is_write = method != "GET"
+    errors = WRITE_ERRORS if is_write else READ_ERRORS
+    headers = [] if not is_write else [_KEY_HEADER, *([_MATCH_HEADER] if current else [])]
+
+    def wrap(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(handler)
+        def guarded(request: ApiRequest, *args: Any, **kwargs: Any) -> Any:
+            require(request.caller.role, permission, request.caller.scopes)
+            if current is not None:
+                _compare(request, current, kwargs)
+            found = handler(request, *args, **kwargs)
+            if isinstance(found, Schema):
+                request.etag = etags.etag_of(found)
+            return status, found
+
+        # Annotations as objects: their names are the resource's, which this module does not know.
+        guarded.__signature__ = inspect.signature(handler, eval_str=True)  # type: ignore[attr-defined]
+        summary, _, description = (handler.__doc__ or "").partition("\n")
+        router.api_operation(
+            [method],
+            path,
+            response={status: answer, frozenset(errors): Problem},
+            summary=summary.rstrip("."),
+            description=" ".join(description.split()) or summary,
+            operation_id=handler.__name__,
+            openapi_extra={"x-corral-permission": permission.value, "parameters": headers},
+            by_alias=True,
+        )(guarded)
+        return guarded
+
+    return wrap
+
+
+def _compare(request: ApiRequest, current: Current, kwargs: dict[str, Any]) -> None:
+    header = request.headers.get("If-Match")
+    if header is None:
+        return
+    row, _ = current(request, **kwargs)
+    type(row)._default_manager.select_for_update(of=("self",)).get(pk=row.pk)
+    row, out = current(request, **kwargs)  # as it is under the lock
+    if not etags.matches(header, etags.etag_of(out(row))):
+        raise ChangedMeanwhileError("it changed since you read it: read it again, then send your change")

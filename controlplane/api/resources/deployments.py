@@ -1,0 +1,251 @@
+"""Deployments, model versions and service classes: what is served, and how well."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from django.db.models import Model
+from ninja import Field, Query, Router, Schema
+
+from controlplane.api.middleware import ApiRequest
+from controlplane.api.operations import operation
+from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
+from controlplane.deployments import selectors, services
+from controlplane.deployments.models import MAX_WINDOW_TOKENS, Deployment, ModelVersion, Phase
+from controlplane.policy.ordering import QueueOrder
+from controlplane.tenants.rights import Permission
+
+router = Router(tags=["deployments"])
+_Replicas = Annotated[int, Field(ge=0, le=services.MAX_REPLICAS)]
+_IdleS = Annotated[int, Field(ge=0, le=services.MAX_IDLE_TIMEOUT_S)]
+_Window = Annotated[int, Field(ge=0, le=MAX_WINDOW_TOKENS)]
+_Word = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class DeploymentOut(Schema):
+    """A model version served under a name."""
+
+    id: DeploymentId
+    project_id: ProjectId
+    name: str = Field(description="The `model` that programs send to /v1")
+    model_version_id: ModelVersionId
+    engine_profile: dict[str, Any]
+    min_replicas: int
+    max_replicas: int
+    idle_timeout_s: int
+    slo_class: str
+    queue_order: QueueOrder
+    locality_window_tokens: int
+    price: str
+    phase: Phase
+    last_error: str
+    generation: int
+    created_at: datetime
+
+
+class NewDeployment(Body):
+    """A deployment to be."""
+
+    project_id: ProjectId
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
+    model_version_id: ModelVersionId
+    engine_profile: dict[str, Any] = Field(default_factory=dict)
+    min_replicas: _Replicas = 0
+    max_replicas: Annotated[int, Field(ge=1, le=services.MAX_REPLICAS)] = 1
+    idle_timeout_s: _IdleS = 300
+    slo_class: _Word = "interactive"
+    queue_order: QueueOrder = QueueOrder.EDF
+    locality_window_tokens: _Window = 2_000
+    price: _Word = "standard"
+
+
+class DeploymentChange(Body):
+    """What is left out stays as it is."""
+
+    model_version_id: ModelVersionId | None = None
+    engine_profile: dict[str, Any] | None = None
+    min_replicas: _Replicas | None = None
+    max_replicas: Annotated[int, Field(ge=1, le=services.MAX_REPLICAS)] | None = None
+    idle_timeout_s: _IdleS | None = None
+    slo_class: _Word | None = None
+    queue_order: QueueOrder | None = None
+    locality_window_tokens: _Window | None = None
+    price: _Word | None = None
+
+
+class DeploymentQuery(PageQuery):
+    """Which deployments."""
+
+    project_id: ProjectId | None = None
+
+
+class ModelVersionOut(Schema):
+    """One exact set of weights."""
+
+    id: ModelVersionId
+    digest: str
+    name: str
+    source_kind: str
+    size_bytes: int
+    n_params: int | None
+    max_model_len: int
+    licence: str
+    created_at: datetime
+
+
+class SloClassOut(Schema):
+    """A promise of speed."""
+
+    name: str
+    band: int = Field(description="Order in the fair queue; 0 is served first")
+    ttft_ms: int
+    itl_ms: int
+    deadline_s: int
+
+
+class SloClasses(Schema):
+    """All service classes, first served first."""
+
+    data: list[SloClassOut]
+
+
+def deployment_out(row: Deployment) -> DeploymentOut:
+    return DeploymentOut(
+        id=row.id,
+        project_id=row.project_id,
+        name=row.name,
+        model_version_id=row.model_version_id,
+        engine_profile=row.engine_profile,
+        min_replicas=row.min_replicas,
+        max_replicas=row.max_replicas,
+        idle_timeout_s=row.idle_timeout_s,
+        slo_class=row.slo_class.name,
+        queue_order=QueueOrder(row.queue_order),
+        locality_window_tokens=row.locality_window_tokens,
+        price=row.price_version.name,
+        phase=Phase(row.phase),
+        last_error=row.last_error,
+        generation=row.generation,
+        created_at=row.created_at,
+    )
+
+
+def version_out(row: ModelVersion) -> ModelVersionOut:
+    return ModelVersionOut(
+        id=row.id,
+        digest=row.digest,
+        name=row.name,
+        source_kind=row.source_kind,
+        size_bytes=row.size_bytes,
+        n_params=row.n_params,
+        max_model_len=row.max_model_len,
+        licence=row.licence,
+        created_at=row.created_at,
+    )
+
+
+def _found(request: ApiRequest, deployment_id: UUID) -> Deployment:
+    return selectors.deployment(organization_id=request.caller.organization_id, deployment_id=deployment_id)
+
+
+def _current(request: ApiRequest, deployment_id: DeploymentId, **_: object) -> tuple[Model, Any]:
+    return _found(request, deployment_id), deployment_out
+
+
+@operation(router, "GET", "/deployments", Permission.DEPLOYMENTS_READ, Page[DeploymentOut])
+def list_deployments(request: ApiRequest, query: Query[DeploymentQuery]) -> Page[DeploymentOut]:
+    """Deployments, newest first."""
+    rows = Deployment.objects.filter(
+        organization_id=request.caller.organization_id, deleted_at=None
+    ).select_related("price_version", "slo_class")
+    if query.project_id is not None:
+        rows = rows.filter(project_id=query.project_id)
+    return page(rows, query, deployment_out)
+
+
+@operation(router, "POST", "/deployments", Permission.DEPLOYMENTS_WRITE, DeploymentOut, status=201)
+def create_deployment(request: ApiRequest, body: NewDeployment) -> DeploymentOut:
+    """Serve a model version under a name."""
+    made = services.create_deployment(
+        organization_id=request.caller.organization_id, **{**body.model_dump(), **_ids(body)}
+    )
+    return deployment_out(_found(request, made.id))
+
+
+@operation(router, "GET", "/deployments/{deployment_id}", Permission.DEPLOYMENTS_READ, DeploymentOut)
+def get_deployment(request: ApiRequest, deployment_id: DeploymentId) -> DeploymentOut:
+    """One deployment."""
+    return deployment_out(_found(request, deployment_id))
+
+
+@operation(
+    router,
+    "PATCH",
+    "/deployments/{deployment_id}",
+    Permission.DEPLOYMENTS_WRITE,
+    DeploymentOut,
+    current=_current,
+)
+def change_deployment(
+    request: ApiRequest, deployment_id: DeploymentId, body: DeploymentChange
+) -> DeploymentOut:
+    """Change what is wanted; the autoscaler makes it so."""
+    change = services.Change(**{**body.model_dump(), **_ids(body)})
+    services.update_deployment(
+        organization_id=request.caller.organization_id, deployment_id=deployment_id, change=change
+    )
+    return deployment_out(_found(request, deployment_id))
+
+
+@operation(
+    router,
+    "DELETE",
+    "/deployments/{deployment_id}",
+    Permission.DEPLOYMENTS_WRITE,
+    None,
+    status=204,
+    current=_current,
+)
+def delete_deployment(request: ApiRequest, deployment_id: DeploymentId) -> None:
+    """Stop serving it: its replicas are drained, its name is free again."""
+    services.delete_deployment(organization_id=request.caller.organization_id, deployment_id=deployment_id)
+
+
+@operation(router, "GET", "/model-versions", Permission.DEPLOYMENTS_READ, Page[ModelVersionOut])
+def list_model_versions(request: ApiRequest, query: Query[PageQuery]) -> Page[ModelVersionOut]:
+    """Model versions, newest first."""
+    rows = ModelVersion.objects.filter(organization_id=request.caller.organization_id)
+    return page(rows, query, version_out)
+
+
+@operation(router, "GET", "/model-versions/{version_id}", Permission.DEPLOYMENTS_READ, ModelVersionOut)
+def get_model_version(request: ApiRequest, version_id: ModelVersionId) -> ModelVersionOut:
+    """One model version."""
+    return version_out(
+        selectors.model_version(organization_id=request.caller.organization_id, model_version_id=version_id)
+    )
+
+
+@operation(router, "GET", "/slo-classes", Permission.DEPLOYMENTS_READ, SloClasses)
+def list_slo_classes(request: ApiRequest) -> SloClasses:
+    """Service classes, first served first."""
+    return SloClasses(
+        data=[
+            SloClassOut(
+                name=row.name,
+                band=row.band,
+                ttft_ms=row.ttft_ms,
+                itl_ms=row.itl_ms,
+                deadline_s=row.deadline_s,
+            )
+            for row in selectors.slo_classes()
+        ]
+    )
+
+
+def _ids(body: Schema) -> dict[str, UUID | None]:
+    """Ids as they are inside; dumping writes them as they are outside."""
+    return {name: getattr(body, name) for name in ("project_id", "model_version_id") if hasattr(body, name)}

@@ -1,0 +1,84 @@
+"""Values that several resources have: ids with their prefix, limits, money as integers of nano-dollars."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+from ninja import Field, Schema
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
+
+from controlplane import ids
+from controlplane.tenants.limits import Limits
+from controlplane.tenants.models import LimitColumns
+
+MAX_32: Final = 2**31 - 1
+MAX_64: Final = 2**63 - 1
+
+
+def _id(prefix: ids.Prefix) -> Any:
+    """A pydantic type: UUID inside, `<prefix>_<32 hex>` outside."""
+
+    def read(value: object) -> UUID:
+        if isinstance(value, UUID):
+            return value
+        return ids.from_text(prefix, str(value))
+
+    shape = {
+        "type": "string",
+        "pattern": f"^{prefix.value}_[0-9a-f]{{32}}$",
+        "examples": [f"{prefix.value}_0193f2c47e1a7b3c9d5e6f7081920a1b"],
+    }
+    return Annotated[
+        UUID,
+        BeforeValidator(read),
+        PlainSerializer(lambda value: ids.to_text(prefix, value), return_type=str),
+        WithJsonSchema(shape),
+    ]
+
+
+OrganizationId = _id(ids.Prefix.ORGANIZATION)
+ProjectId = _id(ids.Prefix.PROJECT)
+MemberId = _id(ids.Prefix.MEMBER)
+UserId = _id(ids.Prefix.USER)
+KeyId = _id(ids.Prefix.API_KEY)
+ServiceAccountId = _id(ids.Prefix.SERVICE_ACCOUNT)
+TokenId = _id(ids.Prefix.MANAGEMENT_TOKEN)
+ModelVersionId = _id(ids.Prefix.MODEL_VERSION)
+DeploymentId = _id(ids.Prefix.DEPLOYMENT)
+
+Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"\S")]
+Slug = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[-a-zA-Z0-9_]+$")]
+Weight = Annotated[int, Field(ge=1, le=10_000, description="Share of a full queue, 100 is ordinary")]
+_Count = Annotated[int, Field(ge=0, le=MAX_32)]
+
+
+class Body(Schema):
+    """What a write sends. Unknown fields are refused: a misspelt one would be lost in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class LimitsValue(Body):
+    """Limits at one level; null or left out is no limit there. The tightest of key, project, organization counts."""
+
+    rpm: _Count | None = Field(default=None, description="Requests per minute", examples=[600])
+    input_tpm: _Count | None = Field(default=None, description="Prompt tokens per minute")
+    output_tpm: _Count | None = Field(default=None, description="Completion tokens per minute")
+    max_concurrency: _Count | None = Field(default=None, description="Requests in flight")
+    budget_nano: Annotated[int, Field(ge=0, le=MAX_64)] | None = Field(
+        default=None, description="Money that may be spent, in nano-dollars", examples=[25_000_000_000]
+    )
+
+    def as_limits(self) -> Limits:
+        return Limits(**self.model_dump())
+
+
+def limits_of(row: LimitColumns) -> LimitsValue:
+    return LimitsValue(
+        rpm=row.rpm,
+        input_tpm=row.input_tpm,
+        output_tpm=row.output_tpm,
+        max_concurrency=row.max_concurrency,
+        budget_nano=row.budget_nano,
+    )

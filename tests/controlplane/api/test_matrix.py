@@ -1,0 +1,202 @@
+"""Who may call what: every operation of the document, with every kind of caller. A new one without a row fails."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from controlplane.api.app import api as rest
+from controlplane.tenants import service_accounts as accounts
+from controlplane.tenants import services
+from controlplane.tenants.models import Role
+from controlplane.tenants.rights import PERMISSIONS, Permission
+from tests.controlplane.api.caller import Api, token_of
+from tests.world import World, make_version
+
+# What each write sends. Reads send nothing.
+BODIES: dict[str, Any] = {
+    "change_organization": {"name": "New name"},
+    "set_organization_limits": {"rpm": 5},
+    "create_project": {"name": "Two", "slug": "two"},
+    "change_project": {"name": "New name"},
+    "set_project_limits": {"rpm": 5},
+    "change_member": {"role": "viewer"},
+    "remove_member": None,
+    "create_service_account": {"name": "robot", "role": "viewer"},
+    "delete_service_account": None,
+    "create_token": {"name": "t"},
+    "revoke_token": None,
+    "create_key": {"name": "program"},
+    "set_key_limits": {"rpm": 5},
+    "rotate_key": {"overlap_s": 60},
+    "revoke_key": None,
+    "create_deployment": {"name": "toy"},
+    "change_deployment": {"max_replicas": 2},
+    "delete_deployment": None,
+}
+READS = {
+    "get_organization",
+    "list_projects",
+    "get_project",
+    "list_members",
+    "get_member",
+    "list_service_accounts",
+    "get_service_account",
+    "list_tokens",
+    "list_keys",
+    "get_key",
+    "list_deployments",
+    "get_deployment",
+    "list_model_versions",
+    "get_model_version",
+    "list_slo_classes",
+}
+
+
+def operations() -> list[tuple[str, str, str, Permission]]:
+    """(name, method, path, permission) of everything the document has."""
+    paths = rest.get_openapi_schema()["paths"]
+    return [
+        (o["operationId"], method.upper(), path.removeprefix("/api/v1"), Permission(o["x-corral-permission"]))
+        for path, methods in paths.items()
+        for method, o in methods.items()
+    ]
+
+
+class Acme:
+    """One of everything, in Acme, and the paths to it."""
+
+    def __init__(self, world: World) -> None:
+        from controlplane.deployments import services as deployments
+        from controlplane.tenants import selectors
+        from controlplane.tenants.context import tenant
+
+        organization_id = world.organization.id
+        key, _ = services.create_api_key(
+            organization_id=organization_id, project_id=world.project.id, name="program"
+        )
+        account = accounts.create_service_account(
+            organization_id=organization_id, name="robot zero", role=Role.VIEWER
+        )
+        token, _ = accounts.create_token(organization_id=organization_id, account_id=account.id, name="t")
+        version = make_version(organization_id)
+        deployment = deployments.create_deployment(
+            organization_id=organization_id,
+            project_id=world.project.id,
+            name="served",
+            model_version_id=version.id,
+            engine_profile={"engine": "toy"},
+        )
+        with tenant(organization_id):
+            member = next(
+                m for m in selectors.members(organization_id=organization_id) if m.user_id == world.bob.id
+            )
+        self.ids = {
+            "project_id": f"prj_{world.project.id.hex}",
+            "member_id": f"mem_{member.id.hex}",
+            "account_id": f"svc_{account.id.hex}",
+            "token_id": f"tok_{token.id.hex}",
+            "key_id": f"key_{key.id.hex}",
+            "deployment_id": f"dep_{deployment.id.hex}",
+            "version_id": f"mdl_{version.id.hex}",
+        }
+        self.secrets = ["served", "program", "robot zero", *self.ids.values()]
+
+    def path(self, template: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda m: self.ids[m[1]], template)
+
+    def body(self, name: str) -> Any:
+        body = BODIES.get(name)
+        if name == "create_key":
+            return {**body, "project_id": self.ids["project_id"]}
+        if name == "create_deployment":
+            return {
+                **body,
+                "project_id": self.ids["project_id"],
+                "model_version_id": self.ids["version_id"],
+                "engine_profile": {"engine": "toy"},
+            }
+        return body
+
+
+def test_every_operation_has_a_row() -> None:
+    names = {name for name, _, _, _ in operations()}
+    assert names == BODIES.keys() | READS
+    assert not BODIES.keys() & READS
+
+
+def test_reads_need_reading_and_writes_writing() -> None:
+    for name, method, _, permission in operations():
+        verb = "read" if method == "GET" else "write"
+        assert permission.endswith(f":{verb}"), name
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_role_may_what_its_permissions_say(world: World, role: Role) -> None:
+    """An allowed call works, a forbidden one is a 403 that names what is missing, and changes nothing."""
+    from django.db import transaction
+
+    acme, caller = Acme(world), Api(token_of(world.organization.id, role))
+    for name, method, path, permission in operations():
+        with transaction.atomic():
+            response = caller.call(method, acme.path(path), acme.body(name))
+            transaction.set_rollback(True)
+        if permission in PERMISSIONS[role]:
+            assert response.status_code in (200, 201, 204), (name, response.body)
+        else:
+            assert response.status_code == 403, (name, response.body)
+            assert response.body["code"] == "not_permitted"
+            assert permission.sentence in response.body["detail"]
+
+
+def test_a_stranger_finds_nothing(world: World) -> None:
+    acme, stranger = Acme(world), Api(token_of(world.other_organization.id, Role.OWNER))
+    for name, method, path, _ in operations():
+        response = stranger.call(method, acme.path(path), acme.body(name))
+        if "{" in path or name in ("create_key", "create_deployment"):
+            assert response.status_code == 404, (name, response.body)
+        for secret in acme.secrets:
+            assert secret not in response.content.decode().replace(acme.path(path), ""), (name, secret)
+
+
+@pytest.mark.parametrize("kind", ["suspended", "anonymous", "revoked"])
+def test_who_is_nobody_finds_nothing(world: World, kind: str) -> None:
+    acme = Acme(world)
+    caller = Api(None if kind == "anonymous" else token_of(world.organization.id, Role.OWNER))
+    if kind == "suspended":
+        services.suspend_organization(organization_id=world.organization.id, suspended=True)
+    elif kind == "revoked":
+        found = accounts.find_caller(caller.token)
+        accounts.revoke_token(organization_id=world.organization.id, token_id=found.token_id)
+    for name, method, path, _ in operations():
+        response = caller.call(method, acme.path(path), acme.body(name))
+        assert response.status_code == (403 if kind == "suspended" else 401), name
+        assert response["Content-Type"] == "application/problem+json"
+        for secret in acme.secrets:
+            assert secret not in response.content.decode().replace(acme.path(path), ""), (name, secret)
+
+
+def test_a_scoped_token_may_only_what_its_scopes_say(world: World) -> None:
+    acme = Acme(world)
+    caller = Api(token_of(world.organization.id, Role.OWNER, scopes=[Permission.KEYS_READ]))
+    for name, method, path, permission in operations():
+        response = caller.call(method, acme.path(path), acme.body(name))
+        assert response.status_code == (200 if permission == Permission.KEYS_READ else 403), name
+
+
+def test_nobody_gives_what_they_do_not_have(world: World) -> None:
+    acme, admin = Acme(world), Api(token_of(world.organization.id, Role.ADMIN))
+    refused = admin.post("/service-accounts", {"name": "king", "role": "owner"})
+    assert (refused.status_code, refused.body["errors"][0]["field"]) == (403, "role")
+    owner = accounts.create_service_account(
+        organization_id=world.organization.id, name="king", role=Role.OWNER
+    )
+    path = f"/service-accounts/svc_{owner.id.hex}/tokens"
+    assert admin.post(path, {"name": "t"}).status_code == 403
+    assert admin.post(path, {"name": "t", "scopes": ["keys:read"]}).status_code == 201
+    assert admin.call("PATCH", f"/members/{acme.ids['member_id']}", {"role": "owner"}).status_code == 403
+    assert admin.call("PATCH", f"/members/{acme.ids['member_id']}", {"role": "admin"}).status_code == 200
+    narrow = Api(token_of(world.organization.id, Role.ADMIN, scopes=[Permission.SERVICE_ACCOUNTS_WRITE]))
+    assert narrow.post("/service-accounts", {"name": "wide", "role": "viewer"}).status_code == 403
