@@ -63,6 +63,11 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "tenants.forget_answers": {
+            "task": "tenants.forget_answers",
+            "schedule": 600.0,
+            "options": {"expires": 600.0},
+        },
         "tenants.lease_shares": {
             "task": "tenants.lease_shares",
             "schedule": 10.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import structlog
-from django.db import DatabaseError, InterfaceError
+from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest, HttpResponse
 from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
@@ -89,7 +89,7 @@ def http_error(request: HttpRequest, error: HttpError) -> HttpResponse:
 
 @api.exception_handler(Exception)
 def failed(request: HttpRequest, error: Exception) -> HttpResponse:
-    if isinstance(error, (DatabaseError, InterfaceError)):
+    if isinstance(error, (OperationalError, InterfaceError)):
         return database_away(request, error)
     log.error("api.failed", error=type(error).__name__, exc_info=error)
     return problem(request, 500, "internal_error", "this is our fault and was logged: try again later")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, cast
 
-from django.db import DatabaseError, InterfaceError, transaction
+from django.db import InterfaceError, OperationalError, transaction
 from django.http import HttpRequest, HttpResponse
 from psycopg_pool import PoolTimeout, TooManyRequests
 from structlog.contextvars import bind_contextvars
@@ -45,7 +45,7 @@ class ApiMiddleware:
             return self._get_response(request)
         try:
             return self._answer(cast(ApiRequest, request))
-        except (DatabaseError, InterfaceError, PoolTimeout, TooManyRequests) as error:
+        except (OperationalError, InterfaceError, PoolTimeout, TooManyRequests) as error:
             return database_away(request, error)
 
     def _answer(self, request: ApiRequest) -> HttpResponse:

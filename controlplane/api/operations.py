@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any, Final
 
 from django.db.models import Model
-from ninja import Router, Schema
+from ninja import Router, Schema, Status
 
 from controlplane.api import etags
 from controlplane.api.middleware import ApiRequest
@@ -70,7 +70,7 @@ def operation(
             found = handler(request, *args, **kwargs)
             if isinstance(found, Schema):
                 request.etag = etags.etag_of(found)
-            return status, found
+            return Status(status, found)
 
         # Annotations as objects: their names are the resource's, which this module does not know.
         guarded.__signature__ = inspect.signature(handler, eval_str=True)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 from uuid import UUID
 
 from ninja import Field, Schema
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema, model_validator
 
 from controlplane import ids
 from controlplane.tenants.limits import Limits
@@ -53,10 +53,26 @@ Weight = Annotated[int, Field(ge=1, le=10_000, description="Share of a full queu
 _Count = Annotated[int, Field(ge=0, le=MAX_32)]
 
 
+def _has_nul(value: Any) -> bool:
+    """Bounded by the parser's own depth."""
+    if isinstance(value, str):
+        return "\x00" in value
+    if isinstance(value, dict):
+        return any(_has_nul(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(_has_nul(part) for part in value)
+
+
 class Body(Schema):
     """What a write sends. Unknown fields are refused: a misspelt one would be lost in silence."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        if _has_nul(value):
+            raise ValueError("text must not contain the character U+0000: the database cannot hold it")
+        return value
 
 
 class LimitsValue(Body):

@@ -12,6 +12,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from controlplane.tenants.leases import DATABASE, Leases
+from controlplane.tenants.models import IdempotentWrite
 
 LEASES_EVERY_S = 10.0
 REDIS_TIMEOUT_S = 2.0
@@ -20,6 +21,7 @@ log = structlog.get_logger("corral.tenants")
 
 # Gateways poll every few seconds; one that was away for longer than this starts with an empty cache.
 KEEP_CHANGES = timedelta(hours=1)
+KEEP_ANSWERS = timedelta(days=1)
 
 
 @shared_task(name="tenants.prune_changes")  # type: ignore[untyped-decorator]
@@ -32,6 +34,18 @@ def prune_changes() -> None:
         (n_pruned,) = cursor.fetchone()
     if n_pruned:
         log.info("changes.pruned", n_pruned=n_pruned)
+
+
+@shared_task(name="tenants.forget_answers")  # type: ignore[untyped-decorator]
+def forget_answers() -> None:
+    """Delete answers that were kept for repeated writes and are a day old; a bounded number a run."""
+    before = timezone.now() - KEEP_ANSWERS
+    old = IdempotentWrite.objects.filter(created_at__lt=before).order_by("created_at")
+    n_forgotten, _ = IdempotentWrite.objects.filter(
+        pk__in=list(old.values_list("pk", flat=True)[:10_000])
+    ).delete()
+    if n_forgotten:
+        log.info("answers.forgotten", n_forgotten=n_forgotten)
 
 
 @shared_task(  # type: ignore[untyped-decorator]

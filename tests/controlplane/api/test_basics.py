@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from io import StringIO
 
 import pytest
 from django.db import OperationalError
@@ -97,6 +99,7 @@ def test_unknown_routes_and_methods_are_problems(api: Api) -> None:
         ({"name": "Two", "slug": "two", "limits": {"rpm": -1}}, ["limits.rpm"]),
         ({"name": "Two", "slug": "two", "weight": "heavy"}, ["weight"]),
         ({"name": "Two", "slug": "not a slug"}, ["slug"]),
+        ({"name": "Tw\x00o", "slug": "two"}, ["body"]),
     ],
 )
 def test_bad_input_names_every_field_and_leaves_nothing(
@@ -201,3 +204,43 @@ def test_what_fails_half_way_leaves_nothing(api: Api, world: World, monkeypatch:
     assert problem(response)[:2] == (500, "internal_error")
     with tenant(world.organization.id):
         assert Project.objects.count() == 1
+
+
+def test_kept_answers_are_forgotten_after_a_day(api: Api, world: World, as_operator) -> None:
+    from datetime import timedelta
+
+    from controlplane.tenants.tasks import forget_answers
+
+    for n in range(2):
+        api.post("/projects", {"name": "N", "slug": f"n{n}"}, **{"Idempotency-Key": f"k{n}"})
+    with as_operator():
+        first = IdempotentWrite.objects.order_by("created_at").first()
+        IdempotentWrite.objects.filter(pk=first.pk).update(
+            created_at=first.created_at - timedelta(days=1, seconds=1)
+        )
+        forget_answers()
+        assert [row.pk for row in IdempotentWrite.objects.all()] != [first.pk]
+        assert IdempotentWrite.objects.count() == 1
+
+
+def test_the_first_token_comes_from_the_command_line(world: World, as_operator) -> None:
+    from django.core.management import CommandError, call_command
+
+    with as_operator():
+        out = StringIO()
+        call_command("create_token", "ci", "--role", "viewer", "--json", stdout=out)
+        with pytest.raises(CommandError, match="--role"):
+            call_command("create_token", "ci", "--role", "owner")
+        with pytest.raises(CommandError, match="slug"):
+            call_command("create_token", "ci", "--organization", "nobody")
+    caller = Api(json.loads(out.getvalue())["token"])
+    assert caller.get("/projects").status_code == 200
+    assert caller.post("/projects", {"name": "Two", "slug": "two"}).status_code == 403
+
+
+def test_the_table_of_permissions_is_the_page_in_docs() -> None:
+    from django.conf import settings
+
+    from controlplane.management.commands.permissions import table
+
+    assert (settings.BASE_DIR / "docs" / "permissions.md").read_text() == table()
