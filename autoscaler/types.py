@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
+from autoscaler.policy.forecast import ForecastMemory
+
 
 class ReplicaPhase(StrEnum):
     """Phases of a replica that still counts; one that stopped or failed is not observed."""
@@ -118,6 +120,11 @@ class ScalerSpec:
     panic_window_s: float = 6.0  # 10 % of it
     panic_ratio: float = 2.0  # panic when the short window wants this many times what is ready
     scale_down_delay_s: float = 30.0  # wants the highest wish of this long before it shrinks
+    # Looks as far ahead as a start takes (0: not at all), and keeps room for so many deviations of what it foretells.
+    # Once that has proven itself, load seen now needs no reserve of its own beyond `proven_ratio`.
+    lead_s: float = 0.0
+    n_deviations: float = 2.0
+    proven_ratio: float = 0.95
     # A tick comes every 5 s at the latest, so a beat unchanged between two of them is this old.
     beat_stale_s: float = 4.0
     start_timeout_s: float = 300.0  # weights of some GB from a cold disk
@@ -140,6 +147,9 @@ class ScalerSpec:
             ("max_replicas", self.max_replicas, max(self.min_replicas, 0), 10_000),
             ("slots", self.slots, 1, 100_000),
             ("target_ratio", self.target_ratio, 0.01, 1.0),
+            ("proven_ratio", self.proven_ratio, 0.01, 1.0),
+            ("lead_s", self.lead_s, 0, 3600),
+            ("n_deviations", self.n_deviations, 0, 10),
             ("idle_timeout_s", self.idle_timeout_s, 0, 1e9),
             ("max_failures", self.max_failures, 1, 1000),
         ):
@@ -185,6 +195,7 @@ class ScalerMemory:
     last_busy_at_s: float | None = None
     n_requests_total: int = 0
     no_room_since_s: float | None = None
+    forecast: ForecastMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)

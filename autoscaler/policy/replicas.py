@@ -8,6 +8,7 @@ has its own rule: nothing queued, nothing running, and idle for the deployment's
 import math
 from dataclasses import replace
 
+from autoscaler.policy.forecast import Forecast, forecast, learn
 from autoscaler.policy.load import keep_samples, load_now, mean, next_beats, slots_now
 from autoscaler.types import Observation, ReplicaPhase, Sample, ScalerMemory, ScalerSpec, Wish
 
@@ -29,7 +30,8 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
 
     if spec.deleted:
         return Wish(0, memory, ("the deployment is deleted: no replica is wanted",))
-    n, reason, memory = _from_load(observation, spec, memory, n_live, slots)
+    ahead, memory = _look_ahead(now_s, known, spec, memory)
+    n, reason, memory = _from_load(observation, spec, memory, n_live, slots, ahead)
     if n_live == 0 and known > 0:
         n, reason = max(1, _replicas_for(known, spec, slots), n), f"nothing serves {known:g} waiting requests"
     elif n_live == 0 and possible == 0:
@@ -42,12 +44,26 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
     return Wish(bounded, memory, (reason,))
 
 
+def _look_ahead(
+    now_s: float, known: float, spec: ScalerSpec, memory: ScalerMemory
+) -> tuple[Forecast | None, ScalerMemory]:
+    if spec.lead_s <= 0:
+        return None, memory
+    learnt = learn(now_s, known, spec.lead_s, memory.forecast)
+    return forecast(now_s, spec.lead_s, learnt), replace(memory, forecast=learnt)
+
+
 def _replicas_for(load: float, spec: ScalerSpec, slots: float) -> int:
     return math.ceil(load / (slots * spec.target_ratio) - 1e-9)
 
 
 def _from_load(
-    observation: Observation, spec: ScalerSpec, memory: ScalerMemory, n_live: int, slots: float
+    observation: Observation,
+    spec: ScalerSpec,
+    memory: ScalerMemory,
+    n_live: int,
+    slots: float,
+    ahead: Forecast | None,
 ) -> tuple[int, str, ScalerMemory]:
     """(replicas, reason, memory), at `slots` of one replica. What the delay looks back on is what load wanted, not
     what was kept.
@@ -56,7 +72,14 @@ def _from_load(
     stable = mean([s.known for s in samples if s.at_s > now_s - spec.stable_window_s])
     short = mean([s.known for s in samples if s.at_s > now_s - spec.panic_window_s])
     possible = mean([s.possible for s in samples if s.at_s > now_s - spec.stable_window_s])
+    n_ahead, foretold = 0, ""
+    if ahead is not None:
+        high = ahead.high(spec.n_deviations)
+        n_ahead = math.ceil(high / slots - 1e-9)
+        foretold = f"; {high:.1f} at most in {spec.lead_s:g} s ({ahead.rule}) want {n_ahead}"
+        spec = replace(spec, target_ratio=max(spec.proven_ratio, spec.target_ratio))
     n_stable, n_short = _replicas_for(stable, spec, slots), _replicas_for(short, spec, slots)
+    n_stable = max(n_stable, n_ahead)  # what is seen wins upward, and so does what is foretold
     n_ready = sum(1 for r in observation.replicas if r.phase is ReplicaPhase.READY)
     per_replica = f"{slots:.3g} slots x {spec.target_ratio:g}"
 
@@ -71,14 +94,22 @@ def _from_load(
     memory = _note_wanted(replace(memory, panic_until_s=None, panic_wanted=0), enough)
 
     if n_stable > n_live:
-        return n_stable, f"{stable:.1f} requests on average want {n_stable} of {per_replica}", memory
+        return (
+            n_stable,
+            f"{stable:.1f} requests on average want {n_stable} of {per_replica}{foretold}",
+            memory,
+        )
     keep = max(s.wanted for s in memory.samples if s.at_s > now_s - spec.scale_down_delay_s)
     if keep >= n_live:
-        return n_live, f"{stable:.1f} requests on average (at most {possible:.1f}): {n_live} stay", memory
+        return (
+            n_live,
+            f"{stable:.1f} requests on average (at most {possible:.1f}): {n_live} stay{foretold}",
+            memory,
+        )
     reason = (
         f"at most {possible:.1f} requests on average, {spec.scale_down_delay_s:g} s long: {keep} are enough"
     )
-    return keep, reason, memory
+    return keep, reason + foretold, memory
 
 
 def _note_wanted(memory: ScalerMemory, n: int) -> ScalerMemory:
