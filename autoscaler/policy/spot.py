@@ -93,7 +93,9 @@ class Orders:
     release: tuple[tuple[str, int], ...] = ()
     launch_on_demand: int = 0
     release_on_demand: int = 0
-    cancel_on_demand: int = 0  # of those that have not become ready
+    # Of those that have not become ready: machines that nobody waits for any more.
+    cancel: tuple[tuple[str, int], ...] = ()
+    cancel_on_demand: int = 0
     reasons: tuple[str, ...] = ()
 
 
@@ -146,8 +148,14 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     # What is ready suffices: cover that still starts would come too late to be of use.
     n_spare_ready = n_staying_ready + view.n_on_demand_ready - release_on_demand - view.n_wanted
     cancel_on_demand = view.n_on_demand_pending if n_spare_ready >= 0 and not launch_on_demand else 0
+    cancel: dict[str, int] = {}
     release: dict[str, int] = {}
     n_surplus = n_spot - view.n_wanted - n_spares
+    for offer in reversed(ranked):
+        n = min(offer.n_pending, n_surplus)
+        if n > 0 and n_staying_ready >= view.n_wanted:
+            cancel[offer.name] = n
+            n_surplus -= n
     for offer in reversed(ranked):
         if n_surplus <= 0 or n_over <= 0:
             break
@@ -165,6 +173,7 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
             tuple(release.items()),
             launch_on_demand,
             release_on_demand,
+            tuple(cancel.items()),
             cancel_on_demand,
             tuple(reasons),
         ),

@@ -5,7 +5,10 @@ SpotHedge follows SkyServe (2411.01438 and its published autoscaler and placer);
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
+from autoscaler.sim.fleet import Buyer
 
 
 class Corral:
@@ -23,7 +26,10 @@ class Corral:
 class OnDemandOnly:
     def buy(self, view: FleetView) -> Orders:
         n = view.n_wanted - view.n_on_demand_pending - view.n_on_demand_ready
-        return Orders(launch_on_demand=max(n, 0), release_on_demand=min(max(-n, 0), view.n_on_demand_ready))
+        n_cancel = min(max(-n, 0), view.n_on_demand_pending)
+        return Orders(
+            launch_on_demand=max(n, 0), cancel_on_demand=n_cancel, release_on_demand=max(-n, 0) - n_cancel
+        )
 
 
 class SpotOnly:
@@ -34,7 +40,8 @@ class SpotOnly:
 
     def buy(self, view: FleetView) -> Orders:
         n_spot = sum(o.n_pending + o.n_ready for o in view.offers)
-        return Orders(launch=_first(view, view.n_wanted - n_spot, self.retry_s), release=_most(view, n_spot))
+        cancel, release = _fewer(view, n_spot, view.n_wanted)
+        return Orders(_first(view, view.n_wanted - n_spot, self.retry_s), release, cancel=cancel)
 
 
 class AnyZoneElseOnDemand:
@@ -51,12 +58,30 @@ class AnyZoneElseOnDemand:
         launch = _first(view, n_missing, self.retry_s)
         n_on_demand = view.n_on_demand_pending + view.n_on_demand_ready
         n_ready = sum(o.n_ready for o in view.offers)
+        cancel, release = _fewer(view, n_spot, n_goal)
         return Orders(
             launch=launch,
-            release=_most(view, n_spot, n_goal),
+            release=release,
+            cancel=cancel,
             launch_on_demand=0 if launch else max(n_missing - n_on_demand, 0),
             release_on_demand=min(view.n_on_demand_ready, max(n_ready + view.n_on_demand_ready - n_goal, 0)),
         )
+
+
+class Heeding:
+    """Another buyer that is told of machines under notice as if they had gone: what a notice alone is worth to it."""
+
+    def __init__(self, buyer: Buyer) -> None:
+        self.buyer = buyer
+
+    def buy(self, view: FleetView) -> Orders:
+        offers = tuple(
+            replace(o, n_ready=o.n_ready - o.n_leaving, n_leaving=0, refused_at_s=view.now_s)
+            if o.n_leaving
+            else o
+            for o in view.offers
+        )
+        return self.buyer.buy(replace(view, offers=offers))
 
 
 class SpotHedge:
@@ -96,9 +121,11 @@ class SpotHedge:
             launch[chosen.name] = launch.get(chosen.name, 0) + 1
         n_on_demand = min(view.n_wanted, max(0, n_goal - n_ready))
         have = view.n_on_demand_pending + view.n_on_demand_ready
+        cancel, release = _fewer(view, n_spot, n_goal)
         return Orders(
             launch=tuple(launch.items()),
-            release=_most(view, n_spot, n_goal),
+            release=release,
+            cancel=cancel,
             launch_on_demand=max(n_on_demand - have, 0),
             # Those that have not come up go first, as its autoscaler picks them.
             cancel_on_demand=min(max(have - n_on_demand, 0), view.n_on_demand_pending),
@@ -115,15 +142,20 @@ def _first(view: FleetView, n: int, retry_s: float) -> tuple[tuple[str, int], ..
     return ()
 
 
-def _most(view: FleetView, n_spot: int, n_goal: int | None = None) -> tuple[tuple[str, int], ...]:
-    """Give back what is too much, where most machines are."""
-    n_over = n_spot - (view.n_wanted if n_goal is None else n_goal)
-    if n_over <= 0:
-        return ()
-    release = []
+def _fewer(
+    view: FleetView, n_spot: int, n_goal: int
+) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]:
+    """(to cancel, to release) of what is too much, where most machines are: first those that have not come up."""
+    n_over = n_spot - n_goal
+    cancel, release = [], []
+    for offer in sorted(view.offers, key=lambda o: (-o.n_pending, o.name)):
+        n = min(offer.n_pending, n_over)
+        if n > 0:
+            cancel.append((offer.name, n))
+            n_over -= n
     for offer in sorted(view.offers, key=lambda o: (-o.n_ready, o.name)):
         n = min(offer.n_ready, n_over)
         if n > 0:
             release.append((offer.name, n))
             n_over -= n
-    return tuple(release)
+    return tuple(cancel), tuple(release)

@@ -59,6 +59,7 @@ class Fleet:
         on_ready: Callable[[Machine], None] = lambda machine: None,
         on_leaving: Callable[[Machine], None] = lambda machine: None,
         on_gone: Callable[[Machine], None] = lambda machine: None,
+        count_from_s: float = 0.0,
     ) -> None:
         self.kernel = kernel
         self.zones = zones
@@ -80,6 +81,9 @@ class Fleet:
         # Since when so many were wanted, and when that was last asked.
         self._wish_s, self._wishes, self._asked_at_s = [-1.0], [0], -1.0
         self._counted_s = 0.0
+        # The very first start is nobody's shortage, and what came before `count_from_s` nobody's cost.
+        self._count_from_s = max(count_from_s, terms.boot_s + 60)
+        self._usd_before = 0.0
         self._is_due = False
         self._asked_s, self._n_asked = -1.0, 0
         for zone in zones:
@@ -88,6 +92,8 @@ class Fleet:
                     kernel.at(max(at_s - terms.notice_s, kernel.now_s), self._announce, zone, at_s, capacity)
                     kernel.at(at_s, self._drop, zone, capacity)
         kernel.at(kernel.now_s, self._tick)
+        if count_from_s > 0:
+            kernel.at(count_from_s, self._begin_counting)
 
     # -- the market
 
@@ -143,6 +149,10 @@ class Fleet:
         starting = [m for m in self.machines if m.zone is None and not m.is_ready]
         for machine in starting[::-1][: orders.cancel_on_demand]:
             self._end(machine)
+        for name, n in orders.cancel:
+            starting = [m for m in self.machines if m.zone and m.zone.name == name and not m.is_ready]
+            for machine in starting[::-1][:n]:
+                self._end(machine)
         was_refused = False
         for name, n in orders.launch:
             zone = next(z for z in self.zones if z.name == name)
@@ -235,14 +245,18 @@ class Fleet:
         wanted = self._due(self._counted_s)
         n_ready = sum(m.is_ready for m in self.machines)
         self._counted_s = now_s
-        if self._counted_s <= self.terms.boot_s + 60:
-            return  # the very first start is nobody's shortage
+        if now_s <= self._count_from_s:
+            return
         self.wanted_machine_s += wanted * passed_s
         if n_ready >= wanted:
             self.ok_s += passed_s
         else:
             self.short_s += passed_s
             self.missing_machine_s += (wanted - n_ready) * passed_s
+
+    def _begin_counting(self) -> None:
+        self._account()
+        self._usd_before = self.usd_now
 
     def _wanted_now(self) -> int:
         now_s = self.kernel.now_s
@@ -283,6 +297,11 @@ class Fleet:
             price = self.terms.on_demand_usd_per_h if machine.zone is None else machine.zone.usd_per_h
             running += (self.kernel.now_s - machine.bought_s) / 3600 * price
         return self.usd + running
+
+    @property
+    def usd_counted(self) -> float:
+        """Paid since counting began. After `close`."""
+        return self.usd - self._usd_before
 
     @property
     def usd(self) -> float:

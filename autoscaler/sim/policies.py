@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from autoscaler.policy.spot import SpotSpec
-from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, SpotHedge, SpotOnly
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
+from autoscaler.sim.fleet import Buyer
 from autoscaler.sim.hpa import HpaSpec
 from autoscaler.sim.kpa import KpaSpec
 from autoscaler.sim.orders import DlpmOrder, MlfqOrder, VtcOrder
@@ -26,26 +27,60 @@ from autoscaler.types import ScalerSpec
 from controlplane.policy.ordering import GAMMA, QueueOrder
 
 
-def _production(setting: Setting) -> Scaler:
-    return Production(
-        ScalerSpec(
+def production(
+    forecast: int = 1,
+    n_deviations: float = 0.75,
+    proven_ratio: float = 0.95,
+    scale_down_delay_s: float = 0.0,
+    panic_ratio: float = 2.0,
+    target_ratio: float = 0.0,
+    stable_window_s: float = 15.0,
+) -> Callable[[Setting], Scaler]:
+    """The production scaler: looks as far ahead as a machine takes to come, and shrinks after five such times.
+    The load of an instant counts: what is averaged away comes too late where a start takes minutes."""
+
+    def scaler(s: Setting) -> Scaler:
+        spec = ScalerSpec(
             0,
             1,
-            setting.max_machines,
+            s.max_machines,
             1e9,
-            setting.slots,
-            target_ratio=setting.target_ratio,
+            s.slots,
+            target_ratio=target_ratio or s.target_ratio,
+            panic_ratio=panic_ratio,
+            stable_window_s=stable_window_s,
+            scale_down_delay_s=scale_down_delay_s or max(30.0, 5 * s.terms.boot_s),
+            lead_s=s.terms.boot_s if forecast else 0.0,
+            n_deviations=n_deviations,
+            proven_ratio=proven_ratio,
             beat_stale_s=1e9,
         )
-    )
+        return Production(spec, s.begins_at_s, s.past)
+
+    return scaler
 
 
 CORRAL = Policy(
     queue=lambda s: Fair(),
     router=lambda s: LeastLoad(),
-    scaler=_production,
+    scaler=production(),
     buyer=lambda s: Corral(SpotSpec(s.terms.boot_s, s.terms.notice_s)),
 )
+
+
+def corral(
+    forecast: int = 1,
+    n_deviations: float = 0.75,
+    proven_ratio: float = 0.95,
+    scale_down_delay_s: float = 0.0,
+    panic_ratio: float = 2.0,
+    target_ratio: float = 0.0,
+    stable_window_s: float = 15.0,
+) -> Policy:
+    scaler = production(
+        forecast, n_deviations, proven_ratio, scale_down_delay_s, panic_ratio, target_ratio, stable_window_s
+    )
+    return replace(CORRAL, scaler=scaler)
 
 
 def hpa(target_ratio: float = 0.0, stabilisation_s: float = 300.0, tolerance: float = 0.1) -> Policy:
@@ -85,12 +120,16 @@ def static(n: int = 0) -> Policy:
     return replace(CORRAL, scaler=lambda s: Static(n or s.replicas))
 
 
-def spothedge(n_extra: int = 1) -> Policy:
-    return replace(CORRAL, buyer=lambda s: SpotHedge(n_extra))
+def spothedge(n_extra: int = 1, heeds_notice: int = 0) -> Policy:
+    return replace(CORRAL, buyer=lambda s: _heeding(SpotHedge(n_extra), heeds_notice))
 
 
-def any_zone(n_extra: int = 0, retry_s: float = 60.0) -> Policy:
-    return replace(CORRAL, buyer=lambda s: AnyZoneElseOnDemand(n_extra, retry_s))
+def any_zone(n_extra: int = 0, retry_s: float = 60.0, heeds_notice: int = 0) -> Policy:
+    return replace(CORRAL, buyer=lambda s: _heeding(AnyZoneElseOnDemand(n_extra, retry_s), heeds_notice))
+
+
+def _heeding(buyer: Buyer, heeds_notice: int) -> Buyer:
+    return Heeding(buyer) if heeds_notice else buyer
 
 
 def shortest(gamma: float = GAMMA) -> Policy:
@@ -140,7 +179,7 @@ def dynamo(overlap_weight: float = 1.0, temperature: float = 0.0, seed: int = 0)
 
 # Makers with their knobs' defaults.
 MAKERS: dict[str, Callable[..., Policy]] = {
-    "corral": lambda: CORRAL,
+    "corral": corral,
     "fcfs": lambda: replace(CORRAL, queue=lambda s: fcfs()),
     "priority": lambda: replace(CORRAL, queue=lambda s: priority()),
     "edf": lambda: replace(CORRAL, queue=lambda s: earliest_deadline(lambda job: s.ttft_target_s)),

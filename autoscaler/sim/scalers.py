@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from autoscaler.policy.forecast import ForecastMemory
 from autoscaler.policy.replicas import wish
 from autoscaler.sim.hpa import Hpa, HpaSpec
 from autoscaler.sim.kpa import Kpa, KpaSpec
@@ -31,26 +32,35 @@ class Static:
 class Production:
     """autoscaler/policy/replicas.py with its memory, on what it would observe."""
 
-    def __init__(self, spec: ScalerSpec) -> None:
+    def __init__(
+        self, spec: ScalerSpec, begins_at_s: float = 0.0, past: ForecastMemory | None = None
+    ) -> None:
         self.spec = spec
-        self.memory = ScalerMemory()
-        self._n = 0
+        self.begins_at_s = begins_at_s
+        self.memory = ScalerMemory(forecast=past)
+        self._n = self._wanted = 0
 
     def wanted(self, world: World, n_starting: int, now_s: float) -> int:
         self._n += 1
+        now_s += self.begins_at_s
+        # Spare machines and double cover are the buyer's affair: replicas beyond the last wish show as their load only.
+        shown, spare = world.ready[: max(self._wanted, 1)], world.ready[max(self._wanted, 1) :]
+        n_starting = min(n_starting, max(self._wanted - len(shown), 0))
         views = [
             ReplicaView(
                 f"{r.id:08d}", "m", ReplicaPhase.READY, 0.0, 0.0, r.slots, r.used, self._n, r.n_dispatched
             )
-            for r in world.ready
+            for r in shown
         ]
         views += [
             ReplicaView(f"s{i:07d}", "m", ReplicaPhase.STARTING, now_s, now_s, self.spec.slots)
             for i in range(n_starting)
         ]
-        observation = Observation(now_s, "d", len(world.queue), tuple(views))
+        n_queued = len(world.queue) + sum(r.used for r in spare)
+        observation = Observation(now_s, "d", n_queued, tuple(views))
         wanted = wish(observation, self.spec, self.memory)
         self.memory = wanted.memory
+        self._wanted = wanted.n
         return wanted.n
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
+from autoscaler.policy.forecast import ForecastMemory
 from autoscaler.sim.checkers import Conservation, InvariantError
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Buyer, Fleet, Machine, Terms
@@ -21,6 +22,7 @@ from autoscaler.sim.scalers import Scaler
 from autoscaler.sim.series import Machines, Recorder, Sample, TenantService, quantile
 from autoscaler.sim.world import Replica, Router, World
 
+HAND_OVER_S = 20.0  # ScalerSpec.hand_over_s
 _TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.06, tick_s=15)
 
 
@@ -37,6 +39,10 @@ class Setting:
     max_machines: int = 64
     target_ratio: float = 0.7
     until_s: float = math.inf
+    warm_s: float = 0.0  # what arrives, is paid or is missing before is not counted
+    # When the run begins on the recording's clock, and what the scaler's forecast had learned of the days before.
+    begins_at_s: float = 0.0
+    past: ForecastMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def run(
     progress: Callable[[float, int], None] = lambda now_s, n: None,
 ) -> Result:
     """Simulate to the end. InvariantError names the `label` (policy, seed) when an invariant breaks."""
-    kernel, recorder, books = Kernel(), Recorder(setting.ttft_target_s), Conservation()
+    kernel, recorder, books = Kernel(), Recorder(setting.ttft_target_s, setting.warm_s), Conservation()
     began_s = time.process_time()
     world = World(kernel, policy.queue(setting), policy.router(setting), (books, recorder))
     fleet = _fleet(kernel, world, setting, policy) if setting.zones else None
@@ -108,6 +114,7 @@ def run(
                 break
     except InvariantError as error:
         raise InvariantError(f"{label}, at {kernel.now_s:.3f} s: {error}") from None
+    recorder.finish(world)
     if fleet is not None:
         fleet.close()
     return _result(world, recorder, fleet, books, time.process_time() - began_s, setting)
@@ -127,9 +134,13 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
     def ready(machine: Machine) -> None:
         replicas[machine.id] = world.add_replica(setting.engine, setting.slots)
 
-    def leaving(machine: Machine) -> None:
+    def drain(machine: Machine) -> None:
         if machine.id in replicas:
             world.drain_replica(replicas[machine.id])
+
+    def leaving(machine: Machine) -> None:
+        # It serves on while its replacement starts, as decide.py has it, and hands over at the end.
+        kernel.after(max(setting.terms.notice_s - HAND_OVER_S, 0.0), drain, machine)
 
     def gone(machine: Machine) -> None:
         world.kill_replica(replicas.pop(machine.id))
@@ -147,6 +158,7 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
         on_ready=ready,
         on_leaving=leaving,
         on_gone=gone,
+        count_from_s=setting.warm_s,
     )
     return fleet
 
@@ -165,7 +177,6 @@ def _result(
 ) -> Result:
     ttft = sorted(seen.ttft)
     tails = [quantile(sorted(values), 0.99) for values in seen.by_tenant.values() if len(values) >= 100]
-    seen.sample(world)
     return Result(
         n_requests=len(ttft),
         ttft_p50_s=quantile(ttft, 0.5),
@@ -174,8 +185,8 @@ def _result(
         itl_p50_s=world.gaps.quantile(0.5),
         itl_p99_s=world.gaps.quantile(0.99),
         latency_mean_s=seen.latency_sum_s / max(len(ttft), 1),
-        slo_attainment=seen.n_in_slo / max(world.n_arrived, 1),
-        usd=fleet.usd if fleet else 0.0,
+        slo_attainment=seen.attainment,
+        usd=fleet.usd_counted if fleet else 0.0,
         availability=fleet.availability if fleet else 1.0,
         n_lost_machines=fleet.n_lost if fleet else 0,
         n_requeued=world.n_requeued,

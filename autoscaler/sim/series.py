@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autoscaler.sim.job import Job
+from autoscaler.sim.job import NEVER, Job
 from autoscaler.sim.world import World
 
 MAX_SAMPLES = 480
@@ -57,24 +57,28 @@ class Machines:
 
 
 class Recorder:
-    """Times to the first token of all requests, and the samples."""
+    """Times to the first token of requests that arrived from `warm_s` on, and the samples."""
 
-    def __init__(self, ttft_target_s: float, machines: Callable[[World], Machines] | None = None) -> None:
+    def __init__(self, ttft_target_s: float, warm_s: float = 0.0) -> None:
         self.ttft: list[float] = []
         self.by_tenant: dict[str, list[float]] = defaultdict(list)
         self.latency_sum_s = 0.0
         self.n_preempted = self.n_in_slo = 0
         self.samples: list[Sample] = []
-        self.machines = machines
+        self.machines: Callable[[World], Machines] | None = None
+        self._warm_s = warm_s
         self._target_s = ttft_target_s
         self._tokens: dict[str, int] = defaultdict(int)
         self._next_s, self._step_s = 0.0, 1.0
+        self.attainment = 1.0
 
     def on_event(self, world: World) -> None:
         if world.kernel.now_s >= self._next_s:
             self.sample(world)
 
     def on_end(self, world: World, job: Job) -> None:
+        if job.arrived_s < self._warm_s:
+            return
         ttft_s, tenant = job.ttft_s, job.flow[0]
         self.ttft.append(ttft_s)
         self.by_tenant[tenant].append(ttft_s)
@@ -82,6 +86,18 @@ class Recorder:
         self.n_in_slo += ttft_s <= self._target_s
         self.latency_sum_s += job.latency_s
         self.n_preempted += job.n_preempted
+
+    def finish(self, world: World) -> None:
+        """The end, before machines are taken down. In time: the share of requests whose first token was; what still
+        waits for it longer than that has missed it."""
+        self.sample(world)
+        n, n_in_time, now_s = len(self.ttft), self.n_in_slo, world.kernel.now_s
+        for replica in world.replicas.values():
+            for job in replica.jobs.values():
+                ttft_s = (now_s if job.first_s == NEVER else job.first_s) - job.arrived_s
+                if job.arrived_s >= self._warm_s and (job.first_s != NEVER or ttft_s > self._target_s):
+                    n, n_in_time = n + 1, n_in_time + (ttft_s <= self._target_s)
+        self.attainment = n_in_time / max(n + len(world.queue), 1)
 
     def sample(self, world: World) -> None:
         """Note how things stand, and thin what there is when it is too much."""

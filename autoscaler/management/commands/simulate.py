@@ -11,13 +11,14 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from autoscaler.sim import report
 from autoscaler.sim.checkers import InvariantError
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Terms
@@ -25,6 +26,7 @@ from autoscaler.sim.job import Job
 from autoscaler.sim.market import MarketError, Zone, read_zone
 from autoscaler.sim.oracle import OracleError, bound_of
 from autoscaler.sim.policies import MAKERS, NEEDS_MARKET, policy
+from autoscaler.sim.prices import PriceError, read_prices
 from autoscaler.sim.rates import arrivals, read_lengths, read_rates
 from autoscaler.sim.replicas import engine_spec, told
 from autoscaler.sim.scenario import Result, Setting, run
@@ -89,6 +91,8 @@ class Command(BaseCommand):
             "--spot-usd", type=float, default=0.918, help="USD an hour where files have no price"
         )
         market.add_argument("--on-demand-usd", type=float, default=3.06)
+        market.add_argument("--prices", type=Path, help="price list, instead of the two figures above")
+        market.add_argument("--instance", help="machine type in --prices (or GPU, of lists per GPU)")
         market.add_argument("--boot-s", type=float, default=120.0, help="order of a machine to serving")
         market.add_argument(
             "--notice-s", type=float, default=120.0, help="warning before a spot machine goes"
@@ -111,6 +115,9 @@ class Command(BaseCommand):
             "--seeds", type=int, default=1, help="runs per policy; spans of the market differ"
         )
         parser.add_argument("--json", action="store_true")
+        parser.add_argument(
+            "--report", type=Path, metavar="DIR", help="also write a page with charts (index.html) there"
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         names = _policies(options["policy"], has_market=bool(options["spot"]))
@@ -127,25 +134,28 @@ class Command(BaseCommand):
                     rows[name].append(run(spanned, policy(name), load, label=label, progress=self._progress))
                     if options["oracle"]:
                         bounds[name].append(_bound(spanned, rows[name][-1], options["availability"]))
-        except (WorkloadError, MarketError, ValueError, InvariantError, OracleError) as error:
+        except (WorkloadError, MarketError, PriceError, ValueError, InvariantError, OracleError) as error:
             raise CommandError(str(error)) from error
         assumptions = _assumptions(options, setting)
+        notes = _notes(rows, bounds)
+        if options["report"]:
+            try:
+                page = report.write(options["report"], rows, assumptions, setting.ttft_target_s, notes)
+            except OSError as error:
+                raise CommandError(f"--report {options['report']}: {error.strerror or error}") from error
+            self.stderr.write(f"report: {page}")
         if options["json"]:
             policies = {name: [result.figures() for result in results] for name, results in rows.items()}
-            report: dict[str, Any] = {"assumptions": assumptions, "policies": policies}
+            found: dict[str, Any] = {"assumptions": assumptions, "policies": policies}
             if options["oracle"]:
-                report["oracle_usd"] = bounds
-            self.stdout.write(json.dumps(report, indent=2))
+                found["oracle_usd"] = bounds
+            self.stdout.write(json.dumps(found, indent=2))
             return
         for name, value in assumptions.items():
             self.stdout.write(f"  {name}: {value}")
         self._table(rows)
-        for name, usd in bounds.items():
-            if usd:
-                paid = interval([r.usd / least for r, least in zip(rows[name], usd, strict=True)])
-                self.stdout.write(
-                    f"{name}: {paid.mean:.3f} ± {paid.half:.3f} times what the oracle would pay for its demand"
-                )
+        for note in notes:
+            self.stdout.write(note)
 
     def _progress(self, now_s: float, n_done: int) -> None:
         self.stderr.write(f"  {now_s / 3600:8.2f} h simulated, {n_done:,} requests")
@@ -160,6 +170,17 @@ class Command(BaseCommand):
                 half = f" ±{form.format(found.half).split()[0]}" if found.half else ""
                 cells.append(form.format(found.mean) + half)
             self.stdout.write(f"{name:<20}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def _notes(rows: dict[str, list[Result]], bounds: dict[str, list[float]]) -> list[str]:
+    notes = []
+    for name, usd in bounds.items():
+        if usd:
+            paid = interval([r.usd / least for r, least in zip(rows[name], usd, strict=True)])
+            notes.append(
+                f"{name}: {paid.mean:.3f} ± {paid.half:.3f} times what the oracle would pay for its demand"
+            )
+    return notes
 
 
 def _policies(text: str, *, has_market: bool) -> list[str]:
@@ -181,17 +202,18 @@ def _setting(options: dict[str, Any]) -> Setting:
     engine = engine_spec(options["model"], options["gpu"], options["tp"], dtype=options["dtype"])
     slots = options["slots"] or _slots(options, engine)
     until_s = options["hours"] * 3600
+    on_demand_usd, spot_usd = _prices(options)
     zones: tuple[Zone, ...] = ()
     if options["spot"]:
         files = [f for p in options["spot"] for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
         zones = tuple(
-            read_zone(f, usd_per_h=options["spot_usd"], machines_per_unit=options["zone_machines"])
+            read_zone(f, usd_per_h=spot_usd(f.stem), machines_per_unit=options["zone_machines"])
             for f in files
         )
         if not zones:
             raise CommandError("--spot: no capacity file (*.json) there")
         until_s = min(until_s, *(zone.end_s for zone in zones))
-    terms = Terms(options["boot_s"], options["notice_s"], options["on_demand_usd"], tick_s=15)
+    terms = Terms(options["boot_s"], options["notice_s"], on_demand_usd, tick_s=15)
     return Setting(
         engine,
         slots,
@@ -203,6 +225,21 @@ def _setting(options: dict[str, Any]) -> Setting:
         options["target_ratio"],
         until_s,
     )
+
+
+def _prices(options: dict[str, Any]) -> tuple[float, Callable[[str], float]]:
+    """USD an hour on demand, and as spot by the zone's name."""
+    if options["prices"] is None:
+        return options["on_demand_usd"], lambda zone: float(options["spot_usd"])
+    if not options["instance"]:
+        raise CommandError("--prices: name the machine type with --instance")
+    listed = read_prices(options["prices"], options["instance"], options["tp"])
+
+    def spot(zone: str) -> float:
+        usd = listed.spot_in(zone)
+        return options["spot_usd"] if usd is None else usd  # a list may know on-demand prices only
+
+    return options["on_demand_usd"] if listed.on_demand is None else listed.on_demand, spot
 
 
 def _bound(setting: Setting, result: Result, availability: float) -> float:
@@ -260,8 +297,10 @@ def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
         "target": f"first token within {setting.ttft_target_s:g} s",
     }
     if setting.zones:
+        spot_usd = sorted({round(zone.usd_per_h, 4) for zone in setting.zones})
         found["market"] = (
-            f"{len(setting.zones)} zones, {options['zone_machines']} machines where one was probed, on-demand "
+            f"{len(setting.zones)} zones, {options['zone_machines']} machines where one was probed, spot "
+            f"{spot_usd[0]:g}{f' to {spot_usd[-1]:g}' if len(spot_usd) > 1 else ''}, on-demand "
             f"{setting.terms.on_demand_usd_per_h:g} USD/h, boot {setting.terms.boot_s:g} s, notice "
             f"{setting.terms.notice_s:g} s, {setting.until_s / 3600:.0f} h"
         )

@@ -69,6 +69,21 @@ def test_a_market_is_paid_and_its_losses_are_served_again(requests_file: Path, z
     assert "2 zones" in report["assumptions"]["market"]
 
 
+def test_prices_of_a_list_and_a_page_of_charts(requests_file: Path, zone_files: Path, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.csv"
+    prices.write_text("instance_type,az,on_demand_usd_per_hour,spot_usd_per_hour\np3,a,7,2\np3,b,7,4\n")
+    args = ("--requests", requests_file, "--spot", zone_files, "--hours", 0.2, "--prices", prices)
+    report = simulate(*args, "--instance", "p3", "--policy", "on-demand", "--report", tmp_path / "page")
+    assert "spot 2 to 4, on-demand 7 USD/h" in report["assumptions"]["market"]
+    assert "Replicas against demand" in (tmp_path / "page" / "index.html").read_text()
+    with pytest.raises(CommandError, match="--instance"):
+        simulate(*args)
+    with pytest.raises(CommandError, match="no price of 'p9'; it lists p3"):
+        simulate(*args, "--instance", "p9")
+    with pytest.raises(CommandError, match="--report"):
+        simulate(*args, "--instance", "p3", "--report", prices)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -1,0 +1,355 @@
+"""Spot machines at on-demand's availability: cost against a clairvoyant buyer, SpotHedge and the three-line rule."""
+
+from __future__ import annotations
+
+import statistics
+from argparse import ArgumentParser
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from autoscaler.policy.spot import SpotSpec
+from autoscaler.sim import scenario
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge
+from autoscaler.sim.fleet import Buyer, Fleet, Terms
+from autoscaler.sim.kernel import Kernel
+from autoscaler.sim.market import Steps, Zone
+from autoscaler.sim.oracle import bound_of
+from autoscaler.sim.policies import CORRAL
+from autoscaler.sim.scalers import Replay
+from autoscaler.sim.scenario import Policy, Result, Setting
+from autoscaler.sim.statistics import Interval, interval
+from autoscaler.sim.studies import _given as given
+from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Table
+
+HELP = "spot markets: cost and availability against the oracle, SpotHedge and any-zone-else-on-demand"
+AVAILABILITY: Final = 0.999
+_RATIO_GOAL: Final = 1.15
+_MAIN: Final = "availability 1-node aws-02-15-2023, v100_1"
+_BASE: Final = (120.0, 120.0, 16)  # notice_s, boot_s, machines per zone
+_RIVALS: Final[dict[str, dict[str, Callable[[], Buyer]]]] = {
+    "any-zone": {
+        f"any-zone:n_extra={n}": lambda n=n: AnyZoneElseOnDemand(n)  # type: ignore[misc]
+        for n in (0, 1, 2, 4)
+    },
+    "spothedge": {f"spothedge:n_extra={n}": lambda n=n: SpotHedge(n) for n in (1, 2, 4)},  # type: ignore[misc]
+}
+_WARM_S: Final = 1800.0
+_FINE_S: Final = (
+    39.0  # the oracle's tick where demand moves by the quarter minute: a fifth of the recording's
+)
+_HEEDING: Final = "any-zone:heeds_notice=1"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--days", type=float, default=2.0, help="machines alone: days per window (default 2)")
+    parser.add_argument("--machines", type=float, default=4.0, help="mean number wanted (default 4)")
+    parser.add_argument(
+        "--hours", type=float, default=6.0, help="with requests: hours per window (default 6)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """One window under one buyer: cost over the oracle's, and the share of time with enough machines."""
+
+    ratio: float
+    availability: float
+
+
+def run(options: dict[str, Any], progress: Progress) -> Study:
+    seeds = range(options["seeds"])
+    total = given.total_rates(given.servegen(options["traces"], "m-mid", 1.0).rates)
+    length_s = options["days"] * 86400
+
+    def windows(market: given.Market, notice_s: float, boot_s: float) -> dict[str, list[Paid]]:
+        terms = Terms(boot_s, notice_s, given.ON_DEMAND_USD_PER_H, tick_s=60)
+        found: dict[str, list[Paid]] = defaultdict(list)
+        for seed in seeds:
+            wanted = given.demand(total, seed, length_s, options["machines"])
+            for name, paid in machines_alone(market.window(seed, length_s), terms, wanted, length_s).items():
+                found[name].append(paid)
+        progress(f"{market.name}: notice {notice_s:g} s, boot {boot_s:g} s")
+        return found
+
+    notice_s, boot_s, zone_machines = _BASE
+    everywhere = {
+        m.name: windows(m, notice_s, boot_s) for m in given.markets(options["traces"], zone_machines)
+    }
+    main = {
+        n: next(m for m in given.markets(options["traces"], n) if m.name == _MAIN) for n in (zone_machines, 4)
+    }
+    assumed = {
+        (notice, boot, n): everywhere[_MAIN] if (notice, boot, n) == _BASE else windows(main[n], notice, boot)
+        for notice in (120.0, 0.0)
+        for boot in (120.0, 180.0)
+        for n in (16, 4)
+    }
+    served = {
+        load.name: _served(
+            load, main[zone_machines], everywhere[_MAIN], options["hours"] * 3600, seeds, progress
+        )
+        for load in (given.servegen(options["traces"], "m-mid", 0.0005), given.azure(options["traces"], 0.25))
+    }
+    return _study(options, everywhere, assumed, served)
+
+
+def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float) -> dict[str, Paid]:
+    """Every buyer on one window and demand, by name."""
+    setting = Setting(given.engine(), given.SLOTS, 0, given.TTFT_S, zones, terms, until_s=length_s)
+    least_usd = bound_of(setting, wanted, AVAILABILITY).usd
+    buyers: dict[str, Buyer] = {
+        "corral": Corral(SpotSpec(terms.boot_s, terms.notice_s, AVAILABILITY)),
+        "on-demand": OnDemandOnly(),
+        _HEEDING: Heeding(AnyZoneElseOnDemand()),
+    }
+    for rival in _RIVALS.values():
+        buyers |= {name: make() for name, make in rival.items()}
+    found = {}
+    for name, buyer in buyers.items():
+        kernel = Kernel()
+        fleet = Fleet(kernel, zones, terms, buyer, wanted, length_s)
+        kernel.run(until_s=length_s)
+        fleet.close()
+        found[name] = Paid(fleet.usd / least_usd, fleet.availability)
+    return found
+
+
+def equal(found: dict[str, list[Paid]], rival: str) -> tuple[str, bool]:
+    """(the rival's setting to compare with, whether it reaches): the cheapest that is as available as asked, or, if
+    ours is less, as ours; where none is, the most available one."""
+    asked = min(AVAILABILITY, _mean(found["corral"], "availability"))
+    names = [name for name in _RIVALS[rival] if name in found]
+    reaching = [name for name in names if _mean(found[name], "availability") >= asked]
+    if reaching:
+        return min(reaching, key=lambda name: _mean(found[name], "ratio")), True
+    return max(names, key=lambda name: _mean(found[name], "availability")), False
+
+
+def _mean(paid: Sequence[Paid], figure: str) -> float:
+    return statistics.fmean(getattr(p, figure) for p in paid)
+
+
+def _served(
+    load: given.Load,
+    market: given.Market,
+    alone: dict[str, list[Paid]],
+    length_s: float,
+    seeds: range,
+    progress: Progress,
+) -> dict[str, list[tuple[Result, float]]]:
+    """The full simulator: (result, cost over the oracle's) by policy. On-demand with the production scaler comes first;
+    its demand is what all others must meet."""
+    notice_s, boot_s, _ = _BASE
+    terms = Terms(boot_s, notice_s, given.ON_DEMAND_USD_PER_H, tick_s=15)
+    buyers: dict[str, Callable[[Setting], Buyer]] = {
+        "corral": CORRAL.buyer,
+        "any-zone:n_extra=0": lambda s: AnyZoneElseOnDemand(),
+        "spothedge:n_extra=1": lambda s: SpotHedge(1),
+    }
+    for rival, makers in _RIVALS.items():
+        chosen, _ = equal(alone, rival)
+        buyers[chosen] = lambda s, make=makers[chosen]: make()  # type: ignore[misc]
+    found: dict[str, list[tuple[Result, float]]] = defaultdict(list)
+    for seed in seeds:
+        setting = Setting(
+            given.engine(),
+            given.SLOTS,
+            0,
+            given.TTFT_S,
+            market.window(seed, length_s),
+            terms,
+            until_s=length_s,
+            warm_s=_WARM_S,
+        )
+        first = scenario.run(
+            setting,
+            replace(CORRAL, buyer=lambda s: OnDemandOnly()),
+            load.jobs(seed, length_s),
+            label=f"{load.name}, on-demand, seed {seed}",
+        )
+        assert first.demand is not None
+        wanted = first.demand
+        # Counted from the warm-up's end, as the runs are; the oracle has all it needs by then.
+        zones = tuple(zone.window(_WARM_S, length_s - _WARM_S) for zone in setting.zones)
+        counted = replace(setting, zones=zones, until_s=length_s - _WARM_S)
+        later = Steps(tuple(at_s - _WARM_S for at_s in wanted.at_s), wanted.values)
+        least_usd = bound_of(counted, later, AVAILABILITY, _FINE_S).usd
+        found["on-demand"].append((first, first.usd / least_usd))
+        for name, buyer in buyers.items():
+            policy = Policy(CORRAL.queue, CORRAL.router, lambda s, wanted=wanted: Replay(wanted), buyer)  # type: ignore[misc]
+            result = scenario.run(
+                setting, policy, load.jobs(seed, length_s), label=f"{load.name}, {name}, seed {seed}"
+            )
+            found[name].append((result, result.usd / least_usd))
+        closed = scenario.run(
+            setting, CORRAL, load.jobs(seed, length_s), label=f"{load.name}, own scaler, seed {seed}"
+        )
+        found["corral, own scaler"].append((closed, closed.usd / least_usd))
+        progress(f"{load.name}: window {seed}")
+    return found
+
+
+def _study(
+    options: dict[str, Any],
+    everywhere: dict[str, dict[str, list[Paid]]],
+    assumed: dict[tuple[float, float, int], dict[str, list[Paid]]],
+    served: dict[str, dict[str, list[tuple[Result, float]]]],
+) -> Study:
+    columns = [
+        Column("corral × oracle", "{:.3f}"),
+        Column("available", "{:.3%}"),
+        Column("any-zone × oracle", "{:.3f}"),
+        Column("available", "{:.2%}"),
+        Column("any-zone as available"),
+        Column("SpotHedge × oracle", "{:.3f}"),
+        Column("available", "{:.2%}"),
+        Column("SpotHedge as available"),
+        Column("any-zone that heeds notices"),
+        Column("on-demand × oracle", "{:.2f}"),
+    ]
+    in_service = Table(
+        "With requests, queue and engines: the recorded six V100 zones",
+        [
+            Column("load and policy"),
+            Column("× oracle", "{:.3f}"),
+            Column("available", "{:.3%}"),
+            Column("TTFT p50", "{:.3f} s"),
+            Column("TTFT p99", "{:.2f} s"),
+            Column("p99 less on-demand's", "{:+.2f} s"),
+            Column(f"in {given.TTFT_S:g} s", "{:.2%}"),
+            Column("machines lost", "{:.1f}"),
+        ],
+        [_service_row(load, name, runs) for load, runs in served.items() for name in runs],
+    )
+    return Study(
+        "Spot machines at on-demand's availability",
+        {
+            "markets": f"all SkyPilot recordings; {_BASE[2]} machines where one was probed; notice "
+            f"{_BASE[0]:g} s, boot {_BASE[1]:g} s unless said otherwise",
+            "prices": given.PRICES,
+            "machines alone": f"{options['days']:g} days per window; ServeGen m-mid's rate as demand, "
+            f"{options['machines']:g} machines on average, in steps of ten minutes",
+            "with requests": f"{options['hours']:g} h per window, the first half hour not counted; m-mid thinned to "
+            "0.05 %, Azure's conversation hour repeated and thinned to 25 %; the production scaler's wishes of the "
+            "on-demand run are the demand of all",
+            "replica": given.REPLICA,
+            "oracle": "linear programme that knows market and demand; availability 99.9 %, fractions of machines",
+            "available": "share of time with as many machines ready as have been wanted for a start's duration",
+            "as available": "the cheapest setting of n_extra (any-zone 0, 1, 2, 4; SpotHedge 1, 2, 4) that is as "
+            "available as asked; none: the most available one, with what it reaches",
+            "runs": f"{options['seeds']} windows of market and load, the same for all; ± is the 95 % interval",
+        },
+        [
+            Table(
+                "Every recorded market, machines alone",
+                [Column("market"), *columns],
+                [[name, *_market_row(found)] for name, found in everywhere.items()],
+            ),
+            Table(
+                "Other assumptions, the six V100 zones",
+                [Column("notice, boot, machines per zone"), *columns],
+                [[f"{n:g} s, {b:g} s, {m}", *_market_row(found)] for (n, b, m), found in assumed.items()],
+            ),
+            in_service,
+        ],
+        _goals(everywhere, served),
+    )
+
+
+def _market_row(found: dict[str, list[Paid]]) -> list[Cell]:
+    def of(name: str, figure: str) -> Interval:
+        return interval([getattr(paid, figure) for paid in found[name]])
+
+    cells: list[Cell] = [of("corral", "ratio"), of("corral", "availability")]
+    for rival, plain in (("any-zone", "any-zone:n_extra=0"), ("spothedge", "spothedge:n_extra=1")):
+        name, reaches = equal(found, rival)
+        knob = name.rpartition("=")[2]
+        ratio, available = of(name, "ratio").mean, of(name, "availability").mean
+        cells += [of(plain, "ratio"), of(plain, "availability").mean]
+        cells.append(
+            f"{ratio:.2f} (+{knob})" if reaches else f"none ({available:.2%} at {ratio:.2f}, +{knob})"
+        )
+    heeding = of(_HEEDING, "ratio").mean, of(_HEEDING, "availability").mean
+    cells.append(f"{heeding[0]:.3f} at {heeding[1]:.3%}")
+    cells.append(of("on-demand", "ratio").mean)
+    return cells
+
+
+def _service_row(load: str, name: str, runs: dict[str, list[tuple[Result, float]]]) -> list[Cell]:
+    results = [result for result, _ in runs[name]]
+    less = [r.ttft_p99_s - d.ttft_p99_s for r, (d, _) in zip(results, runs["on-demand"], strict=True)]
+    return [
+        f"{load}: {name}",
+        interval([ratio for _, ratio in runs[name]]),
+        interval([r.availability for r in results]),
+        interval([r.ttft_p50_s for r in results]),
+        interval([r.ttft_p99_s for r in results]),
+        interval(less) if name != "on-demand" else None,
+        interval([r.slo_attainment for r in results]),
+        interval([float(r.n_lost_machines) for r in results]),
+    ]
+
+
+def _goals(
+    everywhere: dict[str, dict[str, list[Paid]]], served: dict[str, dict[str, list[tuple[Result, float]]]]
+) -> list[Goal]:
+    goals = []
+    lowest = {name: _mean(found["corral"], "availability") for name, found in everywhere.items()}
+    least = min(lowest, key=lambda name: lowest[name])
+    goals.append(
+        Goal(
+            "availability at least 99.9 % on every market",
+            f"{lowest[least]:.3%} on {least}",
+            lowest[least] >= AVAILABILITY,
+        )
+    )
+    highest = {name: interval([p.ratio for p in found["corral"]]).high for name, found in everywhere.items()}
+    most = max(highest, key=lambda name: highest[name])
+    goals.append(
+        Goal(
+            f"cost at most {_RATIO_GOAL:g} times the oracle's on every market, upper end",
+            f"{highest[most]:.3f} on {most}",
+            highest[most] <= _RATIO_GOAL,
+        )
+    )
+    for rival in _RIVALS:
+        savings = {}
+        for name, found in everywhere.items():
+            chosen, reaches = equal(found, rival)
+            pairs = zip(found[chosen], found["corral"], strict=True)
+            savings[name] = interval([p.ratio - own.ratio for p, own in pairs]), chosen, reaches
+        worst = min(savings, key=lambda name: savings[name][0].low)
+        saved, chosen, reaches = savings[worst]
+        goals.append(
+            Goal(
+                f"cheaper than {rival} at equal availability on every market (paired, in the oracle's cost)",
+                f"least on {worst}: {saved.mean:.3f} ± {saved.half:.3f} less than {chosen}"
+                + ("" if reaches else ", which is less available"),
+                saved.low > 0,
+            )
+        )
+    for load, runs in served.items():
+        available = interval([r.availability for r, _ in runs["corral"]])
+        ratio = interval([ratio for _, ratio in runs["corral"]])
+        both = zip(runs["corral"], runs["on-demand"], strict=True)
+        tail = interval([own.ttft_p99_s - other.ttft_p99_s for (own, _), (other, _) in both])
+        goals += [
+            Goal(
+                f"{load}: availability at least 99.9 %",
+                f"{available.mean:.3%}",
+                available.mean >= AVAILABILITY,
+            ),
+            Goal(
+                f"{load}: cost at most {_RATIO_GOAL:g} times the oracle's",
+                f"{ratio.mean:.3f} ± {ratio.half:.3f}",
+                ratio.high <= _RATIO_GOAL,
+            ),
+            Goal(
+                f"{load}: P99 to the first token no worse than on-demand's (paired)",
+                f"{tail.mean:+.3f} ± {tail.half:.3f} s",
+                tail.low <= 0,
+            ),
+        ]
+    return goals
