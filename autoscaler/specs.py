@@ -31,6 +31,7 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
         deleted=deployment.deleted_at is not None,
         max_machines=config.max_machines,
         machine_timeout_s=config.machine_pending_timeout_s,
+        lead_s=config.forecast_lead_s,
     )
 
 

@@ -111,6 +111,9 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     usable = [o for o in ranked if _may_ask(o, now_s, spec)]
     worth = [o for o in usable if effective_usd_per_h(o, view, spec, memory) < view.on_demand_usd_per_h]
     n_spares = spares(held, spec, memory) if view.n_wanted else 0
+    if worth:  # spares that cost more than spot saves would make on-demand the cheaper house
+        saved = view.on_demand_usd_per_h / max(worth[0].usd_per_h, 1e-9) - 1
+        n_spares = min(n_spares, int(view.n_wanted * saved))
     reasons = [f"{view.n_wanted} wanted, {n_spares} spare"]
 
     # 1. Spot up to what is wanted and spare, best offer first, spread so far as the spares need it.

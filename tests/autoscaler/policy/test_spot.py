@@ -69,6 +69,14 @@ def test_spot_dearer_than_on_demand_is_not_bought() -> None:
     assert (orders.launch, orders.launch_on_demand) == ((), 4)
 
 
+def test_spares_never_cost_more_than_spot_saves() -> None:
+    often = SpotMemory(1000.0, {name: Learned(n_losses=10, held_h=10) for name in "ab"})
+    crowded = OfferView("a", 0.9, n_ready=9), OfferView("b", 0.9, n_ready=9)
+    for wanted, n in ((1, 2), (4, 4)):  # one on-demand hour buys 3.4 of these
+        orders, _ = buy(view(*crowded, wanted=wanted), NO_NOTICE, often)
+        assert orders.reasons[0] == f"{wanted} wanted, {n} spare"
+
+
 def test_spares_stand_in_for_the_largest_loss_that_comes_too_often() -> None:
     often = SpotMemory(0.0, {name: Learned(n_losses=10, held_h=10) for name in "abc"})
     held = {"a": 2, "b": 2, "c": 2}
