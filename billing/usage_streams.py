@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 import redis
@@ -18,6 +18,7 @@ import redis
 from billing.vetting import Admission, Delivery, Refusal
 from workers.contract import USAGE_FIELD, WITNESS_FIELD, WITNESS_SPOOL
 from workers.keys import RETENTION_MS, CellKeys
+from workers.records import decode_admitted
 from workers.scripts import LATE, SETTLE
 
 # A replica's front reads its acknowledgements within a second; the list is for one that is away for a while.
@@ -101,17 +102,7 @@ class UsageStreams:
         """The admission record of each request, None where it is gone; in the order given."""
         pipeline = self._client.pipeline(transaction=False)
         for request_id in request_ids:
-            pipeline.hmget(
-                self._keys.request(request_id),
-                "dep",
-                "key",
-                "prj",
-                "org",
-                "pv",
-                "out_est",
-                "state",
-                "granted",
-            )
+            pipeline.hmget(self._keys.request(request_id), "adm", "state", "granted")
         return [_admission(values) for values in pipeline.execute()]
 
     def settle(self, settlements: Iterable[Settlement], now_ms: int) -> None:
@@ -176,22 +167,19 @@ class UsageStreams:
 
 
 def _admission(values: list[bytes | None]) -> Admission | None:
-    *known, granted = values
-    if any(value is None for value in known):
+    packed, state, granted = values
+    if packed is None or state is None:
         return None
-    deployment, key, project, org, price_version, asked, state = (
-        value.decode() for value in cast("list[bytes]", known)
-    )
+    admitted = decode_admitted(packed)
     # `granted` is there where money paid for less than was asked.
-    n_output_held = asked if granted is None else granted.decode()
     return Admission(
-        deployment=deployment,
-        key=key,
-        project=project,
-        org=org,
-        price_version=price_version,
-        n_output_held=int(float(n_output_held)),
-        settled=state == "done",
+        deployment=admitted.deployment,
+        key=admitted.key,
+        project=admitted.project,
+        org=admitted.organization,
+        price_version=admitted.price_version,
+        n_output_held=admitted.n_output_asked if granted is None else int(float(granted)),
+        settled=state == b"done",
     )
 
 

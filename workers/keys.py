@@ -6,7 +6,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 
 | key after the cell | type | owner | life |
 |---|---|---|---|
-| `req:<id>` | hash | trusted | request record: admission until settle + 15 min |
+| `req:<id>` | hash | trusted | request record (records.py): admission until settle + 15 min |
 | `idem:<project>:<digest>` | string | trusted | idempotency key: its request and when it was taken; timeout + 15 min |
 | `body:<id>`, `jrn:<id>` | string, list | trusted | body and journal while no replica holds the request |
 | `dep:<dep>:q` | zset of request ids | trusted | what waits for the deployment, bounded at admission |
@@ -23,7 +23,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
 | `lock:watcher` | string | trusted | which control worker's watcher is active; expires |
-| `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, owner, offset, hold |
+| `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, reader, offset, up to which token |
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
 | `m:<mid>:usage` | stream | machine | finished requests, until intake has booked them |

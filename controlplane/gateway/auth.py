@@ -59,7 +59,7 @@ class KeyContext:
     # (scope, id, limits) for key, project, organization; and the same with the weights in the fair queue,
     # flattened for the admission script.
     scopes: tuple[tuple[str, str, Limits], ...]
-    scope_args: tuple[str, ...]
+    scope_args: tuple[str | int, ...]
     # Whether any of them has a budget.
     budgeted: bool
     # While there are several cells the limits are this cell's part of them, for `lease_ms` from the question on.
@@ -109,7 +109,7 @@ def context_of(record: KeyRecord) -> KeyContext:
         deployments=deployments,
         scopes=scopes,
         scope_args=tuple(
-            str(arg)
+            arg
             for (_, scope_id, limits), weight in zip(scopes, weights, strict=True)
             for arg in (scope_id, *limits, weight)
         ),

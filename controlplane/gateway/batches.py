@@ -46,7 +46,7 @@ class Admissions:
         if not self._waiting:
             loop.call_soon(self._send)
         answer: asyncio.Future[list[Any]] = loop.create_future()
-        self._waiting.append((body_key, body, body_ms, _encode([str(arg) for arg in args]), answer))
+        self._waiting.append((body_key, body, body_ms, _encode(args), answer))
         return answer
 
     def _send(self) -> None:

@@ -18,6 +18,7 @@ from billing.vetting import Refusal
 from controlplane.tenants import services
 from tests.billing.usage import KEYS, Tenant, admit, altered, deliver, event, new_hex
 from tests.database import acting_as
+from tests.records import changed
 from tests.world import World
 from workers.keys import RETENTION_MS
 from workers.scripts import SEED
@@ -70,7 +71,9 @@ def test_booking_settles_the_hold_once(intake: Intake, client: redis.Redis) -> N
     tenant = Tenant()
     usage = event(tenant, MACHINE)
     admit(client, usage, money=50_000)
-    client.hset(KEYS.request(usage.request_id), "caps", "-1,-1,90000,-1,-1,90000,-1,-1,90000")
+    budgets = dict.fromkeys(("key_budget_nano", "project_budget_nano", "organization_budget_nano"), 90_000)
+    record = KEYS.request(usage.request_id)
+    client.hset(record, "adm", changed(client.hgetall(record), **budgets))
     scopes = [
         KEYS.limits("key", tenant.key),
         KEYS.limits("prj", tenant.project),
@@ -82,7 +85,8 @@ def test_booking_settles_the_hold_once(intake: Intake, client: redis.Redis) -> N
         deliver(client, MACHINE, usage)
         intake.run([MACHINE], budget_s=5)
     for scope in scopes:
-        assert client.hgetall(scope) == {b"spent": str(1_000 + COST).encode(), b"held": b"0", b"conc": b"0"}
+        left = client.hmget(scope, "spent", "held", "conc")
+        assert left == [str(1_000 + COST).encode(), b"0", b"0"]
     assert client.hget(KEYS.request(usage.request_id), "state") == b"done"
 
 

@@ -9,6 +9,7 @@ import msgspec
 import redis
 
 from controlplane import ids
+from tests.records import packed
 from workers.contract import WITNESS_SPOOL, Endpoint, FinishReason, UsageEvent, encode
 from workers.keys import CellKeys
 
@@ -74,8 +75,12 @@ def admit(client: redis.Redis, usage: UsageEvent, *, n_held: int = 1_000, money:
     client.hset(
         KEYS.request(usage.request_id),
         mapping={
-            "state": "queued", "dep": usage.deployment, "key": usage.key, "prj": usage.project, "org": usage.org,
-            "pv": usage.price_version, "in_est": usage.n_prompt, "out_est": n_held, "hold_out": n_held,
-            "money": money, "caps": "-1,-1,-1,-1,-1,-1,-1,-1,-1",
+            "state": "queued",
+            "adm": packed(
+                deployment=usage.deployment, price_version=usage.price_version, n_prompt_estimate=usage.n_prompt,
+                n_output_asked=n_held, money_held_nano=money, admitted_at_ms=usage.admitted_at_ms, band="1",
+                n_output_expected=n_held, prefixes="", note="cp:", key=usage.key, project=usage.project,
+                organization=usage.org,
+            ),
         },
     )  # fmt: skip

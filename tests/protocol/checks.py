@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlplane.gateway.identity import Note
 from tests.protocol.surface import Answer, reference
+from tests.records import expanded
 from workers.contract import JournalEntry, decode_journal_entry
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class View:
         self.values: dict[str, Any] = dict(zip(read, pipeline.execute() if read else [], strict=True))
 
     def records(self) -> dict[str, dict[bytes, bytes]]:
-        return {name[4:]: value for name, value in self.values.items() if name.startswith("req:")}
+        return {name[4:]: expanded(value) for name, value in self.values.items() if name.startswith("req:")}
 
     def journal(self, request: str) -> list[JournalEntry]:
         """Wherever it lies; offsets checked."""

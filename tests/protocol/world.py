@@ -33,6 +33,7 @@ from tests.protocol.control import Booking, Control, Ledger, Rows
 from tests.protocol.fleet import PROFILE, Agent, Front
 from tests.protocol.network import Network
 from tests.protocol.surface import Answer, Client, Door, Ids
+from tests.records import expanded
 from workers import scripts
 from workers.contract import ReplicaSpec
 from workers.keys import CellKeys
@@ -217,7 +218,7 @@ class World:
         return [f for f in self.fronts.values() if f.process.alive]
 
     def record(self, request: str) -> dict[bytes, bytes]:
-        return self.r.hgetall(self.keys.request(request))
+        return expanded(self.r.hgetall(self.keys.request(request)))
 
     def front_of(self, request: str) -> Front | None:
         rid = self.r.hget(self.keys.request(request), "rid")

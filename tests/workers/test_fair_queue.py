@@ -284,7 +284,7 @@ def check(client: redis.Redis, history: History) -> None:
             assert answer.decode() == step.answer, where
         elif step.answer is not None:
             assert answer == step.answer, where
-        assert [rid.decode() for rid in rids] == [replica for _, replica in step.bindings], where
+        assert [(rid or b"").decode() for rid in rids] == [replica for _, replica in step.bindings], where
         assert cell_state(raw) == step.state, where
 
 

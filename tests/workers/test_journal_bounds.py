@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from tests.records import changed
 from tests.workers.test_scripts import KEYS, Cell
 from workers import scripts
 from workers.contract import FrameEntry, JournalEntry, encode
@@ -66,7 +67,7 @@ def test_an_answer_that_nothing_leads_back_to_is_kept_for_seconds(
     cell: Cell, note: str, life_ms: int
 ) -> None:
     cell.admit("q1", candidates=("r1",))
-    cell.r.hset(KEYS.request("q1"), "note", note)
+    cell.r.hset(KEYS.request("q1"), "adm", changed(cell.r.hgetall(KEYS.request("q1")), note=note))
     cell.claim("q1", 1)
     cell.flush(("q1", 1, 0, 1, True))
     cell.settle("q1")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import redis
 
+from tests.records import expanded
 from workers import scripts
 from workers.contract import End, FinishReason, FrameEntry, celery_message, decode_frame, encode
 from workers.keys import RETENTION_MS, CellKeys
@@ -468,7 +469,7 @@ def test_lost_requests_go_back_without_a_death_and_without_touching_the_replica(
         scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "lost", 0, "", "q1", "q3", "elsewhere"
     )
     assert answer == [1, 2, 0]
-    record = cell.r.hgetall(KEYS.request("q1"))
+    record = expanded(cell.r.hgetall(KEYS.request("q1")))
     assert (record[b"state"], record[b"epoch"], record[b"crashes"]) == (b"bound", b"2", b"0")
     assert cell.flush(("q1", 1, 5, 1, False)) == b"s", "whoever held it is fenced out"
     assert cell.claim("q1", 2)[4] == b"5", "and the next one goes on from the journal"

@@ -1,6 +1,7 @@
 -- Admission in one atomic call: take the holds at key, project and organization, or say which limit refused and
 -- when to retry; then bind to the first candidate with a free slot, else file in the fair queue (bounded).
--- The body was SET under body:<id> in the same pipeline; a refusal deletes it.
+-- The body was SET under body:<id> in the same pipeline; a refusal deletes it. Whoever calls this as `one` writes the
+-- scopes at its end.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 deployment, 5 gateway, 6 stream, 7 price version,
 --       8 prompt tokens (estimate), 9 output tokens to hold, 10 money to hold (nano),
@@ -49,9 +50,8 @@ end
 if look.refusal then
   local scope, limit, retry_ms, cap, remaining = unpack(look.refusal)
   redis.call('DEL', P .. 'body:' .. id)
-  local org = scope_key(P, 3, ARGV[31])
-  local seen = read_scope(org)
-  if seen[4] then put_scope(org, {'n', tonumber(seen[9] or '0') + 1}) end
+  local org = scope_of(P, 3, ARGV[31])
+  if org.ms then put(org, 'n', org.n + 1) end
   return {'refused', scope, limit, math.ceil(retry_ms), math.floor(cap), math.floor(remaining),
     unpack(heads(look, 0, 0, 0))}
 end
@@ -85,32 +85,30 @@ if not rid then
 end
 
 -- Second pass: take the holds.
-local held = string.format('%.0f', money)
-for s = 1, 3 do
-  local h, set = scope_key(P, s, ARGV[17 + (s - 1) * 7]), look[s]
-  if set.held then put_money(h, set, 'held', set.held, money) end
-  put_scope(h, set)
-end
-
-redis.call('HSET', rec_key, 'state', rid and 'bound' or 'queued', 'dep', did, 'gw', ARGV[5], 'stream', ARGV[6],
-  'pv', ARGV[7], 'in_est', n_in, 'out_est', n_out, 'hold_out', granted, 'money', held, 'adm_ms', ARGV[2],
-  'key', ARGV[17], 'prj', ARGV[24], 'org', ARGV[31], 'note', ARGV[15],
-  'fq', table.concat({ARGV[38], ARGV[23], ARGV[30], ARGV[37]}, ','), 'pred', math.min(tonumber(ARGV[39]), n_out), 'pfx', ARGV[40],
+local adm = {did, ARGV[7], n_in, n_out, math.floor(money), now, ARGV[38], math.min(tonumber(ARGV[39]), n_out), ARGV[40],
+  ARGV[15], ARGV[17], ARGV[24], ARGV[31], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]),
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
-  'caps', table.concat({ARGV[19], ARGV[20], ARGV[22], ARGV[26], ARGV[27], ARGV[29], ARGV[33], ARGV[34], ARGV[36]}, ','),
-  'n', n_carried, 'crashes', 0, 'epoch', rid and 1 or 0, 'attempt', rid and 1 or 0, 'rid', rid or '', 'mid', mid or '',
-  'bound_ms', rid and now or 0)
+  tonumber(ARGV[19]), tonumber(ARGV[20]), tonumber(ARGV[22]), tonumber(ARGV[26]), tonumber(ARGV[27]),
+  tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36])}
+local packed = cmsgpack.pack(adm)
+take(look, now, money)
+if rid then
+  redis.call('HSET', rec_key, 'state', 'bound', 'adm', packed, 'gw', ARGV[5], 'stream', ARGV[6],
+    'epoch', '1', 'attempt', '1', 'rid', rid, 'mid', mid)
+else
+  redis.call('HSET', rec_key, 'state', 'queued', 'adm', packed, 'gw', ARGV[5], 'stream', ARGV[6])
+end
+if n_carried > 0 then redis.call('HSET', rec_key, 'n', n_carried) end
 -- How many output tokens the money held pays for, where it is less than was asked.
-if granted < n_out then redis.call('HSET', rec_key, 'granted', granted) end
+if granted < n_out then redis.call('HSET', rec_key, 'granted', granted, 'hold_out', granted) end
 redis.call('PEXPIRE', rec_key, LEASE_GC_MS)
 if rid then
-  hand_over(P, P .. 'm:' .. mid .. ':', id, rid, 1, 1, ARGV[5], ARGV[6], n_carried, granted)
+  hand_over(P, P .. 'm:' .. mid .. ':', id, rid, '1', '1', ARGV[5], ARGV[6], n_carried, granted)
   note_prefixes(P, rid, ARGV[40], now)
   return {'bound', 1, rid, granted, unpack(heads(look, 1, n_in, n_out))}
 end
 redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
-local f = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
-join(P, did, id, f, ARGV[11], now)
+join(P, did, id, flow_of(adm), ARGV[11], now)
 redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
 if n_carried > 0 then redis.call('PEXPIRE', P .. 'jrn:' .. id, LEASE_GC_MS) end
 pump(P, did, now)

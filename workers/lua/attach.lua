@@ -10,43 +10,45 @@
 -- (not over yet), 'done'; machine: where its journal lies, '' = never on one; tokens: in the journal of what is attached;
 -- error: why nobody served it, '' = it ended otherwise.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local first = redis.call('HMGET', P .. 'req:' .. id, 'prj', 'note', 'adm_ms', 'next', 'next_ms', 'prev')
-if not first[1] or first[1] ~= ARGV[4] or not first[2] then return {'unknown'} end
-if ARGV[5] ~= '' and string.match(first[2], '^%a*:(%x*)') ~= ARGV[5] then return {'differs'} end
+local first = redis.call('HMGET', P .. 'req:' .. id, 'adm', 'next', 'next_ms', 'prev')
+local first_adm = first[1] and admitted(first[1])
+if not first_adm or first_adm[PRJ] ~= ARGV[4] then return {'unknown'} end
+if ARGV[5] ~= '' and string.match(first_adm[NOTE], '^%a*:(%x*)') ~= ARGV[5] then return {'differs'} end
 
 local function read(request)
-  return redis.call('HMGET', P .. 'req:' .. request, 'state', 'note', 'adm_ms', 'mid', 'was_mid', 'dep', 'pv', 'gw',
-    'stream', 'rid', 'cancel', 'error', 'n')
+  return redis.call('HMGET', P .. 'req:' .. request, 'state', 'adm', 'mid', 'was_mid', 'gw', 'stream', 'rid', 'cancel',
+    'error', 'n')
 end
 
-if first[4] then id = first[4] end
+if first[2] then id = first[2] end
 local r = read(id)
 if not r[1] then
-  if now - tonumber(first[5]) < tonumber(ARGV[8]) then return {'busy'} end
-  id = first[6] -- its gateway died before it was admitted
+  if now - tonumber(first[3]) < tonumber(ARGV[8]) then return {'busy'} end
+  id = first[4] -- its gateway died before it was admitted
   r = read(id)
   if not r[1] then return {'unknown'} end
 end
 
-local mid = r[4] or ''
+local adm, mid = admitted(r[2]), r[3] or ''
 local function answer(verdict, machine, n)
-  return {verdict, id, r[2], r[3], machine, r[6], r[7], first[3], r[8], r[9], n or '0', r[12] or ''}
+  return {verdict, id, adm[NOTE], string.format('%.0f', adm[ADM_MS]), machine, adm[DEP], adm[PRICE],
+    string.format('%.0f', first_adm[ADM_MS]), r[5], r[6], n or '0', r[9] or ''}
 end
 
-if r[1] == 'done' or (r[1] == 'bound' and mid == '') then return answer('done', mid ~= '' and mid or r[5] or '') end
+if r[1] == 'done' or (r[1] == 'bound' and mid == '') then return answer('done', mid ~= '' and mid or r[4] or '') end
 if r[1] == 'queued' then
-  if r[11] or r[12] then return answer('ending', '') end
+  if r[8] or r[9] then return answer('ending', '') end
   redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
-  return answer('queued', '', r[13])
+  return answer('queued', '', r[10])
 end
 local M = P .. 'm:' .. mid .. ':'
 local lease = redis.call('HMGET', M .. 'req:' .. id, 'state', 'cancel', 'n')
 if lease[1] == 'done' then return answer('done', mid) end -- over, not settled yet
-if lease[2] or r[11] then return answer('ending', mid) end
+if lease[2] or r[8] then return answer('ending', mid) end
 redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
 if lease[1] then
   -- Read again by its replica: told now, and by the mark at its next flush should the word be lost.
   redis.call('HSET', M .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7], 'moved', 1)
-  redis.call('PUBLISH', M .. 'ctl:' .. r[10], '@' .. id)
+  redis.call('PUBLISH', M .. 'ctl:' .. r[7], '@' .. id)
 end
 return answer('running', mid, lease[3])

@@ -5,13 +5,14 @@
 -- Returns 'queued' | 'bound' | 'done' | 'moved' | 'unknown'.
 local P, id = ARGV[1], ARGV[3]
 local rec_key = P .. 'req:' .. id
-local r = redis.call('HMGET', rec_key, 'state', 'dep', 'rid', 'mid', 'gw', 'stream', 'fq', 'key', 'prj', 'org')
+local r = redis.call('HMGET', rec_key, 'state', 'adm', 'rid', 'mid', 'gw', 'stream')
 if not r[1] then return 'unknown' end
 if r[1] == 'done' then return 'done' end
 if ARGV[4] and (r[5] ~= ARGV[4] or r[6] ~= ARGV[5]) then return 'moved' end
 redis.call('HSET', rec_key, 'cancel', 1) -- a reconnect waits for the end of what is ending (attach.lua)
 if r[1] == 'queued' then
-  leave(P, r[2], id, flow_of(r[7], r[8], r[9], r[10]), 0)
+  local adm = admitted(r[2])
+  leave(P, adm[DEP], id, flow_of(adm), 0)
   return 'queued'
 end
 local M = P .. 'm:' .. r[4] .. ':'

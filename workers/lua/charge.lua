@@ -6,14 +6,15 @@
 local P, n_grown = ARGV[1], 0
 for i = 2, #ARGV, 2 do
   local rec_key = P .. 'req:' .. ARGV[i]
-  local r = redis.call('HMGET', rec_key, 'state', 'dep', 'key', 'prj', 'org', 'fq', 'chg', 'pred', 'in_est')
-  local more = tonumber(ARGV[i + 1]) - tonumber(r[8] or '0')
+  local r = redis.call('HMGET', rec_key, 'state', 'adm', 'chg', 'pred')
+  local adm = r[2] and admitted(r[2])
+  local more = adm and tonumber(ARGV[i + 1]) - tonumber(r[4] or adm[PRED])
   if (r[1] == 'bound' or r[1] == 'queued') and more > 0 then
-    local before = tonumber(r[7] or '0')
-    local waits = redis.call('EXISTS', P .. 'dep:' .. r[2] .. ':q') == 1
+    local before = tonumber(r[3] or '0')
+    local waits = redis.call('EXISTS', P .. 'dep:' .. adm[DEP] .. ':q') == 1
     if waits or before > 0 then
-      local after = before > 0 and before + 20 * more or service(tonumber(r[9]), 0, tonumber(ARGV[i + 1]))
-      charge(P, r[2], flow_of(r[6], r[3], r[4], r[5]), before, after, waits)
+      local after = before > 0 and before + 20 * more or service(adm[IN_EST], 0, tonumber(ARGV[i + 1]))
+      charge(P, adm[DEP], flow_of(adm), before, after, waits)
       redis.call('HSET', rec_key, 'chg', after, 'pred', ARGV[i + 1])
       n_grown = n_grown + 1
     end

@@ -4,12 +4,11 @@
 -- Returns how many scopes were charged.
 local P, n = ARGV[1], 0
 for s = 1, 3 do
-  local h, set = scope_key(P, s, ARGV[s + 3]), {}
-  local v = redis.call('HMGET', h, 'spent', 'seed_ms')
-  if v[1] and tonumber(v[2] or '0') <= tonumber(ARGV[2]) then
-    put_money(h, set, 'spent', v[1], tonumber(ARGV[3]))
-    if set[1] then redis.call('HSET', h, unpack(set)) end
+  local scope = scope_of(P, s, ARGV[s + 3])
+  if scope.spent and tonumber(redis.call('HGET', scope.key, 'seed_ms') or '0') <= tonumber(ARGV[2]) then
+    put_money(scope, 'spent', tonumber(ARGV[3]))
     n = n + 1
   end
 end
+write_scopes()
 return n

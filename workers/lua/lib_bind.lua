@@ -32,17 +32,18 @@ end
 
 -- Binds a request that waits (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
 -- the body is gone. `charged` is what the fair queue takes for it (nil: as before).
-local function bind(P, id, rid, mid, now_ms, charged)
+local function bind(P, id, rid, mid, charged)
   local rec_key, M = P .. 'req:' .. id, P .. 'm:' .. mid .. ':'
   if not move_body(P, M, id) then return nil end
-  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel', 'chg')
-  local epoch, attempt = tonumber(rec[6]) + 1, tonumber(rec[5]) + 1
-  if attempt > 1 or rec[3] ~= '0' then
+  local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel', 'chg', 'adm')
+  local epoch, attempt, n = tonumber(rec[6] or '0') + 1, tonumber(rec[5] or '0') + 1, rec[3] or '0'
+  local hold = rec[4] or admitted(rec[9])[OUT_EST]
+  if attempt > 1 or n ~= '0' then
     redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
   end
-  redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'bound_ms', now_ms, 'epoch', epoch,
-             'attempt', attempt, 'chg', charged or rec[8] or 0)
-  hand_over(P, M, id, rid, epoch, attempt, rec[1], rec[2], rec[3], rec[4])
+  redis.call('HSET', rec_key, 'state', 'bound', 'rid', rid, 'mid', mid, 'epoch', epoch, 'attempt', attempt,
+             'chg', charged or rec[8] or 0)
+  hand_over(P, M, id, rid, epoch, attempt, rec[1], rec[2], n, hold)
   -- Its client left while another replica had it: this one only ends it and says what it used.
   if rec[7] then redis.call('HSET', M .. 'req:' .. id, 'cancel', 1) end
   return epoch

@@ -23,10 +23,9 @@ local function levels_of(P, did, f)
   }
 end
 
--- The flow of a request from its record's field `fq` ("band,weight,weight,weight") and its ids.
-local function flow_of(fq, key, prj, org)
-  local b, wk, wp, wo = string.match(fq or '0,100,100,100', '^(%d+),(%d+),(%d+),(%d+)$')
-  return {b, tonumber(wk), tonumber(wp), tonumber(wo), key, prj, org}
+-- The flow of a request from what it was admitted with.
+local function flow_of(adm)
+  return {adm[BAND], adm[WEIGHTS], adm[WEIGHTS + 1], adm[WEIGHTS + 2], adm[KEY], adm[PRJ], adm[ORG]}
 end
 
 -- Service in tenths of a prompt token: a cached one costs a tenth of it, an output token twice.

@@ -85,22 +85,23 @@ end
 
 -- The request to dispatch from band b to this replica: the head of the first of these flows, or of one behind it that
 -- has more prefixes cached there. A head that has all of them (or none at all: a short prompt) is not passed over.
--- Returns {organization, project, key, request}, its record's fq, pfx, in_est and pred, and the number of prefixes.
+-- Returns {organization, project, key, request}, what it was admitted with, and the number of prefixes.
 local function choose(P, Q, b, rid, window)
-  local best, best_rec, best_n = nil, nil, -1
+  local best, best_adm, best_n = nil, nil, -1
   for _, flow in ipairs(flows_to_ask(Q, b, window)) do
     flow[2] = flow[2] or first_of(Q .. 'p:' .. b .. ':' .. flow[1])
     flow[3] = flow[3] or first_of(Q .. 'k:' .. b .. ':' .. flow[2])
     flow[4] = first_of(Q .. 'r:' .. b .. ':' .. flow[3])
-    local rec = redis.call('HMGET', P .. 'req:' .. flow[4], 'fq', 'pfx', 'in_est', 'pred')
-    local pfx = rec[2] or ''
+    local packed = redis.call('HGET', P .. 'req:' .. flow[4], 'adm')
+    local adm = packed and admitted(packed) -- nothing: its record is lost
+    local pfx = adm and adm[PFX] or ''
     local n = cached_prefixes(P, rid, pfx)
     if n > best_n then
-      best, best_rec, best_n = flow, rec, n
+      best, best_adm, best_n = flow, adm, n
       if n * PREFIX_CHARS == #pfx then break end
     end
   end
-  return best, best_rec, best_n
+  return best, best_adm, best_n
 end
 
 -- Takes the next request for this replica out of the queue and binds it. Returns 1 when it did, 0 when that one could
@@ -111,27 +112,31 @@ local function dispatch(P, did, rid, mid, now_ms)
   if not first[1] then return nil end
   if tonumber(first[2]) < 0 then -- resumed: it was charged when it was first bound
     redis.call('ZREM', Q .. 'q', first[1])
-    return bind(P, first[1], rid, mid, now_ms) and 1 or 0
+    return bind(P, first[1], rid, mid) and 1 or 0
   end
   local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
   local b = next_band(Q, tonumber(first[2]), now_ms, tonumber(set[2]))
-  local best, best_rec, best_n = choose(P, Q, b, rid, tonumber(set[1]))
+  local best, adm, best_n = choose(P, Q, b, rid, tonumber(set[1]))
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others
     local from, to = string.format('%.0f', b * BAND_SPAN), string.format('%.0f', (b + 1) * BAND_SPAN - 1)
     redis.call('ZREM', Q .. 'q', redis.call('ZRANGEBYSCORE', Q .. 'q', from, to, 'LIMIT', 0, 1)[1])
     return 0
   end
-  local id, f = best[4], flow_of(best_rec[1], best[3], best[2], best[1])
+  local id = best[4]
+  if not adm then
+    leave(P, did, id, {b, 100, 100, 100, best[3], best[2], best[1]}, 0)
+    return 0
+  end
+  local f, n_in, n_cached = flow_of(adm), adm[IN_EST], 0
   f[1] = b
-  local n_in, n_cached = tonumber(best_rec[3] or '0'), 0
   if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
-  local tenths = service(n_in, n_cached, tonumber(best_rec[4] or '0'))
-  if not (best_rec[3] and bind(P, id, rid, mid, now_ms, tenths)) then
+  local tenths = service(n_in, n_cached, adm[PRED])
+  if not bind(P, id, rid, mid, tenths) then
     leave(P, did, id, f, 0)
     return 0
   end
   leave(P, did, id, f, tenths)
-  note_prefixes(P, rid, best_rec[2] or '', now_ms)
+  note_prefixes(P, rid, adm[PFX], now_ms)
   return 1
 end
 

@@ -2,7 +2,6 @@
 -- does not reach the others; the first is the call's answer.
 -- ARGV: 1 cell prefix, 2 now_ms, 3 retention_ms, then per request 5: request, prompt tokens, output tokens, cost (nano),
 --       prompt tokens found cached. At most 64. Returns how many this call settled.
-several = true
 local n, fault = 0, nil
 for i = 4, #ARGV, 5 do
   local ok, answer = pcall(one, {ARGV[1], ARGV[2], ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[3], ARGV[i + 4]})

@@ -10,15 +10,15 @@
 -- Told to the replica on its control channel: `<request> <granted> <0 or 1: final>`.
 local P, id, mid = ARGV[1], ARGV[2], ARGV[3]
 local rec_key = P .. 'req:' .. id
-local r = redis.call('HMGET', rec_key, 'state', 'mid', 'rid', 'key', 'prj', 'org', 'caps', 'money', 'out_est', 'granted',
-  'asks')
+local r = redis.call('HMGET', rec_key, 'state', 'mid', 'rid', 'adm', 'money', 'granted', 'asks')
 if r[1] ~= 'bound' or r[2] ~= mid then return {'gone'} end
 local M = P .. 'm:' .. mid .. ':'
 local lease = redis.call('HMGET', M .. 'req:' .. id, 'n', 'upto')
 if not (lease[1] and lease[2]) then return {'gone'} end
 local unused = lease[2] - lease[1]
-local asked, money = tonumber(r[9]), tonumber(r[8])
-local granted = tonumber(r[10] or r[9])
+local adm = admitted(r[4])
+local asked, money = adm[OUT_EST], tonumber(r[5] or adm[MONEY])
+local granted = tonumber(r[6] or asked)
 local n = granted - unused -- tokens produced
 
 local function tell(tokens, final)
@@ -44,11 +44,11 @@ local function tokens_for(amount)
   return tokens
 end
 
-local caps, left, tight = caps_of(r[7]), nil, nil
+local left, tight = nil, nil
 for s = 1, 3 do
-  local budget = caps[s * 3]
+  local budget = adm[CAPS + s * 3 - 1]
   if budget >= 0 then
-    local v = redis.call('HMGET', scope_key(P, s, r[s + 3]), 'spent', 'held', 'conc', 'ask')
+    local v = redis.call('HMGET', scope_key(P, s, adm[KEY + s - 1]), 'spent', 'held', 'conc', 'ask')
     if not v[1] then return {'wait'} end -- about to be read from the ledger
     local here = math.max(budget - tonumber(v[1]) - tonumber(v[2] or '0'), 0)
     if not left or here < left then left, tight = here, v end
@@ -62,12 +62,12 @@ local now_granted = math.min(asked, most)
 if share > 0 and out_rate > 0 and left < price(asked) * share then
   now_granted = math.min(now_granted, math.max(paid, n) + math.max(math.floor(left / share / out_rate), 1))
 end
-local has_asked = r[11] == '1'
+local has_asked = r[7] == '1'
 
 -- Counts it at each scope with a budget among those that wait, or no longer.
 local function count_waiting(by)
   for s = 1, 3 do
-    if caps[s * 3] >= 0 then redis.call('HINCRBY', scope_key(P, s, r[s + 3]), 'ask', by) end
+    if adm[CAPS + s * 3 - 1] >= 0 then redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'ask', by) end
   end
   redis.call('HSET', rec_key, 'asks', by > 0 and 1 or 0)
 end
@@ -75,8 +75,8 @@ end
 if now_granted > usable and now_granted >= n then
   local added = price(now_granted) - money
   for s = 1, 3 do
-    if caps[s * 3] >= 0 then
-      redis.call('HINCRBY', scope_key(P, s, r[s + 3]), 'held', string.format('%.0f', added))
+    if adm[CAPS + s * 3 - 1] >= 0 then
+      redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'held', string.format('%.0f', added))
     end
   end
   redis.call('HSET', rec_key, 'money', string.format('%.0f', money + added), 'granted', now_granted)

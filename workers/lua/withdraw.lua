@@ -50,15 +50,15 @@ if mode ~= 'drain' then
       -- A death counts only against a request that was being served, not one that lay in the dead queue.
       if mode == 'dead' and lease_state == 'claimed' then deaths = redis.call('HINCRBY', P .. 'req:' .. id, 'crashes', 1) end
       redis.call('HSET', P .. 'req:' .. id, 'state', 'queued')
-      local rec = redis.call('HMGET', P .. 'req:' .. id, 'n', 'cancel')
+      local rec = redis.call('HMGET', P .. 'req:' .. id, 'n', 'cancel', 'adm')
       if deaths > tonumber(ARGV[5]) then
         give_up(id, ARGV[6])
-      elseif rec[2] and rec[1] == '0' then
+      elseif rec[2] and (rec[1] or '0') == '0' then
         give_up(id, '') -- its client has left, and nothing was made that could be charged
       else
         -- Resumed work goes first, outside the flows: it was charged when it was first bound.
-        local adm = tonumber(redis.call('HGET', P .. 'req:' .. id, 'adm_ms') or '0')
-        redis.call('ZADD', P .. 'dep:' .. did .. ':q', string.format('%.0f', adm - 1e13), id)
+        local adm_ms = rec[3] and admitted(rec[3])[ADM_MS] or 0
+        redis.call('ZADD', P .. 'dep:' .. did .. ':q', string.format('%.0f', adm_ms - 1e13), id)
         out[1] = out[1] + 1
       end
     end

@@ -37,6 +37,7 @@ from controlplane.gateway.directory import (
 from controlplane.gateway.gateway import Gateway
 from controlplane.gateway.requestlog import RequestLine, RequestLog
 from controlplane.tenants import api_keys
+from tests.records import expanded
 from workers import scripts
 from workers.contract import (
     End,
@@ -335,7 +336,7 @@ class Running:
         return await self.redis.hgetall(KEYS.limits(scope, scope_id))
 
     async def record(self, request: str) -> dict[bytes, bytes]:
-        return await self.redis.hgetall(KEYS.request(request))
+        return expanded(await self.redis.hgetall(KEYS.request(request)))
 
 
 class Events:
