@@ -110,6 +110,14 @@ DRILLS: dict[str, Drill] = {
         probes=True,
         loses_s=servers.LOST_LOG_S + 0.5,
     ),
+    "promote-redis": Drill(
+        "SIGKILL to Redis, whose replica takes its place: what was replicated goes on, machine users are made again",
+        servers.promote_redis,
+        RETRY,
+        n_tokens=600,
+        probes=True,
+        loses_s=0.5,
+    ),
     "lose-redis": Drill(
         "SIGKILL to Redis, and its log and users deleted: streams are told to try again, replicas are kept",
         servers.lose_redis,

@@ -7,9 +7,15 @@ true beside the streams (who was kept, who was told what) is noted and required 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
+from urllib.parse import urlsplit
+
+import redis
 
 from infra.drills.scene import DrillError, Scene, ServingReplica, Strike
 from infra.local.hold import held
@@ -75,6 +81,52 @@ def lose_redis(scene: Scene, strike: Strike) -> None:
     scene.wait(lambda: scene.routed(), "a replica is routed to again", _BACK_WITHIN_S)
     strike.notes["routed again"] = f"{_since(strike):.2f} s after the fault"
     _require_kept(scene, strike, replica)
+
+
+def promote_redis(scene: Scene, strike: Strike) -> None:
+    """Redis dies for good, and its replica takes its place under the same address: with what was replicated in time,
+    without machine users (they are not replicated) and without scripts."""
+    replica, before = scene.serving(), scene.process("redis")
+    with TemporaryDirectory(prefix="promote-", dir=scene.var) as directory:
+        copy = EmbeddedRedis(Path(directory) / "redis")
+        copy.start()
+        try:
+            copy.wait_ready()
+            with copy.connect() as client:
+                _follow(scene, client)
+                with held(scene.var, "redis", _BACK_WITHIN_S):
+                    scene.signal(before, signal.SIGKILL)
+                    scene.wait(lambda: not is_alive(before), "Redis is dead", 5.0)
+                    client.replicaof("NO", "ONE")
+                    copy.stop()  # it leaves its log
+                    EmbeddedRedis(
+                        scene.var / "redis", port=before.pid
+                    ).forget()  # its port does not matter here
+                    shutil.copy(copy.base / "appendonly.aof", scene.var / "redis")
+                    strike.done(f"SIGKILL to Redis, pid {before.pid}, and its replica's data in its place")
+        finally:
+            copy.destroy()
+    _until_back(scene, strike, "redis", before)
+    scene.wait(lambda: scene.routed(), "a replica is routed to", _BACK_WITHIN_S)
+    _require_kept(scene, strike, replica)
+
+
+def _follow(scene: Scene, client: redis.Redis) -> None:
+    """Until this server has all that the cell's Redis has, and writes a log of it."""
+    address = urlsplit(scene.redis_url)
+    client.config_set("masteruser", str(address.username))
+    client.config_set("masterauth", str(address.password))
+    client.replicaof(str(address.hostname), str(address.port))
+
+    def in_step() -> bool:
+        link, log = client.info("replication"), client.info("persistence")
+        return (
+            link.get("master_link_status") == "up"
+            and not (log["aof_rewrite_in_progress"] or log["aof_rewrite_scheduled"])
+            and log["aof_enabled"] == 1
+        )
+
+    scene.wait(in_step, "the replica is in step", _BACK_WITHIN_S)
 
 
 def kill_postgres(scene: Scene, strike: Strike) -> None:
