@@ -127,17 +127,17 @@ def bench_stack(
     """Starts a stack in a temporary directory, yields it, stops it and removes its data.
 
     `engine` is what its machines preload. `demo` names another engine for the demo deployment, which is then set up
-    without a first question. `env_of` adds to its environment and is told its data directory.
+    without a first question. `env_of` adds to its environment (not to that
+    of commands, which take it from the data directory it is told).
     """
     var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
     var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
     env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
-    env |= env_of(var)
     try:
         up = subprocess.run(
             [sys.executable, "manage.py", "up", "--detach", *(["--no-question"] if demo else [])],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
+            cwd=ROOT, env=env | dict(env_of(var)), capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
         )  # fmt: skip
         if up.returncode:
             raise RuntimeError(f"the stack did not start:\n{up.stdout[-3000:]}\n{up.stderr[-2000:]}")
