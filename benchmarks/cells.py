@@ -157,7 +157,9 @@ def _credit(stacks: tuple[BenchStack, ...], number: int) -> dict[str, Any]:
         "limit": "budget", "allowed": worth, "served": spent,
         "served_each": [sum(reply.cost_nano for reply in cell) for cell in replies],
         "finish": dict(Counter(reply.finish or reply.error for cell in replies for reply in cell)),
-        "passed": 0 < spent <= worth and spent == told,
+        "passed": 0 < spent <= worth and spent == told and all(
+            any(reply.n_completion for reply in cell) for cell in replies
+        ),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from controlplane.deployments import selectors, sharing
-from controlplane.deployments.models import Deployment, Grant
+from controlplane.deployments.models import Deployment, Grant, this_cell
 from controlplane.errors import CorralError
 from controlplane.tenants.models import Organization, Project
 
@@ -29,7 +29,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         owner, project = _place(f"{options['organization']}/{options['project']}")
         deployment = Deployment.objects.filter(
-            organization=owner, project=project, name=options["name"], deleted_at=None
+            organization=owner, project=project, name=options["name"], cell=this_cell(), deleted_at=None
         ).first()
         if deployment is None:
             raise CommandError(

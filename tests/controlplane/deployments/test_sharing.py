@@ -212,8 +212,13 @@ def test_the_command_shares_lists_and_withdraws(
             call_command("share", deployment.name, "--project", "main", *args, stdout=out)
         return " ".join(out.getvalue().split())
 
+    with tenant(world.organization.id):  # of the same name, in another cell: not meant
+        Deployment.objects.filter(id=deployment.id).update(cell="c1")
+        make_deployment(world, deployment.name, model_version_id=deployment.model_version_id)
     assert run() == "nobody else toy-chat"
     assert run("--with", "other/main") == "other/main acme/toy-chat"
+    with as_operator():
+        assert Grant.objects.get().deployment.cell == "c0"
     assert run("--with", "other/main", "--withdraw") == "nobody else toy-chat"
     for mistake, says in (
         (("--with", "nobody"), "no organization"),
