@@ -2,9 +2,9 @@
 
 Chance constraints over scenarios: of the likeliest outcomes of the spot market, a need may miss those that together
 stay within 1 - availability, what the scenarios leave out counted as missed. HiGHS, one thread, fixed seed; a plan that
-was not stopped by the clock is the same every time. Called by planners and the simulator's buyer; the programme's plan
-is checked by the exact tail of policy/tail.py and never dearer than the greedy one. Its bound is the programme's: plans that meet
-the need only thanks to outcomes that no scenario names may lie below it.
+was not stopped by the clock is the same every time. Called by planners and the simulator's buyer. The plan is checked
+by the exact tail of policy/tail.py and never dearer than the greedy one. The bound is the programme's own: a plan that
+holds only thanks to outcomes that no scenario names may cost less.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from autoscaler.policy.diversify import Need, Plan, Solver, describe, greedy
 from autoscaler.policy.tail import Event, Offer, Scenario, scenarios
 
 MAX_SCENARIOS: Final = 300  # per need
-# Of the allowed probability, what scenarios may leave out: they count as missed, so less makes cheaper plans, more makes
-# the programme small enough to solve for a whole cell.
+# Of the allowed probability, what scenarios may leave out. It counts as missed, so less makes cheaper plans; more makes
+# the programme small enough to be solved for a whole cell.
 RESIDUAL: Final = 0.25
 SPARE: Final = 0.95  # of the time limit: the solver looks at the clock between steps
 GAP: Final = 1e-3  # relative: a plan this close to the bound counts as the cheapest
@@ -96,7 +96,7 @@ class _Programme:
             Event(e.probability, e.offers & need.units.keys()) for e in events if e.offers & need.units.keys()
         ]
         allowed = 1 - need.availability
-        outcomes, rest = scenarios(mine, allowed * RESIDUAL, MAX_SCENARIOS)
+        outcomes, rest = scenarios(tuple(mine), allowed * RESIDUAL, MAX_SCENARIOS)
         inf = highspy.kHighsInf
         missable: dict[frozenset[str], int] = {}
         budget: tuple[list[int], list[float]] = ([], [])

@@ -17,7 +17,8 @@ WORST, MEAN = 1.25, 1.05  # what greedy may cost over the programme's plan on ra
 
 def _market(seed: int, n_units: int, types: int = 2, zones: int = 3) -> tuple[Need, list[Offer]]:
     rng = random.Random(seed)
-    offers, units = [], {}
+    offers: list[Offer] = []
+    units: dict[str, int] = {}
     for t, z in itertools.product(range(types), range(zones)):
         each = 2**t
         on_demand = each * rng.uniform(0.9, 1.4)
@@ -57,7 +58,7 @@ def test_the_programme_finds_the_cheapest_of_all_plans(seed: int) -> None:
     )
     made = plan([need], offers, found, time_limit_s=20)
     assert made.solver is Solver.OPTIMAL, made.reasons
-    # Nine outcomes cover all here. The programme counts what no scenario names as missed (a quarter of what is allowed) and stops within 0.1 %.
+    # What no scenario names counts as missed (a quarter of what is allowed at most); it stops within 0.1 %.
     assert cheapest - 1e-9 <= made.usd_per_h <= cheapest * 1.002, made.reasons
     assert made == plan([need], list(reversed(offers)), found, time_limit_s=20), (
         "the order given is no matter"
