@@ -4,11 +4,12 @@ Called by `manage.py bench autoscaler` and by planners that see the whole cell; 
 deployment and calls decide() on the same observation. Pure.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from autoscaler.policy.decide import decide
 from autoscaler.policy.pool import Pool
+from autoscaler.policy.ration import Caps, Demand, Purse, Rationed, ration
 from autoscaler.types import Decision, MachineView, Observation, ScalerMemory, ScalerSpec
 
 
@@ -30,6 +31,44 @@ def decide_all(deployments: Iterable[Seen], machines: Iterable[MachineView]) -> 
         pool.book(decision.commands)
         decisions.append(decision)
     return tuple(decisions)
+
+
+def decide_within(
+    deployments: Iterable[Seen],
+    machines: Iterable[MachineView],
+    worth: Mapping[str, Demand],
+    purses: Iterable[Purse],
+    caps: Caps,
+) -> tuple[tuple[Decision, ...], Rationed]:
+    """decide_all() under tenants' money and the cell's caps.
+
+    worth: by deployment, its tenant, class, value and price; what it wants comes from the decisions. Deployments that
+    are granted less than they want are decided again with that as their bound, and so shrink or stop growing as they
+    always do, drain first.
+    """
+    seen, pool = tuple(deployments), tuple(machines)
+    decisions = decide_all(seen, pool)
+    ordered = sorted(seen, key=lambda s: s.observation.deployment_id)
+    demands = [
+        replace(
+            worth[s.observation.deployment_id], n_wanted=d.wanted, n_least=min(s.spec.min_replicas, d.wanted)
+        )
+        for s, d in zip(ordered, decisions, strict=True)
+    ]
+    granted = ration(demands, purses, caps)
+    if not granted.reasons:
+        return decisions, granted
+    limited = [
+        s
+        if granted.n[d.deployment] == d.n_wanted
+        else replace(s, spec=_at_most(s.spec, granted.n[d.deployment]))
+        for s, d in zip(ordered, demands, strict=True)
+    ]
+    return decide_all(limited, pool), granted
+
+
+def _at_most(spec: ScalerSpec, n: int) -> ScalerSpec:
+    return replace(spec, max_replicas=n, min_replicas=min(spec.min_replicas, n))
 
 
 def with_machines(observation: Observation, spec: ScalerSpec, pool: Pool) -> Observation:
