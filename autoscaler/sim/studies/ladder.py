@@ -192,7 +192,8 @@ def _study(
             + ". Prices relative to a serving GPU of 1 USD/h and times of the "
             "order measured (facts of vLLM's start, ServerlessLLM's loads, a cloud machine's boot): assumptions",
             "stakes": f"first token within {stakes.ttft_target_s:g} s; a late request costs {stakes.late_usd:g} USD "
-            f"and {stakes.late_usd_per_s:g} USD for each second of it, a waking machine {stakes.waking_usd_per_h:g} USD/h",
+            f"and {stakes.late_usd_per_s:g} USD for each second of it, a waking machine "
+            f"{stakes.waking_usd_per_h:g} USD/h",
             "keep-alive tuned to": ", ".join(f"{s:g}" for s in sorted(set(tuned))) + " s",
             "cost": "resting, climbing and waking; running is the same for all. In all: with the late requests",
         },
