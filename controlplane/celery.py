@@ -63,6 +63,7 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "audit.seal": {"task": "audit.seal", "schedule": 5.0, "options": {"expires": 5.0}},
         "tenants.forget_answers": {
             "task": "tenants.forget_answers",
             "schedule": 600.0,
@@ -91,7 +92,7 @@ app.conf.update(
         },
     },
 )
-app.autodiscover_tasks(["autoscaler", "billing", "controlplane.tenants"])
+app.autodiscover_tasks(["autoscaler", "billing", "controlplane.audit", "controlplane.tenants"])
 app.steps["worker"].add(WatcherStep)
 
 

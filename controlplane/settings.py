@@ -169,6 +169,7 @@ CSRF_TRUSTED_ORIGINS = [ENV.console_url]
 INSTALLED_APPS = [
     "controlplane.apps.ControlPlaneConfig",
     "controlplane.tenants.apps.TenantsConfig",
+    "controlplane.audit.apps.AuditConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",

@@ -13,6 +13,7 @@ from ninja.openapi.schema import OpenAPISchema
 
 from controlplane.api.problems import CONTENT_TYPE, database_away, problem
 from controlplane.api.resources import (
+    audit,
     deployments,
     keys,
     members,
@@ -55,7 +56,7 @@ api = Api(
     docs_url=None,
     urls_namespace="api",
 )
-for module in (organization, projects, members, service_accounts, keys, deployments):
+for module in (organization, projects, members, service_accounts, keys, deployments, audit):
     api.add_router("", module.router)
 
 

@@ -14,9 +14,11 @@ from django.http import HttpRequest, HttpResponse
 from psycopg_pool import PoolTimeout, TooManyRequests
 from structlog.contextvars import bind_contextvars
 
+from controlplane import ids
 from controlplane.api import idempotency
 from controlplane.api.etags import matches
 from controlplane.api.problems import CONTENT_TYPE, database_away, problem
+from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
 from controlplane.tenants.service_accounts import Caller, find_caller
 
@@ -69,6 +71,7 @@ class ApiMiddleware:
         request.caller, request.etag = caller, None
         bind_contextvars(organization=caller.organization_id.hex, caller=caller.service_account_id.hex)
         with tenant(caller.organization_id):
+            act_as(ids.to_text(ids.Prefix.MANAGEMENT_TOKEN, caller.token_id))
             response = idempotency.once(request, caller, token, self._tagged)
             if response.status_code >= 400:
                 transaction.set_rollback(True)

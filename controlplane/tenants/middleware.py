@@ -14,6 +14,7 @@ from django.http import HttpRequest, HttpResponse
 from structlog.contextvars import bind_contextvars
 
 from controlplane.tenants import selectors
+from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import current_tenant, tenant
 from controlplane.tenants.models import User
 from controlplane.tenants.selectors import Membership
@@ -50,6 +51,8 @@ class TenantMiddleware:
             return self._get_response(request)
         bind_contextvars(organization=request.membership.organization_id.hex)
         with tenant(request.membership.organization_id):
+            if request.method != "GET":
+                act_as(str(user))
             return self._get_response(request)
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> None:

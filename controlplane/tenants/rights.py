@@ -35,6 +35,7 @@ class Permission(StrEnum):
     USAGE_READ = "usage:read"
     BILLING_READ = "billing:read"
     BILLING_WRITE = "billing:write"
+    AUDIT_READ = "audit:read"
 
     @property
     def sentence(self) -> str:
@@ -61,6 +62,7 @@ _SENTENCES: Final[dict[Permission, str]] = {
     Permission.USAGE_READ: "see usage",
     Permission.BILLING_READ: "see billing",
     Permission.BILLING_WRITE: "change billing",
+    Permission.AUDIT_READ: "see the audit log",
 }
 
 _READ: Final = frozenset(

@@ -52,6 +52,7 @@ READS = {
     "list_model_versions",
     "get_model_version",
     "list_slo_classes",
+    "list_audit",
 }
 
 

@@ -24,6 +24,7 @@ READABLE_WITHOUT_TENANT = {
 # References between tenant tables that no composite foreign key guards.
 NOT_SAME_TENANT = {
     "deployments_deployment.price_version_id": "prices may be everybody's (NULL); the service checks",
+    "audit_seal.entry_id": "the house alone seals; verifying asks for both",
     "billing_usageevent.project_id": "an event outlives what it names; intake checks the admission record",
     "billing_usageevent.api_key_id": "likewise",
 }
