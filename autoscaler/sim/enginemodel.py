@@ -280,8 +280,9 @@ class Engine:
             job.n_cached, job.n_shared = n_hit, len(blocks) * BLOCK
             job.n_prefill_left = n_need - n_hit
             self.kv_used += n_own
-            self.n_hit_tokens += n_hit
-            self.n_prompt_tokens += n_need
+            if not job.n_preempted and not job.n_done:  # what it finds of itself is no hit
+                self.n_hit_tokens += n_hit
+                self.n_prompt_tokens += n_need
             self.n_running += 1
             self._prefilling.append(job)
             self._order.append((job.seat, job))

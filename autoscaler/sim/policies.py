@@ -148,9 +148,9 @@ def dlpm(quantum: float = 4096.0) -> Policy:
     return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
 
 
-def affinity(ladder: float = 2.0) -> Policy:
-    """`ladder`: prefixes are known at lengths growing by this factor, as in production; 0: at every block."""
-    return replace(CORRAL, router=lambda s: Affinity(s.engine.kv_tokens, ladder=ladder))
+def affinity(every_block: int = 0) -> Policy:
+    """Prefixes known at the lengths that a gateway hashes; or, to see what that costs, at every block."""
+    return replace(CORRAL, router=lambda s: Affinity(s.engine.kv_tokens, every_block=bool(every_block)))
 
 
 def power_of_two(seed: int = 0) -> Policy:

@@ -8,6 +8,7 @@ from collections import deque
 from autoscaler.sim.job import NEVER, Job
 from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.world import Replica
+from controlplane.policy.prefix import rungs
 from controlplane.policy.routing import Ask, Board, Placed, ReplicaLoad, RouteWeights
 
 
@@ -66,15 +67,15 @@ class PowerOfTwo(LeastLoad):
 class Affinity:
     """The production board (controlplane/policy/routing.py), fed as one gateway would be.
 
-    `cache_tokens`: of one replica, as its engine reports it. Prefixes are known at every block of the trace, or only at
-    lengths that grow by the factor `ladder` (what a gateway can afford to hash).
+    `cache_tokens`: of one replica, as its engine reports it. Prefixes are known at the lengths that a gateway hashes,
+    or at every block of the trace.
     """
 
-    def __init__(self, cache_tokens: int, weights: RouteWeights | None = None, ladder: float = 0.0) -> None:
+    def __init__(
+        self, cache_tokens: int, weights: RouteWeights | None = None, *, every_block: bool = False
+    ) -> None:
         self.board = Board(cache_tokens, weights, max_prefixes=1_000_000)
-        if ladder and ladder <= 1:
-            raise ValueError(f"ladder = {ladder}: must be above 1, or 0 for every block")
-        self._ladder = ladder
+        self._every_block = every_block
         self._loads: dict[str, ReplicaLoad] = {}
         self._replicas: dict[str, Replica] = {}
         self._placed: dict[int, Placed] = {}
@@ -119,16 +120,7 @@ class Affinity:
         n = min(job.n_prompt // BLOCK, len(job.prefix))
         if not n:
             return Ask(job.n_prompt)
-        if not self._ladder:
+        if self._every_block:
             return Ask(job.n_prompt, job.prefix[:n], range(BLOCK, n * BLOCK + 1, BLOCK))
-        lengths = ladder(n, self._ladder)
+        lengths = rungs(n)
         return Ask(job.n_prompt, [job.prefix[k - 1] for k in lengths], [k * BLOCK for k in lengths])
-
-
-def ladder(n: int, factor: float) -> list[int]:
-    """1, and on by at least `factor` each, up to `n`."""
-    found, at = [1], 1.0
-    while (at := at * factor) < n + 1:
-        if int(at) > found[-1]:
-            found.append(int(at))
-    return found

@@ -20,7 +20,7 @@ from autoscaler.sim.market import Steps, Zone
 from autoscaler.sim.queues import Queue
 from autoscaler.sim.scalers import Scaler
 from autoscaler.sim.series import Machines, Recorder, Sample, TenantService, quantile
-from autoscaler.sim.world import Replica, Router, World
+from autoscaler.sim.world import Observer, Replica, Router, World
 
 HAND_OVER_S = 20.0  # ScalerSpec.hand_over_s
 _TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.06, tick_s=15)
@@ -95,11 +95,12 @@ def run(
     *,
     label: str = "",
     progress: Callable[[float, int], None] = lambda now_s, n: None,
+    observers: tuple[Observer, ...] = (),
 ) -> Result:
     """Simulate to the end. InvariantError names the `label` (policy, seed) when an invariant breaks."""
     kernel, recorder, books = Kernel(), Recorder(setting.ttft_target_s, setting.warm_s), Conservation()
     began_s = time.process_time()
-    world = World(kernel, policy.queue(setting), policy.router(setting), (books, recorder))
+    world = World(kernel, policy.queue(setting), policy.router(setting), (books, recorder, *observers))
     fleet = _fleet(kernel, world, setting, policy) if setting.zones else None
     if fleet is not None:
         recorder.machines = _machines(fleet)

@@ -8,6 +8,7 @@ detour within the fairness window, never a wrong answer, so the hashes may be sh
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,6 +20,7 @@ MAX_PER_REPLICA: Final = 4096
 
 FIRST_BYTES: Final = 256  # about FIRST_TOKENS tokens
 _MAX_HASHES: Final = 10  # up to 128 KiB
+_RUNGS: Final = (1, *(k << n for n in range(20) for k in (2, 3)))
 
 
 def hashes(salt: str, text: bytes) -> tuple[str, ...]:
@@ -39,6 +41,35 @@ def hashes(salt: str, text: bytes) -> tuple[str, ...]:
         found.append(f"{running:08x}")
         start, end = end, 2 * end
     return tuple(found)
+
+
+def fine_hashes(salt: str, text: bytes) -> tuple[str, ...]:
+    """Those of `hashes`, and between each two of them one at half the way: 256, 512, 768, 1,024, 1,536, ... bytes, for
+    the gateway's own memory, where they cost no round trip. The others are every second from the end of the first."""
+    if len(text) < FIRST_BYTES:
+        return ()
+    running = zlib.crc32(salt.encode())
+    view = memoryview(text)
+    found: list[str] = []
+    start = 0
+    for rung in _RUNGS[: 2 * _MAX_HASHES - 2]:
+        end = FIRST_BYTES * rung
+        if end > len(text):
+            break
+        running = zlib.crc32(view[start:end], running)
+        found.append(f"{running:08x}")
+        start = end
+    return tuple(found)
+
+
+def coarse(fine: tuple[str, ...]) -> tuple[str, ...]:
+    """`hashes` of the text whose `fine_hashes` these are."""
+    return fine[:1] + fine[1::2]
+
+
+def rungs(n: int) -> tuple[int, ...]:
+    """Lengths of `fine_hashes` in units of the first, up to `n`: 1, 2, 3, 4, 6, 8, 12, ..."""
+    return _RUNGS[: bisect_right(_RUNGS, n)]
 
 
 def cached_tokens(n_matched: int, n_prompt: int) -> int:

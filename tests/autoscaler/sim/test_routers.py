@@ -16,7 +16,7 @@ from autoscaler.sim.job import Job
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.queues import fcfs
-from autoscaler.sim.routers import Affinity, LeastLoad, PowerOfTwo, Random, RoundRobin, ladder
+from autoscaler.sim.routers import Affinity, LeastLoad, PowerOfTwo, Random, RoundRobin
 from autoscaler.sim.routers_dynamo import Dynamo, cost
 from autoscaler.sim.routers_llumnix import Llumnix, freeness
 from autoscaler.sim.routers_sglang import PrefixTree, Sglang, SglangKnobs
@@ -34,7 +34,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "dynamo": lambda: Dynamo(seed=7),
     "llumnix": Llumnix,
     "affinity": lambda: Affinity(200 * BLOCK),
-    "affinity on a ladder": lambda: Affinity(200 * BLOCK, ladder=2),
+    "affinity by blocks": lambda: Affinity(200 * BLOCK, every_block=True),
 }
 
 
@@ -223,7 +223,7 @@ def test_every_router_serves_all_and_survives_a_loss(name: str) -> None:
 def test_conversations_stay_where_their_cache_is_and_load_stays_even() -> None:
     """Forty conversations of five turns; the board computes far fewer prompt tokens than chance and is even."""
     work: dict[str, list[int]] = {}
-    for name in ("random", "affinity", "affinity on a ladder"):
+    for name in ("random", "affinity", "affinity by blocks"):
         chance = random.Random(1)
         world = world_of(ROUTERS[name](), 4, spec=replace(SPEC, kv_tokens=200 * BLOCK))
         jobs = [
@@ -234,14 +234,6 @@ def test_conversations_stay_where_their_cache_is_and_load_stays_even() -> None:
         world.feed(iter(jobs))
         world.kernel.run(max_events=100_000)
         work[name] = [replica.engine.n_prefilled_tokens for replica in world.replicas.values()]
-    for name in ("affinity", "affinity on a ladder"):
+    for name in ("affinity", "affinity by blocks"):
         assert sum(work[name]) < 0.8 * sum(work["random"])
         assert max(work[name]) < 1.3 * sum(work[name]) / 4
-
-
-def test_a_ladder_grows_by_its_factor() -> None:
-    assert ladder(1, 2) == [1]
-    assert ladder(40, 2) == [1, 2, 4, 8, 16, 32]
-    assert ladder(8, 1.41) == [1, 2, 3, 5, 7]
-    with pytest.raises(ValueError, match="ladder"):
-        Affinity(1000, ladder=0.5)

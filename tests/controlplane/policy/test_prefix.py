@@ -42,3 +42,26 @@ def test_the_index_knows_the_longest_and_forgets_the_least_recently_used() -> No
 def test_cached_tokens_double_with_each_prefix_and_never_exceed_the_prompt() -> None:
     assert [prefix.cached_tokens(n, 10_000) for n in range(5)] == [0, 64, 128, 256, 512]
     assert prefix.cached_tokens(5, 700) == 700
+
+
+def test_fine_hashes_hold_the_coarse_ones_and_end_where_the_rungs_say() -> None:
+    text = bytes(range(256)) * 600
+    for length in (0, 255, 256, 511, 512, 768, 5_000, 131_072, len(text)):
+        fine = prefix.fine_hashes("org", text[:length])
+        assert prefix.coarse(fine) == prefix.hashes("org", text[:length])
+        assert len(fine) == min(len(prefix.rungs(length // prefix.FIRST_BYTES)), 18)
+    at = prefix.rungs(40).index(12)
+    fine = prefix.fine_hashes("org", text)
+    other = bytearray(text)
+    other[12 * 256] ^= 1  # the first byte behind the rung
+    assert prefix.fine_hashes("org", bytes(other))[: at + 2] == (
+        *fine[: at + 1],
+        prefix.fine_hashes("org", bytes(other))[at + 1],
+    )
+    assert prefix.fine_hashes("org", bytes(other))[at + 1] != fine[at + 1]
+    assert prefix.fine_hashes("other", text)[0] != fine[0]
+
+
+def test_rungs_grow_by_half_at_most() -> None:
+    assert prefix.rungs(0) == ()
+    assert prefix.rungs(40) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
