@@ -7,12 +7,14 @@ comparison and the ablation. A name may carry knobs: `hpa:target_ratio=0.8:stabi
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.fleet import Buyer
+from autoscaler.sim.gateways import Gateways, behind
 from autoscaler.sim.hpa import HpaSpec
 from autoscaler.sim.kpa import KpaSpec
 from autoscaler.sim.orders import DlpmOrder, MlfqOrder, VtcOrder
@@ -23,6 +25,7 @@ from autoscaler.sim.routers_llumnix import Llumnix
 from autoscaler.sim.routers_sglang import Sglang, SglangKnobs
 from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Static
 from autoscaler.sim.scenario import Policy, Setting
+from autoscaler.sim.world import Router
 from autoscaler.types import ScalerSpec
 from controlplane.policy.ordering import GAMMA, QueueOrder
 
@@ -148,13 +151,34 @@ def dlpm(quantum: float = 4096.0) -> Policy:
     return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
 
 
-def affinity(every_block: int = 0) -> Policy:
-    """Prefixes known at the lengths that a gateway hashes; or, to see what that costs, at every block."""
-    return replace(CORRAL, router=lambda s: Affinity(s.engine.kv_tokens, every_block=bool(every_block)))
+def affinity(every_block: int = 0, gateways: int = 1, age_s: float = 0.0) -> Policy:
+    """Prefixes known at the lengths that a gateway hashes; or, to see what that costs, at every block. Each of several
+    `gateways` knows what it placed itself, and loads as they were up to `age_s` ago."""
+
+    def router(s: Setting) -> Router:
+        def make(number: int, age_s: float = math.inf, first_s: float = 0.0) -> Router:
+            return Affinity(s.engine.kv_tokens, every_block=bool(every_block), age_s=age_s, first_s=first_s)
+
+        if gateways == 1 and not age_s:
+            return make(0)
+        return Gateways(gateways, lambda number: make(number, age_s, number * age_s / gateways))
+
+    return replace(CORRAL, router=router)
 
 
-def power_of_two(seed: int = 0) -> Policy:
-    return replace(CORRAL, router=lambda s: PowerOfTwo(seed))
+def least_load(gateways: int = 1, age_s: float = 0.0) -> Policy:
+    """Several `gateways` see loads as they were up to `age_s` ago."""
+    return replace(CORRAL, router=lambda s: behind(gateways, age_s, lambda number: LeastLoad()))
+
+
+def power_of_two(seed: int = 0, gateways: int = 1, age_s: float = 0.0) -> Policy:
+    return replace(
+        CORRAL, router=lambda s: behind(gateways, age_s, lambda number: PowerOfTwo(1000 * seed + number))
+    )
+
+
+def round_robin(gateways: int = 1) -> Policy:
+    return replace(CORRAL, router=lambda s: behind(gateways, 0.0, lambda number: RoundRobin()))
 
 
 def random_router(seed: int = 0) -> Policy:
@@ -189,7 +213,8 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     "vtc": lambda: replace(CORRAL, queue=lambda s: VtcOrder()),
     "dlpm": dlpm,
     "affinity": affinity,
-    "round-robin": lambda: replace(CORRAL, router=lambda s: RoundRobin()),
+    "least-load": least_load,
+    "round-robin": round_robin,
     "random": random_router,
     "p2c": power_of_two,
     "sglang": sglang,

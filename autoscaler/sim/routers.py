@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 
@@ -68,43 +69,58 @@ class Affinity:
     """The production board (controlplane/policy/routing.py), fed as one gateway would be.
 
     `cache_tokens`: of one replica, as its engine reports it. Prefixes are known at the lengths that a gateway hashes,
-    or at every block of the trace.
+    or at every block of the trace. What others placed it sees every `age_s`, from `first_s` on; never, where it is the
+    only gateway.
     """
 
     def __init__(
-        self, cache_tokens: int, weights: RouteWeights | None = None, *, every_block: bool = False
+        self,
+        cache_tokens: int,
+        weights: RouteWeights | None = None,
+        *,
+        every_block: bool = False,
+        age_s: float = math.inf,
+        first_s: float = 0.0,
     ) -> None:
         self.board = Board(cache_tokens, weights, max_prefixes=1_000_000)
         self._every_block = every_block
+        self._age_s, self._next_s = age_s, first_s
         self._loads: dict[str, ReplicaLoad] = {}
         self._replicas: dict[str, Replica] = {}
         self._placed: dict[int, Placed] = {}
         self._young: deque[Job] = deque()  # whose first token has not been seen yet
 
     def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
-        if len(replicas) != len(self._loads) or any(str(r.id) not in self._loads for r in replicas):
-            self._replicas = {str(r.id): r for r in replicas}
-            self._loads = {name: ReplicaLoad(name, "", r.used, r.slots) for name, r in self._replicas.items()}
-            self.board.see(self._loads)
+        if now_s >= self._next_s or len(replicas) != len(self._loads):
+            self._look(replicas, now_s)
         self._hear()
         ranked = self.board.rank(self._ask(job), 1, turn=job.id)
-        return [self._replicas[name] for name in ranked]
+        return [self._replicas[name] for name in ranked if self._replicas[name].is_ready]
 
     def on_bound(self, job: Job, replica: Replica, now_s: float) -> None:
         name = str(replica.id)
         load = self._loads.get(name)
         if load is not None:
-            load.used = replica.used
+            load.used += 1
             self._placed[job.id] = self.board.bound(name, self._ask(job), now_s)
             self._young.append(job)
 
     def on_end(self, job: Job, replica: Replica, now_s: float) -> None:
         load = self._loads.get(str(replica.id))
-        if load is not None:
-            load.used = replica.used
+        if load is not None and load.used > 0:
+            load.used -= 1
         placed = self._placed.pop(job.id, None)
         if placed is not None:
             self.board.started(placed)
+
+    def _look(self, replicas: list[Replica], now_s: float) -> None:
+        self._replicas = {str(r.id): r for r in replicas}
+        self._loads = {name: ReplicaLoad(name, "", r.used, r.slots) for name, r in self._replicas.items()}
+        self.board.see(self._loads)
+        if self._age_s < math.inf:
+            self._next_s += self._age_s * max((now_s - self._next_s) // self._age_s + 1, 0)
+        else:
+            self._next_s = math.inf
 
     def _hear(self) -> None:
         """First tokens since the last look, as the gateway's streams would tell them."""
