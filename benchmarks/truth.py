@@ -64,8 +64,8 @@ CASES = {
         slots=16, prompt_words=250, max_words=2000, answer_tokens=40, max_tokens=160, is_judged=True,
     ),
     "vllm": Case(
-        "tiny", ("max_model_len=512",),
-        slots=16, prompt_words=60, max_words=150, answer_tokens=40, max_tokens=120, is_judged=False,
+        "tiny", ("max_model_len=2048", "max_num_batched_tokens=2048"),
+        slots=16, prompt_words=40, max_words=120, answer_tokens=40, max_tokens=120, is_judged=False,
     ),
 }  # fmt: skip
 
@@ -103,7 +103,8 @@ def measure(
         seen = _send(stack, api_key, [*alone, *ramp], "calibration")
         found = calibrate(seen, len(alone))
         progress(f"calibrated: {_told(found)}")
-        rate = UTILISATION * _most_per_s(case, found)
+        per_word = sum(one.n_prompt for one in seen) / sum(one.n_words for one in (*alone, *ramp))
+        rate = UTILISATION * _most_per_s(case, found, per_word)
         runs = []
         for number in range(repeats):
             load = _load(case, rate, 1000 + number, requests)
@@ -149,8 +150,8 @@ def _calibration_load(case: Case) -> tuple[list[Request], list[Request]]:
     return alone, ramp
 
 
-def _most_per_s(case: Case, found: Calibrated) -> float:
-    mix = Mix(case.prompt_words, case.answer_tokens)
+def _most_per_s(case: Case, found: Calibrated, tokens_per_word: float = 1.0) -> float:
+    mix = Mix(case.prompt_words * tokens_per_word, case.answer_tokens)
     return capacity(found.step, KV_TOKENS, mix, math.inf, case.slots).requests_per_s
 
 
