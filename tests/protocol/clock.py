@@ -83,6 +83,9 @@ class _Handle(events.Handle):
         process = self._context.get(_current)
         if process is not None and not self._loop.closing_down:
             if not process.alive:
+                for future in self._args or ():  # nobody is left to hear how it failed, nor to complain of it
+                    if isinstance(future, asyncio.Future) and future.done() and not future.cancelled():
+                        future.exception()
                 return
             if process.stopped:
                 process._waiting.append(self)

@@ -156,7 +156,7 @@ async def test_cancel_does_not_wait_for_the_next_token(cell: Cell, tmp_path: Pat
     async with serving(cell, tmp_path, profile=frozen) as front:
         request = cell.admit()
         task = front.deliver(request)
-        await until(lambda: cell.stream(request), "the first token")
+        await until(lambda: front.engine.stats().n_running, "a step under way")
         cell.cancel(request)
         await task
         assert cell.end(request).reason is FinishReason.ABORT

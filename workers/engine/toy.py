@@ -164,6 +164,7 @@ class ToyEngine:
             if not self._running and not self._waiting:
                 self._work.clear()
                 await self._work.wait()
+                due_s = self._now_s()  # the first step takes its time like any other
             pace_s = self._begin_s()
             if pace_s:
                 now_s = self._now_s()

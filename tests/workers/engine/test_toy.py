@@ -399,6 +399,22 @@ async def test_a_step_takes_longer_with_more_sequences_and_with_prompts() -> Non
     assert engine._begin_s() == pytest.approx(0.005 + 3 * 0.002)
 
 
+async def test_the_first_step_after_idleness_takes_its_time() -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real_sleep(0)
+
+    real_sleep = asyncio.sleep
+    async with running(toy_step_ms=50) as engine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncio, "sleep", sleep)
+            for _ in range(2):
+                await read(engine, a_request(engine, max_tokens=1))
+    assert slept == pytest.approx([0.05, 0.05], abs=0.02)
+
+
 async def test_who_comes_while_a_step_is_under_way_waits_for_the_next() -> None:
     engine = ToyEngine(EngineProfile(engine="toy", toy_step_ms=5, max_num_seqs=2))
     first, second, third = (engine._admit(a_request(engine, f"word {n}", ignore_eos=True)) for n in range(3))
