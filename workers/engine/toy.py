@@ -159,7 +159,7 @@ class ToyEngine:
         return seq
 
     async def _run(self) -> None:
-        due_s = 0.0
+        due_s = self._now_s()
         while True:
             if not self._running and not self._waiting:
                 self._work.clear()
