@@ -35,24 +35,22 @@ STEP_MS, N_LEFT = 100, 24
 N_QUEUED = 32
 FAST_STEP_MS, N_SLOW, SLOW_TOKENS = 10, 16, 3000
 WARM_S, SECONDS = 3.0, 12.0
+RECEIVE_BYTES = 4096
 MOST_STEPS, QUEUED_MS, SLOW_KIB, SLOWER = 1, 250.0, 512.0, 1.2
 BOOKED_WITHIN_S, PATIENCE_S = 60.0, 120.0
 
 
 class Client:
-    """A streaming request on a socket of its own. `receive_buffer` in bytes; 0: the system's."""
+    """A streaming request on a socket of its own; `more` goes into its body."""
 
-    def __init__(
-        self, stack: BenchStack, model: str, number: int, n_tokens: int, receive_buffer: int = 0
-    ) -> None:
+    def __init__(self, stack: BenchStack, model: str, number: int, n_tokens: int, **more: Any) -> None:
         body = json.dumps({
             "model": model, "max_tokens": n_tokens, "ignore_eos": True, "stream": True,
-            "messages": [{"role": "user", "content": f"Question {number} about cattle"}],
+            "messages": [{"role": "user", "content": f"Question {number} about cattle"}], **more,
         }).encode()  # fmt: skip
         self.raw = b""
         self._socket = socket.socket()
-        if receive_buffer:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         self._socket.settimeout(PATIENCE_S)
         self._socket.connect(("127.0.0.1", stack.port))
         head = (
@@ -181,17 +179,20 @@ def _slow(stack: BenchStack) -> dict[str, float]:
         name: pids for name, pids in stack.processes().items() if name in ("gateway", "redis", "machine")
     }
     with PeakMemory(groups) as memory:
-        slow = [Client(stack, FAST, 1000 + n, SLOW_TOKENS, receive_buffer=4096) for n in range(N_SLOW)]
+        slow = [
+            Client(stack, FAST, 1000 + n, SLOW_TOKENS, logprobs=True, top_logprobs=20) for n in range(N_SLOW)
+        ]
         with_slow = _readers(stack)
         time.sleep(
             max(0.0, SLOW_TOKENS * FAST_STEP_MS / 1000 - WARM_S - SECONDS)
         )  # all is made, nothing read
     for client in slow:
         client.read_all()
+    n_bytes = sum(len(client.raw) for client in slow)
     whole = sum(client.n_tokens == SLOW_TOKENS and client.raw.endswith(b"0\r\n\r\n") for client in slow)
     more = {name: memory.peak[name] - memory.before[name] for name in groups}
     return {
-        "gap_p99_ms_without": without, "gap_p99_ms_with_slow": with_slow, "slow_got_everything": whole,
+        "gap_p99_ms_without": without, "gap_p99_ms_with_slow": with_slow, "slow_got_everything": whole, "slow_answer_kib": n_bytes / 1024 / N_SLOW,
         **{f"{name}_kib_per_slow_client": 1024 * mib / N_SLOW for name, mib in more.items()},
     }  # fmt: skip
 
