@@ -192,7 +192,8 @@ def _slow(stack: BenchStack) -> dict[str, float]:
     whole = sum(client.n_tokens == SLOW_TOKENS and client.raw.endswith(b"0\r\n\r\n") for client in slow)
     more = {name: memory.peak[name] - memory.before[name] for name in groups}
     return {
-        "gap_p99_ms_without": without, "gap_p99_ms_with_slow": with_slow, "slow_got_everything": whole, "slow_answer_kib": n_bytes / 1024 / N_SLOW,
+        "gap_p99_ms_without": without, "gap_p99_ms_with_slow": with_slow,
+        "slow_got_everything": whole, "slow_answer_kib": n_bytes / 1024 / N_SLOW,
         **{f"{name}_kib_per_slow_client": 1024 * mib / N_SLOW for name, mib in more.items()},
     }  # fmt: skip
 

@@ -26,6 +26,7 @@ from benchmarks.cpu import tree
 from controlplane import quickstart_file
 from controlplane.quickstart_file import Quickstart
 from infra.local.environment import SAVED
+from infra.local.ports import free_port
 from infra.local.privatefile import read_json
 from infra.local.process import find_marked
 from infra.local.stackstate import read_state
@@ -134,6 +135,8 @@ def bench_stack(
     var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORRAL_")}
     env |= {"CORRAL_VAR": str(var), "CORRAL_ENGINE": engine, "CORRAL_LOG_LEVEL": "WARNING"}
+    # Not the preferred ports: another stack that starts just now would find them free, too.
+    env |= {f"CORRAL_{name}_PORT": str(free_port()) for name in ("GATEWAY", "WEB")}
     try:
         up = subprocess.run(
             [sys.executable, "manage.py", "up", "--detach", *(["--no-question"] if demo else [])],
