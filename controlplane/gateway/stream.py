@@ -17,6 +17,8 @@ from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
 from workers.contract import End, Endpoint, Stage
 
+MIN_BUFFER: Final = 8  # entries
+MAX_NAMED: Final = 21  # tokens that a well-formed entry names the probabilities of
 MAX_HELD_BACK: Final = 256  # entries kept aside while the journal is being read
 
 
@@ -70,6 +72,7 @@ class Stream:
 
     __slots__ = (
         "_buffer",
+        "_weighed",
         "abandoned",
         "admitted",
         "admitted_at",
@@ -179,6 +182,7 @@ class Stream:
         self.last_at = now
         self.heard_at = now
         self._buffer = buffer
+        self._weighed = False  # whether the bound knows of probabilities
 
         # Reading the journal.
         self.catching_up = False
@@ -233,6 +237,8 @@ class Stream:
         if text or logprobs:
             if self.have <= self.n_seen and self._was_seen(n, logprobs):
                 return
+            if logprobs and not self._weighed:
+                self._weigh(logprobs)
             self.pieces.append(Piece(self.have if n else f"{self.have}.1", text, logprobs))
         if self.streaming:
             if len(self.pieces) >= self._buffer and self.end is None:
@@ -241,6 +247,12 @@ class Stream:
             self.wake()
         elif self.end is not None:
             self.wake()
+
+    def _weigh(self, logprobs: list[object]) -> None:
+        """An entry with probabilities takes as much memory as one without for each that it names."""
+        self._weighed = True
+        n_named = max((1 + len(others) for _, _, others in tokens_of(logprobs)), default=MAX_NAMED)
+        self._buffer = max(MIN_BUFFER, self._buffer // (1 + n_named))
 
     def _was_seen(self, n: int, logprobs: list[object] | None) -> bool:
         """Of the entry that `have` ends with, which is none after what was seen."""
