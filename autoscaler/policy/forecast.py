@@ -1,7 +1,7 @@
 """What a deployment's load will be when a machine ordered now could serve, and how far off that usually is. Pure.
 
 Four rules foretell the load `lead_s` ahead: it stays; it goes on as it has; it moves as it does at this time of day; as
-it does at this hour of the week. Each is held to what came, and the one with the least squared error speaks, so a
+it does at this hour of the week. Each is held to what came, and the one with the least absolute error speaks, so a
 season that does not exist costs nothing. Errors are kept relative to the square root of what was foretold, which is how
 a sum of independent requests scatters: the share of spare capacity falls as a deployment grows (square-root
 staffing; Halfin and Whitt 1981). Until it has been checked often enough the answer is None, "cannot tell".
@@ -23,7 +23,8 @@ N_WEEK: Final = 168
 N_PENDING: Final = 12  # forecasts under way
 NEWEST: Final = 0.5  # weight of the newest day or week in a profile: the one before counts half as much
 N_PROVEN: Final = 20  # forecasts checked before any is believed
-ERROR_WEIGHT: Final = 0.003  # of the newest error: about the last three hundred count, one to two hours
+ERROR_WEIGHT: Final = 0.005  # of the newest error: about the last two hundred count, an hour of ticks
+NORMAL: Final = 1.2533  # deviation over mean absolute error of a normal distribution
 RULES: Final = ("stays", "goes on", "time of day", "hour of week")
 
 
@@ -37,10 +38,11 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class ForecastMemory:
-    """Bounded: two profiles (0 = never seen), a few forecasts under way, one squared error per rule."""
+    """Bounded: two profiles (0 = never seen), a few forecasts under way, one mean absolute error per rule (absolute,
+    because one jump must not set the reserve for hours)."""
 
     at_s: float = 0.0
-    level: float = 0.0  # the load, smoothed over a sixth of the lead: a jump must not wait
+    level: float = 0.0  # the load, smoothed over a twelfth of the lead: a jump must not wait
     slope_per_s: float = 0.0  # smoothed over several
     day: tuple[float, ...] = (0.0,) * N_DAY
     week: tuple[float, ...] = (0.0,) * N_WEEK
@@ -65,15 +67,21 @@ class Forecast:
         return max(self.load + n_deviations * self.deviation, 0.0)
 
 
-def learn(now_s: float, load: float, lead_s: float, memory: ForecastMemory | None) -> ForecastMemory:
-    """One observation more: `load` in requests at `now_s`. Looks backwards in time are ignored."""
+def learn(
+    now_s: float, load: float, lead_s: float, memory: ForecastMemory | None, served: float | None = None
+) -> ForecastMemory:
+    """One observation more: `load` in requests at `now_s`, of which `served` found a place (all, if not given).
+
+    A backlog is no demand: profiles and errors are made of what was served. Looks backwards in time are ignored.
+    """
+    served = load if served is None else served
     if memory is None:
         return ForecastMemory(at_s=now_s, level=load)
     passed_s = now_s - memory.at_s
     if passed_s <= 0:
         return memory
-    memory = _profile(now_s, load, memory)
-    level = memory.level + (load - memory.level) * _weight(passed_s, lead_s / 6)
+    memory = _profile(now_s, served, memory)
+    level = memory.level + (load - memory.level) * _weight(passed_s, lead_s / 12)
     slope = (level - memory.level) / passed_s
     memory = replace(
         memory,
@@ -81,7 +89,7 @@ def learn(now_s: float, load: float, lead_s: float, memory: ForecastMemory | Non
         level=level,
         slope_per_s=memory.slope_per_s + (slope - memory.slope_per_s) * _weight(passed_s, 3 * lead_s),
     )
-    memory = _check(now_s, load, memory)
+    memory = _check(now_s, served, memory)
     if len(memory.pending) < N_PENDING and (
         not memory.pending or now_s + lead_s - memory.pending[-1].due_at_s >= lead_s / N_PENDING
     ):
@@ -96,7 +104,7 @@ def forecast(now_s: float, lead_s: float, memory: ForecastMemory) -> Forecast | 
         return None
     best = min(range(len(memory.errors)), key=lambda i: (memory.errors[i], i))
     load = _foretell(now_s, lead_s, memory)[best]
-    return Forecast(load, math.sqrt(memory.errors[best] * max(load, 1.0)), RULES[best])
+    return Forecast(load, NORMAL * memory.errors[best] * math.sqrt(max(load, 1.0)), RULES[best])
 
 
 def _foretell(now_s: float, lead_s: float, memory: ForecastMemory) -> tuple[float, ...]:
@@ -116,11 +124,11 @@ def _check(now_s: float, load: float, memory: ForecastMemory) -> ForecastMemory:
         return memory
     errors, n = memory.errors, memory.n_checked
     for said in due:
-        squared = tuple((load - value) ** 2 / max(value, 1.0) for value in said.values)
+        missed = tuple(abs(load - value) / math.sqrt(max(value, 1.0)) for value in said.values)
         n += 1
         weight = max(ERROR_WEIGHT, 1 / n)  # the first ones count as their plain mean
         errors = tuple(
-            round(old + (new - old) * weight, 4) for old, new in zip(errors or squared, squared, strict=True)
+            round(old + (new - old) * weight, 4) for old, new in zip(errors or missed, missed, strict=True)
         )
     rest = tuple(p for p in memory.pending if p.due_at_s > now_s)
     return replace(memory, pending=rest, errors=errors, n_checked=min(n, 10_000))

@@ -30,7 +30,7 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
 
     if spec.deleted:
         return Wish(0, memory, ("the deployment is deleted: no replica is wanted",))
-    ahead, memory = _look_ahead(now_s, known, spec, memory)
+    ahead, memory = _look_ahead(observation, known, spec, memory, slots)
     n, reason, memory = _from_load(observation, spec, memory, n_live, slots, ahead)
     if n_live == 0 and known > 0:
         n, reason = max(1, _replicas_for(known, spec, slots), n), f"nothing serves {known:g} waiting requests"
@@ -45,11 +45,13 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
 
 
 def _look_ahead(
-    now_s: float, known: float, spec: ScalerSpec, memory: ScalerMemory
+    observation: Observation, known: float, spec: ScalerSpec, memory: ScalerMemory, slots: float
 ) -> tuple[Forecast | None, ScalerMemory]:
     if spec.lead_s <= 0:
         return None, memory
-    learnt = learn(now_s, known, spec.lead_s, memory.forecast)
+    n_ready = sum(1 for r in observation.replicas if r.phase is ReplicaPhase.READY)
+    now_s, served = observation.now_s, min(known, slots * n_ready)
+    learnt = learn(now_s, known, spec.lead_s, memory.forecast, served)
     return forecast(now_s, spec.lead_s, learnt), replace(memory, forecast=learnt)
 
 

@@ -102,7 +102,9 @@ class Load:
         if self.lengths is not None:
             end_s = self.rates[-1].start_s + WINDOW_S
             if start_s is None:
-                start_s = random.Random(f"load:{seed}").random() * (end_s - length_s)
+                start_s = self.whole(
+                    random.Random(f"load:{seed}").random() * (end_s - length_s) * 0.9, length_s
+                )
             found = arrivals(
                 self.rates,
                 self.lengths,
@@ -113,6 +115,20 @@ class Load:
             )
             return jobs(found)
         return jobs(self._repeated(seed, length_s))
+
+    def whole(self, start_s: float, length_s: float) -> float:
+        """The first start from there on whose span has no hole in the recording: load that vanishes for ten minutes and
+        comes back at once is the recorder's, not the tenants'. ValueError when there is none."""
+        total = total_rates(self.rates)
+        last_s = self.rates[-1].start_s + WINDOW_S - length_s
+        start_s -= start_s % WINDOW_S
+        while start_s <= last_s:
+            n = math.ceil(length_s / WINDOW_S)
+            missing = [i for i in range(n) if start_s + i * WINDOW_S not in total]
+            if not missing:
+                return start_s
+            start_s += (missing[-1] + 1) * WINDOW_S
+        raise ValueError(f"{self.name}: no span of {length_s:g} s without a hole is left")
 
     def _repeated(self, seed: int, length_s: float) -> Iterator[Arrival]:
         """The recorded hour again and again, other requests of it each time."""

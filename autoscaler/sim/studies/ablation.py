@@ -23,9 +23,9 @@ _WARM_S: Final = 1800.0
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--keep", type=float, default=0.0007, help="share of m-mid's requests (default 0.0007)"
+        "--keep", type=float, default=0.0005, help="share of m-mid's requests (default 0.0005)"
     )
-    parser.add_argument("--hours", type=float, default=4.0, help="hours per window (default 4)")
+    parser.add_argument("--hours", type=float, default=2.0, help="hours per window (default 2)")
 
 
 def run(options: dict[str, Any], progress: Progress) -> Study:
@@ -35,7 +35,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
     terms = Terms(_BOOT_S, _NOTICE_S, given.ON_DEMAND_USD_PER_H, tick_s=15)
     found: dict[str, list[Result]] = {name: [] for name in ABLATIONS}
     for seed in range(options["seeds"]):
-        start_s = (0.3 + 8.2 * seed / options["seeds"]) * 86400
+        start_s = load.whole((0.3 + 8.2 * seed / options["seeds"]) * 86400, length_s)
         setting = Setting(
             given.engine(),
             given.SLOTS,

@@ -43,10 +43,12 @@ _HEEDING: Final = "any-zone:heeds_notice=1"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--days", type=float, default=1.0, help="machines alone: days per window (default 1)")
+    parser.add_argument(
+        "--days", type=float, default=0.5, help="machines alone: days per window (default 0.5)"
+    )
     parser.add_argument("--machines", type=float, default=4.0, help="mean number wanted (default 4)")
     parser.add_argument(
-        "--hours", type=float, default=4.0, help="with requests: hours per window (default 4)"
+        "--hours", type=float, default=2.5, help="with requests: hours per window (default 2.5)"
     )
 
 
