@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
+from autoscaler.sim.buyers_plan import Planned
 from autoscaler.sim.fleet import Buyer
 from autoscaler.sim.gateways import Gateways, behind
 from autoscaler.sim.hpa import HpaSpec
@@ -131,6 +132,15 @@ def any_zone(n_extra: int = 0, retry_s: float = 60.0, heeds_notice: int = 0) -> 
     return replace(CORRAL, buyer=lambda s: _heeding(AnyZoneElseOnDemand(n_extra, retry_s), heeds_notice))
 
 
+def planned(limit_s: float = 0.0, availability: float = 0.999) -> Policy:
+    """Purchase plans with a bounded tail; `limit_s` above 0: by the mixed-integer programme."""
+
+    def buyer(s: Setting) -> Buyer:
+        return Planned(SpotSpec(s.terms.boot_s, s.terms.notice_s, availability), limit_s)
+
+    return replace(CORRAL, buyer=buyer)
+
+
 def _heeding(buyer: Buyer, heeds_notice: int) -> Buyer:
     return Heeding(buyer) if heeds_notice else buyer
 
@@ -227,9 +237,13 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     "on-demand": lambda: replace(CORRAL, buyer=lambda s: OnDemandOnly()),
     "spot-only": lambda: replace(CORRAL, buyer=lambda s: SpotOnly()),
     "any-zone": any_zone,
+    "planned": planned,
+    "planned-milp": lambda: planned(limit_s=2.0),
 }
 # Parts that only matter where machines are bought.
-NEEDS_MARKET = frozenset({"static", "hpa", "kpa", "spothedge", "on-demand", "spot-only", "any-zone"})
+NEEDS_MARKET = frozenset(
+    {"static", "hpa", "kpa", "spothedge", "on-demand", "spot-only", "any-zone", "planned", "planned-milp"}
+)
 
 
 def policy(text: str) -> Policy:
