@@ -18,10 +18,12 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from autoscaler.policy.ladder import Stakes
 from autoscaler.sim import report
 from autoscaler.sim.checkers import InvariantError
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Terms
+from autoscaler.sim.idle_policies import RUNGS, compare
 from autoscaler.sim.job import Job
 from autoscaler.sim.market import MarketError, Zone, read_zone
 from autoscaler.sim.oracle import OracleError, bound_of
@@ -114,12 +116,24 @@ class Command(BaseCommand):
         parser.add_argument(
             "--seeds", type=int, default=1, help="runs per policy; spans of the market differ"
         )
+        idle = parser.add_argument_group("idle deployments")
+        idle.add_argument(
+            "--idle",
+            action="store_true",
+            help="where the spares of idle deployments rest instead: each tenant of the file is a deployment",
+        )
+        idle.add_argument("--keep-alive-s", type=float, default=600.0, help="of the fixed rule (default 600)")
+        idle.add_argument("--late-usd", type=float, default=0.02, help="worth of a late request")
+        idle.add_argument("--late-usd-per-s", type=float, default=0.002, help="and of each second of it")
         parser.add_argument("--json", action="store_true")
         parser.add_argument(
             "--report", type=Path, metavar="DIR", help="also write a page with charts (index.html) there"
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["idle"]:
+            self._idle(options)
+            return
         names = _policies(options["policy"], has_market=bool(options["spot"]))
         try:
             setting = _setting(options)
@@ -156,6 +170,30 @@ class Command(BaseCommand):
         self._table(rows)
         for note in notes:
             self.stdout.write(note)
+
+    def _idle(self, options: dict[str, Any]) -> None:
+        serving = RUNGS[0].usd_per_h
+        stakes = Stakes(options["ttft_s"], options["late_usd"], options["late_usd_per_s"], serving)
+        try:
+            found = compare(
+                _load(options, 0),
+                stakes,
+                s_per_token=options["itl_s"],
+                keep_alive_s=options["keep_alive_s"],
+            )
+        except (WorkloadError, ValueError) as error:
+            raise CommandError(str(error)) from error
+        rungs = {r.name: {"usd_per_h": r.usd_per_h, "wake_s": r.wake_s} for r in RUNGS}
+        if options["json"]:
+            self.stdout.write(json.dumps({"rungs": rungs, "policies": found}, indent=2))
+            return
+        for name, rung in rungs.items():
+            self.stdout.write(f"  {name}: {rung['usd_per_h']:g} USD/h, {rung['wake_s']:g} s to wake")
+        self.stdout.write(f"{'policy':<20}{'late':>10}{'idle USD':>12}{'and late USD':>14}")
+        for name, row in found.items():
+            self.stdout.write(
+                f"{name:<20}{row['late']:>10.1%}{row['idle_usd']:>12.2f}{row['total_usd']:>14.2f}"
+            )
 
     def _progress(self, now_s: float, n_done: int) -> None:
         self.stderr.write(f"  {now_s / 3600:8.2f} h simulated, {n_done:,} requests")

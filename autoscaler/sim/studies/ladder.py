@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from autoscaler.policy.ladder import Rung, Stakes, Step
-from autoscaler.sim.idle import Books, Call, Fixed, HybridHistogram, Idle, Ladder, replay
+from autoscaler.policy.ladder import Stakes
+from autoscaler.sim.idle import Books, Call, Idle, Ladder, replay
+from autoscaler.sim.idle_policies import RUNGS, kept_alive, policies
 from autoscaler.sim.statistics import Interval, interval
 from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Table
 from autoscaler.sim.workload import WorkloadError
@@ -23,13 +24,6 @@ HELP = "warm ladder against fixed keep-alive, always on, zero and the hybrid his
 _DAY_S = 86400.0
 _FIT_S, _END_S = 8 * _DAY_S, 17 * _DAY_S
 _KEPT = 0.8  # of the tenants, by seed
-RUNGS = (
-    Rung("serving", 1.0, 0.0),
-    Rung("asleep", 0.12, 3.2),
-    Rung("process ready", 0.03, 6.0),
-    Rung("on disk", 0.01, 25.0),
-    Rung("nothing", 0.0, 180.0),
-)
 _WORTH = (0.25, 4.0, 16.0, 64.0)  # times the stakes, for the frontier
 _KEEP_ALIVE_S = (60.0, 300.0, 600.0, 1800.0, 3600.0, 14400.0)
 
@@ -62,7 +56,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         calls = _kept(everything, seed)
         best_s = min(
             _KEEP_ALIVE_S,
-            key=lambda s: _books(calls, _kept_alive(s), stakes, 0.0, _FIT_S).total_usd,
+            key=lambda s: _books(calls, kept_alive(s), stakes, 0.0, _FIT_S).total_usd,
         )
         tuned.append(best_s)
         for name, make in policies(stakes, best_s).items():
@@ -76,27 +70,11 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             )
         for seconds in _KEEP_ALIVE_S:
             name = f"keep-alive {seconds:g} s"
-            frontier[name].append(_books(calls, _kept_alive(seconds), stakes, _FIT_S, _END_S))
+            frontier[name].append(_books(calls, kept_alive(seconds), stakes, _FIT_S, _END_S))
         progress(
             f"seed {seed}: {found['ladder'][-1].n_requests:,} requests, keep-alive tuned to {best_s:g} s"
         )
     return _study(found, frontier, tuned, stakes)
-
-
-def policies(stakes: Stakes, tuned_s: float) -> dict[str, Callable[[], Idle]]:
-    """Makers by name, each for one deployment."""
-    serving, nothing = RUNGS[0], RUNGS[-1]
-    return {
-        "ladder": lambda: Ladder(RUNGS, stakes),
-        "ladder, no history": lambda: Ladder(RUNGS, stakes, learns=False),
-        "ladder, two rungs": lambda: Ladder((serving, nothing), stakes),
-        "always on": lambda: Fixed(Step(0.0, serving)),
-        "zero at once": lambda: Fixed(Step(0.0, nothing)),
-        "keep-alive, tuned": _kept_alive(tuned_s),
-        "keep-alive 600 s": _kept_alive(600.0),
-        "asleep at once": lambda: Fixed(Step(0.0, RUNGS[1])),
-        "hybrid histogram": lambda: HybridHistogram(serving, nothing),
-    }
 
 
 def read_calls(path: Path) -> dict[tuple[str, str], list[Call]]:
@@ -129,10 +107,6 @@ def _kept(everything: dict[tuple[str, str], list[Call]], seed: int) -> list[list
         if tenant in stay:
             by_model[model] += calls
     return [sorted(calls, key=lambda c: (c.at_s, c.runs_s)) for _, calls in sorted(by_model.items())]
-
-
-def _kept_alive(seconds: float) -> Callable[[], Idle]:
-    return lambda: Fixed(Step(0.0, RUNGS[0]), Step(seconds, RUNGS[-1]))
 
 
 def _books(

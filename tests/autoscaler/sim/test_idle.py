@@ -150,3 +150,22 @@ def test_the_study_runs_on_a_file_and_names_what_is_wrong_with_one(tmp_path: Pat
     _trace(bad / "serverless", [{"gmt_create": "2024-11-15 00:00:00"}])
     with pytest.raises(CommandError, match="needs gmt_create, checkpoint_model_version_id"):
         call_command("study", "ladder", "--traces", str(bad), stderr=StringIO())
+
+
+def test_simulate_compares_idle_policies_on_a_file_of_one_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    rows = [f"{i * 1800},10,100,{'ab'[i % 2]}" for i in range(60)]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens,tenant", *rows]) + "\n")
+    out = StringIO()
+    call_command("simulate", "--requests", str(path), "--idle", "--keep-alive-s", "60", "--json", stdout=out)
+    found = json.loads(out.getvalue())["policies"]
+    assert found["zero at once"]["late"] == found["keep-alive, tuned"]["late"] == 1.0
+    assert found["always on"]["late"] == pytest.approx(0, abs=0.04)
+    assert found["ladder"]["total_usd"] < min(
+        found["always on"]["total_usd"], found["zero at once"]["total_usd"]
+    )
+    out = StringIO()
+    call_command("simulate", "--requests", str(path), "--idle", stdout=out)
+    assert "hybrid histogram" in out.getvalue()
+    with pytest.raises(CommandError, match="absent"):
+        call_command("simulate", "--requests", str(tmp_path / "absent.csv"), "--idle")
