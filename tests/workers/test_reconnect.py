@@ -208,7 +208,7 @@ async def test_moved_stream_goes_on_at_the_other_gateway_without_a_gap(
             assert attach(cell, request)[0] == b"running"
         else:
             lease = cell.keys.machine("m1").lease(request)
-            cell.r.hset(lease, mapping={"gw": "g2", "stream": 99, "moved": 1})
+            cell.r.hset(lease, mapping={"gw": "g2", "stream": 99, "moved": 1, "open": ""})
         await task
         undisturbed = cell.admit(max_tokens=120, sampling={"ignore_eos": True})
         await front.deliver(undisturbed)

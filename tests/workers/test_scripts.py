@@ -238,6 +238,40 @@ def test_several_claims_in_one_call_are_answered_each_for_itself(cell: Cell) -> 
     assert answers[0][1:4] == [b"BODY", b"g1", b"7"]
 
 
+def test_only_the_holder_appends_and_hears_the_news_with_its_next_flush(cell: Cell) -> None:
+    """Each row ends or limits the right to append that a claim gave (`open` in the lease)."""
+    cell.enrol("r1", slots=8)
+    cell.enrol("r2", "m1", slots=8)
+
+    def claimed(request: str) -> None:
+        cell.admit(request, candidates=("r1",))
+        assert cell.flush((request, 1, 0, 1, False)) == b"s", "before the claim"
+        cell.claim(request, 1)
+        assert cell.flush((request, 1, 0, 1, False)) == b"a"
+
+    for request in ("cancelled", "moved", "released", "ended", "rebound"):
+        claimed(request)
+    cell.run(scripts.CANCEL, KEYS.prefix, cell.now_ms, "cancelled")
+    assert cell.flush(("cancelled", 1, 1, 1, False)) == b"c"
+    attach = cell.run(scripts.ATTACH, KEYS.prefix, cell.now_ms, "moved", "p1", "", "g2", 9, 1_000)
+    assert attach[0] == b"running"
+    assert cell.flush(("moved", 1, 1, 1, False)) == b"m"
+    cell.admit("early", candidates=("r1",))
+    assert (
+        cell.run(scripts.ATTACH, KEYS.prefix, cell.now_ms, "early", "p1", "", "g2", 9, 1_000)[0] == b"running"
+    )
+    cell.claim("early", 1)
+    assert cell.flush(("early", 1, 0, 1, False)) == b"m", "what happened before the claim is told, too"
+    assert cell.run(scripts.RELEASE, KEYS.machine("m1").prefix, "released", 1) == 1
+    assert cell.flush(("released", 1, 1, 1, False)) == b"s"
+    assert cell.flush(("ended", 1, 1, 1, True)) == b"a"
+    assert cell.flush(("ended", 1, 2, 0, True)) == b"d"
+    cell.run(scripts.WITHDRAW, KEYS.prefix, cell.now_ms, "r1", "lost", 0, "", "rebound")
+    assert cell.flush(("rebound", 1, 1, 1, False)) == b"s"
+    cell.claim("rebound", 2)
+    assert cell.flush(("rebound", 1, 1, 1, False), ("rebound", 2, 1, 1, False)) == b"sa"
+
+
 def test_flush_accepts_by_epoch_and_offset_and_publishes_exactly_that(cell: Cell) -> None:
     cell.enrol("r1")
     cell.admit("q1", candidates=("r1",))

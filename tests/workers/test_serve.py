@@ -167,7 +167,7 @@ async def test_cancel_told_only_by_the_flush_ends_it_too(cell: Cell, tmp_path: P
         request = cell.admit(max_tokens=400, sampling={"ignore_eos": True})
         task = front.deliver(request)
         await until(lambda: cell.stream(request), "the first token")
-        cell.r.hset(cell.keys.machine("m1").lease(request), "cancel", 1)
+        cell.r.hset(cell.keys.machine("m1").lease(request), mapping={"cancel": 1, "open": ""})
         await task
         assert cell.end(request).reason is FinishReason.ABORT
 
@@ -370,7 +370,9 @@ async def test_end_that_is_refused_leaves_no_usage(cell: Cell, tmp_path: Path) -
         request = cell.admit(max_tokens=30, stream=False, sampling={"ignore_eos": True})
         task = front.deliver(request)
         await until(lambda: front.server.n_tokens_total >= 1, "its first token")
-        cell.r.hincrby(cell.keys.machine("m1").lease(request), "epoch", 1)  # served elsewhere by now
+        cell.r.hset(
+            cell.keys.machine("m1").lease(request), mapping={"epoch": 2, "open": ""}
+        )  # served elsewhere by now
         await task
         assert cell.end(request) is None and cell.usage() == []
         assert len(front.spool) == 0

@@ -48,7 +48,7 @@ if lease[2] or r[8] then return answer('ending', mid) end
 redis.call('HSET', P .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7])
 if lease[1] then
   -- Read again by its replica: told now, and by the mark at its next flush should the word be lost.
-  redis.call('HSET', M .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7], 'moved', 1)
+  redis.call('HSET', M .. 'req:' .. id, 'gw', ARGV[6], 'stream', ARGV[7], 'moved', 1, 'open', '')
   redis.call('PUBLISH', M .. 'ctl:' .. r[7], '@' .. id)
 end
 return answer('running', mid, lease[3])

@@ -16,6 +16,6 @@ if r[1] == 'queued' then
   return 'queued'
 end
 local M = P .. 'm:' .. r[4] .. ':'
-if redis.call('EXISTS', M .. 'req:' .. id) == 1 then redis.call('HSET', M .. 'req:' .. id, 'cancel', 1) end
+if redis.call('EXISTS', M .. 'req:' .. id) == 1 then redis.call('HSET', M .. 'req:' .. id, 'cancel', 1, 'open', '') end
 redis.call('PUBLISH', M .. 'ctl:' .. r[3], id)
 return 'bound'

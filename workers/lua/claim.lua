@@ -6,11 +6,11 @@ local M = ARGV[1]
 
 local function claim(id, epoch)
   local k = M .. 'req:' .. id
-  local r = redis.call('HMGET', k, 'epoch', 'state', 'gw', 'stream', 'n', 'upto', 'cancel', 'attempt')
+  local r = redis.call('HMGET', k, 'epoch', 'state', 'gw', 'stream', 'n', 'upto', 'cancel', 'attempt', 'moved')
   if r[1] ~= epoch then return {'stale'} end
   if r[2] == 'done' then return {'done'} end
   if r[2] == 'claimed' then return {'held'} end
-  redis.call('HSET', k, 'state', 'claimed')
+  redis.call('HSET', k, 'state', 'claimed', 'open', not (r[7] or r[9]) and epoch or '')
   if r[7] then return {'cancelled', '', r[3], r[4], r[5], r[6] - r[5], r[8]} end
   local body = redis.call('GET', M .. 'body:' .. id)
   if not body then return {'stale'} end

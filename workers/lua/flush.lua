@@ -1,8 +1,9 @@
 -- One engine step for one gateway: appends each entry to its journal only where epoch and offset match and the money
 -- held (`upto`) allows, and publishes one frame that carries exactly what was accepted. A finished request leaves its
 -- usage event in the same call. Only keys under the machine's prefix.
--- The most frequent script of all: numbers stay the strings they came as wherever they can, since every one that Lua
--- hands to Redis is printed with 17 digits first.
+-- The most frequent script of all. Numbers stay the strings they came as wherever they can, since every one that Lua
+-- hands to Redis is printed with 17 digits first. And of the lease three fields are read: `open` is the epoch whose
+-- holder may append and has no news to be told; whoever changes that (lib_bind.lua says who) clears it.
 --
 -- ARGV: 1 machine prefix, 2 gateway, 3 journal life in ms after the end, 4 usage stream bound, then per entry 7:
 --       request, epoch, offset, offset after it, frame entry (msgpack), journal entry (msgpack), usage event or ''.
@@ -13,21 +14,29 @@ local verdicts, frame, n_frame = {}, {}, 0
 for i = 5, #ARGV, 7 do
   local id, offset, after, usage = ARGV[i], ARGV[i + 2], ARGV[i + 3], ARGV[i + 6]
   local k = leases .. id
-  local r = call('HMGET', k, 'epoch', 'n', 'upto', 'state', 'cancel', 'moved')
-  local v
+  local r = call('HMGET', k, 'open', 'n', 'upto')
+  local v = 'a'
   if r[1] ~= ARGV[i + 1] then
-    v = 's'
-  elseif r[4] ~= 'claimed' then
-    v = r[4] == 'done' and 'd' or 's' -- done: sent again after a lost answer, its end was accepted
-  elseif r[2] ~= offset then
-    v = tonumber(offset) < tonumber(r[2]) and 'd' or 'g'
-  elseif after ~= offset and tonumber(after) > tonumber(r[3]) then
-    v = 'b'
-  else
-    v = r[5] and 'c' or r[6] and 'm' or 'a'
+    local now = call('HMGET', k, 'epoch', 'state', 'cancel', 'moved')
+    if now[1] ~= ARGV[i + 1] then
+      v = 's'
+    elseif now[2] ~= 'claimed' then
+      v = now[2] == 'done' and 'd' or 's' -- done: sent again after a lost answer, its end was accepted
+    else
+      v = now[3] and 'c' or now[4] and 'm' or 'a'
+    end
+  end
+  if v ~= 's' and v ~= 'd' then
+    if r[2] ~= offset then
+      v = tonumber(offset) < tonumber(r[2]) and 'd' or 'g'
+    elseif after ~= offset and tonumber(after) > tonumber(r[3]) then
+      v = 'b'
+    end
+  end
+  if v == 'a' or v == 'c' or v == 'm' then
     local j = journals .. id
     if usage ~= '' then
-      call('HSET', k, 'n', after, 'state', 'done')
+      call('HSET', k, 'open', '', 'n', after, 'state', 'done')
       call('RPUSH', j, ARGV[i + 5])
       call('XADD', ARGV[1] .. 'usage', 'MAXLEN', '~', ARGV[4], '*', 'u', usage)
       call('DEL', ARGV[1] .. 'body:' .. id)

@@ -18,11 +18,12 @@ local function move_body(P, M, id)
   return not moved.err
 end
 
--- Lease, slot and message of one attempt; the body lies under the machine's prefix already.
+-- Lease, slot and message of one attempt; the body lies under the machine's prefix already. The lease's `open` (see
+-- flush.lua) is set by a claim and cleared here, by a release, a cancel, a reader that moves (attach.lua) and the end.
 local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
   local lease = M .. 'req:' .. id
-  redis.call('HSET', lease, 'epoch', epoch, 'state', 'bound', 'n', n, 'upto', n + hold, 'gw', gw, 'stream', stream,
-             'attempt', attempt)
+  redis.call('HSET', lease, 'open', '', 'n', n, 'upto', n + hold, 'epoch', epoch, 'state', 'bound', 'gw', gw,
+             'stream', stream, 'attempt', attempt)
   redis.call('PEXPIRE', lease, LEASE_GC_MS)
   redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', 1)
   redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)

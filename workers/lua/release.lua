@@ -5,5 +5,5 @@
 local k = ARGV[1] .. 'req:' .. ARGV[2]
 local r = redis.call('HMGET', k, 'epoch', 'state')
 if r[1] ~= ARGV[3] or r[2] ~= 'claimed' then return 0 end
-redis.call('HSET', k, 'state', 'bound')
+redis.call('HSET', k, 'state', 'bound', 'open', '')
 return 1
