@@ -21,6 +21,7 @@ from benchmarks.stats import quantile
 from controlplane.policy.perfmodel import StepModel
 from controlplane.prediction.perf.nnls import nnls
 
+WARM_UP = 4
 _MIN_GAPS = 10  # of a size of batch, for a median
 _N_NOISE = 200  # quantiles kept of each noise
 
@@ -39,15 +40,16 @@ class Calibrated:
 def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
     """From records of which the first `alone` met an idle engine; the others overlap. ValueError for too few.
 
-    Medians first, then lines through them: on a busy machine one gap in ten is anything.
+    Medians first, then lines through them: on a busy machine one gap in ten is anything. The first `WARM_UP` records
+    only warm caches and connections.
     """
+    seen, alone = seen[WARM_UP:], alone - WARM_UP
     whole = [one for one in seen if one.is_whole and len(one.tokens_s) > 1]
     gaps = _gaps(whole)
     firsts = [one for one in seen[:alone] if one.is_whole]
     by_n: dict[int, list[float]] = defaultdict(list)
-    for gap_s, n, n_prompt in gaps:
-        if not n_prompt:
-            by_n[n].append(gap_s)
+    for gap_s, n in gaps:
+        by_n[n].append(gap_s)
     sizes = {n: found for n, found in by_n.items() if len(found) >= _MIN_GAPS}
     if len(sizes) < 3 or len(firsts) < 6:
         raise ValueError(
@@ -61,7 +63,7 @@ def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
     left = [one.tokens_s[0] - one.sent_s - base_s - token_s * one.n_prompt for one in firsts]
     way_s = max(statistics.median(left), 0.0)
     step = StepModel(base_s, 0.0, token_s, max(per_seq_s - token_s, 0.0), 0.0, 0.0)
-    gap_noise = [gap_s - step.step_s(n_prompt, 0.0, n, 0) for gap_s, n, n_prompt in gaps]
+    gap_noise = [gap_s - step.step_s(0, 0.0, n, 0) for gap_s, n in gaps]
     return Calibrated(step, way_s, _quantiles(gap_noise), _quantiles([value - way_s for value in left]))
 
 
@@ -73,24 +75,22 @@ def _line(points: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
     return float(x[0]), float(x[1])
 
 
-def _gaps(whole: Sequence[Seen]) -> list[tuple[float, int, int]]:
-    """Of each gap its length, the requests that were decoding, and the prompt tokens computed in it."""
-    firsts = sorted((one.tokens_s[0], one.n_prompt) for one in whole)
-    starts = [at_s for at_s, _ in firsts]
+def _gaps(whole: Sequence[Seen]) -> list[tuple[float, int]]:
+    """Of each gap its length and the requests that were decoding; without those near somebody's first token, of which
+    clients cannot tell in which step its prompt was computed."""
+    starts = sorted(one.tokens_s[0] for one in whole)
     ends = sorted(one.tokens_s[-1] for one in whole)
-    median_s = statistics.median(
-        b - a for one in whole for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False)
-    )
+    all_s = [b - a for one in whole for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False)]
+    usual_s = statistics.median(all_s) if all_s else 0.0
     found = []
     for one in whole:
         for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False):
-            if b - a < median_s / 10:
+            if b - a < usual_s / 10:
                 continue  # two tokens in one read
-            # Half a gap of grace: clients of one step hear of it at slightly different times.
-            half_s = (b - a) / 2
-            joined = range(bisect_right(starts, a + half_s), bisect_right(starts, b + half_s))
-            n_old = bisect_right(starts, a + half_s) - bisect_left(ends, b - half_s)
-            found.append((b - a, max(n_old, 1), sum(firsts[i][1] for i in joined)))
+            if bisect_right(starts, b + usual_s) > bisect_left(starts, a - usual_s):
+                continue
+            n = bisect_right(starts, a) - bisect_left(ends, (a + b) / 2)
+            found.append((b - a, max(n, 1)))
     return found
 
 

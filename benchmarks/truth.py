@@ -31,12 +31,12 @@ from autoscaler.sim.queues import Fair
 from autoscaler.sim.routers import LeastLoad
 from autoscaler.sim.workload import read_requests
 from autoscaler.sim.world import World
-from benchmarks.calibration import Calibrated, calibrate
+from benchmarks.calibration import WARM_UP, Calibrated, calibrate
 from benchmarks.replay import ReplayPlan, Seen
 from benchmarks.stack import ROOT, BenchStack, bench_stack
 from controlplane.policy.capacity import Mix, capacity
 
-SECONDS = 40.0  # of a judged load
+SECONDS = 35.0  # of a judged load
 UTILISATION = 0.7  # of what the replica can serve at most
 GOAL = {"p50": 0.10, "p99": 0.15}
 LIMIT_S = 30.0
@@ -139,14 +139,16 @@ def _told(found: Calibrated) -> str:
 def _calibration_load(case: Case) -> tuple[list[Request], list[Request]]:
     """Requests alone with short and long prompts; then one more every moment, until all slots are taken, and down."""
     sizes = (8, case.prompt_words, case.max_words * 3 // 4)
-    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(24)]
+    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(24 + WARM_UP)]
+    ramp = []
     start_s = alone[-1].at_s + 2.0
-    ramp = [
-        Request(start_s + 0.35 * n, sizes[n % 3], case.max_tokens)
-        for n in range(case.slots)
-        for _ in range(2)
-        if n % 2 == 0
-    ]
+    for _ in range(2):
+        ramp += [
+            Request(start_s + 0.7 * n, sizes[n % 3], case.max_tokens)
+            for n in range(case.slots // 2)
+            for _ in range(2)
+        ]
+        start_s += 0.7 * case.slots / 2 + 8.0
     return alone, ramp
 
 
