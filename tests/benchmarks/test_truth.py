@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks import truth
@@ -84,3 +85,11 @@ def test_an_engine_that_changed_since_is_seen(calibrated: Calibrated) -> None:
     assert found["itl_p50"]["error"] < -0.15
     goals = truth.summary_of([found], CASES["toy"])["goals"]
     assert [g["reached"] for g in goals if g["figure"] == "itl_p50"] == [False]
+
+
+def test_a_gap_weighs_as_often_as_it_came_and_noise_widens_both_ways() -> None:
+    values, noise = np.array([1.0, 2.0]), (-0.5, 0.5)
+    for counts, median in (([1.0, 99.0], 1.5), ([99.0, 1.0], 0.5)):
+        spread, weights = truth.with_noise(values, np.array(counts), noise)
+        assert truth.weighted_quantile(spread, weights, 0.5) == median
+        assert truth.weighted_quantile(spread, weights, 1.0) == 2.5
