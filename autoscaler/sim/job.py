@@ -12,10 +12,11 @@ class Job:
 
     n_output is the true length, which no policy may read; policies get n_predicted. n_stop: how many tokens it may make
     before the engine puts it aside (all of them, unless a queue deals in quanta). prefix: ids of the prompt's blocks
-    of `BLOCK` tokens, leading ones equal where two prompts begin alike.
+    of `BLOCK` tokens, leading ones equal where two prompts begin alike. adapter: what it needs beside the model.
     """
 
     __slots__ = (
+        "adapter",
         "arrived_s",
         "band",
         "dispatched_s",
@@ -50,6 +51,7 @@ class Job:
         n_predicted: int = 0,
         band: int = 0,
         prefix: tuple[int, ...] = (),
+        adapter: str = "",
     ) -> None:
         if n_prompt < 1 or n_output < 1:
             raise ValueError(
@@ -63,6 +65,7 @@ class Job:
         self.flow = flow
         self.band = band
         self.prefix = prefix
+        self.adapter = adapter
         self.dispatched_s = self.first_s = self.ended_s = NEVER
         self.replica = -1
         self.n_attempts = 0

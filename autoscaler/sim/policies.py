@@ -20,7 +20,7 @@ from autoscaler.sim.hpa import HpaSpec
 from autoscaler.sim.kpa import KpaSpec
 from autoscaler.sim.orders import DlpmOrder, MlfqOrder, VtcOrder
 from autoscaler.sim.queues import Fair, earliest_deadline, fcfs, priority, shortest_predicted
-from autoscaler.sim.routers import Affinity, LeastLoad, PowerOfTwo, Random, RoundRobin
+from autoscaler.sim.routers import Affinity, LeastLoad, PowerOfTwo, Random, ResidentFirst, RoundRobin
 from autoscaler.sim.routers_dynamo import Dynamo
 from autoscaler.sim.routers_llumnix import Llumnix
 from autoscaler.sim.routers_sglang import Sglang, SglangKnobs
@@ -29,6 +29,7 @@ from autoscaler.sim.scenario import Policy, Setting
 from autoscaler.sim.world import Router
 from autoscaler.types import ScalerSpec
 from controlplane.policy.ordering import GAMMA, QueueOrder
+from controlplane.policy.routing import RouteWeights
 
 
 def production(
@@ -161,24 +162,50 @@ def dlpm(quantum: float = 4096.0) -> Policy:
     return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
 
 
-def affinity(every_block: int = 0, gateways: int = 1, age_s: float = 0.0) -> Policy:
+def affinity(every_block: int = 0, gateways: int = 1, age_s: float = 0.0, by_worth: int = 1) -> Policy:
     """Prefixes known at the lengths that a gateway hashes; or, to see what that costs, at every block. Each of several
-    `gateways` knows what it placed itself, and loads as they were up to `age_s` ago."""
+    `gateways` knows what it placed itself, and loads as they were up to `age_s` ago. `by_worth`: adapters that are
+    asked for often and load slowly stay, instead of those used last."""
 
     def router(s: Setting) -> Router:
         def make(number: int, age_s: float = math.inf, first_s: float = 0.0) -> Router:
-            return Affinity(s.engine.kv_tokens, every_block=bool(every_block), age_s=age_s, first_s=first_s)
+            return Affinity(
+                s.engine.kv_tokens,
+                _weights(s),
+                every_block=bool(every_block),
+                age_s=age_s,
+                first_s=first_s,
+            )
 
         if gateways == 1 and not age_s:
             return make(0)
         return Gateways(gateways, lambda number: make(number, age_s, number * age_s / gateways))
 
-    return replace(CORRAL, router=router)
+    return replace(CORRAL, router=router, adapters_by_worth=bool(by_worth))
 
 
-def least_load(gateways: int = 1, age_s: float = 0.0) -> Policy:
+def _weights(setting: Setting) -> RouteWeights:
+    """Where adapters are loaded, a load delays this request, and later the one whose adapter has to go."""
+    if setting.adapters is None:
+        return RouteWeights()
+    return RouteWeights(adapter_tokens=2 * setting.adapters.typical_s / setting.engine.step.token_s)
+
+
+def least_load(gateways: int = 1, age_s: float = 0.0, by_worth: int = 0) -> Policy:
     """Several `gateways` see loads as they were up to `age_s` ago."""
-    return replace(CORRAL, router=lambda s: behind(gateways, age_s, lambda number: LeastLoad()))
+    return replace(
+        CORRAL,
+        router=lambda s: behind(gateways, age_s, lambda number: LeastLoad()),
+        adapters_by_worth=bool(by_worth),
+    )
+
+
+def resident_first(by_worth: int = 0) -> Policy:
+    return replace(
+        CORRAL,
+        router=lambda s: ResidentFirst(s.adapters.limit if s.adapters is not None else 1),
+        adapters_by_worth=bool(by_worth),
+    )
 
 
 def power_of_two(seed: int = 0, gateways: int = 1, age_s: float = 0.0) -> Policy:
@@ -191,8 +218,8 @@ def round_robin(gateways: int = 1) -> Policy:
     return replace(CORRAL, router=lambda s: behind(gateways, 0.0, lambda number: RoundRobin()))
 
 
-def random_router(seed: int = 0) -> Policy:
-    return replace(CORRAL, router=lambda s: Random(seed))
+def random_router(seed: int = 0, by_worth: int = 0) -> Policy:
+    return replace(CORRAL, router=lambda s: Random(seed), adapters_by_worth=bool(by_worth))
 
 
 def sglang(
@@ -226,6 +253,7 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     "least-load": least_load,
     "round-robin": round_robin,
     "random": random_router,
+    "resident-first": resident_first,
     "p2c": power_of_two,
     "sglang": sglang,
     "dynamo": dynamo,

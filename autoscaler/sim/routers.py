@@ -65,6 +65,20 @@ class PowerOfTwo(LeastLoad):
         return [min(two, key=lambda r: (r.used / r.slots, r.id))]
 
 
+class ResidentFirst(LeastLoad):
+    """The rule of inference gateways (llm-d's LoRA scorer): a replica that has the adapter, else one with a place for
+    it (`limit`), else any; the least loaded of those."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
+        having = [r for r in replicas if job.adapter in r.adapters]
+        return super().rank(
+            job, having or [r for r in replicas if len(r.adapters) < self._limit] or replicas, now_s
+        )
+
+
 class Affinity:
     """The production board (controlplane/policy/routing.py), fed as one gateway would be.
 
@@ -115,7 +129,10 @@ class Affinity:
 
     def _look(self, replicas: list[Replica], now_s: float) -> None:
         self._replicas = {str(r.id): r for r in replicas}
-        self._loads = {name: ReplicaLoad(name, "", r.used, r.slots) for name, r in self._replicas.items()}
+        self._loads = {
+            name: ReplicaLoad(name, "", r.used, r.slots, adapters=r.adapters)
+            for name, r in self._replicas.items()
+        }
         self.board.see(self._loads)
         if self._age_s < math.inf:
             self._next_s += self._age_s * max((now_s - self._next_s) // self._age_s + 1, 0)
@@ -135,8 +152,10 @@ class Affinity:
     def _ask(self, job: Job) -> Ask:
         n = min(job.n_prompt // BLOCK, len(job.prefix))
         if not n:
-            return Ask(job.n_prompt)
+            return Ask(job.n_prompt, adapter=job.adapter)
         if self._every_block:
-            return Ask(job.n_prompt, job.prefix[:n], range(BLOCK, n * BLOCK + 1, BLOCK))
+            return Ask(job.n_prompt, job.prefix[:n], range(BLOCK, n * BLOCK + 1, BLOCK), job.adapter)
         lengths = rungs(n)
-        return Ask(job.n_prompt, [job.prefix[k - 1] for k in lengths], [k * BLOCK for k in lengths])
+        return Ask(
+            job.n_prompt, [job.prefix[k - 1] for k in lengths], [k * BLOCK for k in lengths], job.adapter
+        )

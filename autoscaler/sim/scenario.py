@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from autoscaler.policy.forecast import ForecastMemory
+from autoscaler.sim.adapters import Adapters, AdapterSpec
 from autoscaler.sim.checkers import Conservation, InvariantError
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Buyer, Fleet, Machine, Terms
@@ -43,6 +44,7 @@ class Setting:
     # When the run begins on the recording's clock, and what the scaler's forecast had learned of the days before.
     begins_at_s: float = 0.0
     past: ForecastMemory | None = None
+    adapters: AdapterSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Policy:
     router: Callable[[Setting], Router]
     scaler: Callable[[Setting], Scaler]
     buyer: Callable[[Setting], Buyer]
+    adapters_by_worth: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Result:
     cpu_s: float
     requests_per_cpu_s: float
     n_checks: int
+    n_adapter_misses: int = 0
     # For charts and bounds; not part of a table.
     samples: tuple[Sample, ...] = field(default=(), repr=False)
     tenants: tuple[TenantService, ...] = field(default=(), repr=False)
@@ -100,7 +104,16 @@ def run(
     """Simulate to the end. InvariantError names the `label` (policy, seed) when an invariant breaks."""
     kernel, recorder, books = Kernel(), Recorder(setting.ttft_target_s, setting.warm_s), Conservation()
     began_s = time.process_time()
-    world = World(kernel, policy.queue(setting), policy.router(setting), (books, recorder, *observers))
+    adapters = None
+    if setting.adapters is not None:
+        adapters = Adapters(replace(setting.adapters, by_worth=policy.adapters_by_worth), kernel)
+    world = World(
+        kernel,
+        policy.queue(setting),
+        policy.router(setting),
+        (books, recorder, *observers),
+        adapters=adapters,
+    )
     fleet = _fleet(kernel, world, setting, policy) if setting.zones else None
     if fleet is not None:
         recorder.machines = _machines(fleet)
@@ -193,6 +206,7 @@ def _result(
         n_requeued=world.n_requeued,
         n_preempted=seen.n_preempted,
         hit_ratio=world.hit_ratio,
+        n_adapter_misses=world.adapters.n_missed if world.adapters is not None else 0,
         worst_tenant_p99_s=max(tails, default=math.nan),
         virtual_s=world.kernel.now_s,
         cpu_s=cpu_s,

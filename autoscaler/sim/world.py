@@ -7,10 +7,12 @@ until a replica has a free slot, as in the live house.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from autoscaler.sim.adapters import Adapters
 from autoscaler.sim.enginemodel import Engine, EngineSpec
 from autoscaler.sim.histogram import Histogram
 from autoscaler.sim.job import NEVER, Job
@@ -30,6 +32,7 @@ class Replica:
     n_dispatched: int = 0
     n_on_way: int = 0  # bound, not yet in the engine
     jobs: dict[int, Job] = field(default_factory=dict)
+    adapters: set[str] = field(default_factory=set)  # in its memory, or being loaded
 
     @property
     def used(self) -> int:
@@ -55,7 +58,8 @@ class Observer(Protocol):
 
 
 class World:
-    """A deployment on a kernel. `observers` see every event. `dispatch_s` is the way from a slot to the engine."""
+    """A deployment on a kernel. `observers` see every event. `dispatch_s` is the way from a slot to the engine. Without
+    `adapters` every replica has all of them."""
 
     def __init__(
         self,
@@ -65,8 +69,10 @@ class World:
         observers: tuple[Observer, ...] = (),
         *,
         dispatch_s: float = 0.0,
+        adapters: Adapters | None = None,
     ) -> None:
         self.kernel = kernel
+        self.adapters = adapters
         self.dispatch_s = dispatch_s
         self.queue = queue
         self.router = router
@@ -109,6 +115,8 @@ class World:
         self._n_hit_tokens += replica.engine.n_hit_tokens
         self._n_prompt_tokens += replica.engine.n_prompt_tokens
         del self.replicas[replica.id]
+        if self.adapters is not None:
+            self.adapters.lose(replica)
         for job in sorted(replica.jobs.values(), key=lambda j: j.id):
             self.router.on_end(job, replica, now_s)
             self.n_requeued += 1
@@ -176,7 +184,10 @@ class World:
             replica.n_dispatched += 1
             replica.jobs[job.id] = job
             self.router.on_bound(job, replica, now_s)
-            if self.dispatch_s:
+            if job.adapter and self.adapters is not None:
+                replica.n_on_way += 1
+                self.adapters.want(job, replica, functools.partial(self._submit, job, replica))
+            elif self.dispatch_s:
                 replica.n_on_way += 1
                 self.kernel.after(self.dispatch_s, self._submit, job, replica)
             elif replica.engine.submit(job, now_s):
@@ -204,6 +215,8 @@ class World:
         for job in finished:
             del replica.jobs[job.id]
             self.router.on_end(job, replica, now_s)
+            if job.adapter and self.adapters is not None:
+                self.adapters.over(job, replica)
             if job.n_done < job.n_output:
                 self.n_put_aside += 1
                 self._bind(self.queue.put_aside(job, now_s))
