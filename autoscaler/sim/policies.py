@@ -266,7 +266,7 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     "spot-only": lambda: replace(CORRAL, buyer=lambda s: SpotOnly()),
     "any-zone": any_zone,
     "planned": planned,
-    "planned-milp": lambda: planned(limit_s=2.0),
+    "planned-milp": lambda: planned(limit_s=0.5),
 }
 # Parts that only matter where machines are bought.
 NEEDS_MARKET = frozenset(

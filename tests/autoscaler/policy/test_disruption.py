@@ -101,7 +101,7 @@ _HELD = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     st.lists(_HELD, max_size=10),
     st.floats(0, 1),

@@ -24,7 +24,7 @@ _RUNGS = st.lists(st.builds(Rung, st.just("r"), st.floats(0, 10), st.floats(0, 5
 _STAKES = st.builds(Stakes, st.floats(0, 10), st.floats(0, 1), st.floats(0, 0.1), st.floats(0, 10))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(_RUNGS, _STAKES, st.floats(0, 1e6))
 def test_without_history_no_gap_costs_more_than_twice_what_knowing_it_would(
     rungs: list[Rung], stakes: Stakes, gap_s: float
@@ -62,7 +62,7 @@ def _expected(steps: tuple[Step, ...], gaps: Gaps) -> float:
     return usd
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.floats(0.5, 300_000), min_size=8, max_size=20),
     st.lists(

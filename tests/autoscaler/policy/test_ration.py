@@ -77,7 +77,7 @@ _CAPS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(st.lists(_DEMAND, max_size=6), _PURSES, _CAPS)
 def test_limits_hold_and_nobody_with_money_gets_less_than_their_share(
     drawn: list[Demand], purses: list[Purse], caps: Caps

@@ -103,6 +103,22 @@ def test_bandwidth_follows_what_was_measured() -> None:
         Link(0)
 
 
+@pytest.mark.parametrize(
+    ("small_s", "large_s"), [(4.507, 20.008), (0.674, 3.234)], ids=["safetensors", "sllm"]
+)
+def test_one_model_s_load_foretells_another_s(small_s: float, large_s: float) -> None:
+    """Median loads from disk of Llama-3.1-8B (16.06 GB) and Qwen3-32B (65.5 GB) on an H100 machine of 2025, as measured
+    by ServerlessLLM (benchmarks/results of its repository, Apache-2.0)."""
+    disk = Link(16.06 * GB / small_s)
+    host = _host("h100", disk=disk, init_s=0.0, on_disk=frozenset({"large"}), ram=Link(1e15))
+    (found,) = [
+        s
+        for s in starts(_yard(host, sizes={"large": round(65.5 * GB)}), "large", host)
+        if s.tier is Tier.DISK
+    ]
+    assert found.seconds == pytest.approx(large_s, rel=0.16)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(

@@ -28,7 +28,7 @@ def _by_hand(units: dict[str, int], need: int, found: list[Event]) -> float:
     return total
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(_EVENTS, st.lists(st.integers(0, 4), min_size=5, max_size=5), st.integers(0, 12))
 def test_shortage_is_the_sum_over_all_outcomes(found: list[Event], counts: list[int], need: int) -> None:
     units = dict(zip(NAMES, counts, strict=True))
@@ -37,7 +37,7 @@ def test_shortage_is_the_sum_over_all_outcomes(found: list[Event], counts: list[
     assert shortage(units, need, by_zone(tuple(found))) >= expected - 1e-7
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(_EVENTS, st.floats(0.0, 0.2), st.integers(1, 40))
 def test_scenarios_are_outcomes_and_tell_what_they_leave_out(
     found: list[Event], residual: float, n_most: int
