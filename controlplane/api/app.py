@@ -20,6 +20,7 @@ from controlplane.api.resources import (
     organization,
     projects,
     service_accounts,
+    usage,
 )
 from controlplane.errors import CorralError
 
@@ -56,7 +57,7 @@ api = Api(
     docs_url=None,
     urls_namespace="api",
 )
-for module in (organization, projects, members, service_accounts, keys, deployments, audit):
+for module in (organization, projects, members, service_accounts, keys, deployments, usage, audit):
     api.add_router("", module.router)
 
 

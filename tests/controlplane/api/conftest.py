@@ -19,3 +19,12 @@ def api(world: World) -> Api:
     from tests.controlplane.api.caller import Api, token_of
 
     return Api(token_of(world.organization.id, Role.OWNER))
+
+
+@pytest.fixture
+def stranger(world: World) -> Api:
+    """The owner of another organization."""
+    from controlplane.tenants.models import Role
+    from tests.controlplane.api.caller import Api, token_of
+
+    return Api(token_of(world.other_organization.id, Role.OWNER))

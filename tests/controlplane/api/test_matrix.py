@@ -12,6 +12,7 @@ from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants import services
 from controlplane.tenants.models import Role
 from controlplane.tenants.rights import PERMISSIONS, Permission
+from tests.booked import book_usage
 from tests.controlplane.api.caller import Api, token_of
 from tests.world import World, make_version
 
@@ -53,6 +54,9 @@ READS = {
     "get_model_version",
     "list_slo_classes",
     "list_audit",
+    "get_usage",
+    "list_requests",
+    "get_request",
 }
 
 
@@ -94,7 +98,9 @@ class Acme:
             member = next(
                 m for m in selectors.members(organization_id=organization_id) if m.user_id == world.bob.id
             )
+        booked = book_usage(world, key_id=key.id, model="served")
         self.ids = {
+            "request_id": f"req_{booked.request_id.hex}",
             "project_id": f"prj_{world.project.id.hex}",
             "member_id": f"mem_{member.id.hex}",
             "account_id": f"svc_{account.id.hex}",

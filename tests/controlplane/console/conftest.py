@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import pytest
 
@@ -71,43 +70,9 @@ def signed_in(user: Any) -> Client:
 def usage_event(world: World) -> Callable[..., UsageEvent]:
     """Books a request of Acme that ended `age_s` ago, whatever else is said."""
 
-    def book(*, age_s: float = 5, key_id: UUID | None = None, **values: Any) -> UsageEvent:
-        from django.utils import timezone
+    from tests.booked import book_usage
 
-        from billing.models import UsageEvent, Witness
-        from controlplane import ids
-
-        now = timezone.now()
-        at = now - timedelta(seconds=age_s)
-        request_id = UUID(int=(int(at.timestamp() * 1000) << 80) | (ids.new_id().int & ((1 << 80) - 1)))
-        defaults: dict[str, Any] = {
-            "day": ids.day_of(request_id),
-            "request_id": request_id,
-            "organization_id": world.organization.id,
-            "project_id": world.project.id,
-            "api_key_id": key_id or ids.new_id(),
-            "deployment_id": ids.new_id(),
-            "replica_id": ids.new_id(),
-            "machine_id": ids.new_id(),
-            "model": "toy-chat",
-            "n_prompt_tokens": 100,
-            "n_cached_tokens": 40,
-            "n_completion_tokens": 20,
-            "attempts": 1,
-            "finish_reason": "stop",
-            "status": 200,
-            "admitted_at": at,
-            "first_token_ms": 80,
-            "duration_ms": 900,
-            "price_version_id": ids.new_id(),
-            "cost_nano": 15_000,
-            "witness": Witness.STREAM,
-            "received_at": now,
-        }
-        with acting_as("corral_operator"):
-            return UsageEvent.objects.create(**(defaults | values))
-
-    return book
+    return partial(book_usage, world)
 
 
 @pytest.fixture
