@@ -20,6 +20,7 @@ import uvicorn
 import uvloop
 
 from controlplane.gateway.config import ConfigError, GatewayConfig
+from controlplane.gateway.exchange import Protocol
 from controlplane.gateway.gateway import Gateway
 from controlplane.logging import configure
 
@@ -72,7 +73,7 @@ async def serve(config: GatewayConfig) -> None:
     server = Server(
         uvicorn.Config(
             gateway.app,
-            http="httptools",
+            http=Protocol,
             loop="none",
             lifespan="off",
             ws="none",

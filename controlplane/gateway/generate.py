@@ -12,7 +12,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from controlplane.gateway import schemas
+from controlplane.gateway import exchange, schemas
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
@@ -31,7 +31,8 @@ _SSE_HEADERS: Headers = (
     (b"x-accel-buffering", b"no"),  # or nginx would hold tokens back
 )
 _MAX_NAMED = 20  # models named in a 404
-# A watch costs a task. Most plain answers are complete before; a client that leaves sooner is noticed now.
+# Where uvicorn's own protocol runs the app a watch costs a task. Most plain answers are complete before; a client that
+# leaves sooner is noticed now.
 _WATCH_AFTER_S = 0.05
 
 
@@ -109,6 +110,7 @@ class Generator:
         if stream.origin is not None:
             headers = _resumed_headers(headers, stream.origin)
         watch: asyncio.TimerHandle | None = None
+        direct = exchange.of(send)
         try:
             if not stream.admitted:
                 assert request is not None
@@ -116,7 +118,12 @@ class Generator:
                 await admission.admit(stream, request, body)
             headers = (*headers, *stream.limits)
             loop = asyncio.get_running_loop()
-            watch = loop.call_later(_WATCH_AFTER_S, _watch, receive, stream)
+            if direct is not None:
+                if direct.disconnected:
+                    raise ClientGone
+                direct.on_gone = lambda: stream.fail(ClientGone())
+            else:
+                watch = loop.call_later(_WATCH_AFTER_S, _watch, receive, stream)
             if stream.queued:
                 self._board.wait(stream)
             if stream.streaming:
@@ -126,6 +133,8 @@ class Generator:
         finally:
             if watch is not None:
                 watch.cancel()
+            if direct is not None:
+                direct.on_gone = None
             if stream.queued:
                 self._board.leave(stream)
             self._ends.close(stream)
@@ -156,6 +165,7 @@ class Generator:
         outcome.status = 200
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *headers]})
         writer = ChunkWriter(stream, include_usage=include_usage)
+        direct = exchange.of(send)
         while True:
             out = writer.pieces(stream.take()) if stream.pieces else b""
             if stream.over:
@@ -165,7 +175,10 @@ class Generator:
                 out = out or writer.comment(comment_of(stream, time.time_ns() // 1_000_000))
             if out:
                 stream.wrote_at = time.monotonic()
-                await send({"type": "http.response.body", "body": out, "more_body": True})
+                if direct is not None:
+                    await direct.more(out)
+                else:
+                    await send({"type": "http.response.body", "body": out, "more_body": True})
             if stream.paused and not stream.pieces:
                 self._ends.inbox.catch_up(stream)  # it has drained
             if not (stream.pieces or stream.over or stream.comment_due):

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
+from controlplane.gateway import exchange
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request
 
 Scope = MutableMapping[str, Any]
@@ -88,6 +89,9 @@ async def read_body(headers: RequestHeaders, receive: Receive, limit: int) -> by
 
 async def respond(send: Send, status: int, body: bytes, headers: Headers, *, head_only: bool = False) -> None:
     """A whole response; `headers` without content-length."""
+    direct = exchange.of(send)
+    if direct is not None and direct.whole(status, headers, body):
+        return
     await send(
         {
             "type": "http.response.start",

@@ -8,6 +8,7 @@ passes. The body itself travels on verbatim, so that what was checked here is wh
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -90,8 +91,10 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "verbosity": ((None, "medium"), "leave it out"),
     "web_search_options": ((None,), "leave it out"),
 }
-_CHAT_CHECKS = tuple((f, *UNSUPPORTED[f]) for f in ChatBody.__struct_fields__ if f in UNSUPPORTED)
-_COMPLETION_CHECKS = tuple((f, *UNSUPPORTED[f]) for f in CompletionBody.__struct_fields__ if f in UNSUPPORTED)
+_CHAT_FIELDS = tuple(f for f in ChatBody.__struct_fields__ if f in UNSUPPORTED)
+_COMPLETION_FIELDS = tuple(f for f in CompletionBody.__struct_fields__ if f in UNSUPPORTED)
+_CHAT_VALUES, _COMPLETION_VALUES = attrgetter(*_CHAT_FIELDS), attrgetter(*_COMPLETION_FIELDS)
+_CHAT_UNSET, _COMPLETION_UNSET = (None,) * len(_CHAT_FIELDS), (None,) * len(_COMPLETION_FIELDS)
 
 _decode_chat = msgspec.json.Decoder(ChatBody).decode
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
@@ -101,11 +104,13 @@ def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
     """The checked request, or an ApiError (400) naming the field at fault."""
     if endpoint is Endpoint.CHAT:
         chat: ChatBody = _decoded(_decode_chat, body)
-        _refuse_unsupported(chat, _CHAT_CHECKS)
+        if (values := _CHAT_VALUES(chat)) != _CHAT_UNSET:
+            _refuse_unsupported(_CHAT_FIELDS, values)
         limit = _max_tokens(chat.max_tokens, chat.max_completion_tokens)
         return _request(endpoint, chat, limit, _measure_messages(chat.messages), len(chat.messages))
     completion: CompletionBody = _decoded(_decode_completion, body)
-    _refuse_unsupported(completion, _COMPLETION_CHECKS)
+    if (values := _COMPLETION_VALUES(completion)) != _COMPLETION_UNSET:
+        _refuse_unsupported(_COMPLETION_FIELDS, values)
     prompt = completion.prompt
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -147,11 +152,9 @@ def _request(
     )
 
 
-def _refuse_unsupported(
-    body: ChatBody | CompletionBody, checks: tuple[tuple[str, tuple[Any, ...], str], ...]
-) -> None:
-    for name, neutral, remedy in checks:
-        value = getattr(body, name)
+def _refuse_unsupported(names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    for name, value in zip(names, values, strict=True):
+        neutral, remedy = UNSUPPORTED[name]
         if value is not None and value not in neutral:
             raise bad_request(
                 f"{name} is not supported by this server: {remedy}", name, "unsupported_parameter"

@@ -7,7 +7,7 @@ the settle corrects them. Each (tenant, model) keeps one `Calibration`, moved by
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 # UTF-8 bytes per token of English prose under the common byte-level BPE vocabularies; the calibration moves
@@ -67,7 +67,8 @@ def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
     n = calibration.n + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     ratio = calibration.ratio + weight * (exact / raw - calibration.ratio)
-    return replace(calibration, ratio=min(max(ratio, _RATIO_MIN), _RATIO_MAX), n=n)
+    ratio = min(max(ratio, _RATIO_MIN), _RATIO_MAX)
+    return Calibration(ratio, n, calibration.n_output, calibration.n_answers)
 
 
 def expected_output(calibration: Calibration, at_most: int) -> int:
@@ -82,4 +83,4 @@ def observe_output(calibration: Calibration, n_output: int) -> Calibration:
     n = calibration.n_answers + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     mean = calibration.n_output + weight * (n_output - calibration.n_output)
-    return replace(calibration, n_output=mean, n_answers=n)
+    return Calibration(calibration.ratio, calibration.n, mean, n)

@@ -93,7 +93,10 @@ def rank(replicas: Iterable[ReplicaLoad], limit: int = MAX_CANDIDATES) -> tuple[
     A full replica stays a candidate, last: it may have freed a slot since it was seen. One without slots does
     not.
     """
-    ordered = sorted((r.used / r.slots, r.replica) for r in replicas if r.slots > 0)
+    candidates = [r for r in replicas if r.slots > 0]
+    if len(candidates) == 1:  # the usual case of a small deployment
+        return (candidates[0].replica,)
+    ordered = sorted((r.used / r.slots, r.replica) for r in candidates)
     return tuple(replica for _, replica in ordered[:limit])
 
 

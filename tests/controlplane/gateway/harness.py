@@ -34,6 +34,7 @@ from controlplane.gateway.directory import (
     ProjectRow,
     SloRow,
 )
+from controlplane.gateway.exchange import Protocol
 from controlplane.gateway.gateway import Gateway
 from controlplane.gateway.requestlog import RequestLine, RequestLog
 from controlplane.tenants import api_keys
@@ -405,7 +406,7 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
     sock = listen("127.0.0.1", 0)
     server = Server(
         uvicorn.Config(
-            gateway.app, http="httptools", loop="none", lifespan="off", ws="none", log_config=None,
+            gateway.app, http=Protocol, loop="none", lifespan="off", ws="none", log_config=None,
             access_log=False, timeout_graceful_shutdown=3,
         ),
         gateway,
