@@ -100,13 +100,21 @@ def _run(stack: BenchStack) -> dict[str, float]:
 
 
 def goals(arms: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whether a far Redis left the gaps alone."""
-    return [
-        {"figure": f"gap between tokens, 99 %, with {delay} ms each way, ms", "is": arm["gap_p99_ms"]["median"],
-         "goal": f"<= {STEP_MS + MORE_MS:g}", "reached": arm["gap_p99_ms"]["median"] <= STEP_MS + MORE_MS}
-        for delay, arm in arms.items()
-        if delay != "0"
-    ]  # fmt: skip
+    """Whether a far Redis left the gaps alone: against the engine's step, and against a Redis near by (what a busy
+    computer adds to both)."""
+    rows = []
+    for delay, arm in arms.items():
+        if delay == "0":
+            continue
+        gap_ms = arm["gap_p99_ms"]["median"]
+        more_ms = round(gap_ms - arms["0"]["gap_p99_ms"]["median"], 1)
+        what = f"gap between tokens, 99 %, with {delay} ms each way, ms"
+        rows += [
+            {"figure": what, "is": gap_ms, "goal": f"<= {STEP_MS + MORE_MS:g}", "reached": gap_ms <= STEP_MS + MORE_MS},
+            {"figure": f"{what} more than near by", "is": more_ms, "goal": f"<= {MORE_MS:g}",
+             "reached": more_ms <= MORE_MS},
+        ]  # fmt: skip
+    return rows
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -16,10 +16,13 @@ def kept(rows: list[dict[str, Any]]) -> list[bool]:
     return [row["reached"] for row in rows]
 
 
-@pytest.mark.parametrize(("gap_ms", "reached"), [(25.0, True), (25.1, False)])
-def test_a_far_redis_may_lengthen_gaps_by_five_ms(gap_ms: float, reached: bool) -> None:
-    arms = {name: {"gap_p99_ms": {"median": value}} for name, value in (("0", 99.0), ("40", gap_ms))}
-    assert kept(delay.goals(arms)) == [reached]
+@pytest.mark.parametrize(
+    ("near_ms", "gap_ms", "reached"),
+    [(20.0, 25.0, [True, True]), (20.0, 25.1, [False, False]), (27.0, 26.0, [False, True])],
+)
+def test_a_far_redis_may_lengthen_gaps_by_five_ms(near_ms: float, gap_ms: float, reached: list[bool]) -> None:
+    arms = {name: {"gap_p99_ms": {"median": value}} for name, value in (("0", near_ms), ("40", gap_ms))}
+    assert kept(delay.goals(arms)) == reached
 
 
 def test_each_cost_of_a_client_is_judged_by_itself() -> None:
