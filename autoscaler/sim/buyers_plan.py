@@ -54,11 +54,24 @@ class Planned:
             if over > 0:
                 release[offer.name] = over
                 n_spare -= over
+        launch_on_demand = min(max(n_cover - n_on_demand, 0), self.spec.max_orders)
+        cancel: dict[str, int] = {}
+        n_cancel_on_demand = 0
+        if (
+            n_staying + view.n_on_demand_ready - release_on_demand >= view.n_wanted
+        ):  # what starts is for the plan only
+            n_cancel_on_demand = min(max(n_on_demand - n_cover, 0), view.n_on_demand_pending)
+            for offer in view.offers:
+                over = held[offer.name] - release.get(offer.name, 0) - wanted.get(offer.name, 0)
+                if min(over, offer.n_pending) > 0:
+                    cancel[offer.name] = min(over, offer.n_pending)
         return Orders(
             tuple(launch.items()),
             tuple(release.items()),
-            min(max(n_cover - n_on_demand, 0), self.spec.max_orders),
+            launch_on_demand,
             release_on_demand,
+            tuple(cancel.items()),
+            n_cancel_on_demand,
         )
 
     def _may_ask(self, refused_at_s: float | None, now_s: float) -> bool:

@@ -47,6 +47,16 @@ def test_nothing_goes_before_enough_others_are_ready() -> None:
     assert dict(Planned(spec).buy(_view(*there, n_wanted=0)).release) == {"cheap": 6, "dear": 6}
 
 
+def test_what_still_starts_is_cancelled_once_the_plan_is_ready() -> None:
+    spec = SpotSpec(boot_s=100, notice_s=120)
+    there = (OfferView("cheap", 0.5, n_ready=6), OfferView("dear", 0.9, n_pending=2))
+    orders = Planned(spec).buy(_view(*there, n_on_demand_pending=3))
+    assert (dict(orders.cancel), orders.cancel_on_demand) == ({"dear": 2}, 3)
+    fewer = (OfferView("cheap", 0.5, n_ready=5, n_pending=1), OfferView("dear", 0.9, n_pending=2))
+    orders = Planned(spec).buy(_view(*fewer, n_on_demand_pending=3))
+    assert (orders.cancel, orders.cancel_on_demand) == ((), 0), "not ready yet"
+
+
 def test_it_is_among_the_simulator_s_policies() -> None:
     assert policy("planned:availability=0.99") is not None
     assert policy("planned-milp") is not None
