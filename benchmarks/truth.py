@@ -37,7 +37,6 @@ from benchmarks.stack import ROOT, BenchStack, bench_stack
 from controlplane.policy.capacity import Mix, capacity
 
 SECONDS = 35.0  # of a judged load
-UTILISATION = 0.7  # of what the replica can serve at most
 GOAL = {"p50": 0.10, "p99": 0.15}
 LIMIT_S = 30.0
 KV_TOKENS = 1_000_000  # more than all slots can fill: KV is not what is compared here
@@ -45,7 +44,8 @@ KV_TOKENS = 1_000_000  # more than all slots can fill: KV is not what is compare
 
 @dataclass(frozen=True)
 class Case:
-    """A deployment and the sizes of its requests, in words of the prompt and tokens of the answer."""
+    """A deployment and the sizes of its requests, in words of the prompt and tokens of the answer. `utilisation`: of
+    what the replica can serve at most."""
 
     model: str
     profile: tuple[str, ...]
@@ -54,6 +54,7 @@ class Case:
     max_words: int
     answer_tokens: int  # mean
     max_tokens: int
+    utilisation: float
     is_judged: bool
 
 
@@ -61,11 +62,14 @@ CASES = {
     "toy": Case(
         "toy",
         ("toy_step_ms=20", "toy_seq_ms=1", "toy_prefill_ms=20", "max_model_len=4096"),
-        slots=16, prompt_words=250, max_words=2000, answer_tokens=40, max_tokens=160, is_judged=True,
+        slots=16, prompt_words=250, max_words=2000, answer_tokens=40, max_tokens=160,
+        utilisation=0.7, is_judged=True,
     ),
     "vllm": Case(
         "tiny", ("max_model_len=2048", "max_num_batched_tokens=2048"),
-        slots=16, prompt_words=40, max_words=120, answer_tokens=40, max_tokens=120, is_judged=False,
+        slots=16, prompt_words=40, max_words=120, answer_tokens=40, max_tokens=120,
+        # Its engine computes on the cores that everything else runs on: what it does alone it does not do beside them.
+        utilisation=0.35, is_judged=False,
     ),
 }  # fmt: skip
 
@@ -104,7 +108,7 @@ def measure(
         found = calibrate(seen, len(alone))
         progress(f"calibrated: {_told(found)}")
         per_word = sum(one.n_prompt for one in seen) / sum(one.n_words for one in (*alone, *ramp))
-        rate = UTILISATION * _most_per_s(case, found, per_word)
+        rate = case.utilisation * _most_per_s(case, found, per_word)
         runs = []
         for number in range(repeats):
             load = _load(case, rate, 1000 + number, requests)
@@ -114,7 +118,7 @@ def measure(
     return {
         "assumptions": {
             "engine": f"{case.model}, {', '.join(case.profile)}, {case.slots} slots, class flex",
-            "load": f"{rate:.2f} requests/s ({UTILISATION:.0%} of what the replica can serve), {SECONDS:g} s each, "
+            "load": f"{rate:.2f} requests/s ({case.utilisation:.0%} of what the replica can serve), {SECONDS:g} s each, "
             + (f"span of {requests.name}" if requests else "gamma arrivals, coefficient of variation 1.5"),
             "calibrated": _told(found),
             "seen": "by clients over HTTP: sending to first token; gaps between tokens of a stream",

@@ -72,7 +72,7 @@ def test_calibration_finds_the_engine_behind_the_clients(calibrated: Calibrated)
 
 
 def test_a_load_it_never_saw_is_told_within_the_goals(calibrated: Calibrated) -> None:
-    rate = truth.UTILISATION * truth._most_per_s(CASES["toy"], calibrated)
+    rate = CASES["toy"].utilisation * truth._most_per_s(CASES["toy"], calibrated)
     found = truth.compare(served(truth._load(CASES["toy"], rate, 7, None)), calibrated, SLOTS)
     for name, row in found.items():
         assert abs(row["error"]) <= truth.GOAL[name[-3:]] / 2, (name, row)
