@@ -118,7 +118,8 @@ def measure(
     return {
         "assumptions": {
             "engine": f"{case.model}, {', '.join(case.profile)}, {case.slots} slots, class flex",
-            "load": f"{rate:.2f} requests/s ({case.utilisation:.0%} of what the replica can serve), {SECONDS:g} s each, "
+            "load": f"{rate:.2f} requests/s ({case.utilisation:.0%} of what the replica can serve), "
+            f"{SECONDS:g} s each, "
             + (f"span of {requests.name}" if requests else "gamma arrivals, coefficient of variation 1.5"),
             "calibrated": _told(found),
             "seen": "by clients over HTTP: sending to first token; gaps between tokens of a stream",
