@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Final
 
 import msgspec
@@ -28,6 +29,7 @@ class _Completion(msgspec.Struct):
     prompt: str | list[int | str]
 
 
+_Job = tuple[Endpoint, bytes, "asyncio.Future[tuple[list[int], int]]"]
 _chat = msgspec.json.Decoder(_Chat)
 _completion = msgspec.json.Decoder(_Completion)
 
@@ -38,7 +40,8 @@ class Prompts:
     def __init__(self, engine: Engine, inline_bytes: int) -> None:
         self._engine = engine
         self._inline_bytes = inline_bytes
-        self._threads = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tokenise")
+        self._waiting: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[Thread] = []
         self.cpu_ns = 0  # spent on tokenising so far, decoding the body included
 
     async def token_ids(self, envelope: RequestEnvelope) -> list[int]:
@@ -49,9 +52,12 @@ class Prompts:
             ids, cpu_ns = self._measured(envelope.endpoint, envelope.payload)
         else:
             loop = asyncio.get_running_loop()
-            ids, cpu_ns = await loop.run_in_executor(
-                self._threads, self._measured, envelope.endpoint, envelope.payload
-            )
+            done: asyncio.Future[tuple[list[int], int]] = loop.create_future()
+            if len(self._threads) < _N_THREADS:
+                self._threads.append(Thread(target=self._work, args=(loop,), name="tokenise", daemon=True))
+                self._threads[-1].start()
+            self._waiting.put((envelope.endpoint, envelope.payload, done))
+            ids, cpu_ns = await done
         self.cpu_ns += cpu_ns
         n_context = self._engine.max_model_len
         if len(ids) >= n_context:
@@ -68,7 +74,23 @@ class Prompts:
         return ids
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _ in self._threads:
+            self._waiting.put(None)
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A thread's life: an executor would make a lock, two futures and a semaphore's turn of every prompt."""
+        while (job := self._waiting.get()) is not None:
+            endpoint, payload, done = job
+            if done.cancelled():
+                continue
+            try:
+                outcome: tuple[list[int], int] | Exception = self._measured(endpoint, payload)
+            except Exception as error:
+                outcome = error
+            try:
+                loop.call_soon_threadsafe(_hand_over, done, outcome)
+            except RuntimeError:  # the loop has ended
+                return
 
     def _measured(self, endpoint: Endpoint, payload: bytes) -> tuple[list[int], int]:
         began_ns = time.thread_time_ns()
@@ -92,6 +114,17 @@ class Prompts:
         raise EngineInputError(
             "invalid_prompt", "prompt", "prompt must be one string or one list of token ids per request"
         )
+
+
+def _hand_over(
+    done: asyncio.Future[tuple[list[int], int]], outcome: tuple[list[int], int] | Exception
+) -> None:
+    if done.done():
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
 
 
 def param_of(endpoint: Endpoint) -> str:
