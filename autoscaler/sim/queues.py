@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from autoscaler.sim.job import Job
+from controlplane.policy import estimate
 from controlplane.policy.fairness import FairQueue, Flow, Request
 from controlplane.policy.ordering import GAMMA, QueueOrder, order_key, predicted_ms
 
@@ -23,6 +24,7 @@ ITL_MS: Final = 20.0  # pace at which predicted lengths become times
 METER_S: Final = 1.0  # as Ends.charge_produced of the gateway
 METER_TOKENS: Final = 32
 BAND_S: Final = 1e9
+MAX_TOKENS: Final = 1 << 20  # recordings do not say what a client would have allowed
 
 
 class Sight(Protocol):
@@ -66,7 +68,8 @@ class Queue(Protocol):
 class Fair:
     """controlplane/policy/fairness.py on virtual time. Keys of `weights` are organizations; `order` and `gamma` are
     those of a deployment (policy/ordering.py). What runs is charged once a second for what it has produced beyond its
-    prediction, as the gateways do."""
+    prediction, as the gateways do. With `learn` an answer is predicted from those that the same organization got before
+    (policy/estimate.py, as the gateways do); without it the job's own prediction counts."""
 
     def __init__(
         self,
@@ -77,11 +80,14 @@ class Fair:
         order: QueueOrder = QueueOrder.FCFS,
         gamma: float = GAMMA,
         ttft_ms: int = 2_000,
+        age_s: float = 30.0,
+        learn: bool = False,
     ) -> None:
-        self.queue = FairQueue(bound=bound, window=window)
+        self.queue = FairQueue(bound=bound, window=window, age_ms=round(age_s * 1000))
         self._weights = weights or {}
         self._jobs: dict[str, Job] = {}
         self._order, self._gamma, self._ttft_ms = order, gamma, ttft_ms
+        self._learnt: dict[str, estimate.Calibration] | None = {} if learn else None
         self._sight: Sight | None = None
         self._beyond: dict[str, Job] = {}  # bound, and longer than predicted by now or later
         self._metered_s = 0.0
@@ -102,6 +108,9 @@ class Fair:
         self._meter(now_s)
         name, now_ms = str(job.id), int(now_s * 1000)
         self._jobs[name] = job
+        if self._learnt is not None:
+            known = self._learnt.get(job.flow[0], estimate.NEW)
+            job.n_predicted = estimate.expected_output(known, MAX_TOKENS)
         if job.n_output > job.n_predicted:
             self._beyond[name] = job
         place = order_key(
@@ -130,6 +139,9 @@ class Fair:
         name = str(job.id)
         del self._jobs[name]
         self._beyond.pop(name, None)
+        if self._learnt is not None:
+            known = self._learnt.get(job.flow[0], estimate.NEW)
+            self._learnt[job.flow[0]] = estimate.observe_output(known, job.n_output)
         return self._named(
             self.queue.settle(
                 name, int(now_s * 1000), n_prompt=job.n_prompt, n_cached=job.n_cached, n_output=job.n_output

@@ -9,9 +9,10 @@ tests/workers/test_fair_queue.py holds the two together on random histories. The
 3. In the band the organization with the least service per weight goes next, in it the project, in it the key
    (virtual token counters, VTC, arXiv:2401.00588, in a hierarchy); of a key the request with the lowest order
    key.
-4. Where several flows lie within `window` of the least, one behind the first goes before it if its head has
-   more prefixes cached on the replica (DLPM, arXiv:2501.14312), unless the first has all of its own, or none to
-   have because its prompt is short.
+4. Flows within `window` of the least are equals: the lowest order key of their heads goes first, but one behind it
+   goes before it if it has more prefixes cached on the replica (DLPM, arXiv:2501.14312), unless the first has all of
+   its own, or none to have because its prompt is short.
+5. A request that has waited `age_ms` goes before all others of its band, if the flows it is in lie within the window.
 
 Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A request that found a
 free slot is charged at its end, if somebody waits then: else it took nothing from anybody. A flow that begins
@@ -271,8 +272,10 @@ class FairQueue:
         if band is None:
             return None
         index = self.replicas[replica].prefixes
+        overdue = self._overdue(band, now_ms)
+        heads = sorted(self._heads(band), key=lambda r: (r.order_key, r.id)) if overdue is None else [overdue]
         best, best_n = None, -1
-        for request in self._heads(band):
+        for request in heads:
             n = index.longest(request.prefixes)
             if n > best_n:
                 best, best_n = request, n
@@ -311,6 +314,18 @@ class FairQueue:
             return lowest
         self.turn = 0
         return aged
+
+    def _overdue(self, band: int, now_ms: int) -> Request | None:
+        """The oldest request of the band, if it has waited `age_ms` and no flow it is in has had more than the window
+        allows."""
+        oldest = self.requests[self._bands[band].first()]
+        if now_ms - oldest.admitted_at_ms < self.age_ms:
+            return None
+        for place, name, _ in self._places(oldest.flow):
+            active = self._active[place]
+            if active.score(name) > active.score(active.first()) + self.window:
+                return None
+        return oldest
 
     def _heads(self, band: int) -> list[Request]:
         """Requests to choose from: one for each flow within the window, at the first level that has

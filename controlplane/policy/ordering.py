@@ -13,7 +13,7 @@ from typing import Final
 _PREFILL_SHARE: Final = 1 / 64
 # Shortest first, less this much per unit waited: a request predicted to take t ms longer than all that come
 # after it is overtaken for t / GAMMA ms at most (aging as in SSJF, arXiv:2404.08509).
-GAMMA: Final = 0.5
+GAMMA: Final = 0.05
 
 
 class QueueOrder(StrEnum):

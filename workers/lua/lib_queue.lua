@@ -83,15 +83,58 @@ local function first_of(zset)
   return redis.call('ZRANGE', zset, 0, 0)[1]
 end
 
--- The request to dispatch from band b to this replica: the head of the first of these flows, or of one behind it that
--- has more prefixes cached there. A head that has all of them (or none at all: a short prompt) is not passed over.
--- Returns {organization, project, key, request}, what it was admitted with, and the number of prefixes.
-local function choose(P, Q, b, rid, window)
-  local best, best_adm, best_n = nil, nil, -1
-  for _, flow in ipairs(flows_to_ask(Q, b, window)) do
+local function by_order_key(x, y)
+  if x[5] ~= y[5] then return x[5] < y[5] end
+  return x[4] < y[4]
+end
+
+-- The first requests of these flows by order key: {organization, project, key, request, order key}.
+local function heads(Q, b, window)
+  local out = flows_to_ask(Q, b, window)
+  for _, flow in ipairs(out) do
     flow[2] = flow[2] or first_of(Q .. 'p:' .. b .. ':' .. flow[1])
     flow[3] = flow[3] or first_of(Q .. 'k:' .. b .. ':' .. flow[2])
-    flow[4] = first_of(Q .. 'r:' .. b .. ':' .. flow[3])
+    local head = redis.call('ZRANGE', Q .. 'r:' .. b .. ':' .. flow[3], 0, 0, 'WITHSCORES')
+    flow[4], flow[5] = head[1], tonumber(head[2])
+  end
+  if #out > 1 then table.sort(out, by_order_key) end
+  return out
+end
+
+-- The oldest request of band b as {organization, project, key, request}, if none of its flows has had more than the
+-- window allows; else nil.
+local function within_window(P, Q, b, id, window)
+  local packed = redis.call('HGET', P .. 'req:' .. id, 'adm')
+  if not packed then return nil end
+  local adm = admitted(packed)
+  local org, prj, key = adm[ORG], adm[PRJ], adm[KEY]
+  local levels = {{'o:' .. b, org}, {'p:' .. b .. ':' .. org, prj}, {'k:' .. b .. ':' .. prj, key}}
+  for _, l in ipairs(levels) do
+    local own = redis.call('ZSCORE', Q .. l[1], l[2])
+    local least = redis.call('ZRANGE', Q .. l[1], 0, 0, 'WITHSCORES')[2]
+    if not own or tonumber(own) > tonumber(least) + window then return nil end
+  end
+  return {org, prj, key, id}
+end
+
+-- The request of band b that has waited longest, if that is age_ms and its flows are within the window. `first` and
+-- `score`: the first entry of q that waits in a flow.
+local function overdue(P, Q, b, first, score, now_ms, age_ms, window)
+  if math.floor(score / BAND_SPAN) ~= b then
+    local from = string.format('%.0f', b * BAND_SPAN)
+    local e = redis.call('ZRANGEBYSCORE', Q .. 'q', from, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+    first, score = e[1], tonumber(e[2])
+  end
+  if now_ms - (score - b * BAND_SPAN) < age_ms then return nil end
+  return within_window(P, Q, b, first, window)
+end
+
+-- The request to dispatch to this replica: the first of these, or one behind it that has more prefixes cached there. One
+-- that has all of them (or none at all: a short prompt) is not passed over.
+-- Returns {organization, project, key, request}, what it was admitted with, and the number of prefixes.
+local function choose(P, rid, requests)
+  local best, best_adm, best_n = nil, nil, -1
+  for _, flow in ipairs(requests) do
     local packed = redis.call('HGET', P .. 'req:' .. flow[4], 'adm')
     local adm = packed and admitted(packed) -- nothing: its record is lost
     local pfx = adm and adm[PFX] or ''
@@ -116,7 +159,9 @@ local function dispatch(P, did, rid, mid, now_ms)
   end
   local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
   local b = next_band(Q, tonumber(first[2]), now_ms, tonumber(set[2]))
-  local best, adm, best_n = choose(P, Q, b, rid, tonumber(set[1]))
+  local age_ms, window = tonumber(set[2]), tonumber(set[1])
+  local old = overdue(P, Q, b, first[1], tonumber(first[2]), now_ms, age_ms, window)
+  local best, adm, best_n = choose(P, rid, old and {old} or heads(Q, b, window))
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others
     local from, to = string.format('%.0f', b * BAND_SPAN), string.format('%.0f', (b + 1) * BAND_SPAN - 1)
     redis.call('ZREM', Q .. 'q', redis.call('ZRANGEBYSCORE', Q .. 'q', from, to, 'LIMIT', 0, 1)[1])

@@ -79,7 +79,7 @@ class _Net(nn.Module):  # type: ignore[misc]
 def fit(answers: Sequence[Answer], texts: dict[str, Features], recipe: Recipe, seed: int) -> LengthModel:
     """A model without margins, from all these answers. `texts`: features by prompt."""
     if not answers:
-        raise ValueError("no answers to learn from")
+        raise ValueError("no answers to learn from: more prompts are needed")
     torch.manual_seed(seed)
     prompts = sorted({answer.prompt for answer in answers})
     models = [OTHER, *sorted({answer.model for answer in answers})]

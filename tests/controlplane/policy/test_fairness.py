@@ -169,3 +169,57 @@ def test_one_organization_leaves_room_for_others() -> None:
 
     assert [fill("a"), fill("b"), fill("c")] == [75, 19, 5]
     assert len(queue) <= 100
+
+
+def one_slot(window: int, **settings: Any) -> FairQueue:
+    """A queue whose only slot is taken; what `file` puts there waits."""
+    queue = FairQueue(window=window * TOKEN, **settings)
+    queue.admit(Request("running", Flow(0, "x", "px", "kx"), 0, 10, 10), 0)
+    queue.enrol("r", 1, 0)
+    return queue
+
+
+def file(
+    queue: FairQueue, name: str, organization: str, order_key: int, now_ms: int, n_prompt: int = 100
+) -> None:
+    flow = Flow(0, organization, f"p{organization}", f"k{organization}")
+    queue.admit(Request(name, flow, order_key, n_prompt, 50), now_ms)
+
+
+def drained(queue: FairQueue, now_ms: int) -> list[str]:
+    """Names in the order in which one slot serves them, all within an instant."""
+    served, running = [], "running"
+    while bound := queue.settle(running, now_ms, n_prompt=10, n_cached=0, n_output=10):
+        running = bound[0][0]
+        served.append(running)
+    return served
+
+
+def test_within_the_window_the_lowest_order_key_goes_first_whoever_had_less() -> None:
+    def queue(window: int) -> FairQueue:
+        found = one_slot(window)
+        file(found, "a-long", "a", 900, 1)
+        file(found, "b-short", "b", 100, 2)
+        file(found, "b-middle", "b", 500, 3)
+        return found
+
+    assert drained(queue(0), 10) == ["b-short", "a-long", "b-middle"], "b had its turn"
+    assert drained(queue(10_000), 10) == ["b-short", "b-middle", "a-long"]
+
+
+def test_who_has_waited_its_time_goes_before_shorter_ones_unless_it_had_more_than_the_window() -> None:
+    def queue(window: int, n_served: int) -> FairQueue:
+        found = one_slot(window, age_ms=30_000)
+        for n in range(n_served):
+            file(found, f"a{n}", "a", n, 1)
+        file(found, "a-long", "a", 10**6, 1)
+        file(found, "b-short", "b", 100, 29_000)
+        file(found, "b-shorter", "b", 50, 29_000)
+        return found
+
+    assert drained(queue(10_000, 0), 30_000) == ["b-shorter", "b-short", "a-long"]
+    assert drained(queue(10_000, 0), 30_001) == ["a-long", "b-shorter", "b-short"]
+    over = queue(150, 1)
+    first = over.settle("running", 5, n_prompt=10, n_cached=0, n_output=10)
+    assert [name for name, _ in first] == ["a0"], "a has now had 200 tokens more than b"
+    assert over.settle("a0", 40_000, n_prompt=100, n_cached=0, n_output=50) == [("b-shorter", "r")]
