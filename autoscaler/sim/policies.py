@@ -28,6 +28,7 @@ from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Sta
 from autoscaler.sim.scenario import Policy, Setting
 from autoscaler.sim.world import Router
 from autoscaler.types import ScalerSpec
+from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import GAMMA, QueueOrder
 from controlplane.policy.routing import RouteWeights
 
@@ -150,8 +151,17 @@ def shortest(gamma: float = GAMMA) -> Policy:
     return replace(CORRAL, queue=lambda s: shortest_predicted(gamma))
 
 
-def fair_shortest(gamma: float = GAMMA) -> Policy:
-    return replace(CORRAL, queue=lambda s: Fair(order=QueueOrder.SJF, gamma=gamma))
+def fair_shortest(
+    gamma: float = GAMMA, window_tokens: int = 100_000, age_s: float = 30.0, learn: int = 0
+) -> Policy:
+    """A deployment with queue_order sjf. `learn` 1: answers are predicted from the tenant's earlier ones; 0: from the
+    file's `predicted_tokens`, or known."""
+    return replace(
+        CORRAL,
+        queue=lambda s: Fair(
+            order=QueueOrder.SJF, gamma=gamma, window=window_tokens * TOKEN, age_s=age_s, learn=bool(learn)
+        ),
+    )
 
 
 def mlfq(quantum: float = 64.0, starve_s: float = 60.0, n_levels: int = 5) -> Policy:

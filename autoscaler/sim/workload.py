@@ -33,6 +33,8 @@ class Arrival:
     n_output: int
     tenant: str = "all"
     prefix: tuple[int, ...] = ()
+    n_predicted: int = 0  # 0: not said
+    band: int = 0
 
 
 _MAX_LINE: Final = 4_000_000  # characters: a request with a million blocks is no request
@@ -42,8 +44,9 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
     """Arrivals of a request file between two instants, in its order; WorkloadError for anything it cannot read.
 
     CSV with `arrival_s`, `context_tokens` or `prompt_tokens` or `input_tokens`, `generated_tokens` or
-    `output_tokens`, optionally `tenant`; or JSON lines with `timestamp` (ms), `input_length`, `output_length`,
-    optionally `hash_ids`. Either may be gzipped. Requests without prompt or answer count as one token.
+    `output_tokens`, optionally `tenant`, `predicted_tokens`, `priority` (0 is served first); or JSON lines with
+    `timestamp` (ms), `input_length`, `output_length`, optionally `hash_ids`. Either may be gzipped. Requests without
+    prompt or answer count as one token.
     """
     with open_text(path) as lines:
         name = path.name.removesuffix(".gz")
@@ -80,7 +83,16 @@ def jobs(arrivals: Iterator[Arrival], *, speed: float = 1.0) -> Iterator[Job]:
         at_s = max(arrival.at_s / speed, last_s)
         last_s = at_s
         flow = (arrival.tenant, arrival.tenant, arrival.tenant)
-        yield Job(number, at_s, arrival.n_prompt, arrival.n_output, flow, prefix=arrival.prefix)
+        yield Job(
+            number,
+            at_s,
+            arrival.n_prompt,
+            arrival.n_output,
+            flow,
+            n_predicted=arrival.n_predicted,
+            band=arrival.band,
+            prefix=arrival.prefix,
+        )
 
 
 _PROMPT: Final = ("context_tokens", "prompt_tokens", "input_tokens")
@@ -102,14 +114,23 @@ def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
         try:
             at_s = float(row["arrival_s"])
             n_prompt, n_output = int(row[prompt]), int(row[output])
+            n_predicted = int(row.get("predicted_tokens") or 0)
+            band = int(row.get("priority") or 0)
         except (TypeError, ValueError) as error:
             raise WorkloadError(f"{path.name}, line {number}: {error}") from None
-        if not math.isfinite(at_s) or n_prompt < 0 or n_output < 0:
+        if not math.isfinite(at_s) or min(n_prompt, n_output, n_predicted, band) < 0:
             raise WorkloadError(
                 f"{path.name}, line {number}: instants and lengths must be finite, not negative"
             )
         first_s = at_s if first_s is None else first_s
-        yield Arrival(at_s - first_s, max(n_prompt, 1), max(n_output, 1), row.get("tenant") or "all")
+        yield Arrival(
+            at_s - first_s,
+            max(n_prompt, 1),
+            max(n_output, 1),
+            row.get("tenant") or "all",
+            n_predicted=n_predicted,
+            band=band,
+        )
 
 
 def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
+from controlplane.prediction.lengths.model import ArtefactError, load
 from workers.keys import DEFAULT_CELL
 
 
@@ -36,8 +38,11 @@ class GatewayConfig:
     # Some 10 KB each: bounds memory well before the descriptor limit does.
     max_in_flight: int = 10_000
     queue_bound: int = 2_000  # requests waiting per deployment, over all gateways
-    # A band whose oldest request waited so long for each band before it gets every eighth free slot.
+    # A band whose oldest request waited so long for each band before it gets every eighth free slot; inside its band a
+    # request that waited so long goes first.
     queue_age_s: float = 30.0
+    # File made by `manage.py train_lengths`: where a deployment serves shortest first, the text says how long.
+    length_model: str = ""
     request_timeout_s: float = 600.0  # admission to the last token
     shutdown_grace_s: float = 30.0  # how long streams may run on after SIGTERM
 
@@ -108,6 +113,7 @@ class GatewayConfig:
             max_in_flight=int(number("max_in_flight", 1, 1_000_000)),
             queue_bound=int(number("queue_bound", 0, 1_000_000)),
             queue_age_s=number("queue_age_s", 0, 86_400),
+            length_model=_length_model(env.get("CORRAL_GATEWAY_LENGTH_MODEL", "")),
             request_timeout_s=number("request_timeout_s", 1, 86_400),
             shutdown_grace_s=number("shutdown_grace_s", 0, 86_400),
             comment_after_s=number("comment_after_s", 0.01, 60),
@@ -124,3 +130,13 @@ class GatewayConfig:
             log_sample=number("log_sample", 0, 1),
             log_level=(env.get("CORRAL_LOG_LEVEL") or defaults.log_level).upper(),
         )
+
+
+def _length_model(path: str) -> str:
+    """The path, if what lies there can be used."""
+    if path:
+        try:
+            load(Path(path))
+        except ArtefactError as error:
+            raise ConfigError(f"CORRAL_GATEWAY_LENGTH_MODEL: {error}") from None
+    return path

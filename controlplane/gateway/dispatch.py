@@ -22,7 +22,9 @@ from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Stream
 from controlplane.policy import admission, estimate, prefix
 from controlplane.policy.fairness import FLEX_BAND
-from controlplane.policy.ordering import order_key, predicted_ms
+from controlplane.policy.lengths import likely
+from controlplane.policy.ordering import QueueOrder, order_key, predicted_ms
+from controlplane.prediction.lengths.model import LengthModel
 from workers import contract, scripts
 from workers.contract import Endpoint, RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
@@ -48,8 +50,10 @@ class Dispatcher:
         request_timeout_s: float,
         stream_buffer: int,
         digests: Digests,
+        lengths: LengthModel | None = None,
     ) -> None:
         self._redis = redis
+        self._lengths = lengths
         self._admissions = Admissions(redis)
         self._keys = keys
         self._gateway = gateway
@@ -104,6 +108,8 @@ class Dispatcher:
             origin=origin,
         )
         stream.is_greedy = request.body.temperature == 0
+        if self._lengths is not None and deployment.queue_order is QueueOrder.SJF:
+            stream.predicted = self._lengths.predict(request.question(), deployment.name)
         self._ends.inbox.streams[stream.number] = stream
         return stream
 
@@ -237,7 +243,7 @@ class Dispatcher:
                         deployment.queue_order,
                         stream.admitted_at_ms,
                         ttft_ms=deployment.ttft_ms,
-                        predicted_ms=predicted_ms(hold.n_prompt, stream.expected, deployment.itl_ms),
+                        predicted_ms=predicted_ms(hold.n_prompt, self._likely(stream), deployment.itl_ms),
                     ),
                     self._queue_bound,
                     hold.prompt_nano,
@@ -267,6 +273,14 @@ class Dispatcher:
                 "cell_unavailable", "the service cannot take requests: try again shortly", 2.0
             ) from error
         return verdict
+
+    def _likely(self, stream: Stream) -> int:
+        """Output tokens that the order of the queue goes by."""
+        if stream.deployment.queue_order is not QueueOrder.SJF:
+            return stream.expected
+        known = self._ends.calibration(stream.key.organization, stream.deployment.id).lengths
+        said = stream.predicted
+        return likely(known, stream.hold.n_output, None if said is None else said.middle)
 
     @staticmethod
     def _prefixes(key: KeyContext, deployment: Deployment, request: GenerationRequest) -> str:

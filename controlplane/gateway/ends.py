@@ -19,6 +19,7 @@ from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
 from controlplane.policy import estimate
 from controlplane.policy.admission import prompt_rate
+from controlplane.policy.ordering import QueueOrder
 from workers import scripts
 from workers.contract import Ask, End
 from workers.keys import CellKeys
@@ -204,6 +205,12 @@ class Ends:
         pair = (stream.key.organization, stream.deployment.id)
         known = self._calibrations.pop(pair, estimate.NEW)
         known = estimate.observe(known, stream.raw_estimate, n_prompt)
-        self._calibrations[pair] = estimate.observe_output(known, n_completion)
+        known = estimate.observe_output(known, n_completion)
+        if stream.deployment.queue_order is QueueOrder.SJF:
+            said = stream.predicted
+            known = estimate.observe_length(
+                known, n_completion, None if said is None else (said.low, said.high)
+            )
+        self._calibrations[pair] = known
         if len(self._calibrations) > _MAX_CALIBRATIONS:
             self._calibrations.popitem(last=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from pathlib import Path
 
 import msgspec
 import uuid_utils
@@ -29,6 +30,7 @@ from controlplane.gateway.resume import Resumer
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stages import StageBoard
 from controlplane.gateway.watch import Watch
+from controlplane.prediction.lengths.model import load as load_lengths
 from workers.contract import Notice
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError, Subscriber
@@ -93,6 +95,7 @@ class Gateway:
             request_timeout_s=config.request_timeout_s,
             stream_buffer=config.stream_buffer,
             digests=self.digests,
+            lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
         )
         self.resumer = Resumer(
             self.redis,

@@ -50,6 +50,16 @@ class GenerationRequest(msgspec.Struct, gc=False):
             parts += (message.role, "\0", content or "", "\0")
         return "".join(parts).encode("utf-8", "surrogatepass")
 
+    def question(self) -> str:
+        """The text that tells most of how long the answer will be: the prompt, or the last message of a chat."""
+        body = self.body
+        if isinstance(body, CompletionBody):
+            return str(body.prompt[0] if isinstance(body.prompt, list) else body.prompt)
+        content = body.messages[-1].content if body.messages else ""
+        if isinstance(content, list):
+            return "".join(part.text or "" for part in content)
+        return content or ""
+
     def sampling(self, max_tokens: int) -> Sampling:
         """Parameters for the replica; `max_tokens` is what is held."""
         body = self.body

@@ -15,6 +15,7 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
+from controlplane.prediction.lengths.model import Lengths
 from workers.contract import End, Endpoint, Stage
 
 MIN_BUFFER: Final = 8  # entries
@@ -109,6 +110,7 @@ class Stream:
         "overflowed",
         "paused",
         "pieces",
+        "predicted",
         "queued",
         "raw_estimate",
         "replica",
@@ -153,6 +155,8 @@ class Stream:
         self.deadline = now + timeout_s
         # Output tokens charged in the fair queue so far: at first what is expected of it.
         self.expected = self.counted = expected
+        # Output tokens as the length model sees them: none where no model was asked.
+        self.predicted: Lengths | None = None
 
         # The way back to it: what its record keeps for that, and whose call this is.
         self.note = ""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from controlplane.policy import lengths
+
 # UTF-8 bytes per token of English prose under the common byte-level BPE vocabularies; the calibration moves
 # it.
 BYTES_PER_TOKEN: Final = 4
@@ -33,6 +35,7 @@ class Calibration:
     # Low until something is known: who is charged too much at first is served too much when it comes back.
     n_output: float = 64.0
     n_answers: int = 0
+    lengths: lengths.AnswerLengths = lengths.UNKNOWN
 
 
 NEW: Final = Calibration()
@@ -68,7 +71,7 @@ def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     ratio = calibration.ratio + weight * (exact / raw - calibration.ratio)
     ratio = min(max(ratio, _RATIO_MIN), _RATIO_MAX)
-    return Calibration(ratio, n, calibration.n_output, calibration.n_answers)
+    return Calibration(ratio, n, calibration.n_output, calibration.n_answers, calibration.lengths)
 
 
 def expected_output(calibration: Calibration, at_most: int) -> int:
@@ -83,4 +86,13 @@ def observe_output(calibration: Calibration, n_output: int) -> Calibration:
     n = calibration.n_answers + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     mean = calibration.n_output + weight * (n_output - calibration.n_output)
-    return Calibration(calibration.ratio, calibration.n, mean, n)
+    return Calibration(calibration.ratio, calibration.n, mean, n, calibration.lengths)
+
+
+def observe_length(
+    calibration: Calibration, n_output: int, said: tuple[float, float] | None = None
+) -> Calibration:
+    """The same for what order goes by (lengths.py), where a deployment serves shortest first. The length model had
+    `said` between how many tokens the answer would have."""
+    known = lengths.observe(calibration.lengths, n_output, said)
+    return Calibration(calibration.ratio, calibration.n, calibration.n_output, calibration.n_answers, known)

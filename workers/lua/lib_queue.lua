@@ -158,8 +158,8 @@ local function dispatch(P, did, rid, mid, now_ms)
     return bind(P, first[1], rid, mid) and 1 or 0
   end
   local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
-  local b = next_band(Q, tonumber(first[2]), now_ms, tonumber(set[2]))
-  local age_ms, window = tonumber(set[2]), tonumber(set[1])
+  local window, age_ms = tonumber(set[1]), tonumber(set[2])
+  local b = next_band(Q, tonumber(first[2]), now_ms, age_ms)
   local old = overdue(P, Q, b, first[1], tonumber(first[2]), now_ms, age_ms, window)
   local best, adm, best_n = choose(P, rid, old and {old} or heads(Q, b, window))
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others

@@ -68,3 +68,16 @@ def test_thinning_keeps_the_share_and_whole_conversations() -> None:
 def test_jobs_arrive_in_order_and_faster_when_asked() -> None:
     made = list(jobs(iter([Arrival(2.0, 1, 1), Arrival(1.0, 1, 1)]), speed=2.0))
     assert [job.arrived_s for job in made] == [1.0, 1.0]
+
+
+def test_predictions_and_priorities_of_a_file_reach_its_jobs(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(
+        "arrival_s,prompt_tokens,output_tokens,predicted_tokens,priority\n0,5,7,30,2\n1,5,7,,\n2,5,7,-1,0\n"
+    )
+    found = read_requests(path)
+    first, second = next(jobs(found)), next(jobs(found))
+    assert (first.n_predicted, first.band) == (30, 2)
+    assert (second.n_predicted, second.band) == (7, 0)
+    with pytest.raises(WorkloadError, match="line 4"):
+        next(found)

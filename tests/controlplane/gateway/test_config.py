@@ -1,6 +1,7 @@
 """Configuration from the environment: defaults, ranges, messages."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,12 @@ def test_short_or_broken_pepper_is_refused_without_showing_it(pepper: str) -> No
 
 def test_secrets_do_not_show() -> None:
     assert "secret" not in repr(GatewayConfig.from_env(MINIMAL))
+
+
+def test_a_length_model_that_cannot_be_read_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.json.gz"
+    path.write_text("no")
+    with pytest.raises(
+        ConfigError, match=r"CORRAL_GATEWAY_LENGTH_MODEL: lengths\.json\.gz: not a length model"
+    ):
+        GatewayConfig.from_env(MINIMAL | {"CORRAL_GATEWAY_LENGTH_MODEL": str(path)})

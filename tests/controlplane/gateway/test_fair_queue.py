@@ -1,7 +1,9 @@
 """What the gateway tells the fair queue: weights, band, order, prefixes, lengths, and what was really produced."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,20 @@ from msgspec.structs import replace
 from controlplane.policy import prefix
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
+from controlplane.prediction.lengths.features import BUCKETS, DENSE, features
+from controlplane.prediction.lengths.model import Head, LengthModel, save
 from controlplane.tenants import api_keys
-from tests.controlplane.gateway.harness import CHAT, DEPLOYMENT, KEYS, Job, Machine, Running, running, until
+from tests.controlplane.gateway.harness import (
+    CHAT,
+    DEPLOYMENT,
+    KEYS,
+    FakeDirectory,
+    Job,
+    Machine,
+    Running,
+    running,
+    until,
+)
 
 V = f"{KEYS.prefix}dep:{DEPLOYMENT}:v"
 ORG, PROJECT = "0" * 32, "1" * 32
@@ -107,7 +121,9 @@ async def test_another_tier_is_refused_by_name(gw: Running) -> None:
 
 
 async def test_tenants_take_turns_whoever_came_first(gw: Running, held: Held) -> None:
+    """Without a window, within which they would be equals and the earliest deadline first."""
     other = gw.directory.add_key(organization="2" * 32, project="3" * 32)
+    change_deployment(gw, locality_window_tokens=0)
     held.release("e")
     assert (await gw.post(says("e"))).status_code == 200  # answers have one token: known from now on
     await occupy(gw, held)
@@ -245,3 +261,39 @@ async def test_one_organization_leaves_room_in_the_queue_for_others(redis_url: s
         tasks.append(await send(gw, says("e"), other))
         for task in tasks:
             task.cancel()
+
+
+def length_model(path: Path, tokens: dict[str, int]) -> str:
+    """A model that knows how long the answers to these words are."""
+    bucket = {word: features(word).words[0] for word in tokens}
+    words = [(0.0, 0.0, 0.0, 0.0)] * BUCKETS
+    for word, n in tokens.items():
+        octaves = math.log2(1 + n)
+        words[bucket[word]] = (1.0, octaves, octaves, octaves)
+    nothing = Head(-0.5, 0.0, 0.5, 1.0, 0.0)
+    save(LengthModel(0.8, tuple(words), ((0.0, 0.0, 0.0),) * len(DENSE), {}, nothing), path, {})
+    return str(path)
+
+
+async def test_with_a_length_model_the_text_says_who_is_short_until_it_proves_wrong(
+    redis_url: str, tmp_path: Path
+) -> None:
+    directory = FakeDirectory()
+    model = length_model(tmp_path / "lengths.json.gz", {"a": 900, "b": 20})
+    async with running(redis_url, directory, length_model=model) as gw:
+        change_deployment(gw, queue_order=QueueOrder.SJF)
+        machine = Machine(redis_url)
+        held = Held(machine)
+        machine.behaviour = held.serve
+        await machine.start(slots=1)
+        busy = await occupy(gw, held)
+        waiting = [await send(gw, says("a", max_tokens=900)), await send(gw, says("b", max_tokens=900))]
+        (line,) = await gw.redis.keys(f"{KEYS.prefix}dep:{DEPLOYMENT}:r:*")
+        scores = [score for _, score in await gw.redis.zrange(line, 0, -1, withscores=True)]
+        assert scores[1] - scores[0] > 850, "a is taken to be 880 tokens longer"
+        held.release_all()
+        await asyncio.gather(busy, *waiting)
+        assert held.order == ["busy", "b", "a"]
+        pair = (ORG, DEPLOYMENT)
+        assert gw.gateway.ends.calibration(*pair).lengths.text_coverage < 0.8, "no answer was as long as it said"
+        await machine.stop()
