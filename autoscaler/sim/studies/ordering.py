@@ -305,7 +305,7 @@ def _study(
             "ours": f"the production queue (policy/fairness.py): tenants within {_WINDOW_TOKENS:,} tokens of service "
             f"are equals, among them shortest predicted first with gamma {gamma:g} (at 20 ms a token); whoever has "
             f"waited {share:g} of the P99 wait that FCFS had at that load in the tuning half goes first",
-            "tuning": f"lowest mean among the knobs whose worst tenant loses at most {_FIT_ROOM:.0%} in the tuning half "
+            "tuning": f"lowest mean among the knobs whose worst tenant loses at most {_FIT_ROOM:.0%} in that half "
             "(a first margin of 7 % had missed in the measured half: -35.4 %, worst tenant +11.9 ± 2.1 %)",
             "runs": f"{options['seeds']} seeds (other lengths, prompts, tenants each), compared run by run "
             "with FCFS on the same requests; intervals 95 %",
