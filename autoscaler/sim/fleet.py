@@ -9,11 +9,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from autoscaler.policy.spot import FleetView, OfferView, Orders
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import Steps, Zone
+
+GRACE_S: Final = 60.0  # beyond a start, before a machine that is wanted counts as missing: the longest tick
 
 
 class Buyer(Protocol):
@@ -82,7 +84,7 @@ class Fleet:
         self._wish_s, self._wishes, self._asked_at_s = [-1.0], [0], -1.0
         self._counted_s = 0.0
         # The very first start is nobody's shortage, and what came before `count_from_s` nobody's cost.
-        self._count_from_s = max(count_from_s, terms.boot_s + 60)
+        self._count_from_s = max(count_from_s, terms.boot_s + GRACE_S)
         self._usd_before = 0.0
         self._is_due = False
         self._asked_s, self._n_asked = -1.0, 0
@@ -270,7 +272,7 @@ class Fleet:
 
     def _due(self, at_s: float) -> int:
         """Machines that could be there then: what was wanted ever since a machine had to be ordered for it."""
-        first = max(bisect.bisect_right(self._wish_s, at_s - self.terms.boot_s - 60) - 1, 0)
+        first = max(bisect.bisect_right(self._wish_s, at_s - self.terms.boot_s - GRACE_S) - 1, 0)
         last = max(bisect.bisect_right(self._wish_s, at_s), first + 1)
         return min(self._wishes[first:last])
 

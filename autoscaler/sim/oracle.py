@@ -16,6 +16,7 @@ from typing import Any
 import highspy
 import numpy as np
 
+from autoscaler.sim.fleet import GRACE_S
 from autoscaler.sim.market import Steps, Zone
 from autoscaler.sim.scenario import Setting
 
@@ -34,13 +35,14 @@ class OracleError(RuntimeError):
 
 
 def bound_of(setting: Setting, demand: Steps, availability: float, tick_s: float = 0.0) -> Bound:
-    """The bound for a run's own demand. Of each tick only the least demand counts, and what a start takes is free at
-    the very beginning: both lower the bound."""
+    """The bound for a run's own demand, as its availability counts it: what has been wanted for a start's duration. Of
+    each tick only the least counts, and what a start takes is free at the very beginning: both lower the bound."""
+    due_s = setting.terms.boot_s + GRACE_S
     tick_s = tick_s or max(zone.gap_s for zone in setting.zones)
     until_s = min(setting.until_s, *(zone.end_s for zone in setting.zones))
     return cheapest(
         setting.zones,
-        lambda now_s: demand.least(now_s, now_s + tick_s),
+        lambda now_s: demand.least(now_s - due_s, now_s + tick_s),
         until_s,
         boot_s=setting.terms.boot_s,
         on_demand_usd_per_h=setting.terms.on_demand_usd_per_h,

@@ -12,7 +12,9 @@ from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, OnDemandOnly, Spo
 from autoscaler.sim.fleet import Buyer, Fleet, Terms
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import MarketError, Steps, Zone, read_zone
-from autoscaler.sim.oracle import cheapest
+from autoscaler.sim.oracle import bound_of, cheapest
+from autoscaler.sim.replicas import engine_spec
+from autoscaler.sim.scenario import Setting
 
 HOUR = 3600.0
 TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.0)
@@ -89,6 +91,21 @@ def test_nobody_beats_the_oracle_at_the_same_availability(buyer: Buyer) -> None:
     )
     assert 0 < bound.usd <= fleet.usd
     assert 0 <= bound.on_demand_share <= 1
+
+
+def test_the_oracle_need_not_serve_what_nobody_could() -> None:
+    zones = (zone("a", *[9] * 24),)
+    spikes = tuple(
+        (HOUR / 3 * i + at_s, n) for i in range(12) for at_s, n in ((0.0, 1), (600.0, 5), (660.0, 1))
+    )
+    wanted = Steps(tuple(at_s for at_s, _ in spikes), tuple(n for _, n in spikes))
+    kernel = Kernel()
+    fleet = Fleet(kernel, zones, TERMS, Corral(SpotSpec(120, 120)), wanted, 4 * HOUR)
+    kernel.run(until_s=4 * HOUR)
+    fleet.close()
+    setting = Setting(engine_spec("llama-3.1-8b", "l4"), 8, 0, 1.0, zones, TERMS, until_s=4 * HOUR)
+    assert fleet.availability == 1.0
+    assert bound_of(setting, fleet.demand, 0.999, 60.0).usd <= fleet.usd
 
 
 def test_a_recorded_zone_is_read_and_wrapped(tmp_path: Path) -> None:
