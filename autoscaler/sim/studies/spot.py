@@ -241,7 +241,7 @@ def _study(
             "available": "share of time with as many machines ready as have been wanted for a start's duration",
             "as available": "the cheapest setting of n_extra (any-zone 0, 1, 2, 4; SpotHedge 1, 2, 4) that is as "
             "available as asked; none: the most available one, with what it reaches",
-            "where notice is shorter than a start": "99.9 % takes spares, because nobody but the oracle knows what goes "
+            "where notice is shorter than a start": "99.9 % takes spares, as only the oracle knows what goes "
             "next; the goals are for the first assumption, the others are told",
             "any-zone that heeds notices": "not in its three lines; it shows that with a notice in time, heeding it "
             "makes spot as available as on-demand, and that what is learned counts where it comes too late",
