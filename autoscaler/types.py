@@ -123,7 +123,7 @@ class ScalerSpec:
     # Looks as far ahead as a start takes (0: not at all), and keeps room for so many deviations of what it foretells.
     # Once that has proven itself, load seen now needs no reserve of its own beyond `proven_ratio`.
     lead_s: float = 0.0
-    n_deviations: float = 1.75
+    n_deviations: float = 0.75
     proven_ratio: float = 0.95
     # A tick comes every 5 s at the latest, so a beat unchanged between two of them is this old.
     beat_stale_s: float = 4.0

@@ -89,7 +89,7 @@ def learn(
         level=level,
         slope_per_s=memory.slope_per_s + (slope - memory.slope_per_s) * _weight(passed_s, 3 * lead_s),
     )
-    memory = _check(now_s, served, memory)
+    memory = _check(now_s, served, served < load, memory)
     if len(memory.pending) < N_PENDING and (
         not memory.pending or now_s + lead_s - memory.pending[-1].due_at_s >= lead_s / N_PENDING
     ):
@@ -117,13 +117,15 @@ def _foretell(now_s: float, lead_s: float, memory: ForecastMemory) -> tuple[floa
     )
 
 
-def _check(now_s: float, load: float, memory: ForecastMemory) -> ForecastMemory:
-    """Hold what is due against what came."""
+def _check(now_s: float, load: float, is_capped: bool, memory: ForecastMemory) -> ForecastMemory:
+    """Hold what is due against what came. Capped by what there was to serve with, it says nothing of forecasts above."""
     due = [p for p in memory.pending if p.due_at_s <= now_s]
     if not due:
         return memory
     errors, n = memory.errors, memory.n_checked
     for said in due:
+        if is_capped and load < max(said.values):
+            continue
         missed = tuple(abs(load - value) / math.sqrt(max(value, 1.0)) for value in said.values)
         n += 1
         weight = max(ERROR_WEIGHT, 1 / n)  # the first ones count as their plain mean

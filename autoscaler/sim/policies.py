@@ -35,14 +35,14 @@ from controlplane.policy.routing import RouteWeights
 
 def production(
     forecast: int = 1,
-    n_deviations: float = 1.75,
+    n_deviations: float = 0.75,
     proven_ratio: float = 0.95,
     scale_down_delay_s: float = 0.0,
     panic_ratio: float = 2.0,
     target_ratio: float = 0.0,
     stable_window_s: float = 15.0,
 ) -> Callable[[Setting], Scaler]:
-    """The production scaler: looks as far ahead as a machine takes to come, and shrinks after 2.5 such times.
+    """The production scaler: looks as far ahead as a machine takes to come, and shrinks after five such times.
     The load of an instant counts: what is averaged away comes too late where a start takes minutes."""
 
     def scaler(s: Setting) -> Scaler:
@@ -55,7 +55,7 @@ def production(
             target_ratio=target_ratio or s.target_ratio,
             panic_ratio=panic_ratio,
             stable_window_s=stable_window_s,
-            scale_down_delay_s=scale_down_delay_s or max(30.0, 2.5 * s.terms.boot_s),
+            scale_down_delay_s=scale_down_delay_s or max(30.0, 5 * s.terms.boot_s),
             lead_s=s.terms.boot_s if forecast else 0.0,
             n_deviations=n_deviations,
             proven_ratio=proven_ratio,
@@ -76,7 +76,7 @@ CORRAL = Policy(
 
 def corral(
     forecast: int = 1,
-    n_deviations: float = 1.75,
+    n_deviations: float = 0.75,
     proven_ratio: float = 0.95,
     scale_down_delay_s: float = 0.0,
     panic_ratio: float = 2.0,

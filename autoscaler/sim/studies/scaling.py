@@ -20,20 +20,20 @@ from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Tab
 
 HELP = "ServeGen m-mid: attainment and cost of the production scaler, HPA and KPA, tuned on a span of its own"
 BOOT_S: Final = 120.0
-TARGET: Final = 0.994  # a tuned setting is the cheapest that attains this on the fit span
+TARGET: Final = 0.99  # a tuned setting is the cheapest that attains this on the fit span
 _FIT: Final = (0.3, 4.3)  # days
 _JUDGED: Final = (4.4, 8.8)
 _WARM_S: Final = 1800.0
 _HELD_S: Final = 22.0  # a request stays about so long: what the forecast's past is made with
 _KNOBS: Final[dict[str, tuple[str, ...]]] = {
-    "corral": tuple(f"corral:n_deviations={n}:scale_down_delay_s=300" for n in (1.5, 1.75, 2.0)),
+    "corral": tuple(f"corral:n_deviations={n}:scale_down_delay_s=600" for n in (0.6, 0.75, 1.0)),
     "hpa": tuple(
         f"hpa:target_ratio={r}:stabilisation_s={s}"
-        for r, s in ((0.8, 600), (0.8, 900), (0.75, 600), (0.75, 900))
+        for r, s in ((0.85, 600), (0.85, 900), (0.8, 600), (0.75, 600))
     ),
     "kpa": tuple(
-        f"kpa:target_ratio={r}:stable_window_s={w}:panic_threshold={p}:scale_down_delay_s={s}"
-        for r, w, p, s in ((0.75, 30, 1.5, 600), (0.7, 30, 1.5, 600), (0.7, 60, 1.5, 600))
+        f"kpa:target_ratio={r}:stable_window_s={w}:panic_threshold=1.5:scale_down_delay_s=600"
+        for r, w in ((0.8, 30), (0.75, 30), (0.7, 60))
     ),
 }
 _DEFAULTS: Final = ("corral:forecast=0", "hpa", "kpa")
