@@ -118,7 +118,7 @@ def _foretell(now_s: float, lead_s: float, memory: ForecastMemory) -> tuple[floa
 
 
 def _check(now_s: float, load: float, is_capped: bool, memory: ForecastMemory) -> ForecastMemory:
-    """Hold what is due against what came. Capped by what there was to serve with, it says nothing of forecasts above."""
+    """Hold what is due against what came; capped by what could be served, it says nothing of forecasts above it."""
     due = [p for p in memory.pending if p.due_at_s <= now_s]
     if not due:
         return memory
