@@ -57,9 +57,8 @@ class Planned:
         launch_on_demand = min(max(n_cover - n_on_demand, 0), self.spec.max_orders)
         cancel: dict[str, int] = {}
         n_cancel_on_demand = 0
-        if (
-            n_staying + view.n_on_demand_ready - release_on_demand >= view.n_wanted
-        ):  # what starts is for the plan only
+        n_ready = n_staying + view.n_on_demand_ready - release_on_demand
+        if n_ready >= view.n_wanted:  # what still starts is for the plan only
             n_cancel_on_demand = min(max(n_on_demand - n_cover, 0), view.n_on_demand_pending)
             for offer in view.offers:
                 over = held[offer.name] - release.get(offer.name, 0) - wanted.get(offer.name, 0)
