@@ -103,8 +103,9 @@ if n_carried > 0 then redis.call('HSET', rec_key, 'n', n_carried) end
 if granted < n_out then redis.call('HSET', rec_key, 'granted', granted, 'hold_out', granted) end
 redis.call('PEXPIRE', rec_key, LEASE_GC_MS)
 if rid then
-  hand_over(P, P .. 'm:' .. mid .. ':', id, rid, '1', '1', ARGV[5], ARGV[6], n_carried, granted)
-  note_prefixes(P, rid, ARGV[40], now)
+  hand_over(P, P .. 'm:' .. mid .. ':', id, rid, '1', '1', ARGV[5], ARGV[6], ARGV[16],
+    granted == n_out and ARGV[9] or granted)
+  note_prefixes(P, rid, ARGV[40], ARGV[2])
   return {'bound', 1, rid, granted, unpack(heads(look, 1, n_in, n_out))}
 end
 redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])

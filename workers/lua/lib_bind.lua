@@ -2,7 +2,7 @@
 -- A bound request's body, journal and lease live under its machine's prefix and nowhere else, so that a machine
 -- that lost the request can neither read nor write it. The message carries ids and the epoch only.
 
-local LEASE_GC_MS = 21600000
+local LEASE_GC_MS = '21600000' -- text, as are other constants: a number is printed with 17 digits at each call
 
 -- The machine of a replica that takes new work and has a free slot, and how many are free; nil otherwise.
 local function with_slot(P, rid)
@@ -22,10 +22,10 @@ end
 -- flush.lua) is set by a claim and cleared here, by a release, a cancel, a reader that moves (attach.lua) and the end.
 local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
   local lease = M .. 'req:' .. id
-  redis.call('HSET', lease, 'open', '', 'n', n, 'upto', n + hold, 'epoch', epoch, 'state', 'bound', 'gw', gw,
+  redis.call('HSET', lease, 'open', '', 'n', n, 'upto', n == '0' and hold or n + hold, 'epoch', epoch, 'state', 'bound', 'gw', gw,
              'stream', stream, 'attempt', attempt)
   redis.call('PEXPIRE', lease, LEASE_GC_MS)
-  redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', 1)
+  redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', '1')
   redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)
   local tag = id .. '.' .. epoch
   redis.call('LPUSH', M .. 'replica.' .. rid, string.format(MESSAGE_TEMPLATE, id, epoch, tag, id, rid, tag))
@@ -54,7 +54,7 @@ end
 -- trusted side when keep is true, else they are deleted. The lease is deleted, so the old holder is fenced out.
 local function free_slot(P, id, rid)
   if redis.call('SREM', P .. 'rep:' .. rid .. ':live', id) == 1 then
-    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', -1) < 0 then
+    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', '-1') < 0 then
       redis.call('HSET', P .. 'rep:' .. rid, 'used', 0)
     end
   end

@@ -5,7 +5,7 @@
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms,
 --       8 prompt tokens found cached (optional).
 -- Returns {1, bound} when this call settled it, {0} when it was settled before or is unknown.
-local UNREACHABLE_JOURNAL_MS = 30000
+local UNREACHABLE_JOURNAL_MS = '30000'
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'adm', 'rid', 'mid', 'money', 'chg', 'asks')
