@@ -188,10 +188,11 @@ def _span(query: UsageQuery) -> tuple[datetime, datetime]:
             raise InvalidInputError(
                 f"since: must be before until, at most {MAX_SPAN.days} days", field="since"
             )
-        since - timedelta(days=2), until + timedelta(days=2)
+        # In UTC: the database knows no offsets beyond sixteen hours. Room for the days around it.
+        (since - timedelta(days=2)).astimezone(UTC), (until + timedelta(days=2)).astimezone(UTC)
+        return since.astimezone(UTC), until.astimezone(UTC)
     except OverflowError:
         raise InvalidInputError("until: out of range", field="until") from None
-    return since, until
 
 
 def _events(request: ApiRequest, query: UsageQuery, since: datetime, until: datetime) -> QuerySet[UsageEvent]:

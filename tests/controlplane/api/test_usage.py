@@ -63,6 +63,13 @@ def test_a_span_that_is_none_is_named(api: Api, query: str, field: str) -> None:
     assert [error["field"] for error in response.body["errors"]] == [field]
 
 
+def test_any_offset_of_a_time_zone_is_understood(api: Api) -> None:
+    for path in ("/usage", "/requests"):
+        response = api.get(f"{path}?until=0391-02-28T15:39:35-23:28")
+        assert response.status_code == 200, response.body
+        assert response.body["data"] == []
+
+
 def test_a_cursor_of_another_tenant_is_none(api: Api, stranger: Api, world: World) -> None:
     event = book_usage(world)
     assert api.get(f"/requests?cursor=req_{event.request_id.hex}").status_code == 200
