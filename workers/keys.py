@@ -148,6 +148,11 @@ class CellKeys:
         return f"{self.prefix}route"
 
     @property
+    def placed_channel(self) -> str:
+        """PUBLISH of one gateway's latest placements to the others (controlplane/gateway/placements.py)."""
+        return f"{self.prefix}placed"
+
+    @property
     def stage_channel(self) -> str:
         """PUBLISH of `Stage` (JSON): what to tell clients that wait for a deployment."""
         return f"{self.prefix}stage"

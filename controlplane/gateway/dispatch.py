@@ -17,6 +17,7 @@ from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, Headers, unavailable
 from controlplane.gateway.identity import Digests
+from controlplane.gateway.placements import Placements
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Stream
@@ -24,6 +25,7 @@ from controlplane.policy import admission, estimate, prefix
 from controlplane.policy.fairness import FLEX_BAND
 from controlplane.policy.lengths import likely
 from controlplane.policy.ordering import QueueOrder, order_key, predicted_ms
+from controlplane.policy.routing import Ask
 from controlplane.prediction.lengths.model import LengthModel
 from workers import contract, scripts
 from workers.contract import Endpoint, RequestEnvelope
@@ -50,6 +52,7 @@ class Dispatcher:
         request_timeout_s: float,
         stream_buffer: int,
         digests: Digests,
+        placements: Placements,
         lengths: LengthModel | None = None,
     ) -> None:
         self._redis = redis
@@ -59,6 +62,7 @@ class Dispatcher:
         self._gateway = gateway
         self._directory = directory
         self._routes = routes
+        self._placements = placements
         self._ends = ends
         self._queue_bound = queue_bound
         self._age_ms = int(queue_age_s * 1000)
@@ -157,14 +161,17 @@ class Dispatcher:
         stream."""
         if not stream.note:
             stream.note = self._digests.note(request, body, keyed=stream.keep)
-        verdict = await self._try_admit(stream, request, body)
+        ask = self._ask(stream, request)
+        verdict = await self._try_admit(stream, request, body, ask)
         if verdict[0] == b"seed":
             await self._seed(stream.key)
-            verdict = await self._try_admit(stream, request, body)
+            verdict = await self._try_admit(stream, request, body, ask)
         outcome = verdict[0]
         if outcome == b"bound":
             stream.replica = verdict[2].decode()
-            stream.machine = self._routes.bound(stream.deployment.id, stream.replica)
+            did, replica = stream.deployment.id, stream.replica
+            stream.machine, stream.placed = self._routes.bound(did, replica, ask)
+            self._placements.note(did, replica, ask)
             stream.limits = ratelimits.headers(verdict[4:])
         elif outcome == b"queued":
             stream.queued = True
@@ -195,7 +202,9 @@ class Dispatcher:
             if stream.held_back:
                 self._ends.inbox.catch_up(stream)
 
-    async def _try_admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> list[Any]:
+    async def _try_admit(
+        self, stream: Stream, request: GenerationRequest, body: bytes, ask: Ask
+    ) -> list[Any]:
         key, deployment, hold, origin = stream.key, stream.deployment, stream.hold, stream.origin
         band = FLEX_BAND if request.is_flex else deployment.band
         envelope = RequestEnvelope(
@@ -253,11 +262,11 @@ class Dispatcher:
                     *key.scope_args,
                     str(band),
                     stream.expected,
-                    self._prefixes(key, deployment, request),
+                    "".join(map(str, prefix.coarse(ask.prefixes))),
                     deployment.window,
                     self._age_ms,
                     hold.share,
-                    *self._routes.candidates(deployment.id),
+                    *self._routes.candidates(deployment.id, ask, stream.number),
                 ),
             )
         except asyncio.CancelledError:
@@ -283,11 +292,14 @@ class Dispatcher:
         return likely(known, stream.hold.n_output, None if said is None else said.middle)
 
     @staticmethod
-    def _prefixes(key: KeyContext, deployment: Deployment, request: GenerationRequest) -> str:
-        """Hashes of the prompt's beginnings, where locality may decide and the prompt is long enough."""
-        if not deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
-            return ""
-        return "".join(prefix.hashes(key.organization, request.prompt_bytes()))
+    def _ask(stream: Stream, request: GenerationRequest) -> Ask:
+        """What routing wants to know; hashes of the prompt's beginnings where locality may decide and it is long
+        enough."""
+        if not stream.deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
+            return Ask(stream.hold.n_prompt)
+        text = request.prompt_bytes()
+        found = prefix.fine_hashes(stream.key.organization, text)
+        return Ask(stream.hold.n_prompt, found, prefix.ends(found, len(text), stream.hold.n_prompt))
 
     async def _seed(self, key: KeyContext) -> None:
         """Give the cell the money already booked for each scope with a budget, from the ledger."""

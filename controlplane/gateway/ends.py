@@ -194,6 +194,8 @@ class Ends:
             return
         stream.settled = True
         self.n_settled += 1
+        if stream.placed is not None:
+            stream.placed.is_waiting = False
         if stream.replica:
             self._routes.released(stream.deployment.id, stream.replica)
         cost = request_cost(

@@ -25,6 +25,7 @@ from controlplane.gateway.feed import ChangeFeed
 from controlplane.gateway.generate import Generator
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.metrics import GatewayMetrics
+from controlplane.gateway.placements import Placements
 from controlplane.gateway.requestlog import RequestLog
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.routes import RouteTable
@@ -80,6 +81,7 @@ class Gateway:
         )
         self.feed = ChangeFeed(self.directory, self.key_cache, poll_s=config.change_poll_s)
         self.routes = RouteTable(self.redis, keys)
+        self.placements = Placements(self.redis, keys, self.id, self.routes)
         self.ends = Ends(self.redis, keys, self.routes, self.id)
         self.inbox = self.ends.inbox
         self.digests = Digests(config.key_pepper)
@@ -95,6 +97,7 @@ class Gateway:
             request_timeout_s=config.request_timeout_s,
             stream_buffer=config.stream_buffer,
             digests=self.digests,
+            placements=self.placements,
             lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
         )
         self.resumer = Resumer(
@@ -123,6 +126,7 @@ class Gateway:
         self._channels = {
             keys.invalidate_channel.encode(): self._on_invalidate,
             keys.route_channel.encode(): self._on_route,
+            keys.placed_channel.encode(): self.placements.on_placed,
             keys.stage_channel.encode(): self.board.on_stage,
             keys.notice_channel(self.id).encode(): self._on_notice,
         }
@@ -150,6 +154,7 @@ class Gateway:
         await self.board.close()
         await self.ends.drain()
         await self.inbox.close()
+        self.placements.close()
         await self.routes.close()
         await self.subscriber.close()
         await self.redis.close()
@@ -236,6 +241,10 @@ class Gateway:
             f"{name}resumed": ("Clients that came back for a request.", lambda: resumer.n_resumed),
             f"{name}continued": ("Cancelled requests continued.", lambda: resumer.n_continued),
             f"{name}settled": ("Requests settled here.", lambda: ends.n_settled),
+            f"{name}placements_untold": (
+                "Placements that other gateways were not told of.",
+                lambda: self.placements.n_dropped,
+            ),
             f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),
             f"{name}key_lookups": ("Keys asked of Postgres.", lambda: cache.n_lookups),

@@ -13,7 +13,7 @@ import contextlib
 import time
 from typing import Final
 
-from controlplane.policy.routing import ReplicaLoad, rank
+from controlplane.policy.routing import Ask, Board, Placed, ReplicaLoad
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError
 
@@ -21,12 +21,17 @@ _POLL_S: Final = 1.0
 _ACTIVE_S: Final = 30.0  # looked at for so long after the last request
 _MAX_DEPLOYMENTS: Final = 10_000
 _MAX_REPLICAS: Final = 1_024  # of one deployment
+# Of one replica's prefix cache. Replicas do not tell; believing four times too much cost nothing on Mooncake's
+# conversations, half as much a fifth of the hits.
+_CACHE_TOKENS: Final = 4_000_000
+_UNKNOWN: Final = Ask(1)
 
 
 class _View:
-    __slots__ = ("again", "looking", "replicas", "used_at")
+    __slots__ = ("again", "board", "looking", "replicas", "used_at")
 
     def __init__(self) -> None:
+        self.board = Board(_CACHE_TOKENS)
         self.replicas: dict[str, ReplicaLoad] = {}
         self.used_at = 0.0
         self.looking = False
@@ -52,8 +57,9 @@ class RouteTable:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def candidates(self, deployment: str) -> tuple[str, ...]:
-        """Replica ids, best first; empty where nothing is known yet (a look is then under way)."""
+    def candidates(self, deployment: str, ask: Ask = _UNKNOWN, turn: int = 0) -> tuple[str, ...]:
+        """Replica ids, best first for such a request; empty where nothing is known yet (a look is then under way).
+        `turn` differs by request: it rotates equals."""
         view = self._views.get(deployment)
         if view is None:
             if len(self._views) >= _MAX_DEPLOYMENTS:
@@ -61,19 +67,28 @@ class RouteTable:
             view = self._views[deployment] = _View()
             self._look(deployment, view)
         view.used_at = time.monotonic()
-        return rank(view.replicas.values())
+        return view.board.rank(ask, turn=turn)
 
-    def bound(self, deployment: str, replica: str) -> str | None:
-        """A request took a slot there; the replica's machine, None if it is not known yet."""
-        load = self._load(deployment, replica)
-        if load is None:
-            return None
+    def bound(self, deployment: str, replica: str, ask: Ask = _UNKNOWN) -> tuple[str | None, Placed | None]:
+        """A request took a slot there; the replica's machine, None if it is not known yet, and what is to be told of
+        its first token."""
+        view = self._views.get(deployment)
+        load = None if view is None else view.replicas.get(replica)
+        if view is None or load is None:
+            return None, None
         load.used += 1
-        return load.machine
+        return load.machine, view.board.bound(replica, ask, time.monotonic())
+
+    def heard(self, deployment: str, replica: str, ask: Ask) -> None:
+        """Another gateway's request took a slot there. Its load comes with the next look."""
+        view = self._views.get(deployment)
+        if view is not None:
+            view.board.heard(replica, ask, time.monotonic())
 
     def released(self, deployment: str, replica: str) -> None:
         """A request that took a slot ended."""
-        load = self._load(deployment, replica)
+        view = self._views.get(deployment)
+        load = None if view is None else view.replicas.get(replica)
         if load is not None and load.used > 0:
             load.used -= 1
 
@@ -82,10 +97,6 @@ class RouteTable:
         view = self._views.get(deployment)
         if view is not None:
             self._look(deployment, view)
-
-    def _load(self, deployment: str, replica: str) -> ReplicaLoad | None:
-        view = self._views.get(deployment)
-        return None if view is None else view.replicas.get(replica)
 
     def _look(self, deployment: str, view: _View) -> None:
         if view.looking:
@@ -111,6 +122,7 @@ class RouteTable:
                     for replica, (mid, used, slots) in zip(ids, rows, strict=True)
                     if mid
                 }
+                view.board.see(view.replicas)
         except RedisError:
             pass  # the old view serves until the next poll
         finally:

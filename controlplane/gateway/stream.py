@@ -15,6 +15,7 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
+from controlplane.policy.routing import Placed
 from controlplane.prediction.lengths.model import Lengths
 from workers.contract import End, Endpoint, Stage
 
@@ -110,6 +111,7 @@ class Stream:
         "overflowed",
         "paused",
         "pieces",
+        "placed",
         "predicted",
         "queued",
         "raw_estimate",
@@ -171,6 +173,7 @@ class Stream:
         self.machine: str | None = None
         self.live_machine: str | None = None
         self.replica = ""
+        self.placed: Placed | None = None  # what routing is told of its first token
         self.admitted = False
         self.is_greedy = False  # made anew, its tokens would be the same
 
@@ -232,6 +235,8 @@ class Stream:
         self.heard_at = now
         if self.first_at is None and n:
             self.first_at = now
+            if self.placed is not None:
+                self.placed.is_waiting = False
         if n:
             self.last_at = now
         if end is not None:

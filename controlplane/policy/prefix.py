@@ -62,14 +62,20 @@ def fine_hashes(salt: str, text: bytes) -> tuple[str, ...]:
     return tuple(found)
 
 
-def coarse(fine: tuple[str, ...]) -> tuple[str, ...]:
+def coarse(fine: Sequence[object]) -> tuple[object, ...]:
     """`hashes` of the text whose `fine_hashes` these are."""
-    return fine[:1] + fine[1::2]
+    return (*fine[:1], *fine[1::2])
 
 
 def rungs(n: int) -> tuple[int, ...]:
     """Lengths of `fine_hashes` in units of the first, up to `n`: 1, 2, 3, 4, 6, 8, 12, ..."""
     return _RUNGS[: bisect_right(_RUNGS, n)]
+
+
+def ends(fine: Sequence[object], n_bytes: int, n_prompt: int) -> tuple[int, ...]:
+    """Tokens at which each of a text's `fine_hashes` ends, the text having `n_bytes` and about `n_prompt` tokens."""
+    per_rung = FIRST_BYTES * n_prompt / max(n_bytes, 1)
+    return tuple(int(rung * per_rung) for rung in _RUNGS[: len(fine)])
 
 
 def cached_tokens(n_matched: int, n_prompt: int) -> int:

@@ -135,6 +135,7 @@ class Board:
         share = w.share / mean
         costs = []
         n, at = len(loads), turn % len(loads)
+        most_slots = max(load.slots for load in loads.values())
         for load in loads.values():
             at = at + 1 if at + 1 < n else 0
             if load.slots <= 0:
@@ -147,7 +148,8 @@ class Board:
                 if book.placed and not book.placed[0].is_waiting:
                     _settle(book)
                 n_waiting, recent = book.n_prefill, book.recent
-            cost = n_waiting + n_fresh * (w.fresh + w.crowd * load.used + share * recent) + w.seat * load.used
+            used = load.used * most_slots / load.slots  # fewer slots: each of its requests weighs more
+            cost = n_waiting + n_fresh * (w.fresh + w.crowd * used + share * recent) + w.seat * used
             if load.adapters is not None and ask.adapter and ask.adapter not in load.adapters:
                 cost += w.adapter_tokens
             is_full = load.used >= load.slots or load.kv_used_ratio >= _KV_FULL
@@ -162,16 +164,29 @@ class Board:
         book = self._books.get(replica)
         if book is None:
             book = self._books[replica] = _Book()
-        n_fresh = ask.n_prompt
-        if self.prefixes is not None and ask.prefixes:
-            n = self.prefixes.held(replica, ask.prefixes)
-            n_fresh -= ask.ends[n - 1] if n else 0
-            self.prefixes.note(replica, ask.prefixes, ask.ends)
+        n_fresh = self._known(replica, ask)
         placed = Placed(replica, n_fresh)
         book.n_prefill += n_fresh
         book.recent += n_fresh * self._grow(now_s)
         book.placed.append(placed)
         return placed
+
+    def heard(self, replica: str, ask: Ask, now_s: float) -> None:
+        """Another gateway placed a request there: what the cache holds since, and the work it was."""
+        if replica not in self.loads:
+            return
+        book = self._books.get(replica)
+        if book is None:
+            book = self._books[replica] = _Book()
+        book.recent += self._known(replica, ask) * self._grow(now_s)
+
+    def _known(self, replica: str, ask: Ask) -> int:
+        """Prompt tokens that it will have to compute; its cache will hold them from now on."""
+        if self.prefixes is None or not ask.prefixes:
+            return ask.n_prompt
+        n = self.prefixes.held(replica, ask.prefixes)
+        self.prefixes.note(replica, ask.prefixes, ask.ends)
+        return ask.n_prompt - (ask.ends[n - 1] if n else 0)
 
     @staticmethod
     def started(placed: Placed) -> None:

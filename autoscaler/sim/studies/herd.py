@@ -27,6 +27,7 @@ _REPLICAS: Final = 16
 _SLOTS: Final = 256
 _KEEP: Final = 0.9
 _SPEED: Final = 30.0
+_UNTIL_S: Final = 1200.0  # of the recording
 _TIGHT: Final = 24  # slots of the row in which the admission script holds the herd back
 _PEAK, _RATIO = 1.10, 1.15  # of the fresh view's, to count as no herd
 
@@ -72,7 +73,8 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
     return Study(
         "Herds: gateways with stale loads",
         {
-            "workload": f"Azure LLM inference 2023, conversation and code, {options['speed']:g} x their speed; each "
+            "workload": f"Azure LLM inference 2023, conversation and code, first {_UNTIL_S / 60:.0f} min at "
+            f"{options['speed']:g} x their speed; each "
             f"seed keeps another {_KEEP:.0%} of the requests; no shared prefixes",
             "house": f"{_REPLICAS} replicas of {told(*_MODEL)}; {_SLOTS} slots, never full, but for the last row: "
             f"there a request whose replica has no slot waits in the fair queue until any has one, as in production",
@@ -111,7 +113,7 @@ def _measure(
         result = scenario.run(
             setting,
             policy(name),
-            jobs(thin(read_requests(path), _KEEP, seed), speed=options["speed"]),
+            jobs(thin(read_requests(path, until_s=_UNTIL_S), _KEEP, seed), speed=options["speed"]),
             label=f"{path.name}, {name}, seed {seed}",
             observers=(balance,),
         )
