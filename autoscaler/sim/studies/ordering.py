@@ -32,6 +32,7 @@ HELP = "mean and tail of completion times by order of the queue: Vicuna lengths,
 _LOADS: Final = (0.7, 0.9, 1.0, 1.1)
 _HEADLINE: Final = 1.1
 _N_TENANTS: Final = 8
+_MIN_REQUESTS: Final = 100  # of a tenant whose P99 is looked at
 _WINDOW_TOKENS: Final = 100_000
 _GAMMAS: Final = (0.01, 0.02)
 _SHARES: Final = (0.9, 0.95, 1.0)  # of the P99 of what first come, first served waits
@@ -72,6 +73,8 @@ class _Run:
 
     def worst(self, base: _Run) -> float:
         """Largest increase of a tenant's P99 over another run on the same requests."""
+        if not base.tenant_p99_s:
+            raise ValueError(f"no tenant has {_MIN_REQUESTS} requests: more arrivals are needed")
         return max(self.tenant_p99_s[t] / base.tenant_p99_s[t] - 1 for t in base.tenant_p99_s)
 
 
@@ -247,7 +250,7 @@ def _simulate(queue: Queue, jobs: list[Job], data: _Data) -> _Run:
         statistics.fmean(waits),
         _p99([job.latency_s for job in jobs]),
         _p99(waits),
-        {tenant: _p99(values) for tenant, values in by_tenant.items() if len(values) >= 100},
+        {tenant: _p99(values) for tenant, values in by_tenant.items() if len(values) >= _MIN_REQUESTS},
         world.n_put_aside,
     )
 
