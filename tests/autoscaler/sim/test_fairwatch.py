@@ -66,6 +66,14 @@ def test_who_does_not_wait_has_no_gap() -> None:
     assert watch(fcfs(), jobs(2, 2), slots=4).widest.service == 0
 
 
+def test_what_was_given_while_one_of_them_did_not_wait_is_no_gap() -> None:
+    """Both wait, then a alone for ten requests, then both again."""
+    given = [Job(n, 0.0, 100, 50, (t, t, t)) for n, t in enumerate("abab")]
+    given += [Job(4 + n, 1.7, 100, 50, ("a", "a", "a")) for n in range(10)]
+    given += [Job(14 + n, 7.4, 100, 50, (t, t, t)) for n, t in enumerate("abab")]
+    assert watch(fcfs(), given).widest.service <= 2 * 200
+
+
 def test_a_queue_that_leaves_a_slot_idle_is_seen() -> None:
     class Lazy(Plain):
         """Fills no slot when one frees."""

@@ -49,6 +49,7 @@ def test_what_is_tuned_on_is_not_what_is_measured_and_the_load_is_exact(traces: 
     assert {job.n_output % 10 for job in fit} == {0}
     assert {job.n_output % 10 for job in test} == {5}
     assert len({job.arrived_s for job in fit}) == len(fit) == len(test) == 200
+    assert data.medians == {c: statistics.median(n for n, k in data.fit if k == c) for c in (0, 1)}
     assert {job.n_predicted for job in test} == {round(m) for m in data.medians.values()}
     assert {job.n_predicted for job in ordering._jobs(data, 1.1, 3, exact=True)} == {j.n_output for j in test}
     for jobs in (fit, test):
