@@ -98,6 +98,9 @@ def test_recent_work_decides_between_equals_and_is_forgotten() -> None:
     ours = board(replica("a", 0, 8), replica("b", 0, 8))
     ours.started(ours.bound("a", prompt(400_000), now_s=0))
     assert ours.rank(prompt(1_000))[0] == "b"
+    ours.loads["b"].used = 1  # dearer but for the work done lately
+    assert ours.rank(prompt(20_000))[0] == "b"
+    ours.loads["b"].used = 0
     ours.started(ours.bound("b", prompt(10_000), now_s=600))  # ten times recent_s later
     assert ours.rank(prompt(1_000))[0] == "a"
     ours.started(ours.bound("b", prompt(10_000), now_s=60_000))  # further than a float could scale
