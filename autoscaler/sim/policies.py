@@ -1,7 +1,8 @@
 """Named policies of the simulator: bundles of queue, router, scaler and buyer, and the knobs of each.
 
 `corral` is the production bundle; every other name replaces one part of it, so that a table of all is at once the
-comparison and the ablation. A name may carry knobs: `hpa:target_ratio=0.8:stabilisation_s=60`.
+comparison and the ablation. Its router is the ranking by used slots; what the gateway routes with is `affinity`. A
+name may carry knobs: `hpa:target_ratio=0.8:stabilisation_s=60`.
 """
 
 from __future__ import annotations
