@@ -37,14 +37,17 @@ DECLARE
 BEGIN
     SELECT coalesce(jsonb_object_agg(key, jsonb_build_array(was -> key, becomes -> key)), '{{}}'::jsonb) INTO changed
     FROM jsonb_object_keys(was || becomes) AS key
-    WHERE key <> ALL ('{{{",".join(HIDDEN)}}}'::text[]) AND (was -> key) IS DISTINCT FROM (becomes -> key);
+    WHERE key <> ALL ('{{{",".join(HIDDEN)}}}'::text[]) AND coalesce(was -> key, 'null') <> coalesce(becomes -> key, 'null');
     IF TG_OP = 'UPDATE' AND changed = '{{}}'::jsonb THEN
         RETURN NULL;
     END IF;
     INSERT INTO audit_entry (organization_id, actor, action, kind, thing, changes)
     VALUES (
         (it ->> TG_ARGV[1])::uuid,
-        coalesce(nullif(current_setting('corral.actor', true), ''), 'role ' || current_setting('role')),
+        coalesce(
+            nullif(current_setting('corral.actor', true), ''),
+            'role ' || coalesce(nullif(current_setting('role'), 'none'), session_user)
+        ),
         CASE TG_OP WHEN 'INSERT' THEN 'create' WHEN 'UPDATE' THEN 'update' ELSE 'delete' END,
         TG_ARGV[0], (it ->> 'id')::uuid, changed
     );

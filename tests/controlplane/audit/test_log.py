@@ -39,6 +39,7 @@ def test_services_bulk_updates_and_raw_sql_are_in_it(world: World) -> None:
     created, bulk, raw = log_of(world)[n:]
     assert (created.action, created.kind, created.thing) == ("create", "api_key", key.id)
     assert created.changes["name"] == [None, "program"]
+    assert [None, None] not in created.changes.values()
     assert "digest" not in created.changes
     assert key.lookup not in json.dumps(created.changes)
     assert plaintext.split("-")[-1] not in json.dumps(created.changes)
@@ -172,6 +173,8 @@ def test_an_entry_waits_for_transactions_that_still_run(
             sealing.seal(organization_id)
             assert sealing.verify(organization_id).n_unsealed >= 1, "an older one may still come"
         other.commit()
+    with tenant(organization_id):
+        assert Entry.objects.get(changes__name__1="Late").actor == "role corral_operator"
     with acting_as("corral_operator"):
         sealing.seal(organization_id)
         assert sealing.verify(organization_id).n_unsealed == 0
