@@ -180,12 +180,12 @@ def as_text(report: dict[str, Any]) -> str:
     """The report as a table for people."""
     lines = [f"{key}: {value}" for key, value in report["assumptions"].items()]
     heads = ("TTFT p50 ms", "TTFT p99 ms", "gap p50 ms", "gap p99 ms", "tokens/s")
-    lines += ["", f"{'':<18}" + "".join(f"{head:>22}" for head in heads)]
+    lines += ["", f"{'':<18}" + "".join(f"{head:>26}" for head in heads)]
     for arm, tenants in report["arms"].items():
         for tenant, figures in tenants.items():
             cells = (f"{figures[name]['median']:g} ({figures[name]['min']:g}-{figures[name]['max']:g})"
                      for name in FIGURES)  # fmt: skip
-            lines.append(f"{f'{arm}, {tenant}':<18}" + "".join(f"{cell:>22}" for cell in cells))
+            lines.append(f"{f'{arm}, {tenant}':<18}" + "".join(f"{cell:>26}" for cell in cells))
     lines.append("")
     lines += [f"weight {row['weight']}: {row['tokens']} tokens" for row in report["weights"].values()]
     lines.append("")

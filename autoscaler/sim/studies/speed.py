@@ -47,7 +47,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
 def _study(whole: list[Result], thinned: list[Result], setting: Setting, keep: float) -> Study:
     speed = interval([r.requests_per_cpu_s for r in whole])
     n_different = sum(_facts(r) != _facts(whole[0]) for r in whole)
-    columns = [Column("quantity"), Column("whole hour", "{:.4g}"), Column("thinned", "{:.4g}")]
+    columns = [Column("quantity"), Column("whole hour", "{:.5g}"), Column("thinned", "{:.5g}")]
     rows = [
         [title, getattr(whole[0], name), interval([getattr(r, name) for r in thinned])]
         for title, name in (
