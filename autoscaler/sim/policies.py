@@ -11,6 +11,8 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
@@ -75,19 +77,9 @@ CORRAL = Policy(
 )
 
 
-def corral(
-    forecast: int = 1,
-    n_deviations: float = 0.75,
-    proven_ratio: float = 0.95,
-    scale_down_delay_s: float = 0.0,
-    panic_ratio: float = 2.0,
-    target_ratio: float = 0.0,
-    stable_window_s: float = 15.0,
-) -> Policy:
-    scaler = production(
-        forecast, n_deviations, proven_ratio, scale_down_delay_s, panic_ratio, target_ratio, stable_window_s
-    )
-    return replace(CORRAL, scaler=scaler)
+@wraps(production)  # its knobs are the scaler's
+def corral(**knobs: Any) -> Policy:
+    return replace(CORRAL, scaler=production(**knobs))
 
 
 def hpa(target_ratio: float = 0.0, stabilisation_s: float = 300.0, tolerance: float = 0.1) -> Policy:
