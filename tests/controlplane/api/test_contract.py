@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -67,22 +68,23 @@ def caller(world: World) -> dict[str, Any]:
     }
 
 
-def send(case: Any, caller: dict[str, Any]) -> None:
-    if len(repr(case.body)) % 2:
+def answer(case: Any, caller: dict[str, Any]) -> int:
+    """The status of one generated call, after schemathesis has held it to the document (it raises what it finds)."""
+    if zlib.crc32(repr((case.path_parameters, case.query, case.body)).encode()) % 2:
         real = {name: caller["ids"][name] for name in case.path_parameters if name in caller["ids"]}
         case.path_parameters.update(real)
     case.headers.update(caller["headers"])
-    case.call_and_validate(checks=CHECKS)
+    return case.call_and_validate(checks=CHECKS).status_code
 
 
 @schema.parametrize()
 @generated(25)
 def test_every_operation_keeps_to_the_document(case: Any, caller: dict[str, Any]) -> None:
-    send(case, caller)
+    assert answer(case, caller) < 500
 
 
 @pytest.mark.full
 @schema.parametrize()
 @generated(200)
 def test_every_operation_keeps_to_the_document_for_long(case: Any, caller: dict[str, Any]) -> None:
-    send(case, caller)
+    assert answer(case, caller) < 500
