@@ -1,7 +1,6 @@
 """Figures and rows of usage events for the console, scoped by organization and bounded by time and count.
 
-Called by views inside the tenant's transaction. Events are found by `admitted_at` (indexed with the
-organization); `day`, the partition key, lies within an hour of it, so every query names a range of days too.
+Called by views inside the tenant's transaction.
 """
 
 from __future__ import annotations
@@ -9,22 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from django.db import connection
-from django.db.models import Count, Q, QuerySet, Sum
+from django.db.models import QuerySet, Sum
 from django.db.models.functions import TruncDate
 
 from billing.models import UsageEvent
+from billing.selectors import FAILED, SUMS, events, first_day
 
 BINS: Final = 60
 BIN_S: Final = 10
 WINDOW: Final = timedelta(seconds=BINS * BIN_S)
 RATE_OVER_S: Final = 60
-# 499: the client went away or pressed stop, and got what it wanted until then.
-FAILED: Final = Q(status__gte=400) & ~Q(status=499)
 MAX_EXPORT_ROWS: Final = 100_000
 
 
@@ -125,7 +123,7 @@ def traffic(*, organization_id: UUID, now: datetime, deployment_id: UUID | None 
                 "since": since,
                 "bin_s": BIN_S,
                 "organization": organization_id,
-                "day": _first_day(since - _LONGEST),
+                "day": first_day(since - _LONGEST),
                 "admitted": since - _LONGEST,
                 "deployment": deployment_id,
             },
@@ -152,7 +150,7 @@ def traffic(*, organization_id: UUID, now: datetime, deployment_id: UUID | None 
 def spent_today_nano(*, organization_id: UUID, now: datetime, zone: str) -> int:
     """Cost of the requests admitted since midnight in the organization's zone."""
     midnight = now.astimezone(ZoneInfo(zone)).replace(hour=0, minute=0, second=0, microsecond=0)
-    found = _events(organization_id, since=midnight).aggregate(total=Sum("cost_nano"))
+    found = events(organization_id=organization_id, since=midnight).aggregate(total=Sum("cost_nano"))
     return int(found["total"] or 0)
 
 
@@ -165,7 +163,7 @@ def recent(
     since: datetime | None = None,
 ) -> list[UsageEvent]:
     """Requests, newest first, at most `limit`."""
-    found = _filtered(_events(organization_id, since=since), filters)
+    found = _filtered(events(organization_id=organization_id, since=since), filters)
     if deployment_id is not None:
         found = found.filter(deployment_id=deployment_id)
     return list(found.order_by("-admitted_at", "-request_id")[:limit])
@@ -175,17 +173,10 @@ def by_day(*, organization_id: UUID, first: date, zone: str) -> list[DayModel]:
     """Usage per calendar day (in `zone`) and model from `first` on, newest day first."""
     tz = ZoneInfo(zone)
     since = datetime(first.year, first.month, first.day, tzinfo=tz)
-    rows = (
-        _events(organization_id, since=since)
+    rows: Any = (  # the stubs do not know columns from a dict
+        events(organization_id=organization_id, since=since)
         .values("model", on=TruncDate("admitted_at", tzinfo=tz))
-        .annotate(
-            n_requests=Count("request_id"),
-            n_failed=Count("request_id", filter=FAILED),
-            n_prompt=Sum("n_prompt_tokens"),
-            n_cached=Sum("n_cached_tokens"),
-            n_completion=Sum("n_completion_tokens"),
-            cost=Sum("cost_nano"),
-        )
+        .annotate(**SUMS)
         .order_by("-on", "model")
     )
     return [
@@ -219,27 +210,17 @@ def total(rows: Sequence[DayModel]) -> DayModel:
 
 def export(*, organization_id: UUID, since: datetime, filters: Filters) -> Iterator[UsageEvent]:
     """Requests since a moment, newest first, at most MAX_EXPORT_ROWS."""
-    found = _filtered(_events(organization_id, since=since), filters)
+    found = _filtered(events(organization_id=organization_id, since=since), filters)
     return found.order_by("-admitted_at", "-request_id")[:MAX_EXPORT_ROWS].iterator(chunk_size=2_000)
 
 
-def _events(organization_id: UUID, since: datetime | None) -> QuerySet[UsageEvent]:
-    events = UsageEvent.objects.filter(organization_id=organization_id)
-    return events if since is None else events.filter(admitted_at__gte=since, day__gte=_first_day(since))
-
-
-def _filtered(events: QuerySet[UsageEvent], filters: Filters) -> QuerySet[UsageEvent]:
+def _filtered(found: QuerySet[UsageEvent], filters: Filters) -> QuerySet[UsageEvent]:
     if filters.model:
-        events = events.filter(model=filters.model)
+        found = found.filter(model=filters.model)
     if filters.outcome:
-        events = events.filter(FAILED if filters.outcome == "failed" else ~FAILED)
+        found = found.filter(FAILED if filters.outcome == "failed" else ~FAILED)
     if filters.key_id is not None:
-        events = events.filter(api_key_id=filters.key_id)
+        found = found.filter(api_key_id=filters.key_id)
     if filters.before is not None:
-        events = events.filter(admitted_at__lt=filters.before)
-    return events
-
-
-def _first_day(since: datetime) -> date:
-    """Earliest partition that may hold a request admitted at `since` or later."""
-    return (since.astimezone(UTC) - timedelta(hours=1)).date()
+        found = found.filter(admitted_at__lt=filters.before)
+    return found

@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-from django.db.models import Count, Q, QuerySet, Sum
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 from ninja import Field, Query, Router, Schema
 
 from billing.models import UsageEvent
+from billing.selectors import SUMS, events
 from controlplane import ids
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
@@ -22,8 +23,6 @@ router = Router(tags=["usage"])
 
 MAX_SPAN: Final = timedelta(days=92)
 MAX_ROWS: Final = 1000
-# 499: the client went away, and got what it wanted until then.
-_FAILED: Final = Q(status__gte=400) & ~Q(status=499)
 
 
 class GroupBy(StrEnum):
@@ -125,24 +124,17 @@ def get_usage(request: ApiRequest, query: Query[SumsQuery]) -> Usage:
     sums = (
         _events(request, query, since, until)
         .values(column)
-        .annotate(
-            n=Count("request_id"),
-            failed=Count("request_id", filter=_FAILED),
-            prompt=Sum("n_prompt_tokens"),
-            cached=Sum("n_cached_tokens"),
-            completion=Sum("n_completion_tokens"),
-            cost=Sum("cost_nano"),
-        )
+        .annotate(**SUMS)
         .order_by("-day" if query.group_by is GroupBy.DAY else "-cost", column)[:MAX_ROWS]
     )
     rows = [
         UsageRow(
             group=_name(query.group_by, row[column]),
-            n_requests=row["n"],
-            n_failed=row["failed"],
-            n_prompt_tokens=row["prompt"],
-            n_cached_tokens=row["cached"],
-            n_completion_tokens=row["completion"],
+            n_requests=row["n_requests"],
+            n_failed=row["n_failed"],
+            n_prompt_tokens=row["n_prompt"],
+            n_cached_tokens=row["n_cached"],
+            n_completion_tokens=row["n_completion"],
             cost_nano=row["cost"],
         )
         for row in sums
@@ -196,15 +188,7 @@ def _span(query: UsageQuery) -> tuple[datetime, datetime]:
 
 
 def _events(request: ApiRequest, query: UsageQuery, since: datetime, until: datetime) -> QuerySet[UsageEvent]:
-    """The day of the partition lies within an hour of admission, so a range of days spares the others."""
-    hour = timedelta(hours=1)
-    rows = UsageEvent.objects.filter(
-        organization_id=request.caller.organization_id,
-        day__gte=(since - hour).astimezone(UTC).date(),
-        day__lte=(until + hour).astimezone(UTC).date(),
-        admitted_at__gte=since,
-        admitted_at__lt=until,
-    )
+    rows = events(organization_id=request.caller.organization_id, since=since, until=until)
     if query.project_id is not None:
         rows = rows.filter(project_id=query.project_id)
     if query.key_id is not None:
