@@ -32,6 +32,13 @@ class NotPermittedError(CorralError):
     code = "not_permitted"
 
 
+class SuspendedError(CorralError):
+    """The organization is suspended: it may look (in the console), and change nothing."""
+
+    status = 403
+    code = "organization_suspended"
+
+
 class NotFoundError(CorralError):
     """No such thing in this tenant. A thing of another tenant looks exactly like one that never was."""
 

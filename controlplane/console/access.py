@@ -18,7 +18,7 @@ from django.shortcuts import resolve_url
 from django.utils.cache import add_never_cache_headers
 
 from controlplane.console.pages import error_page
-from controlplane.errors import CorralError
+from controlplane.errors import CorralError, SuspendedError
 from controlplane.tenants.context import current_tenant
 from controlplane.tenants.middleware import TenantRequest
 from controlplane.tenants.models import User
@@ -37,14 +37,17 @@ class MemberRequest(TenantRequest):
 
 
 def member_page(
-    *permissions: Permission,
+    *permissions: Permission, while_suspended: bool = False
 ) -> Callable[[View[P]], Callable[Concatenate[TenantRequest, P], HttpResponse]]:
-    """Only for members, only with these permissions; never cached, because it shows a tenant's data."""
+    """Only for members, only with these permissions; never cached, because it shows a tenant's data.
+
+    Members of a suspended organization may look and change nothing, except where `while_suspended`.
+    """
 
     def wrap(view: View[P]) -> Callable[Concatenate[TenantRequest, P], HttpResponse]:
         @wraps(view)
         def guarded(request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
-            response = _answer(view, permissions, request, *args, **kwargs)
+            response = _answer(view, permissions, while_suspended, request, *args, **kwargs)
             add_never_cache_headers(response)
             return response
 
@@ -56,6 +59,7 @@ def member_page(
 def _answer(
     view: View[P],
     permissions: tuple[Permission, ...],
+    while_suspended: bool,
     request: TenantRequest,
     /,
     *args: P.args,
@@ -73,6 +77,10 @@ def _answer(
     try:
         for permission in (Permission.ORGANIZATION_READ, *permissions):
             require(request.membership.role, permission)
+        if request.membership.suspended_at and request.method not in ("GET", "HEAD") and not while_suspended:
+            raise SuspendedError(
+                "this organization is suspended: nothing can be changed. Contact the operator"
+            )
         return view(cast(MemberRequest, request), *args, **kwargs)
     except CorralError as error:
         if current_tenant() is not None:

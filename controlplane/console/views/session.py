@@ -39,7 +39,7 @@ def sign_out(request: HttpRequest) -> HttpResponse:
 
 
 @require_POST
-@member_page()
+@member_page(while_suspended=True)
 def switch_organization(request: MemberRequest) -> HttpResponse:
     """Work for another of the user's organizations from the next request on; other choices are ignored."""
     for membership in request.memberships:

@@ -1,0 +1,244 @@
+"""Who sees what in the web process: every URL pattern with every kind of visitor. A new one without a row fails.
+
+The REST API has a matrix of its own (../api/test_matrix.py), and so has /v1 (../gateway/test_matrix.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django.test import Client
+from django.urls import URLPattern, URLResolver, get_resolver
+
+from controlplane.tenants import services
+from controlplane.tenants.context import tenant
+from controlplane.tenants.models import ApiKey, Role
+from controlplane.tenants.rights import PERMISSIONS, Permission
+from tests.booked import book_usage
+from tests.controlplane.console.conftest import signed_in
+from tests.world import PASSWORD, World, make_deployment
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a pattern is called and by whom. `permission` None: by every member. Parameters are filled in from Acme."""
+
+    method: str = "GET"
+    permission: Permission | None = None
+    data: dict[str, str] = field(default_factory=dict)
+    while_suspended: bool | None = None  # None: as the method says, reading yes, writing no
+
+    @property
+    def may_be_suspended(self) -> bool:
+        return self.method == "GET" if self.while_suspended is None else self.while_suspended
+
+
+ROWS: dict[str, tuple[Row, ...]] = {
+    "": (Row(),),
+    "live": (Row(),),
+    "organization": (Row("POST", data={"organization": "{organization}"}, while_suspended=True),),
+    "deployments": (Row(),),
+    "deployments/<str:deployment>": (Row(),),
+    "deployments/<str:deployment>/live": (Row(),),
+    "keys": (Row(),),
+    "keys/create": (
+        Row("POST", Permission.KEYS_WRITE, {"name": "new", "project": "{project}", "expires": ""}),
+    ),
+    "keys/<str:key>/revoke": (Row("GET", Permission.KEYS_WRITE), Row("POST", Permission.KEYS_WRITE)),
+    "playground": (Row(),),
+    "playground/key": (Row("POST", Permission.MODELS_USE, {"deployment": "{deployment}"}),),
+    "usage": (Row(),),
+    "usage.csv": (Row(),),
+}
+# For people nobody knows yet, or without a tenant: nothing of any tenant may be in the answer, whoever asks.
+OPEN = {"login", "logout", "internal/enrol"}
+
+
+def patterns() -> list[str]:
+    """Every pattern of the web process, but the REST API's."""
+
+    def walk(resolver: URLResolver, prefix: str) -> Iterator[str]:
+        for entry in resolver.url_patterns:
+            route = prefix + str(entry.pattern)
+            if isinstance(entry, URLPattern):
+                yield route
+            else:
+                yield from walk(entry, route)
+
+    return [route for route in walk(get_resolver(), "") if not route.startswith("api/v1/")]
+
+
+class Acme:
+    """Something of everything that a page could show, and what must not be seen of it."""
+
+    def __init__(self, world: World) -> None:
+        organization_id = world.organization.id
+        self.deployment = make_deployment(world, "acme-secret-model")
+        self.key, self.plaintext = services.create_api_key(
+            organization_id=organization_id, project_id=world.project.id, name="acme-secret-key"
+        )
+        services.update_organization(organization_id=organization_id, name="Acme Secret Works")
+        self.booked = book_usage(
+            world, key_id=self.key.id, deployment_id=self.deployment.id, model="acme-secret-model"
+        )
+        self.values = {
+            "deployment": str(self.deployment),
+            "key": str(self.key),
+            "organization": organization_id.hex,
+            "project": world.project.id.hex,
+        }
+        self.secrets = [
+            "acme-secret",
+            "Acme Secret Works",
+            self.key.lookup,
+            self.plaintext,
+            "alice@example.org",
+            "bob@example.org",
+            *(
+                each.hex
+                for each in (
+                    organization_id,
+                    world.project.id,
+                    self.deployment.id,
+                    self.key.id,
+                    self.booked.request_id,
+                )
+            ),
+            str(organization_id),
+            str(world.project.id),
+        ]
+
+    def calls(self) -> Iterator[tuple[str, Row, str, dict[str, str]]]:
+        for pattern, rows in ROWS.items():
+            path = "/" + pattern
+            for name, value in self.values.items():
+                path = path.replace(f"<str:{name}>", value)
+            for row in rows:
+                yield pattern, row, path, {k: v.format_map(self.values) for k, v in row.data.items()}
+
+    def leaks(self, response: Any, *sent: str) -> list[str]:
+        """Secrets in an answer's body and headers, beyond what was sent."""
+        text = response.content.decode() + repr(sorted(response.headers.items()))
+        for each in sent:
+            text = text.replace(each, "")
+        return [secret for secret in self.secrets if secret in text]
+
+
+@pytest.fixture
+def acme(world: World) -> Acme:
+    return Acme(world)
+
+
+def call(client: Client, row: Row, path: str, data: dict[str, str]) -> Any:
+    """The answer; what the call changed is taken back."""
+    with transaction.atomic():
+        send = client.post if row.method == "POST" else client.get
+        response = send(path, data)
+        transaction.set_rollback(True)
+    return response
+
+
+def keys_of(world: World) -> list[Any]:
+    with tenant(world.organization.id):
+        return list(ApiKey.objects.order_by("id").values_list("id", "revoked_at"))
+
+
+def test_every_pattern_has_a_row() -> None:
+    assert set(patterns()) == ROWS.keys() | OPEN
+    assert not ROWS.keys() & OPEN
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_member_may_what_the_role_says(world: World, acme: Acme, role: Role) -> None:
+    user = services.create_user(email=f"{role.value}@example.com", password=PASSWORD)
+    services.add_member(organization_id=world.organization.id, user=user, role=role)
+    for pattern, row, path, data in acme.calls():
+        response = call(signed_in(user), row, path, data)
+        if row.permission is None or row.permission in PERMISSIONS[role]:
+            assert response.status_code in (200, 302), (pattern, response.content)
+        else:
+            assert response.status_code == 403, pattern
+            assert row.permission.sentence in response.content.decode(), pattern
+            assert not acme.leaks(response), pattern
+
+
+def test_a_stranger_finds_nothing(world: World, acme: Acme, stranger: Client) -> None:
+    before = keys_of(world)
+    for pattern, row, path, data in acme.calls():
+        client = signed_in(world.charlie)
+        response = call(client, row, path, data)
+        if "<" in pattern or pattern == "playground/key":
+            assert response.status_code == 404, pattern
+        found = acme.leaks(response, path, *data.values())
+        assert not found, (pattern, found)
+    assert keys_of(world) == before
+
+
+def test_somebody_who_belongs_nowhere_finds_nothing(world: World, acme: Acme) -> None:
+    lonely = services.create_user(email="lonely@example.com", password=PASSWORD)
+    for pattern, row, path, data in acme.calls():
+        response = call(signed_in(lonely), row, path, data)
+        assert response.status_code == 403, pattern
+        assert not acme.leaks(response), pattern
+
+
+@pytest.mark.parametrize("gone", ["anonymous", "inactive"])
+def test_who_is_nobody_is_sent_to_sign_in(world: World, acme: Acme, gone: str) -> None:
+    before, client = keys_of(world), Client()
+    if gone == "inactive":
+        client = signed_in(world.alice)
+        type(world.alice).objects.filter(id=world.alice.id).update(is_active=False)
+    for pattern, row, path, data in acme.calls():
+        response = call(client, row, path, data)
+        assert response.status_code == 302, (pattern, response.status_code)
+        assert response.headers["Location"].startswith("/login?next="), pattern
+        assert not acme.leaks(response, path), pattern
+    assert keys_of(world) == before
+
+
+def test_the_owner_of_a_suspended_organization_may_look_and_change_nothing(world: World, acme: Acme) -> None:
+    services.suspend_organization(organization_id=world.organization.id, suspended=True)
+    before = keys_of(world)
+    for pattern, row, path, data in acme.calls():
+        response = signed_in(world.alice).generic(
+            row.method,
+            path,
+            "&".join(f"{k}={v}" for k, v in data.items()),
+            "application/x-www-form-urlencoded",
+        )
+        if row.may_be_suspended:
+            assert response.status_code in (200, 302), (pattern, response.content)
+        else:
+            assert response.status_code == 403, pattern
+            assert "organization_suspended" in response.content.decode(), pattern
+    assert keys_of(world) == before
+
+
+def test_the_open_pages_tell_of_no_tenant(world: World, acme: Acme) -> None:
+    for path in sorted(OPEN):
+        for client in (Client(), signed_in(world.charlie)):
+            for method in ("GET", "POST"):
+                response = call(client, Row(method), f"/{path}", {})
+                assert response.status_code < 500, path
+                assert not acme.leaks(response), (path, method)
+
+
+def test_a_teammate_sees_the_same_pages_as_the_owner(world: World, acme: Acme) -> None:
+    """The other way round: what the matrix looks for is really there to be seen."""
+    seen = "".join(
+        signed_in(world.bob).get(path).content.decode()
+        for _, row, path, _ in acme.calls()
+        if row.method == "GET"
+    )
+    for name in (
+        "acme-secret-model",
+        "acme-secret-key",
+        "Acme Secret Works",
+        acme.key.id.hex,
+        acme.deployment.id.hex,
+    ):
+        assert name in seen, name
