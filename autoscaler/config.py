@@ -5,7 +5,7 @@ Read once, in controlplane/settings.py, from CORRAL_ + the upper-case name. Impo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -27,6 +27,9 @@ class AutoscalerConfig:
     # An agent that has imported the engine answers in some 15 s; a cloud machine boots for a minute.
     machine_pending_timeout_s: float = 300.0
     agent_restarts: int = 3  # of one machine, before it is replaced
+    spot: bool = True  # buy machines that may be taken back where that is cheaper in the end
+    machine_boot_s: float = 180.0  # order to first token on a cloud machine: what a loss without notice costs
+    spot_notice_s: float = 120.0  # AWS warns so long before; 0 where no warning comes
     engine: str = "vllm"  # what the agent preloads
     model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
     enrol_url: str = ""  # empty: <console_url>/internal/enrol
@@ -45,6 +48,8 @@ class AutoscalerConfig:
             ("machine_keep_warm_s", 0, 7 * 24 * 3600),
             ("machine_pending_timeout_s", 1, 3600),
             ("agent_restarts", 0, 100),
+            ("machine_boot_s", 1, 3600),
+            ("spot_notice_s", 0, 3600),
             ("lease_s", 1, 600),
             ("heartbeat_stale_s", 0.5, 600),
             ("decision_days", 0.01, 3650),
@@ -57,7 +62,7 @@ class AutoscalerConfig:
     @classmethod
     def read(cls, environ: Mapping[str, str], *, console_url: str, var: Path) -> Self:
         """From the environment; raises ConfigError naming the variable."""
-        kinds = {"int": int, "float": float, "str": str}
+        kinds: dict[str, Callable[[str], object]] = {"int": int, "float": float, "str": str, "bool": _switch}
         found: dict[str, object] = {}
         for field in fields(cls):
             text = environ.get(_variable(field.name), "")
@@ -65,10 +70,17 @@ class AutoscalerConfig:
                 try:
                     found[field.name] = kinds[str(field.type)](text)
                 except ValueError:
-                    raise ConfigError(f"{_variable(field.name)}={text!r}: set a number") from None
+                    wanted = "0 or 1" if str(field.type) == "bool" else "a number"
+                    raise ConfigError(f"{_variable(field.name)}={text!r}: set {wanted}") from None
         found.setdefault("enrol_url", f"{console_url.rstrip('/')}/internal/enrol")
         found.setdefault("model_cache", str(var / "models"))
         return cls(**found)  # type: ignore[arg-type]
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
 
 
 def _variable(name: str) -> str:

@@ -1,7 +1,8 @@
 """Buying and giving back machines: the row first, then the provider, so that nothing is paid for twice.
 
-Called by act.py and reconcile.py. A crash between row and provider leaves a pending row that reconcile
-completes with the same client token. Proofs are made here, given to the provider, and stored as digests only.
+Called by act.py and reconcile.py. The row holds the plan (which offers, best first): a crash between row and provider,
+or a lost answer, leaves a pending row that reconcile completes with the same client token and the same plan. Proofs
+are made here, given to the provider, and stored as digests only.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ import structlog
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
+from autoscaler import market
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from controlplane import ids
-from infra.providers.base import LaunchSpec, Provider, ProviderError, ProviderMachine
+from infra.providers.base import (
+    CapacityError,
+    LaunchSpec,
+    OutcomeUnknownError,
+    Provider,
+    ProviderError,
+    ProviderMachine,
+)
 
 log = structlog.get_logger("corral.autoscaler")
 
@@ -60,14 +69,21 @@ def ask_provider(machine: Machine, proof: str, provider: Provider, config: Autos
         engine=config.engine,
         model_cache=config.model_cache,
         redis=config.machine_redis,
+        offerings=market.offerings_of(machine.launch_plan, machine.cell, provider.name),
         proof=proof,
     )
     try:
         launched = provider.launch(spec, machine.command_id.hex)
+    except OutcomeUnknownError as error:  # reconcile finds it, or asks again
+        log.warning("machine.outcome_unknown", machine=machine.id.hex, error=str(error))
+        return True
     except ProviderError as error:
         log.warning("machine.refused", machine=machine.id.hex, code=error.code, error=str(error))
+        if isinstance(error, CapacityError):
+            market.note_refusals(error.refusals, machine.cell, provider.name)
         mark_gone(machine.id, f"{error.code}: {error}")
         return False
+    market.note_refusals(launched.refusals, machine.cell, provider.name)
     adopt(machine, launched)
     log.info("machine.launched", machine=machine.id.hex, provider=provider.name)
     return True
@@ -75,9 +91,18 @@ def ask_provider(machine: Machine, proof: str, provider: Provider, config: Autos
 
 def adopt(machine: Machine, seen: ProviderMachine) -> None:
     """Note the provider's name of a machine whose row does not have it yet."""
-    Machine.objects.filter(id=machine.id, provider_ref="").exclude(state=MachineState.GONE).update(
-        provider_ref=seen.ref, launched_at=timezone.now()
+    adopted = (
+        Machine.objects.filter(id=machine.id, provider_ref="")
+        .exclude(state=MachineState.GONE)
+        .update(
+            provider_ref=seen.ref,
+            launched_at=timezone.now(),
+            offering=seen.offering,
+            price_nano_per_h=market.price_nano_per_h(seen.offering, machine.cell, machine.provider),
+        )
     )
+    if adopted and seen.offering:
+        market.note_given(seen.offering, machine.cell, machine.provider)
 
 
 def terminate(machine_id: UUID, reason: str, provider: Provider, cell: Cell) -> bool:
@@ -146,7 +171,13 @@ def proof_digest(proof: str) -> bytes:
 def _insert(
     command_id: UUID, digest: bytes, provider: Provider, config: AutoscalerConfig, cell_name: str
 ) -> tuple[Machine | None, bool]:
-    """The row of a new machine in the lowest free place of the pool, None without one; whether we made it."""
+    """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
+    every offer refuses; whether we made it.
+    """
+    plan = market.plan(provider, config, cell_name)
+    if plan is not None and not plan.names:
+        log.warning("machine.no_offer", reasons=plan.reasons, retry_at_s=plan.retry_at_s)
+        return None, False
     taken = set(
         Machine.objects.filter(cell=cell_name, provider=provider.name)
         .exclude(state=MachineState.GONE)
@@ -164,6 +195,7 @@ def _insert(
                     enroll_proof_digest=digest,
                     cell=cell_name,
                     pool_slot=slot,
+                    launch_plan=[] if plan is None else list(plan.names),
                 )
                 return machine, True
         except IntegrityError:  # somebody took the place, or carried out this very command

@@ -57,6 +57,16 @@ class Machine(models.Model):
         help_text="its provider takes it away then; it holds no place in the pool any more",
     )
     n_restarts = models.PositiveIntegerField(default=0, help_text="times its agent was started again")
+    offering = models.CharField(
+        max_length=120, blank=True, help_text="what it was bought as, e.g. spot/us-east-1a/g6.xlarge"
+    )
+    price_nano_per_h = models.BigIntegerField(
+        default=0, help_text="nano-dollars per hour when it was bought; 0 for a machine of one's own"
+    )
+    launch_plan = models.JSONField(
+        default=list,
+        help_text="names of the offerings it may be, best first; fixed before the provider is asked",
+    )
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
@@ -84,6 +94,56 @@ class Machine(models.Model):
 
     def __str__(self) -> str:
         return ids.to_text(ids.Prefix.MACHINE, self.id)
+
+
+class Offer(models.Model):
+    """One kind of machine that a provider sells a cell: its price, and whether it has any at present.
+
+    Written by market.py. What a spot offer taught about its losses lies in PoolState, with the policy's memory.
+    """
+
+    cell = models.CharField(max_length=16)
+    provider = models.CharField(max_length=32)
+    name = models.CharField(max_length=120)
+    instance_type = models.CharField(max_length=40)
+    zone = models.CharField(max_length=40)
+    is_spot = models.BooleanField()
+    gpu = models.CharField(max_length=40, blank=True)
+    n_gpus = models.PositiveIntegerField(default=0)
+    price_nano_per_h = models.BigIntegerField()
+    priced_at = models.DateTimeField(
+        help_text="when the provider last listed it; it is not bought long after"
+    )
+    n_refusals = models.PositiveIntegerField(default=0, help_text="in a row")
+    refused_at = models.DateTimeField(null=True, blank=True)
+    refused_until = models.DateTimeField(null=True, blank=True)
+    refusal_code = models.CharField(max_length=80, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["cell", "provider", "name"], name="offer_unique"),
+            models.CheckConstraint(condition=Q(price_nano_per_h__gte=0), name="offer_price_not_negative"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.provider} {self.name}"
+
+
+class PoolState(models.Model):
+    """What the buying policy remembers of one pool. Writes are compare-and-set on `version`."""
+
+    cell = models.CharField(max_length=16)
+    provider = models.CharField(max_length=32)
+    memory = models.JSONField(default=dict)
+    version = models.PositiveBigIntegerField(default=0)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["cell", "provider"], name="poolstate_unique"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.provider}"
 
 
 class ReplicaPhase(models.TextChoices):

@@ -89,8 +89,11 @@ def _machines(house: House, report: Report, now: datetime) -> None:
 
 def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Report, now: datetime) -> None:
     if seen is None:
-        if row.provider_ref:
+        launched_s = (now - (row.launched_at or row.created_at)).total_seconds()
+        if row.provider_ref and launched_s >= house.provider.lists_after_s:
             _gone(row, "the provider does not list it any more", house, report)
+        elif row.provider_ref:
+            return
         elif now - row.created_at > SETTLED_AFTER:
             launch.ask_provider(row, "", house.provider, house.config)
         return

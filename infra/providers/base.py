@@ -1,4 +1,4 @@
-"""What a provider of machines is to the autoscaler: launch, terminate, list. Implemented by local.py.
+"""What a provider of machines is to the autoscaler: launch, terminate, list. Implemented by local.py and aws/.
 
 Calls are made by the control worker, each bounded in time; `launch` with the same client token is one
 machine, however often it is called. A provider knows machines, never deployments or tenants, and
@@ -18,10 +18,28 @@ class ProviderError(Exception):
     code = "provider_error"
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One offering that gave no machine, and the provider's own code for why."""
+
+    offering: str
+    code: str
+
+
 class CapacityError(ProviderError):
-    """No machine of this kind to be had: ask again later or elsewhere."""
+    """No machine of this kind to be had: ask again later or elsewhere. `refusals`: which offerings said so."""
 
     code = "no_capacity"
+
+    def __init__(self, message: str, refusals: tuple[Refusal, ...] = ()) -> None:
+        super().__init__(message)
+        self.refusals = refusals
+
+
+class OutcomeUnknownError(ProviderError):
+    """The answer was lost: there may be a machine. Asking again with the same client token tells."""
+
+    code = "outcome_unknown"
 
 
 class ProviderRefusedError(ProviderError):
@@ -31,8 +49,29 @@ class ProviderRefusedError(ProviderError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Offering:
+    """A kind of machine that can be bought: its type, where, and whether it may be taken back (spot)."""
+
+    instance_type: str
+    zone: str
+    is_spot: bool
+    price_nano_per_h: int  # nano-dollars per hour, as the provider last said
+    gpu: str = ""  # name in controlplane/policy/gpus.py; empty: none, or one we do not know
+    n_gpus: int = 0
+
+    @property
+    def name(self) -> str:
+        """`spot/us-east-1a/g6.xlarge`: unique within a provider, and what rows and decisions call it."""
+        return f"{'spot' if self.is_spot else 'on-demand'}/{self.zone}/{self.instance_type}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
-    """One machine to be. `proof` lets its agent enrol once: never logged, never on a command line."""
+    """One machine to be. `proof` lets its agent enrol once: never logged, never on a command line.
+
+    offerings: the kinds it may be, best first; the same for every call with one client token. Empty where the provider
+    has one kind only.
+    """
 
     machine_id: str
     cell: str
@@ -40,6 +79,7 @@ class LaunchSpec:
     engine: str
     model_cache: str = ""
     redis: str = ""  # host:port where it differs from what enrolment says
+    offerings: tuple[Offering, ...] = ()
     proof: str = field(repr=False)
 
 
@@ -61,12 +101,17 @@ class ProviderMachine:
     client_token: str
     state: ProviderState
     started_at_s: float
+    offering: str = ""  # name of the Offering it was bought as; empty where there is one kind only
+    # Those that were asked before it and had none.
+    refusals: tuple[Refusal, ...] = ()
 
 
 class Provider(Protocol):
     """All methods block (seconds at most) and raise ProviderError."""
 
     name: str
+    # How long after a launch its own list may not show the machine yet.
+    lists_after_s: float
 
     def launch(self, spec: LaunchSpec, client_token: str) -> ProviderMachine:
         """The machine of this token, started if it is not there yet. CapacityError when there is none."""
@@ -79,3 +124,6 @@ class Provider(Protocol):
 
     def describe(self) -> list[ProviderMachine]:
         """Every machine of ours that exists, known to the caller or not."""
+
+    def offerings(self) -> list[Offering]:
+        """What can be bought, at the prices of now. Empty where there is one kind only, and it costs nothing."""

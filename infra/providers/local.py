@@ -33,7 +33,7 @@ from infra.local.process import (
     is_alive,
     kill_marked,
 )
-from infra.providers.base import CapacityError, LaunchSpec, ProviderMachine, ProviderState
+from infra.providers.base import CapacityError, LaunchSpec, Offering, ProviderMachine, ProviderState
 from workers.agent.notice import Notice, read_notice
 
 # What an agent and its engine need of our environment. Nothing of ours: the control worker's holds secrets.
@@ -61,6 +61,7 @@ class LocalProvider:
     """Provider over one directory. Several processes may use it at once: changes are made under a lock."""
 
     name = "local"
+    lists_after_s = 0.0
 
     def __init__(
         self,
@@ -147,6 +148,10 @@ class LocalProvider:
                 kill_marked(f"{MARK}={path.parent.name}")
         self._reap()
         return self._list()
+
+    def offerings(self) -> list[Offering]:
+        """One kind, this computer, which is paid for already."""
+        return []
 
     # -- files
 

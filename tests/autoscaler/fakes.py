@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from infra.providers.base import CapacityError, LaunchSpec, ProviderMachine, ProviderState
+from infra.providers.base import (
+    CapacityError,
+    LaunchSpec,
+    Offering,
+    ProviderMachine,
+    ProviderState,
+    Refusal,
+)
 
 
 class FakeProvider:
     """Keeps the Provider protocol. `lose_reply`: the next launch happens, but its answer never arrives."""
 
     name = "fake"
+    lists_after_s = 0.0
 
     def __init__(self) -> None:
         self.machines: dict[str, ProviderMachine] = {}
@@ -21,6 +30,8 @@ class FakeProvider:
         self.lose_reply = False
         self.refuse = False
         self.can_restart = True
+        self.kinds: list[Offering] = []
+        self.exhausted: dict[str, str] = {}  # offering -> code
 
     def launch(self, spec: LaunchSpec, client_token: str) -> ProviderMachine:
         self.n_launch_calls += 1
@@ -28,7 +39,19 @@ class FakeProvider:
             raise CapacityError("none left")
         known = next((m for m in self.machines.values() if m.client_token == client_token), None)
         if known is None:
+            refusals = []
+            for offering in spec.offerings:
+                if offering.name not in self.exhausted:
+                    break
+                refusals.append(Refusal(offering.name, self.exhausted[offering.name]))
+            else:
+                offering = None
+            if spec.offerings and offering is None:
+                raise CapacityError("no offering has any", tuple(refusals))
             known = self.add(spec.machine_id, client_token)
+            if offering is not None:
+                known = replace(known, offering=offering.name, refusals=tuple(refusals))
+                self.machines[known.ref] = known
             self.proofs[spec.machine_id] = spec.proof
         if self.lose_reply:
             self.lose_reply = False
@@ -68,3 +91,6 @@ class FakeProvider:
 
     def describe(self) -> list[ProviderMachine]:
         return list(self.machines.values())
+
+    def offerings(self) -> list[Offering]:
+        return self.kinds

@@ -1,0 +1,202 @@
+"""The market a pool buys from: prices as rows, refusals remembered with back-off, the plan for the next machine.
+
+Called by launch.py (plan, refusals) and by the task that refreshes prices. Decides nothing itself: policy/market.py
+does. A provider with one kind of machine only (the local one) has no offers, and its plans are empty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import structlog
+from django.db.models import F
+from django.utils import timezone
+
+from autoscaler.config import AutoscalerConfig
+from autoscaler.models import Machine, MachineState, Offer, PoolState
+from autoscaler.policy.market import LaunchPlan, OnDemandOffer, backoff_s, one_more, plan_launch
+from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
+from infra.providers.base import Offering, Provider, Refusal
+
+log = structlog.get_logger("corral.autoscaler")
+
+STALE_AFTER = timedelta(minutes=30)  # an offer that the provider has not listed for so long is not bought
+NANO = 1e9
+# What happens without a price: a pool of on-demand only has no on-demand price to beat.
+_NO_PRICE_USD = 1e6
+
+
+def refresh(provider: Provider, cell: str, now: datetime | None = None) -> int:
+    """Write what the provider sells now; how many offers. What it no longer lists goes stale by itself."""
+    now = now or timezone.now()
+    offerings = provider.offerings()
+    Offer.objects.bulk_create(
+        [
+            Offer(
+                cell=cell,
+                provider=provider.name,
+                name=o.name,
+                instance_type=o.instance_type,
+                zone=o.zone,
+                is_spot=o.is_spot,
+                gpu=o.gpu,
+                n_gpus=o.n_gpus,
+                price_nano_per_h=o.price_nano_per_h,
+                priced_at=now,
+            )
+            for o in offerings
+        ],
+        update_conflicts=True,
+        unique_fields=["cell", "provider", "name"],
+        update_fields=["price_nano_per_h", "priced_at", "gpu", "n_gpus"],
+    )
+    return len(offerings)
+
+
+def plan(
+    provider: Provider, config: AutoscalerConfig, cell: str, now: datetime | None = None
+) -> LaunchPlan | None:
+    """What the next machine of this pool may be; None where the provider has one kind only."""
+    now = now or timezone.now()
+    offers = _fresh(provider, cell, now)
+    if not offers and refresh(provider, cell, now):
+        offers = _fresh(provider, cell, now)
+    if not offers:
+        return None
+    spec = SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
+    state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider.name)
+    view = one_more(fleet_view(offers, cell, provider.name, spec, now))
+    on_demand = tuple(
+        OnDemandOffer(
+            o.name, o.price_nano_per_h / NANO, o.refused_until.timestamp() if o.refused_until else None
+        )
+        for o in offers
+        if not o.is_spot
+    )
+    chosen, memory = plan_launch(view, on_demand, spec, memory_from(state.memory), spot=config.spot)
+    # Somebody else planned meanwhile: they have learned the same.
+    PoolState.objects.filter(pk=state.pk, version=state.version).update(
+        memory=memory_to(memory), version=F("version") + 1
+    )
+    return chosen
+
+
+def fleet_view(offers: Iterable[Offer], cell: str, provider: str, spec: SpotSpec, now: datetime) -> FleetView:
+    """The pool as the buying policy sees it. `n_wanted` is left 0."""
+    rows = Machine.objects.filter(cell=cell, provider=provider).exclude(state=MachineState.GONE)
+    pending: Counter[str] = Counter()
+    ready: Counter[str] = Counter()
+    leaving: Counter[str] = Counter()
+    for row in rows.only("offering", "state", "ends_at", "launch_plan", "ready_at"):
+        name = row.offering or next(iter(row.launch_plan), "")
+        if row.ready_at is None:
+            pending[name] += 1
+        else:
+            ready[name] += 1
+            leaving[name] += row.ends_at is not None
+    known = list(offers)
+    fixed = [o for o in known if not o.is_spot]
+    return FleetView(
+        now_s=now.timestamp(),
+        n_wanted=0,
+        offers=tuple(
+            OfferView(
+                o.name,
+                o.price_nano_per_h / NANO,
+                pending[o.name],
+                ready[o.name],
+                leaving[o.name],
+                # The policy counts a fixed time from a refusal; ours grows with their number.
+                o.refused_until.timestamp() - spec.retry_s if o.refused_until else None,
+            )
+            for o in known
+            if o.is_spot
+        ),
+        on_demand_usd_per_h=min((o.price_nano_per_h / NANO for o in fixed), default=_NO_PRICE_USD),
+        n_on_demand_pending=sum(pending[o.name] for o in fixed),
+        n_on_demand_ready=sum(ready[o.name] for o in fixed),
+    )
+
+
+def offerings_of(names: Iterable[str], cell: str, provider: str) -> tuple[Offering, ...]:
+    """The offers of a stored plan, in its order; one that is not listed any more is bought all the same."""
+    prices = dict(
+        Offer.objects.filter(cell=cell, provider=provider, name__in=list(names)).values_list(
+            "name", "price_nano_per_h"
+        )
+    )
+    found = []
+    for name in names:
+        kind, zone, instance_type = name.split("/", 2)
+        found.append(
+            Offering(
+                instance_type=instance_type,
+                zone=zone,
+                is_spot=kind == "spot",
+                price_nano_per_h=prices.get(name, 0),
+            )
+        )
+    return tuple(found)
+
+
+def price_nano_per_h(name: str, cell: str, provider: str) -> int:
+    """Of an offer as last listed; 0 for none."""
+    found = Offer.objects.filter(cell=cell, provider=provider, name=name).values_list(
+        "price_nano_per_h", flat=True
+    )
+    return found.first() or 0
+
+
+def note_refusals(refusals: Iterable[Refusal], cell: str, provider: str, now: datetime | None = None) -> None:
+    """These offers had nothing: they are left alone for a while, longer each time."""
+    now = now or timezone.now()
+    for refusal in refusals:
+        offer = Offer.objects.filter(cell=cell, provider=provider, name=refusal.offering).first()
+        if offer is None:
+            continue
+        until = now + timedelta(seconds=backoff_s(offer.n_refusals + 1))
+        # Two ticks that were refused at once count as one.
+        changed = Offer.objects.filter(pk=offer.pk, n_refusals=offer.n_refusals).update(
+            n_refusals=F("n_refusals") + 1,
+            refused_at=now,
+            refused_until=until,
+            refusal_code=refusal.code[:80],
+        )
+        if changed:
+            log.warning("offer.refused", offer=refusal.offering, code=refusal.code, until=until.isoformat())
+
+
+def note_given(name: str, cell: str, provider: str) -> None:
+    """This offer gave a machine: what it refused before is forgotten."""
+    Offer.objects.filter(cell=cell, provider=provider, name=name).exclude(n_refusals=0).update(
+        n_refusals=0, refused_until=None
+    )
+
+
+def memory_to(memory: SpotMemory) -> dict[str, object]:
+    """JSON form of what the policy learned."""
+    return {
+        "at_s": memory.at_s,
+        "offers": {
+            name: [learned.n_losses, learned.held_h, learned.up_since_s]
+            for name, learned in memory.offers.items()
+        },
+        "leaving": dict(memory.leaving),
+    }
+
+
+def memory_from(stored: Mapping[str, object]) -> SpotMemory:
+    """Of `memory_to`; an empty memory for what is not one, since a forgotten hazard costs little."""
+    try:
+        offers = {name: Learned(*values) for name, values in dict(stored["offers"]).items()}  # type: ignore[call-overload]
+        return replace(SpotMemory(), at_s=stored["at_s"], offers=offers, leaving=dict(stored["leaving"]))  # type: ignore[arg-type,call-overload]
+    except (KeyError, TypeError, ValueError):
+        return SpotMemory()
+
+
+def _fresh(provider: Provider, cell: str, now: datetime) -> list[Offer]:
+    rows = Offer.objects.filter(cell=cell, provider=provider.name, priced_at__gt=now - STALE_AFTER)
+    return list(rows.order_by("name"))

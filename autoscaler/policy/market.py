@@ -1,0 +1,100 @@
+"""What the next machine should be: offers of the market in the order in which they are to be asked. Pure.
+
+The spot part is the buying policy of the simulator (spot.py): prices weighed by what losses cost, spread over offers,
+refusals respected. On-demand follows as cover, cheapest first, or comes alone where spot is not wanted or not worth it.
+Called by autoscaler/market.py before a machine is ordered; the plan is stored with the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, buy, effective_usd_per_h
+
+MAX_PLAN: Final = 12  # offers asked for one machine: more would only make the call longer
+BACKOFF_FIRST_S: Final = 60.0
+BACKOFF_MAX_S: Final = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemandOffer:
+    """A kind that is not taken back. `refused_until_s`: it had none a moment ago; None: nothing known against it."""
+
+    name: str
+    usd_per_h: float
+    refused_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """Names of offers, best first; empty when everything has refused lately. `retry_at_s`: when one may be asked."""
+
+    names: tuple[str, ...]
+    reasons: tuple[str, ...]
+    retry_at_s: float | None = None
+
+
+def plan_launch(
+    view: FleetView,
+    on_demand: tuple[OnDemandOffer, ...],
+    spec: SpotSpec,
+    memory: SpotMemory,
+    *,
+    spot: bool = True,
+) -> tuple[LaunchPlan, SpotMemory]:
+    """The plan for one machine more than the pool has, and what the policy remembers now.
+
+    `view.n_wanted` counts the machines that are wanted, this one included. `spot` False: on-demand only.
+    """
+    orders, memory = buy(view, spec, memory)
+    reasons = []
+    spot_names: list[str] = []
+    if spot and view.offers:
+        usable = {
+            o.name: o for o in view.offers if not o.n_leaving and not _refused(o.refused_at_s, view, spec)
+        }
+        worth = sorted(
+            (effective_usd_per_h(o, view, spec, memory), o.name)
+            for o in usable.values()
+            if effective_usd_per_h(o, view, spec, memory) < view.on_demand_usd_per_h
+        )
+        first = [name for name, _ in orders.launch if name in usable]
+        spot_names = first + [name for _, name in worth if name not in first]
+        if worth:
+            shown = ", ".join(f"{name} {usd:.4f} $/h" for usd, name in worth[:3])
+            reasons.append(f"spot by price and learned losses: {shown}")
+        else:
+            reasons.append(
+                f"no spot offer is usable below on-demand ({len(view.offers) - len(usable)} of {len(view.offers)} "
+                "refused or leaving)"
+            )
+    free = sorted(
+        (o for o in on_demand if o.refused_until_s is None or view.now_s >= o.refused_until_s),
+        key=lambda o: (o.usd_per_h, o.name),
+    )
+    if free:
+        reasons.append(f"on-demand as cover: {free[0].name} {free[0].usd_per_h:.4f} $/h")
+    # Cover keeps its place however many spot offers there are.
+    n_cover = min(len(free), MAX_PLAN // 3 if spot_names else MAX_PLAN)
+    names = (*spot_names[: MAX_PLAN - n_cover], *(o.name for o in free[:n_cover]))
+    if names:
+        return LaunchPlan(names, tuple(reasons)), memory
+    waits = [o.refused_until_s for o in on_demand if o.refused_until_s is not None]
+    waits += [o.refused_at_s + spec.retry_s for o in view.offers if spot and o.refused_at_s is not None]
+    return LaunchPlan((), ("every offer refused lately",), min(waits, default=None)), memory
+
+
+def backoff_s(n_refusals: int) -> float:
+    """How long an offer is left alone after it refused so many times in a row: a minute, doubling to a quarter hour."""
+    return float(min(BACKOFF_FIRST_S * 2 ** max(n_refusals - 1, 0), BACKOFF_MAX_S))
+
+
+def one_more(view: FleetView) -> FleetView:
+    """The same pool with one machine more wanted than it has or has ordered."""
+    held = sum(o.n_pending + o.n_ready - o.n_leaving for o in view.offers)
+    return replace(view, n_wanted=held + view.n_on_demand_pending + view.n_on_demand_ready + 1)
+
+
+def _refused(refused_at_s: float | None, view: FleetView, spec: SpotSpec) -> bool:
+    return refused_at_s is not None and view.now_s - refused_at_s < spec.retry_s
