@@ -21,6 +21,7 @@ from controlplane.logging import logging_config
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 ROLES = ("app", "operator", "owner")
+POOLERS = ("", "transaction")
 
 
 @dataclass(frozen=True)  # no slots: `read` takes the defaults from the class
@@ -31,6 +32,9 @@ class Environment:
     cell: str = "c0"
     redis_url: str = field(default="", repr=False)
     pg_dsn: Mapping[str, str] = field(default_factory=dict, repr=False)  # role -> CORRAL_PG_DSN_<ROLE>
+    # What stands before PostgreSQL: "" nothing or a pooler that gives whole sessions, "transaction" one that gives a
+    # connection for a transaction only.
+    pg_pooler: str = ""
     db_role: str = "app"  # which role the `default` connection uses
     secret_key: str = field(default="", repr=False)
     key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
@@ -59,6 +63,9 @@ class Environment:
         role = environ.get("CORRAL_DB_ROLE", "app")
         if role not in ROLES:
             raise ImproperlyConfigured(f"CORRAL_DB_ROLE={role!r}: set one of {', '.join(ROLES)}")
+        pooler = environ.get("CORRAL_PG_POOLER", "")
+        if pooler not in POOLERS:
+            raise ImproperlyConfigured(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
         try:
             pepper = bytes.fromhex(environ.get("CORRAL_KEY_PEPPER", ""))
         except ValueError as error:
@@ -71,6 +78,7 @@ class Environment:
             cell=environ.get("CORRAL_CELL", cls.cell),
             redis_url=environ.get("CORRAL_REDIS_URL", ""),
             pg_dsn={name: environ.get(f"CORRAL_PG_DSN_{name.upper()}", "") for name in ROLES},
+            pg_pooler=pooler,
             db_role=role,
             secret_key=environ.get("CORRAL_SECRET_KEY", ""),
             key_pepper=pepper,
@@ -108,8 +116,13 @@ ENV = Environment.read(os.environ)
 AUTOSCALER = AutoscalerConfig.read(os.environ, console_url=ENV.console_url, var=ENV.var)
 
 
-def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str, Any]:
-    """Django's form of a `postgresql://` DSN, with every wait bounded. pool_size 0 = no pool."""
+def database(dsn: str, *, statement_timeout_s: int, pool_size: int, pooler: str = "") -> dict[str, Any]:
+    """Django's form of a `postgresql://` DSN, with every wait bounded. pool_size 0 = no pool.
+
+    Behind a pooler in transaction mode nothing may belong to a session: no startup options (PgBouncer refuses them, so
+    there the limits of the database role count, infra/local/roles.py) and no cursors that outlive a transaction.
+    Statements are never prepared, with or without one. Our own pool stays: it saves the handshake with the pooler.
+    """
     parts = urlsplit(dsn)
     limits = {
         "statement_timeout": statement_timeout_s * 1000,
@@ -125,8 +138,9 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str,
         "keepalives_interval": 2,
         "keepalives_count": 3,
         "application_name": "corral",
-        "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
     }
+    if not pooler:
+        options["options"] = " ".join(f"-c {name}={value}" for name, value in limits.items())
     if pool_size:
         # timeout: how long a request waits for a connection before it fails (503) instead of queueing on.
         options["pool"] = {"min_size": 1, "max_size": pool_size, "timeout": 3, "max_waiting": 4 * pool_size}
@@ -141,6 +155,7 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int) -> dict[str,
         "CONN_MAX_AGE": 0 if pool_size else 60,
         # A connection is asked before it is used (0.1 ms), so that a restart of the server breaks no request.
         "CONN_HEALTH_CHECKS": True,
+        "DISABLE_SERVER_SIDE_CURSORS": bool(pooler),
         "OPTIONS": options,
     }
 
@@ -152,13 +167,18 @@ DATABASES = {
         ENV.pg_dsn[ENV.db_role],
         statement_timeout_s=_OWNER_STATEMENT_S if ENV.db_role == "owner" else 10,
         pool_size=0 if ENV.db_role == "owner" else ENV.pg_pool_size,
+        pooler=ENV.pg_pooler,
     ),
 }
 # The other roles, where the process was given them (commands and tests; the web process is given app alone).
 if ENV.pg_dsn["operator"]:
-    DATABASES["operator"] = database(ENV.pg_dsn["operator"], statement_timeout_s=10, pool_size=0)
+    DATABASES["operator"] = database(
+        ENV.pg_dsn["operator"], statement_timeout_s=10, pool_size=0, pooler=ENV.pg_pooler
+    )
 if ENV.pg_dsn["owner"]:
-    DATABASES["owner"] = database(ENV.pg_dsn["owner"], statement_timeout_s=_OWNER_STATEMENT_S, pool_size=0)
+    DATABASES["owner"] = database(
+        ENV.pg_dsn["owner"], statement_timeout_s=_OWNER_STATEMENT_S, pool_size=0, pooler=ENV.pg_pooler
+    )
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 SECRET_KEY = ENV.secret_key

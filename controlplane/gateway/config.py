@@ -64,6 +64,9 @@ class GatewayConfig:
     unknown_key_s: float = 5.0
     change_poll_s: float = 0.5
     pg_pool_size: int = 4
+    pg_pooled: bool = (
+        False  # CORRAL_PG_POOLER=transaction: a pooler in transaction mode stands before PostgreSQL
+    )
 
     log_sample: float = 1.0  # share of finished requests that get a log line; failures always do
     log_level: str = "INFO"
@@ -84,6 +87,9 @@ class GatewayConfig:
             pepper = b""
         if len(pepper) < 16:
             raise ConfigError("CORRAL_KEY_PEPPER: must be 32 or more hex digits")
+        pooler = env.get("CORRAL_PG_POOLER", "")
+        if pooler not in ("", "transaction"):
+            raise ConfigError(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
         listed = env.get("CORRAL_GATEWAY_CORS_ORIGINS", env.get("CORRAL_CONSOLE_URL", ""))
         defaults = cls("", "", b"")
 
@@ -127,6 +133,7 @@ class GatewayConfig:
             unknown_key_s=number("unknown_key_s", 0, 60),
             change_poll_s=number("change_poll_s", 0.05, 60),
             pg_pool_size=int(number("pg_pool_size", 1, 100)),
+            pg_pooled=pooler == "transaction",
             log_sample=number("log_sample", 0, 1),
             log_level=(env.get("CORRAL_LOG_LEVEL") or defaults.log_level).upper(),
         )

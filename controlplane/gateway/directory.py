@@ -148,7 +148,13 @@ class PgDirectory:
     """The directory in Postgres. `up` is what the last question showed; a known outage answers at once."""
 
     def __init__(
-        self, dsn: str, *, cell: str = DEFAULT_CELL, pool_size: int = 4, timeout_s: float = 2.0
+        self,
+        dsn: str,
+        *,
+        cell: str = DEFAULT_CELL,
+        pool_size: int = 4,
+        timeout_s: float = 2.0,
+        pooled: bool = False,
     ) -> None:
         self.up = True
         self._cell = cell
@@ -166,7 +172,8 @@ class PgDirectory:
                 "autocommit": True,
                 "connect_timeout": 3,
                 "application_name": "corral-gateway",
-                "options": f"-c statement_timeout={statement_ms}",
+                # PgBouncer in transaction mode refuses startup options; there the role's own limit counts.
+                **({} if pooled else {"options": f"-c statement_timeout={statement_ms}"}),
                 "prepare_threshold": None,  # a pooler in transaction mode may stand in between
             },
         )

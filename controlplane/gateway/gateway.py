@@ -68,7 +68,9 @@ class Gateway:
         self._pg = (
             None
             if directory is not None
-            else PgDirectory(config.pg_dsn, cell=config.cell, pool_size=config.pg_pool_size)
+            else PgDirectory(
+                config.pg_dsn, cell=config.cell, pool_size=config.pg_pool_size, pooled=config.pg_pooled
+            )
         )
         self.directory: KeyDirectory = directory or self._pg  # type: ignore[assignment]
         self.key_cache = KeyCache(

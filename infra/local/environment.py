@@ -61,6 +61,7 @@ def stack_environment(
         "CORRAL_PG_DSN_OWNER": pg_dsns["owner"],
         "CORRAL_PG_DSN_APP": pg_dsns["app"],
         "CORRAL_PG_DSN_OPERATOR": pg_dsns["operator"],
+        "CORRAL_PG_POOLER": config.pg_pooler,
         "CORRAL_SECRET_KEY": kept["secret_key"],
         "CORRAL_KEY_PEPPER": kept["key_pepper"],
     }

@@ -14,6 +14,13 @@ from psycopg import sql
 OWNER, APP, OPERATOR = "corral_owner", "corral_app", "corral_operator"
 ROLES = (OWNER, APP, OPERATOR)
 DATABASE = "corral"
+# What a session of a serving role waits for at most, where the process could not say so itself: a pooler in transaction
+# mode refuses startup options.
+_SERVING = {
+    "statement_timeout": "10s",
+    "lock_timeout": "3s",
+    "idle_in_transaction_session_timeout": "30s",
+}
 
 
 def ensure_roles(
@@ -35,6 +42,12 @@ def ensure_roles(
             )
         )
         superuser.execute(sql.SQL("ALTER ROLE {} SET timezone TO 'UTC'").format(sql.Identifier(role)))
+        for name, value in _SERVING.items() if role != OWNER else ():
+            superuser.execute(
+                sql.SQL("ALTER ROLE {} SET {} TO {}").format(
+                    sql.Identifier(role), sql.Identifier(name), sql.Literal(value)
+                )
+            )
 
 
 def ensure_database(superuser: psycopg.Connection, name: str, template: str | None = None) -> None:

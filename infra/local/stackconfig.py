@@ -32,6 +32,7 @@ class StackConfig:
     database_url: str = field(default="", repr=False)
     pg_dsns: Mapping[str, str] = field(default_factory=dict, repr=False)  # owner, app, operator; or empty
     redis_url: str = field(default="", repr=False)
+    pg_pooler: str = ""  # "transaction": the DSNs lead to a pooler in that mode
 
     @property
     def embedded_postgres(self) -> bool:
@@ -68,6 +69,13 @@ class StackConfig:
             value = environ.get(name, "")
             if value and not value.startswith((f"{scheme}://", f"{scheme}ql://", f"{scheme}s://")):
                 raise StackConfigError(f"{name}: set a {scheme}{'ql' if scheme == 'postgres' else ''}:// URL")
+        pooler = environ.get("CORRAL_PG_POOLER", "")
+        if pooler not in ("", "transaction"):
+            raise StackConfigError(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
+        if pooler and not given:
+            raise StackConfigError(
+                f"CORRAL_PG_POOLER={pooler}: set {', '.join(_DSN_NAMES)} to the pooler's address, too"
+            )
         return cls(
             var=Path(environ.get("CORRAL_VAR") or cls.var).absolute(),
             cell=environ.get("CORRAL_CELL") or cls.cell,
@@ -78,4 +86,5 @@ class StackConfig:
             database_url=environ.get("CORRAL_DATABASE_URL", ""),
             pg_dsns={name.rpartition("_")[2].lower(): environ[name] for name in given},
             redis_url=environ.get("CORRAL_REDIS_URL", ""),
+            pg_pooler=pooler,
         )
