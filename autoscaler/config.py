@@ -22,6 +22,7 @@ class AutoscalerConfig:
     provider: str = "local"
     max_machines: int = 1  # of the whole pool: the local stack shares one computer
     replicas_per_machine: int = 4  # where the machine does not say itself what it holds
+    machine_nano_per_h: int = 0  # what one of the pool costs; 0: it is there anyway
     # Long enough to bridge a break between two questions, short enough to notice that it ends.
     machine_keep_warm_s: float = 900.0
     # An agent that has imported the engine answers in some 15 s; a cloud machine boots for a minute.
@@ -45,6 +46,7 @@ class AutoscalerConfig:
         for name, low, high in (
             ("max_machines", 1, 10_000),
             ("replicas_per_machine", 1, 256),
+            ("machine_nano_per_h", 0, 10**15),
             ("machine_keep_warm_s", 0, 7 * 24 * 3600),
             ("machine_pending_timeout_s", 1, 3600),
             ("agent_restarts", 0, 100),

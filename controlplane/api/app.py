@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import structlog
 from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest, HttpResponse
-from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
-from ninja.openapi.schema import OpenAPISchema
 
-from controlplane.api.problems import CONTENT_TYPE, database_away, problem
+from controlplane.api.document import Api
+from controlplane.api.problems import database_away, problem
 from controlplane.api.resources import (
     audit,
     deployments,
@@ -30,24 +27,9 @@ DESCRIPTION = """Provision tenants, keys, limits and deployments.
 
 Calls carry a management token (`Authorization: Bearer mt-crl-…`) and work for the token's organization. Lists come in
 pages (`limit`, `cursor`). Every write takes an `Idempotency-Key`, changes of one resource an `If-Match`. Refusals are
-problem details (RFC 9457) with a stable `code` and the fields at fault. Money is in nano-dollars, as integers.
+problem details (RFC 9457) with a stable `code` and the fields at fault. `?plan=true` on a write answers what it
+would do and does nothing of it. Money is in nano-dollars, as integers.
 """
-
-
-class Api(NinjaAPI):
-    """NinjaAPI whose document says what our middleware does: the token, and problems as application/problem+json."""
-
-    def get_openapi_schema(self, *args: Any, **kwargs: Any) -> OpenAPISchema:
-        schema = super().get_openapi_schema(*args, **kwargs)
-        schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"token": []}]
-        for path in schema["paths"].values():
-            for operation in path.values():
-                for status, response in operation["responses"].items():
-                    if int(status) >= 400:
-                        content = response.pop("content")
-                        response["content"] = {CONTENT_TYPE: content["application/json"]}
-        return schema
 
 
 api = Api(

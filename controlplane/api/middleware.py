@@ -15,9 +15,10 @@ from psycopg_pool import PoolTimeout, TooManyRequests
 from structlog.contextvars import bind_contextvars
 
 from controlplane import ids
-from controlplane.api import idempotency
+from controlplane.api import idempotency, plans
 from controlplane.api.etags import matches
 from controlplane.api.problems import CONTENT_TYPE, database_away, problem
+from controlplane.errors import InvalidInputError
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
 from controlplane.tenants.service_accounts import Caller, find_caller
@@ -72,12 +73,24 @@ class ApiMiddleware:
         bind_contextvars(organization=caller.organization_id.hex, caller=caller.service_account_id.hex)
         with tenant(caller.organization_id):
             act_as(ids.to_text(ids.Prefix.MANAGEMENT_TOKEN, caller.token_id))
-            response = idempotency.once(request, caller, token, self._tagged)
-            if response.status_code >= 400:
+            response, is_plan = self._once_or_planned(request, caller, token)
+            if is_plan or response.status_code >= 400:
                 transaction.set_rollback(True)
         if response.status_code >= 400 and response.get("Content-Type") != CONTENT_TYPE:
             response = _as_problem(request, response)
         return response
+
+    def _once_or_planned(self, request: ApiRequest, caller: Caller, token: str) -> tuple[HttpResponse, bool]:
+        """The answer, and whether it is a plan, of which nothing may stay."""
+        if request.method in idempotency.WRITES:
+            try:
+                is_plan = plans.is_asked(request)
+            except InvalidInputError as error:
+                errors = [{"field": "plan", "message": error.message}]
+                return problem(request, 400, error.code, error.message, errors=errors), True
+            if is_plan:
+                return plans.preview(request, caller.organization_id, self._tagged), True
+        return idempotency.once(request, caller, token, self._tagged), False
 
     def _tagged(self, request: ApiRequest) -> HttpResponse:
         """The answer with its entity tag; nothing but the tag for who has this very state already."""

@@ -38,6 +38,14 @@ _MATCH_HEADER: Final = {
     "description": "The ETag as last read; 412 if the resource changed since.",
 }
 
+_PLAN: Final = {
+    "name": "plan",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "boolean", "default": False},
+    "description": "true: answer what the call would change, cost and disrupt, and do nothing of it.",
+}
+
 
 class ChangedMeanwhileError(CorralError):
     """If-Match names another state than the present one."""
@@ -59,7 +67,7 @@ def operation(
     """Register a handler. Its docstring's first line is the summary, the rest the description."""
     is_write = method != "GET"
     errors = WRITE_ERRORS if is_write else READ_ERRORS
-    headers = [] if not is_write else [_KEY_HEADER, *([_MATCH_HEADER] if current else [])]
+    headers = [] if not is_write else [_PLAN, _KEY_HEADER, *([_MATCH_HEADER] if current else [])]
 
     def wrap(handler: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(handler)
