@@ -224,6 +224,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     n_prefill_tokens: int = 0
     # CPU time spent on counting prompts since the start.
     tokenise_cpu_ms: float = 0.0
+    # What its KV memory holds, 0 = unknown.
+    kv_tokens: int = 0
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
@@ -267,6 +269,7 @@ class ReplicaStatus(msgspec.Struct, kw_only=True, omit_defaults=True):
     message: str = ""
     slots: int = 0
     max_model_len: int = 0
+    kv_tokens: int = 0  # what its KV memory holds, 0 = unknown
     pid: int = 0
     # Milliseconds spent per start stage, e.g. {"fetch": 12, "fork": 40, "load": 610}.
     stages_ms: dict[str, int] = {}

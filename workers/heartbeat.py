@@ -89,6 +89,7 @@ class Reporter:
             n_tokens_total=self._server.n_tokens_total,
             n_requests_total=self._server.n_requests_total,
             max_model_len=self._engine.max_model_len,
+            kv_tokens=self._engine.kv_tokens,
             spool_full=self._spool.full,
             n_steps=steps.n_steps,
             itl_p50_ms=round(quantile_ms(gaps, 0.5), 3),
@@ -130,6 +131,7 @@ class Reporter:
                 message=self._message,
                 slots=spec.slots,
                 max_model_len=self._engine.max_model_len,
+                kv_tokens=self._engine.kv_tokens,
                 pid=os.getpid(),
                 stages_ms=self.stages_ms,
             )

@@ -15,9 +15,10 @@ MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
 class Routing(GivingUp):
     """All of it may be repeated."""
 
-    def enrol(self, *, replica: str, machine: str, deployment: str, slots: int) -> int:
-        """The replica takes requests; answers how many waiting ones were given out. Safe to repeat."""
-        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots))
+    def enrol(self, *, replica: str, machine: str, deployment: str, slots: int, kv_tokens: int = 0) -> int:
+        """The replica takes requests; answers how many waiting ones were given out. Safe to repeat. `kv_tokens`: what
+        its memory holds; 0 leaves what was said before."""
+        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots, kv_tokens))
         for _ in range(MAX_ENROL_CALLS):
             if n < BOUND_PER_CALL:
                 break

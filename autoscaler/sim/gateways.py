@@ -1,6 +1,7 @@
 """Several gateways with views of their own, for world.py: who routes a request, and how old what it knows is.
 
-Requests come to the gateways in turn. Each has a router of its own, which hears only of the requests that it placed.
+Requests come to the gateways in turn. Each has a router of its own, which hears of the requests that it placed; the
+production boards are told of the others' as well, a moment later, as the gateways tell each other.
 `StaleView` gives a router that reads loads from its replicas what they were at the last look; the production board
 keeps a view of its own (routers.py).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from autoscaler.sim.job import Job
 from autoscaler.sim.world import Replica, Router
@@ -27,17 +29,31 @@ def behind(gateways: int, age_s: float, make: Callable[[int], Router]) -> Router
     return Gateways(gateways, one)
 
 
-class Gateways:
-    """`n` routers, each for its own requests. `make` gets the number of the gateway."""
+@runtime_checkable
+class Hearing(Protocol):
+    """A router that listens to what other gateways placed."""
 
-    def __init__(self, n: int, make: Callable[[int], Router]) -> None:
+    def told(self, job: Job, replica: Replica, now_s: float) -> None: ...
+
+
+class Gateways:
+    """`n` routers, each for its own requests. `make` gets the number of the gateway. `share`: those that listen are
+    told what the others bound at admission."""
+
+    def __init__(self, n: int, make: Callable[[int], Router], *, share: bool = True) -> None:
         self._routers = [make(number) for number in range(n)]
+        self._listeners = [r for r in self._routers if isinstance(r, Hearing)] if share else []
 
     def rank(self, job: Job, replicas: list[Replica], now_s: float) -> list[Replica]:
         return self._of(job).rank(job, replicas, now_s)
 
     def on_bound(self, job: Job, replica: Replica, now_s: float) -> None:
-        self._of(job).on_bound(job, replica, now_s)
+        own = self._of(job)
+        own.on_bound(job, replica, now_s)
+        if job.prefix and now_s == job.arrived_s and job.n_attempts == 1:
+            for other in self._listeners:
+                if other is not own:
+                    other.told(job, replica, now_s)
 
     def on_end(self, job: Job, replica: Replica, now_s: float) -> None:
         self._of(job).on_end(job, replica, now_s)

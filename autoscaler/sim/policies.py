@@ -1,8 +1,9 @@
 """Named policies of the simulator: bundles of queue, router, scaler and buyer, and the knobs of each.
 
-`corral` is the production bundle; every other name replaces one part of it, so that a table of all is at once the
-comparison and the ablation. Its router is the ranking by used slots; what the gateway routes with is `affinity`. A
-name may carry knobs: `hpa:target_ratio=0.8:stabilisation_s=60`.
+`corral` is the production bundle: the queue with the window and the learned lengths that a deployment has by default,
+two gateways that route by their boards and tell each other what they placed, the scaler, the buyer. Every other name
+replaces one part of it, so that a table of all is at once the comparison and the ablation. A name may carry knobs:
+`hpa:target_ratio=0.8:stabilisation_s=60`.
 """
 
 from __future__ import annotations
@@ -69,9 +70,43 @@ def production(
     return scaler
 
 
+BOARDS_AGE_S = 1.0  # a gateway reads the loads so often (gateway/routes.py)
+WINDOW_TOKENS = 2_000  # Deployment.locality_window_tokens
+
+
+def boards(
+    gateways: int = 2, age_s: float = BOARDS_AGE_S, every_block: int = 0, shares: int = 1
+) -> Callable[[Setting], Router]:
+    """The gateways' boards. Production polls loads once a second and tells other gateways what it placed (`shares`);
+    `make up` runs two. One gateway with `age_s` 0 sees everything at once."""
+    if gateways < 1 or age_s < 0:
+        raise ValueError(f"gateways = {gateways}, age_s = {age_s}: at least 1, and not negative")
+
+    def router(s: Setting) -> Router:
+        def make(number: int) -> Router:
+            return Affinity(
+                s.engine.kv_tokens,
+                _weights(s),
+                every_block=bool(every_block),
+                age_s=age_s or math.inf,
+                first_s=number * age_s / gateways,
+            )
+
+        return make(0) if gateways == 1 else Gateways(gateways, make, share=bool(shares))
+
+    return router
+
+
+def _weights(setting: Setting) -> RouteWeights:
+    """Where adapters are loaded, a load delays this request, and later the one whose adapter has to go."""
+    if setting.adapters is None:
+        return RouteWeights()
+    return RouteWeights(adapter_tokens=2 * setting.adapters.typical_s / setting.engine.step.token_s)
+
+
 CORRAL = Policy(
-    queue=lambda s: Fair(),
-    router=lambda s: LeastLoad(),
+    queue=lambda s: Fair(window=WINDOW_TOKENS * TOKEN, learn=True),
+    router=boards(),
     scaler=production(),
     buyer=lambda s: Corral(SpotSpec(s.terms.boot_s, s.terms.notice_s)),
 )
@@ -165,33 +200,15 @@ def dlpm(quantum: float = 4096.0) -> Policy:
     return replace(CORRAL, queue=lambda s: DlpmOrder(quantum))
 
 
-def affinity(every_block: int = 0, gateways: int = 1, age_s: float = 0.0, by_worth: int = 1) -> Policy:
-    """Prefixes known at the lengths that a gateway hashes; or, to see what that costs, at every block. Each of several
-    `gateways` knows what it placed itself, and loads as they were up to `age_s` ago. `by_worth`: adapters that are
-    asked for often and load slowly stay, instead of those used last."""
-
-    def router(s: Setting) -> Router:
-        def make(number: int, age_s: float = math.inf, first_s: float = 0.0) -> Router:
-            return Affinity(
-                s.engine.kv_tokens,
-                _weights(s),
-                every_block=bool(every_block),
-                age_s=age_s,
-                first_s=first_s,
-            )
-
-        if gateways == 1 and not age_s:
-            return make(0)
-        return Gateways(gateways, lambda number: make(number, age_s, number * age_s / gateways))
-
-    return replace(CORRAL, router=router, adapters_by_worth=bool(by_worth))
-
-
-def _weights(setting: Setting) -> RouteWeights:
-    """Where adapters are loaded, a load delays this request, and later the one whose adapter has to go."""
-    if setting.adapters is None:
-        return RouteWeights()
-    return RouteWeights(adapter_tokens=2 * setting.adapters.typical_s / setting.engine.step.token_s)
+def affinity(
+    every_block: int = 0, gateways: int = 1, age_s: float = 0.0, by_worth: int = 1, shares: int = 1
+) -> Policy:
+    """The production board with another number of gateways (`boards`). Prefixes known at the lengths that a gateway
+    hashes; or, to see what that costs, at every block. `by_worth`: adapters that are asked for often and load slowly
+    stay, instead of those used last."""
+    return replace(
+        CORRAL, router=boards(gateways, age_s, every_block, shares), adapters_by_worth=bool(by_worth)
+    )
 
 
 def least_load(gateways: int = 1, age_s: float = 0.0, by_worth: int = 0) -> Policy:

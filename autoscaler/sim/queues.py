@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from autoscaler.sim import beginnings
 from autoscaler.sim.job import Job
 from controlplane.policy import estimate
 from controlplane.policy.fairness import FairQueue, Flow, Request
@@ -128,6 +129,7 @@ class Fair:
             place,
             job.n_prompt,
             job.n_predicted,
+            beginnings.names(job) if self.queue.window and job.prefix else (),
         )
         outcome, bindings = self.queue.admit(request, now_ms, [str(c) for c in candidates])
         if outcome == "full":

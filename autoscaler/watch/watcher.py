@@ -53,6 +53,7 @@ AUDITED_PER_SCAN = 64
 MAX_MESSAGES = 1000  # taken in one turn, before the next scan
 MAX_UNMATCHED = 1000
 UNMATCHED_FOR_S = 10.0
+MAX_KV_TOKENS = 1_000_000_000  # of one replica; a machine that says more is not believed
 UNMATCHED_RETRY_S = 0.02
 # A restarted Redis serves again within a second, and machines wait for what we restore.
 BACKOFF_FIRST_S = 0.1
@@ -234,7 +235,7 @@ class Watcher:
         if known.id in self._over or self._told.get(known.id) == (status.phase, status.code):
             return
         if status.phase is Phase.READY and known.phase is not ReplicaPhase.DRAINING:
-            self._enrol(known, status.slots)
+            self._enrol(known, status.slots, status.kv_tokens)
         elif status.phase is Phase.DRAINING:
             self.cell.drain(known.id)
         elif status.phase in _OVER:
@@ -287,7 +288,7 @@ class Watcher:
             and reading.state == ""
             and replica.phase is not ReplicaPhase.DRAINING
         ):
-            self._enrol(replica, beat.slots)  # its event was lost, or the cell was
+            self._enrol(replica, beat.slots, beat.kv_tokens)  # its event was lost, or the cell was
 
     def _scan_reports(self, known: dict[str, KnownReplica]) -> None:
         """Events are heard at most once; the hashes say the same again."""
@@ -373,13 +374,17 @@ class Watcher:
 
     # -- acting
 
-    def _enrol(self, replica: KnownReplica, slots: int) -> None:
-        """A machine may offer fewer slots than were asked for, never more."""
+    def _enrol(self, replica: KnownReplica, slots: int, kv_tokens: int = 0) -> None:
+        """A machine may offer fewer slots than were asked for, never more. `kv_tokens` 0: as told before."""
         if replica.id in self._over:
             return
         wanted = self._slots.slots_for(replica, slots)
         n_given = self.cell.enrol(
-            replica=replica.id, machine=replica.machine, deployment=replica.deployment, slots=wanted
+            replica=replica.id,
+            machine=replica.machine,
+            deployment=replica.deployment,
+            slots=wanted,
+            kv_tokens=min(max(kv_tokens, 0), MAX_KV_TOKENS),
         )
         log.info("replica.enrolled", replica=replica.id, slots=wanted, n_given=n_given)
 

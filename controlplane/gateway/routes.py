@@ -21,7 +21,7 @@ _POLL_S: Final = 1.0
 _ACTIVE_S: Final = 30.0  # looked at for so long after the last request
 _MAX_DEPLOYMENTS: Final = 10_000
 _MAX_REPLICAS: Final = 1_024  # of one deployment
-# Of one replica's prefix cache. Replicas do not tell; believing four times too much cost nothing on Mooncake's
+# Of the prefix cache of a replica that did not say. Believing four times too much cost nothing on Mooncake's
 # conversations, half as much a fifth of the hits.
 _CACHE_TOKENS: Final = 4_000_000
 _UNKNOWN: Final = Ask(1)
@@ -115,11 +115,16 @@ class RouteTable:
                 members = await self._redis.call("SMEMBERS", self._keys.replicas(deployment))
                 ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
                 rows = await asyncio.gather(
-                    *(self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots") for r in ids)
+                    *(
+                        self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots", "kv")
+                        for r in ids
+                    )
                 )
                 view.replicas = {
-                    replica: ReplicaLoad(replica, mid.decode(), int(used or 0), int(slots or 0))
-                    for replica, (mid, used, slots) in zip(ids, rows, strict=True)
+                    replica: ReplicaLoad(
+                        replica, mid.decode(), int(used or 0), int(slots or 0), kv_tokens=int(kv or 0)
+                    )
+                    for replica, (mid, used, slots, kv) in zip(ids, rows, strict=True)
                     if mid
                 }
                 view.board.see(view.replicas)

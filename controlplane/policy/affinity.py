@@ -17,10 +17,11 @@ MAX_REPLICAS: Final = 1_024
 class _Held:
     """Prefixes of one replica, the least recently used first, with the tokens each stands for beyond the one before."""
 
-    __slots__ = ("bit", "keys", "n_tokens")
+    __slots__ = ("bit", "capacity_tokens", "keys", "n_tokens")
 
-    def __init__(self, bit: int) -> None:
+    def __init__(self, bit: int, capacity_tokens: int) -> None:
         self.bit = bit
+        self.capacity_tokens = capacity_tokens
         self.keys: OrderedDict[Hashable, int] = OrderedDict()
         self.n_tokens = 0
 
@@ -32,7 +33,8 @@ class PrefixMap:
     __slots__ = ("_free", "_held", "_holders", "_names", "_next", "capacity_tokens", "max_keys")
 
     def __init__(self, capacity_tokens: int, max_keys: int = 4_096) -> None:
-        """Of one replica: the tokens its cache holds, and the prefixes remembered at most."""
+        """Of one replica: the tokens its cache holds, unless it says otherwise, and the prefixes remembered at
+        most."""
         self.capacity_tokens = capacity_tokens
         self.max_keys = max_keys
         self._held: dict[Hashable, _Held] = {}
@@ -63,13 +65,18 @@ class PrefixMap:
                     return n
         return 0
 
-    def note(self, replica: Hashable, prefixes: Sequence[Hashable], ends: Sequence[int]) -> None:
-        """The replica is given a prompt with these prefixes. Beyond MAX_REPLICAS replicas nothing is remembered."""
+    def note(
+        self, replica: Hashable, prefixes: Sequence[Hashable], ends: Sequence[int], capacity_tokens: int = 0
+    ) -> None:
+        """The replica, whose cache holds `capacity_tokens` (0: it did not say), is given a prompt with these prefixes.
+        Beyond MAX_REPLICAS replicas nothing is remembered."""
         held = self._held.get(replica)
         if held is None:
             held = self._enter(replica)
             if held is None:
                 return
+        if capacity_tokens > 0:
+            held.capacity_tokens = capacity_tokens
         keys, holders, bit = held.keys, self._holders, held.bit
         for n in range(
             len(prefixes) - 1, -1, -1
@@ -82,7 +89,7 @@ class PrefixMap:
             keys[key] = size
             held.n_tokens += size
             holders[key] = holders.get(key, 0) | bit
-        while held.n_tokens > self.capacity_tokens or len(keys) > self.max_keys:
+        while held.n_tokens > held.capacity_tokens or len(keys) > self.max_keys:
             self._drop(held, *keys.popitem(last=False))
 
     def forget(self, replica: Hashable) -> None:
@@ -106,7 +113,7 @@ class PrefixMap:
         else:
             return None
         self._names[bit] = replica
-        held = self._held[replica] = _Held(bit)
+        held = self._held[replica] = _Held(bit, self.capacity_tokens)
         return held
 
     def _drop(self, held: _Held, key: Hashable, size: int) -> None:

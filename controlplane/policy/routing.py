@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
@@ -47,7 +47,8 @@ class RouteWeights:
 class ReplicaLoad:
     """A ready replica as last seen. `used` and `slots` count requests; the caller may move `used` between
     looks. `kv_used_ratio`: what running requests hold of its memory; `price`: time (performance model) and money of a
-    token there over those of the best replica; `adapters`: those in its memory, None where nobody knows."""
+    token there over those of the best replica; `adapters`: those in its memory, None where nobody knows; `kv_tokens`:
+    what its memory holds, 0 where it did not say."""
 
     replica: str
     machine: str
@@ -56,6 +57,7 @@ class ReplicaLoad:
     kv_used_ratio: float = 0.0
     price: float = 1.0
     adapters: AbstractSet[str] | None = None
+    kv_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -87,21 +89,9 @@ class _Book:
     placed: deque[Placed] = field(default_factory=deque)
 
 
-def rank(replicas: Iterable[ReplicaLoad], limit: int = MAX_CANDIDATES) -> tuple[str, ...]:
-    """Ids of at most `limit` replicas, least loaded (used / slots) first, ties by id.
-
-    A full replica stays a candidate, last: it may have freed a slot since it was seen. One without slots does
-    not.
-    """
-    candidates = [r for r in replicas if r.slots > 0]
-    if len(candidates) == 1:  # the usual case of a small deployment
-        return (candidates[0].replica,)
-    ordered = sorted((r.used / r.slots, r.replica) for r in candidates)
-    return tuple(replica for _, replica in ordered[:limit])
-
-
 class Board:
-    """One gateway's view of a deployment. `cache_tokens`: what a replica's prefix cache holds; 0: no affinity."""
+    """One gateway's view of a deployment. `cache_tokens`: what the prefix cache of a replica holds that does not say so
+    itself; 0: no affinity."""
 
     def __init__(
         self, cache_tokens: int, weights: RouteWeights | None = None, max_prefixes: int = 4_096
@@ -185,7 +175,8 @@ class Board:
         if self.prefixes is None or not ask.prefixes:
             return ask.n_prompt
         n = self.prefixes.held(replica, ask.prefixes)
-        self.prefixes.note(replica, ask.prefixes, ask.ends)
+        load = self.loads.get(replica)
+        self.prefixes.note(replica, ask.prefixes, ask.ends, 0 if load is None else load.kv_tokens)
         return ask.n_prompt - (ask.ends[n - 1] if n else 0)
 
     @staticmethod

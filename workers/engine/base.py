@@ -140,6 +140,10 @@ class Engine(Protocol):
     def max_model_len(self) -> int:
         """Tokens of context, prompt and output together."""
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV memory holds, of all requests together; 0 where it does not know."""
+
     def tokenize_chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:

@@ -53,6 +53,7 @@ class ToyEngine:
         self._now_s = now_s
         self._block = profile.block_size or 16
         self.n_blocks = max(1, profile.kv_cache_bytes // (KV_BYTES_PER_TOKEN * self._block))
+        self.kv_tokens = self.n_blocks * self._block
         self._n_free = self.n_blocks
         self._budget = profile.max_num_batched_tokens or max(2048, profile.max_num_seqs)
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []

@@ -161,6 +161,8 @@ class VllmEngine:
         self.core_pids = [child.pid for child in multiprocessing.active_children() if child.pid]
         # The core may have reduced it to what its KV cache can hold.
         self._max_model_len: int = self._llm.model_config.max_model_len
+        cache = self._llm.vllm_config.cache_config
+        self._kv_tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
         self._hf = self._llm.get_tokenizer()
         self._tokenizer: Tokenizer = self._hf._tokenizer  # the Rust one; only "fast" tokenizers have it
         self._eos = _eos_ids(self._llm)
@@ -171,6 +173,10 @@ class VllmEngine:
     @property
     def max_model_len(self) -> int:
         return self._max_model_len
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._kv_tokens
 
     def tokenize(self, text: str) -> list[int]:
         """Thread-safe; about 0.5 ms per 1,000 characters."""

@@ -41,6 +41,7 @@ _ROWS: Final = (
     _FRESH,
     _OURS,
     "affinity:gateways=4:age_s=1",
+    "corral",
 )
 
 
@@ -79,7 +80,8 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             "house": f"{_REPLICAS} replicas of {told(*_MODEL)}; {_SLOTS} slots, never full, but for the last row: "
             f"there a request whose replica has no slot waits in the fair queue until any has one, as in production",
             "gateways": "requests come to them in turn; each looks at the loads every age_s, at another moment, and "
-            "knows of its own placements at once (affinity) or not at all (least-load, p2c)",
+            "knows of its own placements at once (affinity) or not at all (least-load, p2c); corral: "
+            "two, every second, as it runs",
             "peak": "most requests that ever ran on one replica; running max/mean over time, while there was one per "
             "replica",
             "runs": f"{options['seeds']} seeds, 95 % intervals",

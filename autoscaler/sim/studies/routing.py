@@ -1,7 +1,8 @@
 """Which share of the prompts routing finds in the replicas' caches, and how evenly it loads them.
 
-Recorded conversations with the hashes of their prompts' blocks, over replicas that are simply there. Every router sees
-fresh loads here (the herd study takes that away) and nobody's slots are ever full, so none is overruled.
+Recorded conversations with the hashes of their prompts' blocks, over replicas that are simply there. Every rival sees
+fresh loads here (the herd study takes that away); ours is judged as it runs, two gateways with loads up to a second
+old. Nobody's slots are ever full, so none is overruled.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ _CONVERSATION = _Load("conversation", "mooncake_conversation.jsonl.gz", 1.5, 3.0
 _HELD_OUT = replace(_CONVERSATION, title="conversation, second half", from_s=1080.0)
 _SYNTHETIC = _Load("synthetic", "mooncake_synthetic.jsonl", 1.0, 0.001)
 
-_OURS, _PRECISE = "affinity", "affinity:every_block=1"
-_PLAIN: Final = ("round-robin", "p2c", "corral", "llumnix")
+_OURS, _FRESH, _PRECISE = "corral", "affinity", "affinity:every_block=1"
+_GATEWAYS: Final = ("affinity:gateways=4:age_s=1", "affinity:gateways=4:age_s=1:shares=0")
+_PLAIN: Final = ("round-robin", "p2c", "least-load", "llumnix")
 _SGLANG: Final = tuple(
     f"sglang:cache_threshold={share}:balance_abs_threshold={most}:miss_by_load={by_load}"
     for share in (0.1, 0.3, 0.5)
@@ -96,9 +98,9 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
     swept = measure(_CONVERSATION, (*_SGLANG, *_DYNAMO), min(seeds, 2))
     best_sglang, best_dynamo = _best(swept, "sglang"), _best(swept, "dynamo")
     rivals = tuple(dict.fromkeys(("sglang", best_sglang, "dynamo", best_dynamo)))
-    names = (*_PLAIN, *rivals, _OURS, _PRECISE)
-    main = measure(_CONVERSATION, names, seeds)
-    held_out = measure(_HELD_OUT, ("sglang", _OURS, _PRECISE), seeds)
+    names = (*_PLAIN, *rivals, _OURS, _FRESH, _PRECISE)
+    main = measure(_CONVERSATION, (*names, *_GATEWAYS), seeds)
+    held_out = measure(_HELD_OUT, ("sglang", _OURS, _FRESH), seeds)
     other = measure(_SYNTHETIC, names, seeds)
     memory: list[list[Cell]] = []
     for factor in (0.25, 0.5, 2.0):
@@ -112,16 +114,18 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             f"speed (instants spread over the 3 s they were rounded to), synthetic at {options['speed']:g} x; each "
             f"seed keeps another {_KEEP:.0%} of the conversations",
             "house": f"{_REPLICAS} replicas of {told(*_MODEL)}, {engine.kv_tokens:,} tokens of KV each; {_SLOTS} "
-            "slots, never full; fresh loads; a prompt's whole blocks of 512 tokens are shared",
+            "slots, never full; a prompt's whole blocks of 512 tokens are shared",
             "hits": "prompt tokens found cached over all prompt tokens",
             "bound": "hits of one cache with the memory of all replicas, reached by every request, least recently used "
             "forgotten first as the engines do; `with foresight`: the same memory, forgetting what is needed last "
             "(Belady), which no engine can; neither pays for running requests",
             "load": "busiest replica over the mean: tokens computed in the run; in windows of 60 s; requests running "
             "(mean over time)",
-            "affinity": "the production board: prefixes known at 1, 2, 3, 4, 6, 8, 12, ... blocks, as the gateway "
-            "hashes them; `every_block`: at each. Its weights were fitted on the first half of the conversation trace",
-            "corral": "the ranking by used slots that routed before",
+            "corral": "as it runs: two gateways, each with a board of its own that knows a prompt's beginnings at the "
+            "lengths a gateway hashes (up to 32,768 tokens), reads the loads once a second, and hears a tenth of a "
+            "second later what the other placed. Its weights were fitted on the first half of the conversation trace",
+            "affinity": "the same board in one gateway that sees every change at once; `every_block`: prefixes known "
+            "at each block; `gateways=4`: of four; `shares=0`: gateways that do not tell each other",
             "rivals": "sglang and dynamo with their defaults, and with the knobs of the sweep that gave the lowest "
             "mean time of a request; Dynamo is told exactly what each cache holds",
             "runs": f"{seeds} seeds, 95 % intervals; sweep {min(seeds, 2)}, memory {min(seeds, 4)}",

@@ -66,7 +66,9 @@ def test_command_prints_writes_and_fails_when_a_goal_is_missed(
         "sys.argv", ["manage.py", "study", "speed", "--traces", str(traces), "--write", "x.md"]
     )
     out, page = StringIO(), tmp_path / "x.md"
-    monkeypatch.setattr("autoscaler.sim.studies.speed._GOAL_PER_CPU_S", 0)
+    monkeypatch.setattr(
+        "autoscaler.sim.studies.speed._GOAL_PER_CPU_S", -(10**12)
+    )  # two tiny runs: any interval
     argv = ["study", "speed", "--traces", str(traces), "--seeds", "2", "--json"]
     call_command(*argv, "--write", str(page), stdout=out, stderr=StringIO())
     study = json.loads(out.getvalue())

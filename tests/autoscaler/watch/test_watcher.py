@@ -209,6 +209,19 @@ def test_a_machine_may_offer_fewer_slots_and_not_more(
     assert watch.cell.redis.hget(watch.cell.keys.replica(loading.id.hex), "slots") == given
 
 
+@pytest.mark.parametrize(("said", "noted"), [(4096, b"4096"), (0, None), (10**15, b"1000000000"), (-5, None)])
+def test_what_a_replica_says_its_memory_holds_is_noted_within_bounds(
+    watch: Watch, loading: Replica, said: int, noted: bytes | None
+) -> None:
+    key = watch.cell.keys.replica(loading.id.hex)
+    watch.say(loading, Reported.READY, slots=4, kv_tokens=said)
+    watch.turn_until(watch.routed, "routed")
+    assert watch.cell.redis.hget(key, "kv") == noted
+    if noted:  # a pump enrols it again and does not know: what was said stays
+        watch.cell.enrol(replica=loading.id.hex, machine=loading.machine_id.hex, deployment="d", slots=4)
+        assert watch.cell.redis.hget(key, "kv") == noted
+
+
 def test_a_machine_cannot_speak_for_anothers_replica(watch: Watch, loading: Replica) -> None:
     watch.say(loading, Reported.READY, machine="e" * 32, slots=4)
     watch.say(loading, Reported.FAILED, machine="e" * 32)

@@ -222,10 +222,9 @@ class Machine:
         self._spawn(self._consume())
         self._spawn(self._hear_cancels())
 
-    async def enrol(self, slots: int = 4) -> None:
-        await self.redis.evalsha(
-            scripts.ENROL.sha, 0, KEYS.prefix, _now_ms(), self.replica, self.machine_id, DEPLOYMENT, slots
-        )
+    async def enrol(self, slots: int = 4, kv_tokens: int = 0) -> None:
+        args = (self.replica, self.machine_id, DEPLOYMENT, slots, kv_tokens)
+        await self.redis.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, _now_ms(), *args)
 
     async def withdraw(self, mode: str = "dead") -> list[Any]:
         return await self.redis.evalsha(

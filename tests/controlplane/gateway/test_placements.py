@@ -69,6 +69,20 @@ async def test_conversations_find_their_replica_again_through_either_gateway(
     assert {name: await where(gateways[1], machines, talk(name, 2)) for name in again} == first
 
 
+async def test_a_replica_that_says_how_much_its_memory_holds_is_believed(
+    house: tuple[list[Running], list[Machine]],
+) -> None:
+    (gateway, _), machines = house
+    for machine in machines:
+        await machine.enrol(kv_tokens=7_000)
+
+    def said() -> list[int]:
+        view = gateway.gateway.routes._views[DEPLOYMENT]
+        return [load.kv_tokens for load in view.board.loads.values()]
+
+    await until(lambda: said() == [7_000] * HANDS)
+
+
 async def test_a_burst_through_one_gateway_is_spread_although_its_view_is_old(
     house: tuple[list[Running], list[Machine]],
 ) -> None:

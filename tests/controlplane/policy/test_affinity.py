@@ -48,6 +48,17 @@ def test_the_least_recently_used_is_forgotten_first_and_its_end_before_its_begin
     assert [known.held("a", chain(p)) for p in ("ab", "cd", "e", "f")] == [2, 0, 1, 1]
 
 
+def test_a_replica_that_says_what_its_cache_holds_is_believed_from_then_on() -> None:
+    known = PrefixMap(10_000)
+    known.note("a", chain("abc"), ends("abc"), 300)
+    known.note("b", chain("abc"), ends("abc"))
+    for name in ("a", "b"):
+        note(known, name, "x")
+    assert [known.held(name, chain("abc")) for name in ("a", "b")] == [2, 3]
+    known.note("a", chain("y"), ends("y"), 100)  # resized: started again with less
+    assert known.held("a", chain("abc")) == 0
+
+
 def test_a_growing_prompt_is_counted_once() -> None:
     """Ladders: each prefix stands for what it adds to the one before."""
     known = PrefixMap(800)

@@ -175,6 +175,7 @@ async def test_when_blocks_run_out_the_last_admitted_gives_way_and_nobody_loses_
 
 async def test_who_was_admitted_first_is_not_the_one_that_gives_way() -> None:
     async with running(kv_cache_bytes=1 << 20, block_size=512, max_model_len=4096) as engine:
+        assert engine.kv_tokens == 1024
         assert engine.n_blocks == 2
         first = asyncio.create_task(read(engine, a_request(engine, "a", ignore_eos=True, max_tokens=800)))
         await until_running(engine, 1)

@@ -117,6 +117,11 @@ async def check_a_resumed_request_continues_identically_in_ids_and_text(engine: 
                 assert rest.finish is whole.finish
 
 
+async def check_it_says_what_its_memory_holds(engine: VllmEngine) -> None:
+    assert engine.kv_tokens >= PROFILE.max_model_len
+    assert engine.kv_tokens % 32 == 0
+
+
 async def check_a_stop_string_ends_text_before_it_and_frees_the_engine(engine: VllmEngine) -> None:
     whole = await read(engine, a_request(engine, ignore_eos=True))
     stop = next(whole.text[i : i + 3] for i in range(10, 100) if whole.text[i : i + 3].isascii())
