@@ -21,6 +21,7 @@ class Prefix(StrEnum):
     PROJECT = "prj"
     MEMBER = "mem"
     USER = "usr"
+    INVITATION = "inv"
     API_KEY = "key"
     SERVICE_ACCOUNT = "svc"
     MANAGEMENT_TOKEN = "tok"  # noqa: S105 - names ids, is none

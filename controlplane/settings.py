@@ -46,6 +46,9 @@ class Environment:
     static_root: Path | None = None
     debug: bool = False
     log_level: str = "INFO"
+    # smtp://user:password@host:587 (STARTTLS), smtps://…:465, console:, or empty for files under var/mail
+    email_url: str = field(default="", repr=False)
+    email_from: str = "Corral <corral@localhost>"
     # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
     pg_pool_size: int = 12
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
@@ -90,6 +93,8 @@ class Environment:
             static_root=Path(environ["CORRAL_STATIC_ROOT"]) if environ.get("CORRAL_STATIC_ROOT") else None,
             debug=environ.get("CORRAL_DEBUG", "") == "1",
             log_level=environ.get("CORRAL_LOG_LEVEL", cls.log_level).upper(),
+            email_url=environ.get("CORRAL_EMAIL_URL", ""),
+            email_from=environ.get("CORRAL_EMAIL_FROM", cls.email_from),
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
             allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
         )
@@ -160,6 +165,32 @@ def database(dsn: str, *, statement_timeout_s: int, pool_size: int, pooler: str 
     }
 
 
+def email_settings(url: str, *, var: Path) -> dict[str, Any]:
+    """Django's settings for CORRAL_EMAIL_URL. Raises ImproperlyConfigured naming the forms it may have."""
+    backends = "django.core.mail.backends"
+    if not url:
+        return {"EMAIL_BACKEND": f"{backends}.filebased.EmailBackend", "EMAIL_FILE_PATH": str(var / "mail")}
+    parts = urlsplit(url)
+    if parts.scheme == "console":
+        return {"EMAIL_BACKEND": f"{backends}.console.EmailBackend"}
+    if parts.scheme not in ("smtp", "smtps") or not parts.hostname:
+        raise ImproperlyConfigured(
+            "CORRAL_EMAIL_URL: set smtp://user:password@host:587, smtps://user:password@host:465, console:, "
+            "or leave it empty for files under CORRAL_VAR/mail"
+        )
+    has_tls = parts.scheme == "smtps"
+    is_loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
+    return {
+        "EMAIL_BACKEND": f"{backends}.smtp.EmailBackend",
+        "EMAIL_HOST": parts.hostname,
+        "EMAIL_PORT": parts.port or (465 if has_tls else 587),
+        "EMAIL_HOST_USER": unquote(parts.username or ""),
+        "EMAIL_HOST_PASSWORD": unquote(parts.password or ""),
+        "EMAIL_USE_SSL": has_tls,
+        "EMAIL_USE_TLS": not has_tls and not is_loopback,  # a relay on this machine needs none
+    }
+
+
 _OWNER_STATEMENT_S = 600  # migrations rewrite tables
 
 DATABASES = {
@@ -190,6 +221,7 @@ INSTALLED_APPS = [
     "controlplane.apps.ControlPlaneConfig",
     "controlplane.tenants.apps.TenantsConfig",
     "controlplane.audit.apps.AuditConfig",
+    "controlplane.identity.apps.IdentityConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
@@ -248,6 +280,10 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 LOGIN_URL = "/login"
 LOGIN_REDIRECT_URL = "/"
+
+globals().update(email_settings(ENV.email_url, var=ENV.var))
+EMAIL_TIMEOUT = 10
+DEFAULT_FROM_EMAIL = SERVER_EMAIL = ENV.email_from
 
 SESSION_ENGINE = "django.contrib.sessions.backends.db"
 SESSION_COOKIE_NAME = "corral_session"

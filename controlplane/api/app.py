@@ -12,6 +12,7 @@ from controlplane.api.problems import database_away, problem
 from controlplane.api.resources import (
     audit,
     deployments,
+    invitations,
     keys,
     members,
     organization,
@@ -39,7 +40,17 @@ api = Api(
     docs_url=None,
     urls_namespace="api",
 )
-for module in (organization, projects, members, service_accounts, keys, deployments, usage, audit):
+for module in (
+    organization,
+    projects,
+    members,
+    invitations,
+    service_accounts,
+    keys,
+    deployments,
+    usage,
+    audit,
+):
     api.add_router("", module.router)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 from django import forms
 
-from controlplane.tenants.models import Project
+from controlplane.tenants.models import Project, Role
 
 EXPIRES_IN_DAYS: Final = (("", "Never"), ("7", "In 7 days"), ("30", "In 30 days"), ("90", "In 90 days"))
 
@@ -39,3 +39,35 @@ class CreateKeyForm(forms.Form):
         super().__init__(*args, **kwargs)
         field = cast(forms.TypedChoiceField, self.fields["project"])
         field.choices = [(project.id.hex, project.name) for project in projects]
+
+
+class InviteForm(forms.Form):
+    email = forms.EmailField(
+        label="E-mail",
+        max_length=254,
+        widget=forms.EmailInput(attrs={"placeholder": "ada@example.org", "autocomplete": "off"}),
+    )
+    role = forms.ChoiceField(label="Role")
+
+    def __init__(self, *args: Any, roles: Sequence[Role], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        field = cast(forms.ChoiceField, self.fields["role"])
+        field.choices = [(role.value, role.label) for role in roles]
+        field.initial = Role.DEVELOPER.value
+
+
+class OpenAccountForm(forms.Form):
+    """Of somebody who was invited: the address is the invitation's."""
+
+    name = forms.CharField(
+        label="Your name",
+        max_length=120,
+        widget=forms.TextInput(attrs={"autocomplete": "name", "autofocus": True}),
+    )
+    password = forms.CharField(
+        label="Password",
+        max_length=1024,
+        strip=False,
+        widget=forms.PasswordInput(attrs={"autocomplete": "new-password"}),
+        help_text="At least 10 characters",
+    )

@@ -2,7 +2,16 @@
 
 from django.urls import path
 
-from controlplane.console.views import deployments, keys, overview, playground, session, usage
+from controlplane.console.views import (
+    deployments,
+    invitation,
+    keys,
+    overview,
+    people,
+    playground,
+    session,
+    usage,
+)
 
 app_name = "console"
 
@@ -20,6 +29,11 @@ urlpatterns = [
     path("keys/<str:key>/revoke", keys.revoke_key, name="revoke_key"),
     path("playground", playground.playground, name="playground"),
     path("playground/key", playground.playground_key, name="playground_key"),
+    path("people", people.people, name="people"),
+    path("people/invite", people.invite, name="invite"),
+    path("people/invitations/<str:invitation>/resend", people.resend, name="resend_invitation"),
+    path("people/invitations/<str:invitation>/revoke", people.revoke, name="revoke_invitation"),
+    path("invitations/<str:token>", invitation.accept, name="accept_invitation"),
     path("usage", usage.usage_page, name="usage"),
     path("usage.csv", usage.usage_csv, name="usage_csv"),
 ]

@@ -6,6 +6,7 @@ tenant.
 """
 
 from collections.abc import Callable
+from typing import Final
 from uuid import UUID
 
 from django.contrib.auth.models import AnonymousUser
@@ -20,6 +21,8 @@ from controlplane.tenants.models import User
 from controlplane.tenants.selectors import Membership
 
 SESSION_KEY = "organization_id"
+# Pages that enter a tenant of their own choice: the one that invites, or the one whose provider vouches.
+OUTSIDE: Final = ("/invitations/", "/sso/")
 
 
 class TenantRequest(HttpRequest):
@@ -47,7 +50,7 @@ class TenantMiddleware:
         if isinstance(user, User):
             request.memberships = selectors.memberships_of(user_id=user.id)
             request.membership = _active(request.memberships, request.session.get(SESSION_KEY))
-        if request.membership is None:
+        if request.membership is None or request.path.startswith(OUTSIDE):
             return self._get_response(request)
         bind_contextvars(organization=request.membership.organization_id.hex)
         with tenant(request.membership.organization_id):

@@ -98,3 +98,19 @@ def require(role: Role, permission: Permission, scopes: Set[Permission] | None =
         raise NotPermittedError(
             f"this token may not {permission.sentence}: make one with the scope {permission.value}"
         )
+
+
+def cover(
+    role: Role,
+    scopes: Set[Permission] | None,
+    given: Set[Permission],
+    *,
+    what: str,
+    field: str,
+) -> None:
+    """Nobody gives what they do not have. Raises NotPermittedError naming what `what` could and the giver could not."""
+    own = PERMISSIONS[role] if scopes is None else PERMISSIONS[role] & scopes
+    if missing := sorted(given - own):
+        raise NotPermittedError(
+            f"{what} could {', '.join(missing)}, and you could not: give less, or ask an owner", field=field
+        )

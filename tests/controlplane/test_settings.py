@@ -3,7 +3,7 @@
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from controlplane.settings import Environment, database
+from controlplane.settings import Environment, database, email_settings
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_a_dsn_becomes_a_bounded_connection() -> None:
     assert "statement_timeout=10000" in options["options"]
     assert options["pool"]["max_size"] == 8
     assert options["pool"]["max_waiting"] > 0
+
+
+def test_mail_goes_where_the_url_says(tmp_path) -> None:
+    assert email_settings("", var=tmp_path)["EMAIL_FILE_PATH"] == str(tmp_path / "mail")
+    smtp = email_settings("smtp://us%40er:p%2Fw@mx.example.org", var=tmp_path)
+    assert (smtp["EMAIL_HOST"], smtp["EMAIL_PORT"], smtp["EMAIL_HOST_USER"]) == (
+        "mx.example.org",
+        587,
+        "us@er",
+    )
+    assert (smtp["EMAIL_HOST_PASSWORD"], smtp["EMAIL_USE_TLS"], smtp["EMAIL_USE_SSL"]) == ("p/w", True, False)
+    assert email_settings("smtps://mx.example.org", var=tmp_path)["EMAIL_USE_SSL"] is True
+    for wrong in ("mx.example.org:25", "http://mx.example.org", "smtp://"):
+        with pytest.raises(ImproperlyConfigured, match=r"smtp://user:password@host:587"):
+            email_settings(wrong, var=tmp_path)

@@ -12,10 +12,9 @@ from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, Name, ServiceAccountId, TokenId
-from controlplane.errors import NotPermittedError
 from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants.models import ManagementToken, Role, ServiceAccount
-from controlplane.tenants.rights import PERMISSIONS, Permission
+from controlplane.tenants.rights import PERMISSIONS, Permission, cover
 
 router = Router(tags=["service accounts"])
 
@@ -183,9 +182,4 @@ def revoke_token(request: ApiRequest, token_id: TokenId) -> None:
 
 
 def _covers(request: ApiRequest, given: frozenset[Permission], what: str, field: str) -> None:
-    caller = request.caller
-    own = PERMISSIONS[caller.role] if caller.scopes is None else PERMISSIONS[caller.role] & caller.scopes
-    if missing := sorted(given - own):
-        raise NotPermittedError(
-            f"{what} could {', '.join(missing)}, and you could not: give less, or ask an owner", field=field
-        )
+    cover(request.caller.role, request.caller.scopes, given, what=what, field=field)

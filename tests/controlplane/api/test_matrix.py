@@ -25,6 +25,9 @@ BODIES: dict[str, Any] = {
     "set_project_limits": {"rpm": 5},
     "change_member": {"role": "viewer"},
     "remove_member": None,
+    "create_invitation": {"email": "new@example.org", "role": "viewer"},
+    "resend_invitation": None,
+    "revoke_invitation": None,
     "create_service_account": {"name": "robot", "role": "viewer"},
     "delete_service_account": None,
     "create_token": {"name": "t"},
@@ -43,6 +46,8 @@ READS = {
     "get_project",
     "list_members",
     "get_member",
+    "list_invitations",
+    "get_invitation",
     "list_service_accounts",
     "get_service_account",
     "list_tokens",
@@ -75,6 +80,7 @@ class Acme:
 
     def __init__(self, world: World) -> None:
         from controlplane.deployments import services as deployments
+        from controlplane.identity import invitations
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
 
@@ -98,18 +104,22 @@ class Acme:
             member = next(
                 m for m in selectors.members(organization_id=organization_id) if m.user_id == world.bob.id
             )
+        invitation = invitations.invite(
+            organization_id=organization_id, email="guest@example.org", role=Role.VIEWER
+        )
         booked = book_usage(world, key_id=key.id, model="served")
         self.ids = {
             "request_id": f"req_{booked.request_id.hex}",
             "project_id": f"prj_{world.project.id.hex}",
             "member_id": f"mem_{member.id.hex}",
+            "invitation_id": f"inv_{invitation.id.hex}",
             "account_id": f"svc_{account.id.hex}",
             "token_id": f"tok_{token.id.hex}",
             "key_id": f"key_{key.id.hex}",
             "deployment_id": f"dep_{deployment.id.hex}",
             "version_id": f"mdl_{version.id.hex}",
         }
-        self.secrets = ["served", "program", "robot zero", *self.ids.values()]
+        self.secrets = ["served", "guest@example.org", "program", "robot zero", *self.ids.values()]
 
     def path(self, template: str) -> str:
         return re.sub(r"\{(\w+)\}", lambda m: self.ids[m[1]], template)

@@ -128,7 +128,7 @@ def test_every_page_keeps_the_rules(
 ) -> None:
     usage_event()
     client: Client = request.getfixturevalue(visitor)
-    paths = ["/", "/deployments", "/keys", "/playground", "/usage", "/nowhere"]
+    paths = ["/", "/deployments", "/keys", "/playground", "/people", "/usage", "/nowhere"]
     if visitor != "stranger":
         paths.append(f"/deployments/{deployment}")
     for path in paths:
