@@ -14,6 +14,7 @@ from django.db import transaction
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
+from controlplane.identity import invitations
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Role
@@ -51,11 +52,17 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "keys/<str:key>/revoke": (Row("GET", Permission.KEYS_WRITE), Row("POST", Permission.KEYS_WRITE)),
     "playground": (Row(),),
     "playground/key": (Row("POST", Permission.MODELS_USE, {"deployment": "{deployment}"}),),
+    "people": (Row("GET", Permission.MEMBERS_READ),),
+    "people/invite": (
+        Row("POST", Permission.MEMBERS_WRITE, {"email": "second-guest@example.com", "role": "viewer"}),
+    ),
+    "people/invitations/<str:invitation>/resend": (Row("POST", Permission.MEMBERS_WRITE),),
+    "people/invitations/<str:invitation>/revoke": (Row("POST", Permission.MEMBERS_WRITE),),
     "usage": (Row(),),
     "usage.csv": (Row(),),
 }
 # For people nobody knows yet, or without a tenant: nothing of any tenant may be in the answer, whoever asks.
-OPEN = {"login", "logout", "internal/enrol"}
+OPEN = {"login", "logout", "internal/enrol", "invitations/<str:token>"}
 
 
 def patterns() -> list[str]:
@@ -85,7 +92,11 @@ class Acme:
         self.booked = book_usage(
             world, key_id=self.key.id, deployment_id=self.deployment.id, model="acme-secret-model"
         )
+        self.invitation = invitations.invite(
+            organization_id=organization_id, email="acme-secret-guest@example.com", role=Role.VIEWER
+        )
         self.values = {
+            "invitation": str(self.invitation),
             "deployment": str(self.deployment),
             "key": str(self.key),
             "organization": organization_id.hex,
@@ -106,6 +117,7 @@ class Acme:
                     self.deployment.id,
                     self.key.id,
                     self.booked.request_id,
+                    self.invitation.id,
                 )
             ),
             str(organization_id),
@@ -237,6 +249,7 @@ def test_a_teammate_sees_the_same_pages_as_the_owner(world: World, acme: Acme) -
     for name in (
         "acme-secret-model",
         "acme-secret-key",
+        "acme-secret-guest",
         "Acme Secret Works",
         acme.key.id.hex,
         acme.deployment.id.hex,
