@@ -32,6 +32,7 @@ class Prefix(StrEnum):
     DECISION = "dec"
     REQUEST = "req"
     PRICE_VERSION = "prc"
+    SLO_RULE = "slo"
 
 
 class InvalidIdError(ValueError):

@@ -223,6 +223,7 @@ INSTALLED_APPS = [
     "controlplane.audit.apps.AuditConfig",
     "controlplane.identity.apps.IdentityConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
+    "controlplane.slo.apps.SloConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

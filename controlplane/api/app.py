@@ -18,6 +18,7 @@ from controlplane.api.resources import (
     organization,
     projects,
     service_accounts,
+    slo,
     usage,
 )
 from controlplane.errors import CorralError
@@ -48,6 +49,7 @@ for module in (
     service_accounts,
     keys,
     deployments,
+    slo,
     usage,
     audit,
 ):

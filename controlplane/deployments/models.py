@@ -80,10 +80,23 @@ class SloClass(models.Model):
     )
     ttft_ms = models.PositiveIntegerField(help_text="target time to the first token")
     itl_ms = models.PositiveIntegerField(help_text="target time between tokens")
-    deadline_s = models.PositiveIntegerField(help_text="a request that has not ended by then is given up")
+    deadline_s = models.PositiveIntegerField(help_text="target time to the last token")
+    objective_ppm = models.PositiveIntegerField(
+        default=990_000,
+        db_default=990_000,
+        help_text="millionths of the requests that must meet all targets",
+    )
 
     def __str__(self) -> str:
         return self.name
+
+
+class Admission(models.TextChoices):
+    """When a request is refused although its limits allow it."""
+
+    AUTO = "auto"  # as its class: predicted where somebody waits for the first word, else bounded
+    PREDICTED = "predicted"  # when its target would probably be missed
+    BOUNDED = "bounded"  # when the queue is full
 
 
 class Phase(models.TextChoices):
@@ -140,6 +153,13 @@ class Deployment(models.Model):
         db_default=2_000,
         help_text="prompt tokens by which a flow may get ahead so that a request goes where its prompt is cached",
     )
+    admission = models.CharField(
+        max_length=10,
+        choices=Admission.choices,
+        default=Admission.AUTO,
+        db_default=Admission.AUTO.value,
+        help_text="when a request is refused although its limits allow it",
+    )
     price_version = models.ForeignKey("billing.PriceVersion", on_delete=models.PROTECT, related_name="+")
     phase = models.CharField(max_length=16, choices=Phase.choices, default=Phase.PENDING)
     last_error = models.CharField(max_length=500, blank=True)
@@ -171,6 +191,9 @@ class Deployment(models.Model):
             ),
             models.CheckConstraint(
                 condition=Q(locality_window_tokens__lte=MAX_WINDOW_TOKENS), name="deployment_window_in_range"
+            ),
+            models.CheckConstraint(
+                condition=Q(admission__in=Admission.values), name="deployment_admission_known"
             ),
         ]
         indexes: ClassVar[list[models.Index]] = [

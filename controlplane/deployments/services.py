@@ -15,6 +15,7 @@ from billing.prices import DEFAULT_PRICE, price_in_force
 from controlplane.deployments import selectors, sharing
 from controlplane.deployments.models import (
     MAX_WINDOW_TOKENS,
+    Admission,
     Deployment,
     ModelSource,
     ModelVersion,
@@ -46,6 +47,7 @@ class Change:
     slo_class: str | None = None
     queue_order: str | None = None
     locality_window_tokens: int | None = None
+    admission: str | None = None
     engine_profile: Mapping[str, object] | None = None  # replaces the whole profile
     model_version_id: UUID | None = None
     price: str | None = None  # name of a price; its version now in force is taken
@@ -109,6 +111,7 @@ def create_deployment(
     slo_class: str = "interactive",
     queue_order: str = QueueOrder.EDF,
     locality_window_tokens: int = 2_000,
+    admission: str = Admission.AUTO,
     price: str = DEFAULT_PRICE,
 ) -> Deployment:
     """Serve a model version under `name` in this cell.
@@ -130,6 +133,7 @@ def create_deployment(
             slo_class=_slo_class(slo_class),
             queue_order=_queue_order(queue_order),
             locality_window_tokens=locality_window_tokens,
+            admission=_admission(admission),
             price_version=price_in_force(organization_id=organization_id, at=timezone.now(), name=price),
         )
         _check(deployment)
@@ -155,6 +159,7 @@ def ensure_deployment(
     slo_class: str | None = None,
     queue_order: str | None = None,
     locality_window_tokens: int | None = None,
+    admission: str | None = None,
 ) -> Deployment:
     """The deployment of this name, created if missing and changed only where it differs. May run twice.
 
@@ -181,6 +186,7 @@ def ensure_deployment(
                 slo_class=slo_class or "interactive",
                 queue_order=queue_order or QueueOrder.EDF,
                 locality_window_tokens=2_000 if locality_window_tokens is None else locality_window_tokens,
+                admission=admission or Admission.AUTO,
             )
         return update_deployment(
             organization_id=organization_id,
@@ -194,6 +200,7 @@ def ensure_deployment(
                 slo_class=slo_class,
                 queue_order=queue_order,
                 locality_window_tokens=locality_window_tokens,
+                admission=admission,
             ),
         )
 
@@ -254,6 +261,8 @@ def _apply(deployment: Deployment, change: Change) -> None:
             setattr(deployment, name, value)
     if change.queue_order is not None:
         deployment.queue_order = _queue_order(change.queue_order)
+    if change.admission is not None:
+        deployment.admission = _admission(change.admission)
     if change.slo_class is not None:
         deployment.slo_class = _slo_class(change.slo_class)
     if change.model_version_id is not None:
@@ -277,6 +286,7 @@ def _wanted(deployment: Deployment) -> dict[str, object]:
         "slo_class_id",
         "queue_order",
         "locality_window_tokens",
+        "admission",
         "engine_profile",
         "model_version_id",
         "price_version_id",
@@ -318,6 +328,14 @@ def _queue_order(name: str) -> str:
             f"queue_order={name!r}: choose one of {', '.join(QueueOrder)}", field="queue_order"
         )
     return QueueOrder(name).value
+
+
+def _admission(name: str) -> str:
+    if name not in Admission.values:
+        raise InvalidInputError(
+            f"admission={name!r}: choose one of {', '.join(Admission.values)}", field="admission"
+        )
+    return Admission(name).value
 
 
 def _check(deployment: Deployment) -> None:

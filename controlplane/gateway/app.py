@@ -43,7 +43,9 @@ _GENERATE: Final = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": En
 _MODEL_PREFIX: Final = "/v1/models/"
 _EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
-_CORS_REQUEST_HEADERS: Final = b"authorization, content-type, x-api-key, last-event-id, idempotency-key"
+_CORS_REQUEST_HEADERS: Final = (
+    b"authorization, content-type, x-api-key, last-event-id, idempotency-key, x-corral-slo-class"
+)
 _CORS_EXPOSED: Final = b", ".join(
     (
         b"x-request-id, retry-after, retry-after-ms, x-corral-limit, x-corral-scope, x-corral-resumed",
@@ -140,7 +142,16 @@ class GatewayApp:
                 return
             body = await read_body(headers, receive, self._config.max_body_bytes)
             await self._generator.serve(
-                endpoint, outcome.key, request_id, body, receive, send, own, outcome, called_before
+                endpoint,
+                outcome.key,
+                request_id,
+                body,
+                receive,
+                send,
+                own,
+                outcome,
+                called_before,
+                headers.slo_class,
             )
         except ApiError as error:
             outcome.status, outcome.code = error.status, error.code

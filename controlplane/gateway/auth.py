@@ -11,18 +11,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from billing.money import Rates
-from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory, KeyRecord, LeaseRow, Limits
+from controlplane.gateway.directory import (
+    DeploymentRow,
+    DirectoryUnavailable,
+    KeyDirectory,
+    KeyRecord,
+    LeaseRow,
+    Limits,
+    SloBook,
+)
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
+from controlplane.policy.promises import CLASSES, Promise, Rule, promises
 from controlplane.policy.shares import scaled
 from controlplane.tenants import api_keys
 
 _MAX_HEADER = 256  # a key has 63 characters
 _UNLEASED_S = 1.0  # how long a cell without a lease does not ask again for the same key
+_PREDICTS = {"predicted": True, "bounded": False}
 _MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
 
 
@@ -35,12 +45,14 @@ class Deployment:
     context_tokens: int
     price_version: str
     rates: Rates
-    band: int
-    ttft_ms: int
-    itl_ms: int
+    promise: Promise
+    own_class: str  # the deployment's own, whatever the default here is
+    predicts: bool | None  # refuses by prediction: always, never, or as the class does (None)
     queue_order: QueueOrder
     window: int  # of fairness, in counter units: within it a request may go where its prompt is cached
     created_at_s: int
+    # The same for each service class that a request may name, with its promise and price.
+    classes: dict[str, Deployment] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +93,10 @@ def context_of(record: KeyRecord) -> KeyContext:
     )
     is_limited = any(limit >= 0 for _, _, limits in scopes for limit in limits)
     weights = (key.weight, project.weight, organization.weight)
+    classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
+    rules = tuple(each.rule() for each in record.slo.rules)
     deployments = {
-        row.name: Deployment(
-            id=row.id,
-            name=row.name,
-            context_tokens=row.max_model_len,
-            price_version=row.price.version,
-            rates=row.price.rates(),
-            band=row.slo.band,
-            ttft_ms=row.slo.ttft_ms,
-            itl_ms=row.slo.itl_ms,
-            queue_order=row.queue_order,
-            window=row.locality_window_tokens * TOKEN,
-            created_at_s=row.created_at_ms // 1000,
-        )
-        for row in record.deployments
+        row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments
     }
     return KeyContext(
         key=key.id,
@@ -117,6 +118,32 @@ def context_of(record: KeyRecord) -> KeyContext:
         lease_ms=lease.left_ms if lease is not None and is_limited else None,
         unleased=lease is not None and is_limited and lease.left_ms <= 0,
     )
+
+
+def _deployment(
+    row: DeploymentRow, key: str, classes: tuple[Promise, ...], rules: tuple[Rule, ...], book: SloBook
+) -> Deployment:
+    promise, allowed = promises(row.slo.promise(), row.id, key, classes, rules)
+    prices = book.prices.get(row.id, {})
+    each = {
+        name: Deployment(
+            id=row.id,
+            name=row.name,
+            context_tokens=row.max_model_len,
+            price_version=(price := prices.get(name, row.price)).version,
+            rates=price.rates(),
+            promise=promised,
+            own_class=row.slo.name,
+            predicts=_PREDICTS.get(book.admission.get(row.id, "")),
+            queue_order=row.queue_order,
+            window=row.locality_window_tokens * TOKEN,
+            created_at_s=row.created_at_ms // 1000,
+        )
+        for name, promised in allowed.items()
+    }
+    for one in each.values():
+        one.classes.update(each)
+    return each[promise.name]
 
 
 def _part(limits: Limits, scope: str, lease: LeaseRow | None) -> Limits:

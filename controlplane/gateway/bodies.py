@@ -58,6 +58,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     user: _Label | None = None
+    service_tier: str | None = None
     # Common extensions.
     top_k: Annotated[int, Meta(ge=-1, le=1_000_000)] | None = None
     min_p: _Unit | None = None
@@ -78,7 +79,6 @@ class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     # Accepted at their neutral values only: see UNSUPPORTED in schemas.py.
-    service_tier: str | None = None
     store: bool | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None

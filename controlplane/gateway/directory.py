@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from billing.money import Nano, NanoPerMillion, Rates
 from controlplane.policy.ordering import QueueOrder
+from controlplane.policy.promises import Promise, Rule
 from workers.keys import DEFAULT_CELL
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,43 @@ class PriceRow(msgspec.Struct, frozen=True):
 
 
 class SloRow(msgspec.Struct, frozen=True):
+    """A service class."""
+
     band: int = 0
     ttft_ms: int = 1_000
     itl_ms: int = 100
+    name: str = "interactive"
+    deadline_s: int = 300
+    objective_ppm: int = 990_000
+
+    def promise(self) -> Promise:
+        return Promise(self.name, self.band, self.ttft_ms, self.itl_ms, self.deadline_s, self.objective_ppm)
+
+
+class RuleRow(msgspec.Struct, frozen=True):
+    """What the key's project says of a class."""
+
+    slo_class: str
+    deployment: str = ""
+    key: str = ""
+    is_default: bool = False
+    ttft_ms: int | None = None
+    itl_ms: int | None = None
+    deadline_s: int | None = None
+    objective_ppm: int | None = None
+
+    def rule(self) -> Rule:
+        return Rule(*(getattr(self, name) for name in self.__struct_fields__))
+
+
+class SloBook(msgspec.Struct, frozen=True):
+    """All classes, the rules of the key's project, deployments that do not refuse as their class does, and what their
+    classes cost where that differs: deployment -> class -> price."""
+
+    classes: tuple[SloRow, ...] = ()
+    rules: tuple[RuleRow, ...] = ()
+    admission: dict[str, str] = {}
+    prices: dict[str, dict[str, PriceRow]] = {}
 
 
 class DeploymentRow(msgspec.Struct, frozen=True):
@@ -108,7 +143,7 @@ class LeaseRow(msgspec.Struct, frozen=True):
 
 
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup_in: one key with everything a request under it needs."""
+    """Answer of corral_key_lookup_slo: one key with everything a request under it needs."""
 
     key: KeyRow
     project: ProjectRow
@@ -116,6 +151,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     deployments: tuple[DeploymentRow, ...] = ()
     # None: this is the only cell, and the limits are all its own.
     lease: LeaseRow | None = None
+    slo: SloBook = SloBook()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -188,7 +224,7 @@ class PgDirectory:
     async def find(self, lookup: str) -> KeyRecord | None:
         if not self.up:  # the change feed asks again every half second and lifts this
             raise DirectoryUnavailable
-        found = await self._ask("SELECT corral_key_lookup_in(%s, %s)", lookup, self._cell)
+        found = await self._ask("SELECT corral_key_lookup_slo(%s, %s)", lookup, self._cell)
         return None if found is None else msgspec.convert(found, KeyRecord)
 
     async def changes(self, watermark: str | None) -> Changes:

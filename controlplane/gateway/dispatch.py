@@ -15,16 +15,16 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.batches import Admissions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
-from controlplane.gateway.errors import ApiError, Headers, unavailable
+from controlplane.gateway.errors import ApiError, Headers, bad_request, unavailable
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.placements import Placements
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Stream
 from controlplane.policy import admission, estimate, prefix
-from controlplane.policy.fairness import FLEX_BAND
 from controlplane.policy.lengths import likely
 from controlplane.policy.ordering import QueueOrder, order_key, predicted_ms
+from controlplane.policy.promises import best
 from controlplane.policy.routing import Ask
 from controlplane.prediction.lengths.model import LengthModel
 from workers import contract, scripts
@@ -84,6 +84,8 @@ class Dispatcher:
         """A stream for the request, known to the inbox before anything is sent, because frames may be
         quick. With `origin` it continues that one, and only the rest is held."""
         raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
+        if request.tier is not None or request.slo_class is not None:
+            deployment = _chosen(deployment, request)
         calibration = self._ends.calibration(key.organization, deployment.id)
         n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
         hold = admission.hold(
@@ -206,7 +208,8 @@ class Dispatcher:
         self, stream: Stream, request: GenerationRequest, body: bytes, ask: Ask
     ) -> list[Any]:
         key, deployment, hold, origin = stream.key, stream.deployment, stream.hold, stream.origin
-        band = FLEX_BAND if request.is_flex else deployment.band
+        promise = deployment.promise
+        band = promise.band
         envelope = RequestEnvelope(
             id=stream.request,
             org=key.organization,
@@ -251,8 +254,8 @@ class Dispatcher:
                     order_key(
                         deployment.queue_order,
                         stream.admitted_at_ms,
-                        ttft_ms=deployment.ttft_ms,
-                        predicted_ms=predicted_ms(hold.n_prompt, self._likely(stream), deployment.itl_ms),
+                        ttft_ms=promise.ttft_ms,
+                        predicted_ms=predicted_ms(hold.n_prompt, self._likely(stream), promise.itl_ms),
                     ),
                     self._queue_bound,
                     hold.prompt_nano,
@@ -320,6 +323,29 @@ class Dispatcher:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
             ) from error
+
+
+def _chosen(deployment: Deployment, request: GenerationRequest) -> Deployment:
+    """The deployment at the class that the request names, by header or in OpenAI's words. ApiError (400) for one it may
+    not have by name; `priority` is the best it may have."""
+    classes, named = deployment.classes, request.slo_class
+    if named is not None:
+        found = classes.get(named)
+        if found is None:
+            raise bad_request(
+                f"X-Corral-Slo-Class: {named[:40]!r} is none that this model gives to this key; send one of "
+                f"{', '.join(sorted(classes))}, or have a rule made for the class",
+                "X-Corral-Slo-Class",
+                "slo_class_unavailable",
+            )
+        return found
+    if request.tier == "flex":
+        return classes.get("flex", deployment)
+    if request.tier == "priority":
+        return classes[best(each.promise for each in classes.values()).name]
+    if request.tier == "default":
+        return classes[deployment.own_class]
+    return deployment
 
 
 def _refusal(scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -> ApiError:

@@ -66,14 +66,18 @@ class Generator:
         headers: Headers,
         outcome: Outcome,
         asked: Asked | None = None,
+        slo_class: bytes | None = None,
     ) -> None:
-        """Answer one request. `asked`: its headers name an earlier one, or a key for those to come.
+        """Answer one request. `asked`: its headers name an earlier one, or a key for those to come. `slo_class`: they
+        name a service class.
 
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
         request = schemas.parse(endpoint, body)
         deployment = find_deployment(key, request.model)
+        if slo_class is not None:
+            request.slo_class = slo_class[:64].decode("latin-1").strip()
         if asked is None:
             stream = self._dispatcher.open(request_id, key, deployment, request)
         else:

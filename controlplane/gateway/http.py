@@ -28,6 +28,7 @@ class RequestHeaders:
 
     __slots__ = (
         "api_key", "authorization", "content_encoding", "content_length", "idempotency_key", "last_event_id", "origin",
+        "slo_class",
     )  # fmt: skip
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -38,6 +39,7 @@ class RequestHeaders:
         self.content_encoding: bytes | None = None
         self.last_event_id: bytes | None = None
         self.idempotency_key: bytes | None = None
+        self.slo_class: bytes | None = None
         for name, value in headers:
             if name == b"authorization":
                 self.authorization = value
@@ -53,6 +55,8 @@ class RequestHeaders:
                 self.last_event_id = value
             elif name == b"idempotency-key":
                 self.idempotency_key = value
+            elif name == b"x-corral-slo-class":
+                self.slo_class = value
 
 
 async def read_body(headers: RequestHeaders, receive: Receive, limit: int) -> bytes:

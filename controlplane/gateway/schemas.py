@@ -34,7 +34,8 @@ class GenerationRequest(msgspec.Struct, gc=False):
     body: ChatBody | CompletionBody
     stop: tuple[str, ...]
     logprobs: int | None  # alternatives per token; 0 = the chosen one only; None = off
-    is_flex: bool = False  # asks for the band that is served last
+    slo_class: str | None = None  # named by a header
+    tier: str | None = None  # `service_tier`; None, "auto": the default of whoever asks
 
     def prompt_bytes(self) -> bytes:
         """The prompt's text for finding its beginnings again; not what the model reads."""
@@ -95,7 +96,10 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "function_call": ((None, "none", "auto"), "leave it out"),
     "modalities": ((None, ["text"]), 'leave it out or send ["text"]'),
     "audio": ((None,), "leave it out"),
-    "service_tier": ((None, "auto", "default", "flex"), 'leave it out, or send "auto" or "flex"'),
+    "service_tier": (
+        (None, "auto", "default", "flex", "priority"),
+        'leave it out, or send "auto", "default", "flex" or "priority"',
+    ),
     "store": ((None, False), "leave it out: requests and answers are not stored"),
     "reasoning_effort": ((None, "none"), "leave it out"),
     "verbosity": ((None, "medium"), "leave it out"),
@@ -158,7 +162,7 @@ def _request(
         body=body,
         stop=_stops(body.stop),
         logprobs=_logprobs(body),
-        is_flex=isinstance(body, ChatBody) and body.service_tier == "flex",
+        tier=body.service_tier,
     )
 
 

@@ -14,7 +14,7 @@ from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
 from controlplane.deployments import selectors, services
-from controlplane.deployments.models import MAX_WINDOW_TOKENS, Deployment, ModelVersion, Phase
+from controlplane.deployments.models import MAX_WINDOW_TOKENS, Admission, Deployment, ModelVersion, Phase
 from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants.rights import Permission
 
@@ -39,6 +39,7 @@ class DeploymentOut(Schema):
     slo_class: str
     queue_order: QueueOrder
     locality_window_tokens: int
+    admission: Admission = Field(description="When a request is refused although its limits allow it")
     price: str
     phase: Phase
     last_error: str
@@ -59,6 +60,7 @@ class NewDeployment(Body):
     slo_class: _Word = "interactive"
     queue_order: QueueOrder = QueueOrder.EDF
     locality_window_tokens: _Window = 2_000
+    admission: Admission = Admission.AUTO
     price: _Word = "standard"
 
 
@@ -73,6 +75,7 @@ class DeploymentChange(Body):
     slo_class: _Word | None = None
     queue_order: QueueOrder | None = None
     locality_window_tokens: _Window | None = None
+    admission: Admission | None = None
     price: _Word | None = None
 
 
@@ -101,9 +104,10 @@ class SloClassOut(Schema):
 
     name: str
     band: int = Field(description="Order in the fair queue; 0 is served first")
-    ttft_ms: int
-    itl_ms: int
-    deadline_s: int
+    ttft_ms: int = Field(description="Target time to the first token")
+    itl_ms: int = Field(description="Target time between tokens, on average over an answer")
+    deadline_s: int = Field(description="Target time to the last token")
+    objective_ppm: int = Field(description="Millionths of the requests that must meet all targets")
 
 
 class SloClasses(Schema):
@@ -125,6 +129,7 @@ def deployment_out(row: Deployment) -> DeploymentOut:
         slo_class=row.slo_class.name,
         queue_order=QueueOrder(row.queue_order),
         locality_window_tokens=row.locality_window_tokens,
+        admission=Admission(row.admission),
         price=row.price_version.name,
         phase=Phase(row.phase),
         last_error=row.last_error,
@@ -240,6 +245,7 @@ def list_slo_classes(request: ApiRequest) -> SloClasses:
                 ttft_ms=row.ttft_ms,
                 itl_ms=row.itl_ms,
                 deadline_s=row.deadline_s,
+                objective_ppm=row.objective_ppm,
             )
             for row in selectors.slo_classes()
         ]

@@ -29,6 +29,9 @@ class Command(BaseCommand):
         parser.add_argument("--idle-timeout-s", type=int, default=300, metavar="S")
         parser.add_argument("--slo", metavar="CLASS", help="interactive (default), standard, batch or flex")
         parser.add_argument(
+            "--admission", metavar="HOW", help="auto (default: as the class), predicted or bounded"
+        )
+        parser.add_argument(
             "--queue-order", metavar="ORDER", help="of the requests of one key: edf (default), sjf or fcfs"
         )
         parser.add_argument(
@@ -71,6 +74,7 @@ class Command(BaseCommand):
                 max_replicas=options["max_replicas"],
                 idle_timeout_s=options["idle_timeout_s"],
                 slo_class=options["slo"],
+                admission=options["admission"],
                 queue_order=options["queue_order"],
                 locality_window_tokens=options["locality_window_tokens"],
             )

@@ -39,6 +39,8 @@ BODIES: dict[str, Any] = {
     "create_deployment": {"name": "toy"},
     "change_deployment": {"max_replicas": 2},
     "delete_deployment": None,
+    "create_slo_rule": {"slo_class": "batch", "ttft_ms": 5000},
+    "delete_slo_rule": None,
 }
 READS = {
     "get_organization",
@@ -58,6 +60,7 @@ READS = {
     "list_model_versions",
     "get_model_version",
     "list_slo_classes",
+    "list_slo_rules",
     "list_audit",
     "get_usage",
     "list_requests",
@@ -81,6 +84,7 @@ class Acme:
     def __init__(self, world: World) -> None:
         from controlplane.deployments import services as deployments
         from controlplane.identity import invitations
+        from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
 
@@ -107,6 +111,9 @@ class Acme:
         invitation = invitations.invite(
             organization_id=organization_id, email="guest@example.org", role=Role.VIEWER
         )
+        rule = slo.create_rule(
+            organization_id=organization_id, project_id=world.project.id, slo_class="standard"
+        )
         booked = book_usage(world, key_id=key.id, model="served")
         self.ids = {
             "request_id": f"req_{booked.request_id.hex}",
@@ -118,6 +125,7 @@ class Acme:
             "key_id": f"key_{key.id.hex}",
             "deployment_id": f"dep_{deployment.id.hex}",
             "version_id": f"mdl_{version.id.hex}",
+            "rule_id": f"slo_{rule.id.hex}",
         }
         self.secrets = ["served", "guest@example.org", "program", "robot zero", *self.ids.values()]
 
@@ -126,7 +134,7 @@ class Acme:
 
     def body(self, name: str) -> Any:
         body = BODIES.get(name)
-        if name == "create_key":
+        if name in ("create_key", "create_slo_rule"):
             return {**body, "project_id": self.ids["project_id"]}
         if name == "create_deployment":
             return {
@@ -172,7 +180,7 @@ def test_a_stranger_finds_nothing(world: World) -> None:
     acme, stranger = Acme(world), Api(token_of(world.other_organization.id, Role.OWNER))
     for name, method, path, _ in operations():
         response = stranger.call(method, acme.path(path), acme.body(name))
-        if "{" in path or name in ("create_key", "create_deployment"):
+        if "{" in path or name in ("create_key", "create_deployment", "create_slo_rule"):
             assert response.status_code == 404, (name, response.body)
         for secret in acme.secrets:
             assert secret not in response.content.decode().replace(acme.path(path), ""), (name, secret)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from controlplane.gateway.directory import PriceRow, RuleRow, SloBook, SloRow
 from controlplane.policy import prefix
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
@@ -69,12 +70,13 @@ def says(word: str, **fields: Any) -> dict[str, Any]:
     return {**CHAT, "messages": [{"role": "user", "content": word}], **fields}
 
 
-async def send(gw: Running, body: dict[str, Any], key: str = "") -> asyncio.Task[Any]:
+async def send(gw: Running, body: dict[str, Any], key: str = "", **headers: str) -> asyncio.Task[Any]:
     """On its way, and waiting in the queue."""
     n = await gw.redis.zcard(KEYS.queue(DEPLOYMENT))
 
     async def post() -> Any:
-        return await gw.http.post("/v1/chat/completions", json=body, headers=gw.auth(key or None))
+        others = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await gw.http.post("/v1/chat/completions", json=body, headers=gw.auth(key or None) | others)
 
     task = asyncio.ensure_future(post())
 
@@ -97,6 +99,11 @@ def change_deployment(gw: Running, **values: Any) -> None:
         gw.directory.records[lookup] = replace(record, deployments=deployments)
 
 
+def change_book(gw: Running, book: SloBook) -> None:
+    for lookup, record in gw.directory.records.items():
+        gw.directory.records[lookup] = replace(record, slo=book)
+
+
 async def counters(gw: Running) -> dict[str, int]:
     found = await gw.redis.hgetall(V)
     return {name.decode(): int(value) for name, value in found.items()}
@@ -114,10 +121,56 @@ async def test_a_flex_request_waits_behind_all_others(gw: Running, held: Held) -
 
 
 async def test_another_tier_is_refused_by_name(gw: Running) -> None:
-    response = await gw.post(says("a", service_tier="priority"))
+    response = await gw.post(says("a", service_tier="scale"))
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "service_tier")
     assert "flex" in error["message"]
+
+
+async def test_a_request_names_its_class_by_header_where_it_may(gw: Running, held: Held) -> None:
+    """The deployment's class is interactive: those below are everybody's, one that nobody knows is a 400."""
+    await occupy(gw, held)
+    tasks = [
+        await send(gw, says("a"), x_corral_slo_class="batch"),
+        await send(gw, says("b"), x_corral_slo_class="standard"),
+        await send(gw, says("c", service_tier="priority")),
+    ]
+    held.release_all()
+    assert {(await task).status_code for task in tasks} == {200}
+    assert held.order == ["busy", "c", "b", "a"]
+    refused = await gw.post(says("a"), **{"x-corral-slo-class": "gold"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "slo_class_unavailable")
+    assert "batch, flex, interactive, standard" in error["message"]
+
+
+async def test_a_rule_sets_the_default_and_grants_what_is_above(gw: Running, held: Held) -> None:
+    """The deployment's class is batch; by rule the key's requests are standard, and nothing makes them interactive."""
+    change_deployment(gw, slo=SloRow(2, 600_000, 2_000, "batch"))
+    change_book(gw, SloBook(rules=(RuleRow("standard", is_default=True, ttft_ms=7_000),)))
+    seen = gw.gateway.key_cache
+    key = await seen.authenticate(f"Bearer {gw.key}".encode(), None)
+    (served,) = key.deployments.values()
+    assert (served.promise.name, served.promise.ttft_ms, served.own_class) == ("standard", 7_000, "batch")
+    assert sorted(served.classes) == ["batch", "flex", "standard"]
+    refused = await gw.post(says("a"), **{"x-corral-slo-class": "interactive"})
+    assert refused.status_code == 400
+    await occupy(gw, held)
+    tasks = [await send(gw, says("a", service_tier="default")), await send(gw, says("b"))]
+    tasks.append(await send(gw, says("c", service_tier="priority")))
+    held.release_all()
+    assert {(await task).status_code for task in tasks} == {200}
+    assert sorted(held.order[1:3]) == ["b", "c"], held.order
+    assert held.order[3] == "a"
+
+
+async def test_a_class_with_a_price_of_its_own_is_charged_at_it(gw: Running, held: Held) -> None:
+    cheap = PriceRow("e" * 32, 100_000, 50_000, 200_000)
+    change_book(gw, SloBook(prices={DEPLOYMENT: {"flex": cheap}}))
+    held.release_all()
+    assert (await gw.post(says("a"))).status_code == 200
+    assert (await gw.post(says("b", service_tier="flex"))).status_code == 200
+    assert [job.envelope.price_version for job in held.machine.jobs] == ["c" * 32, "e" * 32]
 
 
 async def test_tenants_take_turns_whoever_came_first(gw: Running, held: Held) -> None:

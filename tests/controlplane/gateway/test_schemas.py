@@ -90,7 +90,7 @@ def refusal(body: Any, endpoint: Endpoint = Endpoint.CHAT) -> ApiError:
         (chat(logprobs=3), "logprobs", "invalid_type"),
         (chat(modalities=["audio"]), "modalities", "unsupported_parameter"),
         (chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
-        (chat(service_tier="priority"), "service_tier", "unsupported_parameter"),
+        (chat(service_tier="scale"), "service_tier", "unsupported_parameter"),
         (chat(store=True), "store", "unsupported_parameter"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else str(value),

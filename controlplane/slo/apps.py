@@ -1,0 +1,8 @@
+"""Django registration of controlplane.slo."""
+
+from django.apps import AppConfig
+
+
+class SloConfig(AppConfig):
+    name = "controlplane.slo"
+    label = "slo"
