@@ -69,6 +69,12 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "operations.advance": {"task": "operations.advance", "schedule": 1.0, "options": {"expires": 5.0}},
+        "operations.forget": {
+            "task": "operations.forget",
+            "schedule": 3600.0,
+            "options": {"expires": 3600.0},
+        },
         "tenants.lease_shares": {
             "task": "tenants.lease_shares",
             "schedule": 10.0,
@@ -92,7 +98,9 @@ app.conf.update(
         },
     },
 )
-app.autodiscover_tasks(["autoscaler", "billing", "controlplane.audit", "controlplane.tenants"])
+app.autodiscover_tasks(
+    ["autoscaler", "billing", "controlplane.audit", "controlplane.operations", "controlplane.tenants"]
+)
 app.steps["worker"].add(WatcherStep)
 
 

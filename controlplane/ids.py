@@ -33,6 +33,8 @@ class Prefix(StrEnum):
     REQUEST = "req"
     PRICE_VERSION = "prc"
     SLO_RULE = "slo"
+    OPERATION = "opn"
+    GRANT = "grt"
 
 
 class InvalidIdError(ValueError):

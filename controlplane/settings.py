@@ -224,6 +224,7 @@ INSTALLED_APPS = [
     "controlplane.identity.apps.IdentityConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
     "controlplane.slo.apps.SloConfig",
+    "controlplane.operations.apps.OperationsConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",
