@@ -38,6 +38,9 @@ class AutoscalerConfig:
     lease_s: float = 10.0  # a tick takes milliseconds; after a crash this long nobody ticks
     heartbeat_stale_s: float = 2.0  # four beats missed
     decision_days: float = 7.0
+    suspension_grace_s: float = (
+        300.0  # a suspended tenant's replicas end after it: what was admitted may finish
+    )
     # Load is foretold so far ahead, with a calibrated reserve (policy/forecast.py): what a start takes from the order
     # to the first token. 0, no forecast, where that is seconds, as on the local stack.
     forecast_lead_s: float = 0.0
@@ -55,6 +58,7 @@ class AutoscalerConfig:
             ("lease_s", 1, 600),
             ("heartbeat_stale_s", 0.5, 600),
             ("decision_days", 0.01, 3650),
+            ("suspension_grace_s", 0, 30 * 24 * 3600),
             ("forecast_lead_s", 0, 3600),
         ):
             value = getattr(self, name)

@@ -1,6 +1,7 @@
 """From a deployment's row to what the policy scales by and what an agent is told to run.
 
-Called by observe, act and reconcile. Reads no database: the deployment comes with its model version loaded.
+Called by tick, observe, act and reconcile. Reads no database: the deployment comes with its model version and, for
+`scaler_spec`, its organization loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from workers.contract import ReplicaSpec
 
 def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
     """The owner's wishes and the pool's limits, as the policy takes them."""
+    suspended_at = deployment.organization.suspended_at
     return ScalerSpec(
         generation=deployment.generation,
         min_replicas=deployment.min_replicas,
@@ -29,6 +31,8 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
         idle_timeout_s=float(deployment.idle_timeout_s),
         slots=slots(deployment),
         deleted=deployment.deleted_at is not None,
+        suspended_at_s=None if suspended_at is None else suspended_at.timestamp(),
+        suspension_grace_s=config.suspension_grace_s,
         max_machines=config.max_machines,
         machine_timeout_s=config.machine_pending_timeout_s,
         lead_s=config.forecast_lead_s,

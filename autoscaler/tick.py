@@ -76,7 +76,9 @@ def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> Tick
 
     `now` is for tests that walk a clock; the lease always runs on the real one.
     """
-    deployment = Deployment.objects.select_related("model_version").filter(id=deployment_id).first()
+    deployment = (
+        Deployment.objects.select_related("model_version", "organization").filter(id=deployment_id).first()
+    )
     if deployment is None or deployment.cell != house.cell.keys.cell:
         return TickResult()
     lease = _Lease.take(deployment, house.config)

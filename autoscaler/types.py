@@ -111,6 +111,9 @@ class ScalerSpec:
     idle_timeout_s: float
     slots: int  # requests a replica runs at once
     deleted: bool = False
+    # Its owner is suspended since then: nothing new is started, and after the grace nothing is kept.
+    suspended_at_s: float | None = None
+    suspension_grace_s: float = 300.0
 
     # However far latency shrinks the slots of replicas, scaling reckons with this share of the profile's at least: what
     # slows them may be the host they share, and more of them would slow them further.

@@ -225,6 +225,7 @@ INSTALLED_APPS = [
     "controlplane.deployments.apps.DeploymentsConfig",
     "controlplane.slo.apps.SloConfig",
     "controlplane.operations.apps.OperationsConfig",
+    "controlplane.lifecycle.apps.LifecycleConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

@@ -48,7 +48,8 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     outdated = tuple(r for r in present if r.outdated or r.id in leaving_soon)
 
     surplus = retire.surplus(current, len(current) - want.n, "surplus: " + want.reasons[-1])
-    n_missing = max(want.n - len(current), 0)
+    # A suspended tenant gets nothing new, not even a successor of what is replaced.
+    n_missing = max(want.n - len(current), 0) if spec.suspended_at_s is None else 0
     replica_gate = gate(observation.failures, observation.last_good_at_s, spec)
     machine_gate = gate(observation.machine_failures, observation.last_machine_good_at_s, spec)
     placement, no_room = _place(n_missing, observation, spec, replica_gate, machine_gate, reasons)

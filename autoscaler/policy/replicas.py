@@ -30,6 +30,10 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
 
     if spec.deleted:
         return Wish(0, memory, ("the deployment is deleted: no replica is wanted",))
+    if spec.suspended_at_s is not None and now_s - spec.suspended_at_s >= spec.suspension_grace_s:
+        return Wish(
+            0, memory, ("its organization is suspended, and the grace is over: no replica is wanted",)
+        )
     ahead, memory = _look_ahead(observation, known, spec, memory, slots)
     n, reason, memory = _from_load(observation, spec, memory, n_live, slots, ahead)
     if n_live == 0 and known > 0:
@@ -41,6 +45,9 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
     bounded = min(max(n, spec.min_replicas), spec.max_replicas)
     if bounded != n:
         reason += f"; bounds {spec.min_replicas} to {spec.max_replicas} make {n} into {bounded}"
+    if spec.suspended_at_s is not None:
+        bounded = min(n, spec.max_replicas, n_live)
+        reason += f"; its organization is suspended: nothing new, {bounded} may go on"
     return Wish(bounded, memory, (reason,))
 
 

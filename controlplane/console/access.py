@@ -19,6 +19,7 @@ from django.utils.cache import add_never_cache_headers
 
 from controlplane.console.pages import error_page
 from controlplane.errors import CorralError, SuspendedError
+from controlplane.lifecycle.suspension import reason_of
 from controlplane.tenants.context import current_tenant
 from controlplane.tenants.middleware import TenantRequest
 from controlplane.tenants.models import User
@@ -30,10 +31,11 @@ View = Callable[Concatenate["MemberRequest", P], HttpResponse]
 
 
 class MemberRequest(TenantRequest):
-    """A request of a signed-in user who acts under a membership."""
+    """A request of a signed-in user who acts under a membership. `suspension`: why its organization is, if it is."""
 
     user: User
     membership: Membership
+    suspension: str
 
 
 def member_page(
@@ -77,11 +79,14 @@ def _answer(
     try:
         for permission in (Permission.ORGANIZATION_READ, *permissions):
             require(request.membership.role, permission)
-        if request.membership.suspended_at and request.method not in ("GET", "HEAD") and not while_suspended:
-            raise SuspendedError(
-                "this organization is suspended: nothing can be changed. Contact the operator"
-            )
-        return view(cast(MemberRequest, request), *args, **kwargs)
+        found = cast(MemberRequest, request)
+        if found.membership.suspended_at:
+            if request.method not in ("GET", "HEAD") and not while_suspended:
+                raise SuspendedError(
+                    "this organization is suspended: nothing can be changed. Contact the operator"
+                )
+            found.suspension = reason_of(organization_id=found.membership.organization_id)
+        return view(found, *args, **kwargs)
     except CorralError as error:
         if current_tenant() is not None:
             transaction.set_rollback(True)  # answered with a page, so nobody else will undo its writes

@@ -104,10 +104,16 @@ def update_organization(
 
 
 def suspend_organization(*, organization_id: UUID, suspended: bool) -> Organization:
-    """Stop (or allow again) everything the organization's keys do. Running requests end as they would."""
+    """Stop (or allow again) everything the organization's keys do; lifecycle/suspension.py does the rest.
+
+    Running requests end as they would.
+    """
     with tenant(organization_id):
         organization = selectors.organization(organization_id=organization_id)
-        organization.suspended_at = clock.now() if suspended else None
+        if suspended:
+            organization.suspended_at = organization.suspended_at or clock.now()
+        else:
+            organization.suspended_at = None
         organization.save(update_fields=["suspended_at", "updated_at"])
         invalidation.publish_after_commit(invalidation.organization_ref(organization_id))
     log.info("organization.suspended", organization=organization_id.hex, suspended=suspended)

@@ -257,6 +257,16 @@ def test_a_deleted_deployment_loses_its_replicas(scaling: Scaling) -> None:
     assert scaling.house.cell.read_desired(replica.machine_id.hex) == {"generation": False}
 
 
+def test_a_suspended_tenant_loses_its_replicas_after_the_grace(scaling: Scaling) -> None:
+    scaling.serving()
+    tenant_row = scaling.deployment.organization
+    grace = timedelta(seconds=scaling.house.config.suspension_grace_s)
+    for since, phase in ((timedelta(0), ReplicaPhase.READY), (grace, ReplicaPhase.DRAINING)):
+        type(tenant_row).objects.filter(id=tenant_row.id).update(suspended_at=timezone.now() - since)
+        scaling.tick()
+        assert scaling.replica().phase == phase
+
+
 def test_a_new_engine_profile_replaces_the_replica_and_a_new_bound_does_not(scaling: Scaling) -> None:
     first = scaling.serving()
     scaling.change(max_replicas=2)

@@ -178,6 +178,26 @@ def test_deleted_means_none() -> None:
     assert decision.status.code == "deployment_deleted"
 
 
+def test_a_suspended_tenant_gets_nothing_new_and_keeps_nothing_after_the_grace() -> None:
+    scene = Scene(
+        spec=spec(suspended_at_s=T0, suspension_grace_s=60.0, min_replicas=2),
+        n_queued=50,
+        replicas=(replica("r1", used=5),),
+        machines=(machine(),),
+    )
+    assert scene.tick_for(55).commands == ()
+    decision = scene.tick(10)
+    assert kinds(decision) == ["drain_replica"]
+    assert "suspended" in decision.reasons[0]
+
+
+def test_a_suspended_tenant_at_zero_wakes_nothing_and_replaces_nothing() -> None:
+    suspended = spec(suspended_at_s=T0, min_replicas=1)
+    assert Scene(spec=suspended, n_queued=5, machines=()).tick_for(30).commands == ()
+    outdated = Scene(spec=suspended, replicas=(replica("r1", outdated=True),), machines=(machine(),))
+    assert outdated.tick_for(30).commands == ()
+
+
 def test_bounds_out_of_range_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="max_replicas = 1 is out of range"):
         spec(min_replicas=2, max_replicas=1)
