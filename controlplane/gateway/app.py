@@ -17,7 +17,7 @@ import uuid_utils
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from controlplane.gateway import ratelimits
-from controlplane.gateway.auth import Deployment, KeyCache
+from controlplane.gateway.auth import Deployment, KeyCache, KeyContext
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request, unavailable
 from controlplane.gateway.generate import Generator, Outcome, find_deployment
@@ -35,11 +35,13 @@ from controlplane.gateway.identity import asked, parse_request_id
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
 from controlplane.gateway.stream import Resumed
+from controlplane.tenants.key_scopes import Route
 from workers.contract import Endpoint
 
 log = logging.getLogger(__name__)
 
 _GENERATE: Final = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": Endpoint.COMPLETIONS}
+_ROUTES: Final = {Endpoint.CHAT: Route.CHAT, Endpoint.COMPLETIONS: Route.COMPLETIONS, None: Route.REQUESTS}
 _MODEL_PREFIX: Final = "/v1/models/"
 _EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
@@ -55,7 +57,7 @@ _CORS_EXPOSED: Final = b", ".join(
 _CORS_MAX_AGE_S: Final = b"600"
 _encode = msgspec.json.Encoder().encode
 
-_View = Callable[[RequestHeaders], Awaitable[tuple[int, bytes, bytes]]]  # status, body, content type
+_View = Callable[[Scope, RequestHeaders], Awaitable[tuple[int, bytes, bytes]]]  # status, body, content type
 
 
 class GatewayApp:
@@ -103,18 +105,19 @@ class GatewayApp:
         path, method = scope["path"], scope["method"]
         endpoint = _GENERATE.get(path)
         if endpoint is not None and method == "POST":
-            await self._generate(endpoint, request_id, headers, receive, send, own)
+            await self._generate(endpoint, request_id, scope, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
             await self._preflight(send, own)
         elif method == "GET" and (events := _EVENTS.match(path)) is not None:
-            await self._generate(None, request_id, headers, receive, send, own, events[1])
+            await self._generate(None, request_id, scope, headers, receive, send, own, events[1])
         else:
-            await self._show(path, method, headers, send, own)
+            await self._show(scope, headers, send, own)
 
     async def _generate(
         self,
         endpoint: Endpoint | None,
         request_id: str,
+        scope: Scope,
         headers: RequestHeaders,
         receive: Receive,
         send: Send,
@@ -130,7 +133,9 @@ class GatewayApp:
                 raise unavailable(
                     "gateway_overloaded", "too many requests are under way here: try again shortly"
                 )
-            outcome.key = await self._keys.authenticate(headers.authorization, headers.api_key)
+            key = outcome.key = await self._keys.authenticate(headers.authorization, headers.api_key)
+            if key.bounds is not None:
+                key.bounds.check(_ROUTES[endpoint], scope, self._config.trusted_proxies)
             called_before = None
             if headers.last_event_id is not None or headers.idempotency_key is not None:
                 called_before = asked(headers.last_event_id, headers.idempotency_key)
@@ -138,12 +143,12 @@ class GatewayApp:
                 request = parse_request_id(followed)
                 if request is None:
                     raise bad_request("the path must name a request: /v1/requests/req_.../events", "request")
-                await self._generator.follow(outcome.key, request, called_before, receive, send, own, outcome)
+                await self._generator.follow(key, request, called_before, receive, send, own, outcome)
                 return
             body = await read_body(headers, receive, self._config.max_body_bytes)
             await self._generator.serve(
                 endpoint,
-                outcome.key,
+                key,
                 request_id,
                 body,
                 receive,
@@ -180,8 +185,9 @@ class GatewayApp:
             self.n_in_flight -= 1
             self._record(endpoint, request_id, outcome, time.monotonic() - started_at)
 
-    async def _show(self, path: str, method: str, headers: RequestHeaders, send: Send, own: Headers) -> None:
+    async def _show(self, scope: Scope, headers: RequestHeaders, send: Send, own: Headers) -> None:
         """Everything that only reads."""
+        path, method = scope["path"], scope["method"]
         try:
             allowed = self._allowed(path)
             if not allowed:
@@ -196,9 +202,9 @@ class GatewayApp:
                     headers=((b"allow", ", ".join(allowed).encode()),),
                 )
             if path.startswith(_MODEL_PREFIX):
-                status, body, kind = await self._model(headers, path.removeprefix(_MODEL_PREFIX))
+                status, body, kind = await self._model(scope, headers, path.removeprefix(_MODEL_PREFIX))
             else:
-                status, body, kind = await self._views[path](headers)
+                status, body, kind = await self._views[path](scope, headers)
         except ApiError as error:
             await self._refuse(send, error, own, head_only=method == "HEAD")
             return
@@ -215,25 +221,32 @@ class GatewayApp:
             return ("GET", "HEAD")
         return ()
 
-    async def _models(self, headers: RequestHeaders) -> tuple[int, bytes, bytes]:
-        key = await self._keys.authenticate(headers.authorization, headers.api_key)
-        models = [_model_object(d) for d in sorted(key.deployments.values(), key=lambda d: d.name)]
+    async def _models(self, scope: Scope, headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+        key = await self._reader(scope, headers)
+        models = [_model_object(name, key.deployments[name]) for name in sorted(key.deployments)]
         return 200, _encode({"object": "list", "data": models}), JSON[1]
 
-    async def _model(self, headers: RequestHeaders, name: str) -> tuple[int, bytes, bytes]:
-        key = await self._keys.authenticate(headers.authorization, headers.api_key)
-        return 200, _encode(_model_object(find_deployment(key, name))), JSON[1]
+    async def _model(self, scope: Scope, headers: RequestHeaders, name: str) -> tuple[int, bytes, bytes]:
+        key = await self._reader(scope, headers)
+        return 200, _encode(_model_object(name, find_deployment(key, name))), JSON[1]
 
-    async def _healthz(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+    async def _reader(self, scope: Scope, headers: RequestHeaders) -> KeyContext:
+        """Who asks for models."""
+        key = await self._keys.authenticate(headers.authorization, headers.api_key)
+        if key.bounds is not None:
+            key.bounds.check(Route.MODELS, scope, self._config.trusted_proxies)
+        return key
+
+    async def _healthz(self, _scope: Scope, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
         return 200, b'{"status":"ok"}', JSON[1]
 
-    async def _readyz(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+    async def _readyz(self, _scope: Scope, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
         failing = self._not_ready()
         if failing:
             return 503, _encode({"status": "unavailable", "failing": failing}), JSON[1]
         return 200, b'{"status":"ready"}', JSON[1]
 
-    async def _show_metrics(self, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
+    async def _show_metrics(self, _scope: Scope, _headers: RequestHeaders) -> tuple[int, bytes, bytes]:
         return 200, generate_latest(self._registry), CONTENT_TYPE_LATEST.encode()
 
     @staticmethod
@@ -303,9 +316,9 @@ class GatewayApp:
         self._log.write(line)
 
 
-def _model_object(deployment: Deployment) -> dict[str, object]:
+def _model_object(name: str, deployment: Deployment) -> dict[str, object]:
     return {
-        "id": deployment.name,
+        "id": name,
         "object": "model",
         "created": deployment.created_at_s,
         "owned_by": "corral",

@@ -24,6 +24,7 @@ from controlplane.gateway.directory import (
     SloBook,
 )
 from controlplane.gateway.errors import ApiError, unavailable
+from controlplane.gateway.keybounds import Bounds, bounds_of, callable_names
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.policy.promises import CLASSES, Promise, Rule, promises
@@ -78,6 +79,10 @@ class KeyContext:
     # Without a lease that counts, nothing limited is served.
     lease_ms: int | None
     unleased: bool
+    # Where it may be used from and for what; None: anywhere, for everything. Models out of its scope are no deployments
+    # of it.
+    bounds: Bounds | None = None
+    models_bound: bool = False
     # It could not be read again: what it does not name may exist all the same.
     stale: bool = False
 
@@ -95,9 +100,15 @@ def context_of(record: KeyRecord) -> KeyContext:
     weights = (key.weight, project.weight, organization.weight)
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
-    deployments = {
+    served = {
         row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments
     }
+    scopes_row = key.scopes
+    bound_models = None if scopes_row is None else scopes_row.models
+    deployments = served
+    if bound_models is not None or key.aliases:
+        names = callable_names(served, bound_models, key.aliases or {})
+        deployments = {name: served[of] for name, of in names.items()}
     return KeyContext(
         key=key.id,
         lookup=key.lookup,
@@ -117,6 +128,8 @@ def context_of(record: KeyRecord) -> KeyContext:
         budgeted=any(limits[4] >= 0 for _, _, limits in scopes),
         lease_ms=lease.left_ms if lease is not None and is_limited else None,
         unleased=lease is not None and is_limited and lease.left_ms <= 0,
+        bounds=None if scopes_row is None else bounds_of(scopes_row),
+        models_bound=bound_models is not None,
     )
 
 

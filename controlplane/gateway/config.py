@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from controlplane.prediction.lengths.model import ArtefactError, load
+from controlplane.tenants.key_scopes import Network, network_of
 from workers.keys import DEFAULT_CELL
 
 
@@ -33,6 +34,8 @@ class GatewayConfig:
     port: int = 8400
     # Origins of browsers that may call /v1: the console's playground.
     cors_origins: tuple[str, ...] = ()
+    # Whose X-Forwarded-For is believed, where keys are bound to networks.
+    trusted_proxies: tuple[Network, ...] = ()
 
     max_body_bytes: int = 4 << 20
     # Some 10 KB each: bounds memory well before the descriptor limit does.
@@ -115,6 +118,7 @@ class GatewayConfig:
             host=env.get("CORRAL_GATEWAY_HOST") or defaults.host,
             port=int(number("port", 1, 65_535)),
             cors_origins=tuple(origin.strip().rstrip("/") for origin in listed.split(",") if origin.strip()),
+            trusted_proxies=_networks(env.get("CORRAL_TRUSTED_PROXIES", "")),
             max_body_bytes=int(number("max_body_bytes", 1_024, 256 << 20)),
             max_in_flight=int(number("max_in_flight", 1, 1_000_000)),
             queue_bound=int(number("queue_bound", 0, 1_000_000)),
@@ -137,6 +141,15 @@ class GatewayConfig:
             log_sample=number("log_sample", 0, 1),
             log_level=(env.get("CORRAL_LOG_LEVEL") or defaults.log_level).upper(),
         )
+
+
+def _networks(listed: str) -> tuple[Network, ...]:
+    try:
+        return tuple(network_of(text) for text in listed.split(",") if text.strip())
+    except ValueError as error:
+        raise ConfigError(
+            f"CORRAL_TRUSTED_PROXIES: {error}; list addresses or ranges (CIDR) with commas between them"
+        ) from None
 
 
 def _length_model(path: str) -> str:

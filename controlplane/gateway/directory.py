@@ -44,6 +44,14 @@ class LimitsRow(msgspec.Struct, frozen=True):
         return tuple(-1 if value is None else value for value in row)  # type: ignore[return-value]
 
 
+class ScopesRow(msgspec.Struct, frozen=True):
+    """What a key is bound to; None = not bound (tenants/key_scopes.py)."""
+
+    routes: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    ip_ranges: tuple[str, ...] | None = None
+
+
 class KeyRow(msgspec.Struct, frozen=True):
     id: str
     lookup: str
@@ -52,6 +60,8 @@ class KeyRow(msgspec.Struct, frozen=True):
     weight: int = 100  # share of its project's place in the fair queue
     expires_at_ms: int | None = None
     revoked_at_ms: int | None = None
+    scopes: ScopesRow | None = None
+    aliases: dict[str, str] | None = None  # its own names of models: {alias: name}
 
 
 class ProjectRow(msgspec.Struct, frozen=True):

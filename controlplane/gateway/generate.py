@@ -219,7 +219,12 @@ def find_deployment(key: KeyContext, model: str) -> Deployment:
         )
     names = sorted(key.deployments)
     shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
-    remedy = f"this API key may use: {shown}" if names else "this API key's project has no deployments yet"
+    if names:
+        remedy = f"this API key may use: {shown}"
+    elif key.models_bound:
+        remedy = "this API key's scopes.models names no deployment of its project: have one added to it"
+    else:
+        remedy = "this API key's project has no deployments yet"
     raise ApiError(
         404, "model_not_found", f"the model {model[:100]!r} does not exist; {remedy}", param="model"
     )

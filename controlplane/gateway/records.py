@@ -89,6 +89,7 @@ class Records:
     async def find(self, first: str, key: KeyContext, digest: str, number: int) -> Found:
         """Where the request stands; attached to stream `number` if it runs. Waits while it is just ending."""
         deadline = time.monotonic() + PATIENCE_S
+        only = " ".join(d.id for d in key.deployments.values()) or "-" if key.models_bound else ""
         while True:
             args = (
                 self._keys.prefix,
@@ -99,6 +100,7 @@ class Records:
                 self._gateway,
                 number,
                 ADMISSION_MS,
+                only,
             )
             answer = await self._run(scripts.ATTACH, args)
             verdict = answer[0].decode()

@@ -17,6 +17,7 @@ from django.db.models.functions import Lower, Now
 
 from controlplane import ids
 from controlplane.tenants.api_keys import LOOKUP_LENGTH
+from controlplane.tenants.key_scopes import KeyScopes
 from controlplane.tenants.limits import Limits
 
 
@@ -185,6 +186,16 @@ class ApiKey(LimitColumns):
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
+    scopes = models.JSONField(
+        null=True, blank=True, help_text="what it is bound to (key_scopes.py); null = nothing"
+    )
+    aliases = models.JSONField(
+        null=True, blank=True, help_text="other names of models, for this key: {alias: name}"
+    )
+    tags = models.JSONField(null=True, blank=True, help_text="words to find it by")
+    origin = models.CharField(
+        max_length=16, default="", db_default="", blank=True, help_text="where it was made, if elsewhere"
+    )
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
@@ -204,6 +215,16 @@ class ApiKey(LimitColumns):
 
     def __str__(self) -> str:
         return ids.to_text(ids.Prefix.API_KEY, self.id)
+
+    @property
+    def masked(self) -> str:
+        """Enough of it to recognise it by. One made elsewhere has no lookup part that its owner knows."""
+        beginning = "sk-" if self.origin else f"sk-crl-{self.lookup[:4]}"
+        return f"{beginning}…{self.last4}"
+
+    @property
+    def bound_to(self) -> KeyScopes:
+        return KeyScopes.from_json(self.scopes)
 
     def is_active(self, now: datetime) -> bool:
         """Whether the key itself is good at `now` (its organization may still be suspended)."""

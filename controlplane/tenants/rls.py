@@ -204,3 +204,50 @@ class RunStatements(Operation):
 
     def describe(self) -> str:
         return self.what
+
+
+class EditFunction(Operation):
+    """Replace a part of a SQL function as it is by then, so that migrations that change different parts of one may come
+    in any order. The part must be there exactly once.
+    """
+
+    reduces_to_sql = False
+    reversible = True
+
+    def __init__(self, signature: str, before: str, after: str, *, what: str) -> None:
+        self.signature = signature
+        self.before = before
+        self.after = after
+        self.what = what
+
+    def state_forwards(self, app_label: str, state: ProjectState) -> None:
+        pass
+
+    def database_forwards(
+        self,
+        app_label: str,
+        schema_editor: BaseDatabaseSchemaEditor,
+        from_state: ProjectState,
+        to_state: ProjectState,
+    ) -> None:
+        self._edit(schema_editor, self.before, self.after)
+
+    def database_backwards(
+        self,
+        app_label: str,
+        schema_editor: BaseDatabaseSchemaEditor,
+        from_state: ProjectState,
+        to_state: ProjectState,
+    ) -> None:
+        self._edit(schema_editor, self.after, self.before)
+
+    def _edit(self, schema_editor: BaseDatabaseSchemaEditor, before: str, after: str) -> None:
+        with schema_editor.connection.cursor() as cursor:
+            cursor.execute("SELECT pg_get_functiondef(%s::regprocedure)", [self.signature])
+            (source,) = cursor.fetchone()
+        if source.count(before) != 1:
+            raise ValueError(f"{self.signature} has {before!r} {source.count(before)} times, not once")
+        schema_editor.execute(source.replace(before, after), params=None)
+
+    def describe(self) -> str:
+        return self.what

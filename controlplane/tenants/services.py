@@ -5,8 +5,10 @@ Surfaces decide who may call (rights.py). The `ensure_` functions may run twice;
 which run as operator, because only that role can find an organization by its slug.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from itertools import chain
 from uuid import UUID
 
 import structlog
@@ -21,6 +23,7 @@ from controlplane.saving import check_fields, insert
 from controlplane.tenants import api_keys as key_text
 from controlplane.tenants import invalidation, selectors
 from controlplane.tenants.context import tenant
+from controlplane.tenants.key_scopes import NO_SCOPES, KeyScopes, check_aliases, check_tags
 from controlplane.tenants.limits import NO_LIMITS, Limits
 from controlplane.tenants.models import ApiKey, Member, Organization, Project, Role, User
 
@@ -190,13 +193,17 @@ def create_api_key(
     expires_at: datetime | None = None,
     weight: int = 100,
     limits: Limits = NO_LIMITS,
+    scopes: KeyScopes = NO_SCOPES,
+    aliases: Mapping[str, str] | None = None,
+    tags: Sequence[str] = (),
 ) -> tuple[ApiKey, str]:
     """A new key and its plaintext, which exists nowhere after this call: show it once.
 
-    Raises NotFoundError (project), InvalidInputError (name, limits, an expiry that has passed).
+    Raises NotFoundError (project), InvalidInputError (name, limits, scopes, an expiry that has passed).
     """
     _check_limits(limits)
     _check_weight(weight)
+    _check_problems(scopes.problems(), check_aliases(aliases or {}), check_tags(tags))
     if expires_at is not None and expires_at <= clock.now():
         raise InvalidInputError("expires_at: must be in the future", field="expires_at")
     new = key_text.generate(settings.ENV.key_pepper)
@@ -212,6 +219,9 @@ def create_api_key(
             created_by=created_by,
             expires_at=expires_at,
             weight=weight,
+            scopes=scopes.as_json(),
+            aliases=dict(aliases) if aliases else None,
+            tags=list(tags) or None,
             **asdict(limits),
         )
         insert(key, taken={})
@@ -234,7 +244,7 @@ def revoke_api_key(*, organization_id: UUID, key_id: UUID) -> ApiKey:
 
 
 def rotate_api_key(*, organization_id: UUID, key_id: UUID, overlap_s: int) -> tuple[ApiKey, str]:
-    """A successor with the same project, weight and limits, and its plaintext; the old key ends after `overlap_s`.
+    """A successor that is like it, and its plaintext; the old key ends after `overlap_s`.
 
     A key that would expire sooner still does. Raises NotFoundError, or InvalidInputError for a key that has ended.
     """
@@ -252,6 +262,9 @@ def rotate_api_key(*, organization_id: UUID, key_id: UUID, overlap_s: int) -> tu
             created_by=old.created_by,
             weight=old.weight,
             limits=old.limits,
+            scopes=old.bound_to,
+            aliases=old.aliases,
+            tags=old.tags or (),
         )
         ends_at = now + timedelta(seconds=overlap_s)
         old.expires_at = ends_at if old.expires_at is None else min(ends_at, old.expires_at)
@@ -284,6 +297,41 @@ def set_api_key_limits(*, organization_id: UUID, key_id: UUID, limits: Limits) -
         key = selectors.api_key(organization_id=organization_id, key_id=key_id)
         _set_limits(key, limits)
         invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
+
+
+def set_api_key_scopes(*, organization_id: UUID, key_id: UUID, scopes: KeyScopes) -> None:
+    """Replace what a key is bound to; gateways heed it within a second. Raises NotFoundError, InvalidInputError."""
+    _check_problems(scopes.problems())
+    with tenant(organization_id):
+        key = selectors.api_key(organization_id=organization_id, key_id=key_id)
+        key.scopes = scopes.as_json()
+        key.save(update_fields=["scopes"])
+        invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
+    log.info("key.bound", organization=organization_id.hex, key=key_id.hex)
+
+
+def update_api_key(
+    *,
+    organization_id: UUID,
+    key_id: UUID,
+    name: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+    tags: Sequence[str] | None = None,
+) -> ApiKey:
+    """Change what is given. Raises NotFoundError, InvalidInputError."""
+    _check_problems(check_aliases(aliases or {}), check_tags(tags or ()))
+    with tenant(organization_id):
+        key = selectors.api_key(organization_id=organization_id, key_id=key_id)
+        if name is not None:
+            key.name = name
+        if aliases is not None:
+            key.aliases = dict(aliases) or None
+        if tags is not None:
+            key.tags = list(tags) or None
+        check_fields(key)
+        key.save(update_fields=["name", "aliases", "tags"])
+        invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
+    return key
 
 
 def set_weight(
@@ -362,6 +410,11 @@ def _set_limits(row: Organization | Project | ApiKey, limits: Limits) -> None:
 def _check_limits(limits: Limits) -> None:
     for field, message in limits.problems():
         raise InvalidInputError(message, field=field)
+
+
+def _check_problems(*found: Iterable[tuple[str, str]]) -> None:
+    for field, message in chain(*found):
+        raise InvalidInputError(f"{field}: {message}", field=field)
 
 
 def _check_weight(weight: int) -> None:

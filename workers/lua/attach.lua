@@ -3,7 +3,8 @@
 -- `next` in its record names that, and everything is asked of the latest.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request as the client knows it, 4 project of the key, 5 digest of the body ('' = no
---       body was sent), 6 gateway, 7 stream, 8 how long an admission may take, ms.
+--       body was sent), 6 gateway, 7 stream, 8 how long an admission may take, ms, 9 deployments that the key may call
+--       ('' = every one of the project).
 -- Returns {'unknown'} (also when it is another project's) | {'differs'} (another body) | {'busy'} (a continuation is
 -- being admitted) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
 -- stream, tokens, error}, where verdict is 'running' or 'queued' (attached; gateway and stream had it before), 'ending'
@@ -13,6 +14,7 @@ local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local first = redis.call('HMGET', P .. 'req:' .. id, 'adm', 'next', 'next_ms', 'prev')
 local first_adm = first[1] and admitted(first[1])
 if not first_adm or first_adm[PRJ] ~= ARGV[4] then return {'unknown'} end
+if (ARGV[9] or '') ~= '' and not string.find(ARGV[9], first_adm[DEP], 1, true) then return {'unknown'} end
 if ARGV[5] ~= '' and string.match(first_adm[NOTE], '^%a*:(%x*)') ~= ARGV[5] then return {'differs'} end
 
 local function read(request)

@@ -12,12 +12,41 @@ from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, KeyId, LimitsValue, Name, ProjectId, Weight, limits_of
-from controlplane.tenants import selectors, services
+from controlplane.tenants import key_scopes, selectors, services
+from controlplane.tenants.key_scopes import KeyScopes, Route
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Permission
 
 router = Router(tags=["keys"])
 MAX_OVERLAP_S = 30 * 24 * 3600
+
+
+_ModelPattern = Annotated[str, Field(min_length=1, max_length=129, examples=["llama-70b", "acme/*"])]
+_Range = Annotated[str, Field(min_length=2, max_length=49, examples=["203.0.113.0/24", "2001:db8::/32"])]
+_ModelName = Annotated[str, Field(min_length=1, max_length=128)]
+_Tag = Annotated[str, Field(min_length=1, max_length=key_scopes.MAX_TAG)]
+_Aliases = dict[str, _ModelName]
+
+
+class ScopesValue(Body):
+    """What a key is bound to; null or left out: not in that respect. An empty list allows nothing."""
+
+    routes: Annotated[list[Route], Field(max_length=len(Route))] | None = Field(
+        default=None, description="Parts of /v1 it may call; others are refused with 403 key_scope"
+    )
+    models: Annotated[list[_ModelPattern], Field(max_length=key_scopes.MAX_MODELS)] | None = Field(
+        default=None,
+        description="Deployments it may call, OWNER/NAME for shared ones, * at the end for any rest; no other exists "
+        "for it",
+    )
+    ip_ranges: Annotated[list[_Range], Field(max_length=key_scopes.MAX_RANGES)] | None = Field(
+        default=None,
+        description="Addresses it may be used from (CIDR); others are refused with 403 key_scope",
+    )
+
+    def as_scopes(self) -> KeyScopes:
+        found = self.model_dump()
+        return KeyScopes(**{name: None if v is None else tuple(map(str, v)) for name, v in found.items()})
 
 
 class KeyOut(Schema):
@@ -29,6 +58,10 @@ class KeyOut(Schema):
     last4: str
     weight: int
     limits: LimitsValue
+    scopes: ScopesValue
+    aliases: dict[str, str] = Field(description="Other names of models, for this key: alias to deployment")
+    tags: list[str]
+    origin: str = Field(description="Where it was made, if elsewhere: litellm", examples=[""])
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
@@ -42,7 +75,18 @@ class NewKey(Body):
     name: Name
     weight: Weight = 100
     limits: LimitsValue = LimitsValue()
+    scopes: ScopesValue = ScopesValue()
+    aliases: _Aliases = Field(default={}, max_length=key_scopes.MAX_ALIASES)
+    tags: list[_Tag] = Field(default=[], max_length=key_scopes.MAX_TAGS)
     expires_at: datetime | None = None
+
+
+class KeyChange(Body):
+    """What is left out stays as it is."""
+
+    name: Name | None = None
+    aliases: Annotated[_Aliases, Field(max_length=key_scopes.MAX_ALIASES)] | None = None
+    tags: Annotated[list[_Tag], Field(max_length=key_scopes.MAX_TAGS)] | None = None
 
 
 class Rotation(Body):
@@ -71,6 +115,10 @@ def _facts(row: ApiKey) -> dict[str, Any]:
         "last4": row.last4,
         "weight": row.weight,
         "limits": limits_of(row),
+        "scopes": ScopesValue(**(row.scopes or {})),
+        "aliases": row.aliases or {},
+        "tags": row.tags or [],
+        "origin": row.origin,
         "created_at": row.created_at,
         "expires_at": row.expires_at,
         "revoked_at": row.revoked_at,
@@ -105,6 +153,9 @@ def create_key(request: ApiRequest, body: NewKey) -> CreatedKey:
         expires_at=body.expires_at,
         weight=body.weight,
         limits=body.limits.as_limits(),
+        scopes=body.scopes.as_scopes(),
+        aliases=body.aliases,
+        tags=body.tags,
     )
     return CreatedKey(**_facts(key), key=plaintext)
 
@@ -113,6 +164,27 @@ def create_key(request: ApiRequest, body: NewKey) -> CreatedKey:
 def get_key(request: ApiRequest, key_id: KeyId) -> KeyOut:
     """One API key."""
     return key_out(selectors.api_key(organization_id=request.caller.organization_id, key_id=key_id))
+
+
+@operation(router, "PATCH", "/keys/{key_id}", Permission.KEYS_WRITE, KeyOut, current=_current)
+def change_key(request: ApiRequest, key_id: KeyId, body: KeyChange) -> KeyOut:
+    """Change a key's name, aliases or tags."""
+    services.update_api_key(
+        organization_id=request.caller.organization_id,
+        key_id=key_id,
+        name=body.name,
+        aliases=body.aliases,
+        tags=body.tags,
+    )
+    return key_out(selectors.api_key(organization_id=request.caller.organization_id, key_id=key_id))
+
+
+@operation(router, "PUT", "/keys/{key_id}/scopes", Permission.KEYS_WRITE, KeyOut, current=_current)
+def set_key_scopes(request: ApiRequest, key_id: KeyId, body: ScopesValue) -> KeyOut:
+    """Replace what a key is bound to. Gateways heed it within a second."""
+    organization_id = request.caller.organization_id
+    services.set_api_key_scopes(organization_id=organization_id, key_id=key_id, scopes=body.as_scopes())
+    return key_out(selectors.api_key(organization_id=organization_id, key_id=key_id))
 
 
 @operation(router, "PUT", "/keys/{key_id}/limits", Permission.LIMITS_WRITE, KeyOut, current=_current)
@@ -125,7 +197,7 @@ def set_key_limits(request: ApiRequest, key_id: KeyId, body: LimitsValue) -> Key
 
 @operation(router, "POST", "/keys/{key_id}/rotate", Permission.KEYS_WRITE, CreatedKey, status=201)
 def rotate_key(request: ApiRequest, key_id: KeyId, body: Rotation) -> CreatedKey:
-    """Make a successor with the same project, limits and weight. The old key ends after the overlap."""
+    """Make a successor that is like it. The old key ends after the overlap."""
     key, plaintext = services.rotate_api_key(
         organization_id=request.caller.organization_id, key_id=key_id, overlap_s=body.overlap_s
     )

@@ -33,6 +33,8 @@ BODIES: dict[str, Any] = {
     "create_token": {"name": "t"},
     "revoke_token": None,
     "create_key": {"name": "program"},
+    "change_key": {"name": "other", "tags": ["a"]},
+    "set_key_scopes": {"models": ["served"], "routes": ["chat"], "ip_ranges": ["203.0.113.0/24"]},
     "set_key_limits": {"rpm": 5},
     "rotate_key": {"overlap_s": 60},
     "revoke_key": None,

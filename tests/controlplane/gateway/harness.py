@@ -406,7 +406,7 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
     server = Server(
         uvicorn.Config(
             gateway.app, http=Protocol, loop="none", lifespan="off", ws="none", log_config=None,
-            access_log=False, timeout_graceful_shutdown=3,
+            access_log=False, timeout_graceful_shutdown=3, proxy_headers=False,
         ),
         gateway,
     )  # fmt: skip

@@ -43,6 +43,8 @@ def test_it_answers_with_key_project_organization_and_deployments(
     assert found["key"] == {
         "id": key.id.hex,
         "weight": 40,
+        "scopes": None,
+        "aliases": None,
         "lookup": key.lookup,
         "name": "ci",
         "digest": key.digest.hex(),
