@@ -100,9 +100,7 @@ def context_of(record: KeyRecord) -> KeyContext:
     weights = (key.weight, project.weight, organization.weight)
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
-    served = {
-        row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments
-    }
+    served = {row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments}
     scopes_row = key.scopes
     bound_models = None if scopes_row is None else scopes_row.models
     deployments = served

@@ -43,6 +43,21 @@ _STAGES: Final = {
 
 
 @register.filter
+def bound(scopes: dict[str, list[str]] | None) -> str:
+    """What a key is bound to, in a few words."""
+    words = {"routes": "route", "models": "model", "ip_ranges": "network"}
+    parts = []
+    for name, word in words.items():
+        values = (scopes or {}).get(name)
+        if values is not None:
+            many = "" if len(values) == 1 else "s"
+            parts.append(
+                values[0] if name == "models" and len(values) == 1 else f"{len(values)} {word}{many}"
+            )
+    return ", ".join(parts)
+
+
+@register.filter
 def usd(amount: int | None) -> str:
     """Exact dollars of nano-dollars."""
     return DASH if amount is None else format_usd(Nano(int(amount)))

@@ -1,4 +1,4 @@
-"""API keys: list, create (the plaintext is shown once), revoke."""
+"""API keys: list, create (the plaintext is shown once), look at, bind, limit, rotate, revoke."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from controlplane import ids
 from controlplane.console.access import MemberRequest, member_page
 from controlplane.console.forms import CreateKeyForm
+from controlplane.console.key_forms import LimitsForm, ScopesForm
 from controlplane.console.views.playground import is_playground_key
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.tenants import selectors, services
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Permission, may
+
+ROTATION_OVERLAP_S = 24 * 3600
 
 
 @require_GET
@@ -51,12 +54,66 @@ def create_key(request: MemberRequest) -> HttpResponse:
     return _page(request, {**_context(request), "created": key, "plaintext": plaintext})
 
 
+@require_GET
+@member_page(Permission.KEYS_READ)
+def key_detail(request: MemberRequest, key: str) -> HttpResponse:
+    return _detail(request, _found(request, key))
+
+
+@require_POST
+@member_page(Permission.KEYS_WRITE)
+def bind_key(request: MemberRequest, key: str) -> HttpResponse:
+    """Replaces what the key is bound to."""
+    found, form = _found(request, key), ScopesForm(request.POST)
+    try:
+        if not form.is_valid():
+            return _detail(request, found, status=400, scopes_form=form)
+        services.set_api_key_scopes(
+            organization_id=request.membership.organization_id, key_id=found.id, scopes=form.scopes()
+        )
+    except InvalidInputError as error:
+        field = (error.field or "").split(".")[1:2]
+        form.add_error(field[0] if field and field[0] in form.fields else None, error.message)
+        return _detail(request, found, status=error.status, scopes_form=form)
+    messages.success(request, "The scope is changed. Every gateway heeds it from the next second on.")
+    return redirect("console:key", key)
+
+
+@require_POST
+@member_page(Permission.LIMITS_WRITE)
+def limit_key(request: MemberRequest, key: str) -> HttpResponse:
+    """Replaces the key's limits."""
+    found, form = _found(request, key), LimitsForm(request.POST)
+    if not form.is_valid():
+        return _detail(request, found, status=400, limits_form=form)
+    services.set_api_key_limits(
+        organization_id=request.membership.organization_id, key_id=found.id, limits=form.limits()
+    )
+    messages.success(request, "The limits are changed. Every gateway heeds them from the next second on.")
+    return redirect("console:key", key)
+
+
+@require_POST
+@member_page(Permission.KEYS_WRITE)
+def rotate_key(request: MemberRequest, key: str) -> HttpResponse:
+    """Answers with the successor's plaintext in the page. The old key goes on for a day."""
+    found = _found(request, key)
+    try:
+        successor, plaintext = services.rotate_api_key(
+            organization_id=request.membership.organization_id, key_id=found.id, overlap_s=ROTATION_OVERLAP_S
+        )
+    except InvalidInputError as error:
+        messages.error(request, error.message)
+        return redirect("console:key", key)
+    return _detail(request, _found(request, str(successor)), created=successor, plaintext=plaintext)
+
+
 @require_http_methods(["GET", "POST"])
 @member_page(Permission.KEYS_WRITE)
 def revoke_key(request: MemberRequest, key: str) -> HttpResponse:
     """GET asks, POST does it. Revoking again changes nothing."""
     organization_id = request.membership.organization_id
-    found = selectors.api_key(organization_id=organization_id, key_id=_key_id(key))
+    found = _found(request, key)
     if request.method == "POST":
         services.revoke_api_key(organization_id=organization_id, key_id=found.id)
         messages.success(request, f"Key “{found.name}” is revoked. Calls with it are refused from now on.")
@@ -68,6 +125,27 @@ def revoke_key(request: MemberRequest, key: str) -> HttpResponse:
 def _page(request: MemberRequest, context: dict[str, Any], status: int = 200) -> HttpResponse:
     template = "console/_keys.html" if request.headers.get("HX-Request") else "console/keys.html"
     return render(request, template, context, status=status)
+
+
+def _detail(request: MemberRequest, key: ApiKey, status: int = 200, **context: Any) -> HttpResponse:
+    now, role = timezone.now(), request.membership.role
+    may_bind, may_limit = may(role, Permission.KEYS_WRITE), may(role, Permission.LIMITS_WRITE)
+    context = {
+        "now": now,
+        "key": key,
+        "active": key.is_active(now),
+        "may_bind": may_bind,
+        "may_limit": may_limit,
+        "scopes_form": ScopesForm.of(key),
+        "limits_form": LimitsForm.of(key),
+        "overlap_h": ROTATION_OVERLAP_S // 3600,
+        **context,
+    }
+    return render(request, "console/key.html", context, status=status)
+
+
+def _found(request: MemberRequest, key: str) -> ApiKey:
+    return selectors.api_key(organization_id=request.membership.organization_id, key_id=_key_id(key))
 
 
 def _context(request: MemberRequest) -> dict[str, Any]:
