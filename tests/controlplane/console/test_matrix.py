@@ -49,6 +49,10 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "keys/create": (
         Row("POST", Permission.KEYS_WRITE, {"name": "new", "project": "{project}", "expires": ""}),
     ),
+    "keys/<str:key>": (Row("GET", Permission.KEYS_READ),),
+    "keys/<str:key>/scopes": (Row("POST", Permission.KEYS_WRITE, {"models": "some-model"}),),
+    "keys/<str:key>/limits": (Row("POST", Permission.LIMITS_WRITE, {"rpm": "5"}),),
+    "keys/<str:key>/rotate": (Row("POST", Permission.KEYS_WRITE),),
     "keys/<str:key>/revoke": (Row("GET", Permission.KEYS_WRITE), Row("POST", Permission.KEYS_WRITE)),
     "playground": (Row(),),
     "playground/key": (Row("POST", Permission.MODELS_USE, {"deployment": "{deployment}"}),),
