@@ -42,7 +42,7 @@ class GatewayConfig:
     max_in_flight: int = 10_000
     queue_bound: int = 2_000  # requests waiting per deployment, over all gateways
     # A band whose oldest request waited so long for each band before it gets every eighth free slot; inside its band a
-    # request that waited so long goes first.
+    # request that waited so long goes first, or four times as long as usual where that is more (policy/fairness.py).
     queue_age_s: float = 30.0
     # File made by `manage.py train_lengths`: where a deployment serves shortest first, the text says how long.
     length_model: str = ""

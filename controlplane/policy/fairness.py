@@ -12,7 +12,9 @@ tests/workers/test_fair_queue.py holds the two together on random histories. The
 4. Flows within `window` of the least are equals: the lowest order key of their heads goes first, but one behind it
    goes before it if it has more prefixes cached on the replica (DLPM, arXiv:2501.14312), unless the first has all of
    its own, or none to have because its prompt is short.
-5. A request that has waited `age_ms` goes before all others of its band, if the flows it is in lie within the window.
+5. A request that has waited long goes before all others of its band, if the flows it is in lie within the window.
+   Long is `age_ms`, and where waits are longer than that, AGE_FOLLOWS times the usual one: in a long backlog everybody
+   has waited `age_ms`, and to promote everybody would undo rule 4. AGE_MOST times `age_ms` is long in any case.
 
 Service is charged at dispatch, predicted; more as it is produced; exactly at the end. A request that found a
 free slot is charged at its end, if somebody waits then: else it took nothing from anybody. A flow that begins
@@ -34,6 +36,9 @@ from controlplane.policy.ranking import Ranking
 # The same numbers as in lib_queue.lua.
 CANDIDATES: Final = 8
 AGED_TURN: Final = 8
+AGE_FOLLOWS: Final = 4
+AGE_MOST: Final = 16
+WAIT_SHARE: Final = 8  # one over the weight of the latest wait in the usual one
 # Counter units of one prompt token at the ordinary weight. An output token costs twice, a cached one a tenth.
 TOKEN: Final = 1000
 ORDINARY_WEIGHT: Final = 100
@@ -109,6 +114,7 @@ class FairQueue:
         self.replicas: dict[str, Replica] = {}
         self.requests: dict[str, Request] = {}  # those not settled
         self.turn = 0
+        self.usual_wait_ms = 0  # moving average over dispatches
         self._resumed = Ranking()  # by instant of admission
         self._bands: dict[int, Ranking] = {}  # waiting requests by instant of admission
         self._keys: dict[tuple[int, str], Ranking] = {}  # waiting requests of a key, by order key
@@ -287,6 +293,8 @@ class FairQueue:
         self._charge(best.flow, 0, best.charged)
         self._leave(best)
         index.note(best.prefixes, now_ms)
+        waited_ms = max(now_ms - best.admitted_at_ms, 0)
+        self.usual_wait_ms += (waited_ms - self.usual_wait_ms) // WAIT_SHARE
         return best
 
     def _bind(self, request: Request, replica: str) -> None:
@@ -294,6 +302,11 @@ class FairQueue:
         self.replicas[replica].running.add(request.id)
 
     # -- choosing
+
+    @property
+    def patience_ms(self) -> int:
+        """After how long a request goes before all others of its band."""
+        return min(max(self.age_ms, AGE_FOLLOWS * self.usual_wait_ms), AGE_MOST * self.age_ms)
 
     def _next_band(self, now_ms: int) -> int | None:
         lowest: int | None = None
@@ -316,10 +329,10 @@ class FairQueue:
         return aged
 
     def _overdue(self, band: int, now_ms: int) -> Request | None:
-        """The oldest request of the band, if it has waited `age_ms` and no flow it is in has had more than the window
-        allows."""
+        """The oldest request of the band, if it has waited `patience_ms` and no flow it is in has had more than the
+        window allows."""
         oldest = self.requests[self._bands[band].first()]
-        if now_ms - oldest.admitted_at_ms < self.age_ms:
+        if now_ms - oldest.admitted_at_ms < self.patience_ms:
             return None
         for place, name, _ in self._places(oldest.flow):
             active = self._active[place]

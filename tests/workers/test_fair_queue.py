@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from controlplane.policy.fairness import FairQueue, Flow, Request
+from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, FairQueue, Flow, Request
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 
@@ -197,6 +197,8 @@ def twin_state(twin: FairQueue) -> dict[str, Any]:
     counters |= {f"n{org}": n for org, n in twin.n_waiting().items()}
     if twin.turn:
         counters["t"] = twin.turn
+    if twin.usual_wait_ms:
+        counters["u"] = twin.usual_wait_ms
     active = {
         f"{levels[level]}:{band}{':' if parent else ''}{parent}": flows
         for (level, band, parent), flows in twin.active().items()
@@ -227,7 +229,8 @@ local function scores(key)
 end
 local v = redis.call('HGETALL', Q .. 'v')
 for i = 1, #v, 2 do
-  if v[i] ~= 'w' and v[i] ~= 'a' and not (v[i] == 't' and v[i + 1] == '0') then out.v[v[i]] = v[i + 1] end
+  local is_unset = (v[i] == 't' or v[i] == 'u') and v[i + 1] == '0'
+  if v[i] ~= 'w' and v[i] ~= 'a' and not is_unset then out.v[v[i]] = v[i + 1] end
 end
 for _, key in ipairs(redis.call('KEYS', Q .. '*')) do
   local name = string.sub(key, #Q + 1)
@@ -320,6 +323,11 @@ def test_histories_meet_every_kind_of_step_and_state() -> None:
             texts |= {f"{step.text.split()[0]}>{len(step.bindings)}"} if step.bindings else set()
             texts |= {step.answer} if isinstance(step.answer, str) else set()
             states |= {f"turn {step.state['v']['t']}"} if "t" in step.state["v"] else set()
+            usual_ms = step.state["v"].get("u", 0)
+            states |= {"waits above an age"} if AGE_FOLLOWS * usual_ms > history.twin.age_ms else set()
+            states |= (
+                {"waits at the bound"} if AGE_FOLLOWS * usual_ms > AGE_MOST * history.twin.age_ms else set()
+            )
             states |= (
                 {"resumed"} if any(score < 0 for score in step.state["sets"].get("q", {}).values()) else set()
             )
@@ -327,4 +335,4 @@ def test_histories_meet_every_kind_of_step_and_state() -> None:
     kinds = {"arrive", "settle", "cancel", "produce", "enrol", "resize", "drain", "lose", "misplace", "sweep"}
     assert kinds <= texts
     assert {"bound", "queued", "full", "settle>1", "enrol>2", "lose>1", "resize>1"} <= texts
-    assert {"turn 7", "resumed", "4 organizations"} <= states
+    assert {"turn 7", "resumed", "4 organizations", "waits above an age", "waits at the bound"} <= states

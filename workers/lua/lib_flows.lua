@@ -7,7 +7,8 @@
 --   o:b            organizations that wait, by counter     p:b:<org>   their projects     k:b:<prj>   their keys
 --   r:b:<key>      requests of a key, by order key
 --   v              hash: counters '<b>o<org>' '<b>p<org>:<prj>' '<b>k<prj>:<key>'; '<b>O' '<b>P<org>' '<b>K<prj>' the
---                  counter of the last flow that left there; 'n<org>' waiting requests; 't' turns, 'w' window, 'a' age_ms
+--                  counter of the last flow that left there; 'n<org>' waiting requests; 't' turns, 'w' window, 'a' age_ms,
+--                  'u' usual wait, ms
 -- Counters are integers below 2^53 (a prompt token at weight 100 counts 1000), so that Lua's doubles are exact.
 
 local BAND_SPAN = 1e13 -- more than any instant in ms

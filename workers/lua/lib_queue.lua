@@ -7,6 +7,9 @@ local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used for
 local PREFIX_CHARS = 8
 local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell/routing.py)
 local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
+local AGE_FOLLOWS = 4     -- who has waited so many times the usual wait goes first, once that is more than age_ms,
+local AGE_MOST = 16       -- and whoever has waited so many times age_ms in any case
+local WAIT_SHARE = 8      -- one over the weight of the latest wait in the usual one
 
 -- How many of a request's prefixes (shortest first, PREFIX_CHARS each) the replica holds by our books.
 local function cached_prefixes(P, rid, pfx)
@@ -117,6 +120,11 @@ local function within_window(P, Q, b, id, window)
   return {org, prj, key, id}
 end
 
+-- After how long a request goes before all others of its band, the usual wait at dispatch being usual_ms.
+local function patience(age_ms, usual_ms)
+  return math.min(math.max(age_ms, AGE_FOLLOWS * usual_ms), AGE_MOST * age_ms)
+end
+
 -- The request of band b that has waited longest, if that is age_ms and its flows are within the window. `first` and
 -- `score`: the first entry of q that waits in a flow.
 local function overdue(P, Q, b, first, score, now_ms, age_ms, window)
@@ -157,10 +165,10 @@ local function dispatch(P, did, rid, mid, now_ms)
     redis.call('ZREM', Q .. 'q', first[1])
     return bind(P, first[1], rid, mid) and 1 or 0
   end
-  local set = redis.call('HMGET', Q .. 'v', 'w', 'a')
-  local window, age_ms = tonumber(set[1]), tonumber(set[2])
+  local set = redis.call('HMGET', Q .. 'v', 'w', 'a', 'u')
+  local window, age_ms, usual_ms = tonumber(set[1]), tonumber(set[2]), tonumber(set[3] or '0')
   local b = next_band(Q, tonumber(first[2]), now_ms, age_ms)
-  local old = overdue(P, Q, b, first[1], tonumber(first[2]), now_ms, age_ms, window)
+  local old = overdue(P, Q, b, first[1], tonumber(first[2]), now_ms, patience(age_ms, usual_ms), window)
   local best, adm, best_n = choose(P, rid, old and {old} or heads(Q, b, window))
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others
     local from, to = string.format('%.0f', b * BAND_SPAN), string.format('%.0f', (b + 1) * BAND_SPAN - 1)
@@ -182,6 +190,8 @@ local function dispatch(P, did, rid, mid, now_ms)
   end
   leave(P, did, id, f, tenths)
   note_prefixes(P, rid, adm[PFX], now_ms)
+  local waited_ms = math.max(now_ms - adm[ADM_MS], 0)
+  redis.call('HSET', Q .. 'v', 'u', usual_ms + math.floor((waited_ms - usual_ms) / WAIT_SHARE))
   return 1
 end
 

@@ -4,8 +4,21 @@ for idleness, no gain from many keys, a bounded share for low bands, locality wi
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from controlplane.policy.fairness import FLEX_BAND, TOKEN, FairQueue, Flow, Request, service, virtual
+from controlplane.policy.fairness import (
+    AGE_FOLLOWS,
+    AGE_MOST,
+    FLEX_BAND,
+    TOKEN,
+    WAIT_SHARE,
+    FairQueue,
+    Flow,
+    Request,
+    service,
+    virtual,
+)
 from tests.queueing import Tenant, World, twin
 
 MINUTE_MS = 60_000
@@ -223,3 +236,52 @@ def test_who_has_waited_its_time_goes_before_shorter_ones_unless_it_had_more_tha
     first = over.settle("running", 5, n_prompt=10, n_cached=0, n_output=10)
     assert [name for name, _ in first] == ["a0"], "a has now had 200 tokens more than b"
     assert over.settle("a0", 40_000, n_prompt=100, n_cached=0, n_output=50) == [("b-shorter", "r")]
+
+
+@given(
+    step_ms=st.integers(50, 2_000),
+    n_waiting=st.integers(10, 100),
+    lengths=st.lists(st.integers(1, 4_000), min_size=300, max_size=300),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_in_a_backlog_of_any_length_few_go_by_age_until_the_bound_of_ages(
+    step_ms: int, n_waiting: int, lengths: list[int]
+) -> None:
+    """One slot, shortest first, a backlog that never shortens: whoever is served, another comes."""
+    age_ms, now_ms, running = 3_000, 0, "running"
+    queue = one_slot(10**9, age_ms=age_ms)
+    admitted_ms: dict[str, int] = {}
+    n_below = n_by_age = 0
+    for n, length in enumerate(lengths):
+        file(queue, str(n), f"o{n % 5}", length, now_ms)
+        admitted_ms[str(n)] = now_ms
+        if n < n_waiting:
+            continue
+        now_ms += step_ms
+        patience_ms = queue.patience_ms
+        assert age_ms <= patience_ms <= AGE_MOST * age_ms
+        oldest = min(admitted_ms, key=lambda name: (admitted_ms[name], name))
+        shortest = min(admitted_ms, key=lambda name: (lengths[int(name)], name))
+        by_age = now_ms - admitted_ms[oldest] >= patience_ms
+        [(running, _)] = queue.settle(running, now_ms, n_prompt=10, n_cached=0, n_output=10)
+        assert running == (oldest if by_age else shortest)
+        del admitted_ms[running]
+        if patience_ms < AGE_MOST * age_ms:
+            n_below += 1
+            n_by_age += by_age
+    # An average of the waits cannot often be exceeded four times; some more while it is learnt.
+    assert n_by_age <= n_below / 2 + 2 * WAIT_SHARE
+
+
+def test_the_age_follows_the_waits_and_falls_with_them() -> None:
+    queue = one_slot(0, age_ms=1_000)
+    running, now_ms = "running", 0
+    seen = []
+    for n in range(60):
+        file(queue, f"q{n}", "a", n, now_ms)
+        now_ms += 2_000 if n < 30 else 10
+        [(running, _)] = queue.settle(running, now_ms, n_prompt=10, n_cached=0, n_output=10)
+        seen.append(queue.patience_ms)
+    assert seen[0] == 1_000
+    assert seen[29] == pytest.approx(AGE_FOLLOWS * 2_000, rel=0.05)
+    assert seen[-1] == 1_000
