@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
+from pathlib import Path
 
 from django.conf import settings
 
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig, ConfigError
+from autoscaler.identity import Expected
 from autoscaler.tick import House
+from infra.providers.aws.config import AwsConfig
 from infra.providers.base import Provider
 from infra.providers.local import LocalProvider
 from workers.keys import CellKeys
@@ -27,7 +31,27 @@ def build_cell() -> Cell:
     return Cell(settings.ENV.redis_url, CellKeys(settings.ENV.cell))
 
 
+@lru_cache(maxsize=1)
+def expected_identity() -> Expected | None:
+    """What machines must show to enrol, where their provider signs who they are; None where a proof is given them."""
+    if settings.AUTOSCALER.provider != "aws":
+        return None
+    aws = AwsConfig.read(os.environ)
+    if not aws.identity_certificate:
+        raise ConfigError(
+            "CORRAL_AWS_IDENTITY_CERTIFICATE: set the path of AWS's RSA certificate for identity documents in "
+            f"{aws.region}"
+        )
+    return Expected(Path(aws.identity_certificate), aws.region, aws.ami)
+
+
 def _provider(config: AutoscalerConfig) -> Provider:
     if config.provider == "local":
         return LocalProvider(settings.ENV.var / "machines", capacity=config.max_machines)
-    raise ConfigError(f"CORRAL_PROVIDER={config.provider!r}: choose `local`")
+    if config.provider == "aws":
+        from infra.providers.aws.clients import connect  # boto3 takes a moment to load
+        from infra.providers.aws.provider import AwsProvider
+
+        aws = AwsConfig.read(os.environ)
+        return AwsProvider(aws, connect(aws.region), settings.ENV.cell)
+    raise ConfigError(f"CORRAL_PROVIDER={config.provider!r}: choose `local` or `aws`")

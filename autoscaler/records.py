@@ -80,6 +80,10 @@ def machine_leaves(machine_id: UUID, ends_in_ms: int) -> list[UUID]:
     ).update(
         state=MachineState.DRAINING, ends_at=ends_at, pool_slot=None, reason="its provider takes it away"
     )
+    if not changed:  # a recommendation to leave has become a notice: the end is nearer than was said
+        changed = Machine.objects.filter(
+            id=machine_id, state=MachineState.DRAINING, ends_at__gt=ends_at + timedelta(seconds=1)
+        ).update(ends_at=ends_at)
     if not changed:
         return []
     log.warning("machine.leaves", machine=machine_id.hex, ends_in_ms=ends_in_ms)

@@ -22,6 +22,7 @@ from django.conf import settings
 from django.utils import timezone
 
 from autoscaler.cell import Cell
+from autoscaler.identity import Expected, verify
 from autoscaler.launch import proof_digest
 from autoscaler.models import Machine, MachineState
 from controlplane.errors import ConflictError, CorralError, InvalidInputError, NotPermittedError
@@ -48,14 +49,29 @@ class Enrolled:
     redis_url: str
 
 
-def enrol(*, machine_id: str, proof: str, capabilities: Mapping[str, object], cell: Cell) -> Enrolled:
+def enrol(
+    *,
+    machine_id: str,
+    proof: str,
+    capabilities: Mapping[str, object],
+    cell: Cell,
+    identity: Mapping[str, object] | None = None,
+    expected: Expected | None = None,
+) -> Enrolled:
     """Spend the proof, make the machine's user.
 
+    Where the provider signs who its machines are, `identity` stands for the proof and is held against `expected`.
     Raises InvalidInputError, NotPermittedError (unknown machine or wrong proof, told alike), ConflictError (the
-    proof was used, or the machine is gone) and CellUnavailableError (nothing was spent).
+    proof was used, or the machine is gone) and CellUnavailableError (nothing was spent; also while the launch of this
+    machine is still being written down).
     """
     mid = _machine_id(machine_id)
-    if not 1 <= len(proof) <= MAX_PROOF_CHARS:
+    document = None
+    if identity is not None:
+        if expected is None:
+            raise NotPermittedError("this pool's machines do not enrol by identity", field="identity")
+        document = verify(identity, expected)
+    elif not 1 <= len(proof) <= MAX_PROOF_CHARS:
         raise InvalidInputError("proof: give the proof of the launch command", field="proof")
     if len(json.dumps(capabilities)) > MAX_CAPABILITIES_BYTES:
         raise InvalidInputError(
@@ -65,7 +81,15 @@ def enrol(*, machine_id: str, proof: str, capabilities: Mapping[str, object], ce
     machine = machines.first()
     # The same work and the same answer for a machine that never was.
     stored = bytes(machine.enroll_proof_digest) if machine is not None else bytes(32)
-    if not hmac.compare_digest(stored, proof_digest(proof)) or machine is None:
+    if document is not None:
+        if machine is not None and machine.state == MachineState.PENDING and not machine.provider_ref:
+            raise CellUnavailableError(
+                "this machine's launch is not written down yet: try again in a few seconds"
+            )
+        is_it = machine is not None and hmac.compare_digest(machine.provider_ref, document.instance_id)
+    else:
+        is_it = hmac.compare_digest(stored, proof_digest(proof)) and (expected is None)
+    if not is_it or machine is None:
         raise NotPermittedError("the proof is not this machine's: launch the machine again", field="proof")
 
     password = secrets.token_urlsafe(32)

@@ -12,11 +12,13 @@ from celery import shared_task
 from django.db import OperationalError
 from django.db.models import Q
 
+from autoscaler import market
 from autoscaler import tick as ticking
 from autoscaler.house import build_house
 from autoscaler.models import LIVE_PHASES, Replica
 from autoscaler.reconcile import reconcile as run_reconcile
 from controlplane.deployments.models import Deployment
+from infra.providers.base import ProviderError
 
 log = structlog.get_logger("corral.autoscaler")
 
@@ -51,3 +53,14 @@ def reconcile() -> None:
     house = build_house()
     for deployment_id in sorted(run_reconcile(house).deployments):
         ticking.tick(deployment_id, house)
+
+
+@shared_task(name="autoscaler.refresh_market")  # type: ignore[untyped-decorator]
+def refresh_market() -> int:
+    """Prices of the pool's offers, as its provider says them now; how many."""
+    house = build_house()
+    try:
+        return market.refresh(house.provider, house.cell.keys.cell)
+    except ProviderError as error:
+        log.warning("market.not_refreshed", code=error.code, error=str(error))
+        return 0

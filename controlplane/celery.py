@@ -90,6 +90,11 @@ app.conf.update(
             "schedule": 15.0,
             "options": {"expires": 15.0},
         },
+        "autoscaler.refresh_market": {
+            "task": "autoscaler.refresh_market",
+            "schedule": 300.0,
+            "options": {"expires": 300.0},
+        },
         "billing.intake": {"task": "billing.intake", "schedule": 1.0, "options": {"expires": 5.0}},
         "billing.ensure_partitions": {
             "task": "billing.ensure_partitions",

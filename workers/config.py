@@ -159,6 +159,8 @@ class AgentConfig:
     redis: str = ""
     engine: str = "vllm"
     proof: str = field(default="", repr=False)
+    # Prefix of the tags that an EC2 machine reads its id from; empty where the id was given.
+    tag_prefix: str = ""
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str] = os.environ) -> AgentConfig:
@@ -174,9 +176,10 @@ class AgentConfig:
         parser.add_argument("--redis", default=env.get("CORRAL_MACHINE_REDIS", ""), help="host:port")
         parser.add_argument("--engine", default=env.get("CORRAL_ENGINE", "vllm"), choices=("vllm", "toy"))
         options = parser.parse_args(list(argv))
+        is_ec2 = options.machine_id == "imds"
         if not options.machine_id or not options.machine_id.isalnum():
             raise ConfigError(
-                "--machine-id: give the id under which this machine was launched (32 hex digits)"
+                "--machine-id: give the id under which this machine was launched (32 hex digits), or imds on EC2"
             )
         if urlsplit(options.enrol_url).scheme not in ("http", "https"):
             raise ConfigError("--enrol-url: give the http(s) URL of the control plane's enrolment endpoint")
@@ -192,6 +195,7 @@ class AgentConfig:
             redis=options.redis,
             engine=options.engine,
             proof=env.get("CORRAL_ENROL_PROOF", ""),
+            tag_prefix=env.get("CORRAL_TAG_PREFIX", "corral") if is_ec2 else "",
         )
 
     @property

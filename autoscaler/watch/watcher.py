@@ -6,6 +6,7 @@ done twice. It never asks Postgres (the recorder does) and never stops: with Red
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -48,6 +49,7 @@ SLOW_SCAN_EVERY_S = 1.0
 LOCK_LIFE_MS = 4000
 ABANDONED_SCAN_EVERY_S = 60.0
 AGENT_STALE_S = 6.0
+NOTICE_NEARER_S = 2.0  # a notice that comes nearer by less is the same one
 # Replicas whose requests are compared with what they say they serve; the rest take turns.
 AUDITED_PER_SCAN = 64
 MAX_MESSAGES = 1000  # taken in one turn, before the next scan
@@ -82,6 +84,7 @@ class Watcher:
         self._beats = Liveness(stale_after_s)
         self._memory = MemoryKeeper(cell)
         self._agents = Liveness(AGENT_STALE_S)
+        self._ends_at_s: dict[str, float] = {}  # machines under notice: when they end, as last passed on
         self._orphans = Orphans()
         self._audited_last = ""
         self._slots = SlotKeeper(cell)
@@ -298,16 +301,18 @@ class Watcher:
 
     def _scan_agents(self, machines: dict[str, MachineState], now_s: float) -> None:
         """A beat of a machine that the table calls pending: it has enrolled since the table was read."""
+        for gone in self._ends_at_s.keys() - machines.keys():
+            del self._ends_at_s[gone]
         for mid, beat in self.cell.read_agents(list(machines)).items():
             coming_up = machines[mid] in (MachineState.PENDING, MachineState.ENROLLED)
             if coming_up and beat is not None and beat.phase is Phase.READY:
                 self.recorder.note(MachineAnswers(mid))
-            if (
-                machines[mid] is not MachineState.DRAINING
-                and beat is not None
-                and beat.ends_in_ms is not None
-            ):
-                self.recorder.note(MachineLeaves(mid, beat.ends_in_ms))
+            if beat is not None and beat.ends_in_ms is not None:
+                ends_at_s = now_s + beat.ends_in_ms / 1000
+                told_at_s = self._ends_at_s.get(mid, math.inf)
+                if machines[mid] is not MachineState.DRAINING or ends_at_s < told_at_s - NOTICE_NEARER_S:
+                    self._ends_at_s[mid] = ends_at_s
+                    self.recorder.note(MachineLeaves(mid, beat.ends_in_ms))
             if machines[mid] is not MachineState.PENDING and self._agents.look(
                 mid, None if beat is None else beat.seq, now_s
             ):

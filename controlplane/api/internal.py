@@ -17,7 +17,7 @@ from django.http import HttpRequest, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.debug import sensitive_variables
 
-from autoscaler.house import build_cell
+from autoscaler.house import build_cell, expected_identity
 from autoscaler.services import enrol as enrol_machine
 from controlplane.errors import CorralError, InvalidInputError
 
@@ -68,9 +68,14 @@ def enrol(request: HttpRequest) -> JsonResponse:
     if length > MAX_BODY_BYTES:
         return _refuse(413, "body_too_large", f"send at most {MAX_BODY_BYTES} bytes")
     try:
-        machine_id, proof, capabilities = _parse(request.body)
+        machine_id, proof, identity, capabilities = _parse(request.body)
         enrolled = enrol_machine(
-            machine_id=machine_id, proof=proof, capabilities=capabilities, cell=build_cell()
+            machine_id=machine_id,
+            proof=proof,
+            identity=identity,
+            expected=expected_identity(),
+            capabilities=capabilities,
+            cell=build_cell(),
         )
     except CorralError as error:
         headers = {"Retry-After": "2"} if error.status == 503 else {}
@@ -83,7 +88,8 @@ def enrol(request: HttpRequest) -> JsonResponse:
     return JsonResponse(asdict(enrolled), headers={"Cache-Control": "no-store"})
 
 
-def _parse(body: bytes) -> tuple[str, str, dict[str, object]]:
+def _parse(body: bytes) -> tuple[str, str, dict[str, object] | None, dict[str, object]]:
+    """(machine id, proof, identity, capabilities); one of proof and identity."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidInputError(f"send at most {MAX_BODY_BYTES} bytes")
     try:
@@ -92,15 +98,17 @@ def _parse(body: bytes) -> tuple[str, str, dict[str, object]]:
         raise InvalidInputError("the body must be a JSON object") from None
     if not isinstance(value, dict):
         raise InvalidInputError("the body must be a JSON object")
-    machine_id, proof = value.get("machine_id"), value.get("proof")
+    machine_id, proof, identity = value.get("machine_id"), value.get("proof", ""), value.get("identity")
     capabilities = value.get("capabilities", {})
     if not isinstance(machine_id, str):
         raise InvalidInputError("machine_id: expected 32 hex digits", field="machine_id")
-    if not isinstance(proof, str):
+    if not isinstance(proof, str) or (not proof and identity is None):
         raise InvalidInputError("proof: expected text", field="proof")
+    if identity is not None and not isinstance(identity, dict):
+        raise InvalidInputError("identity: expected an object", field="identity")
     if not isinstance(capabilities, dict):
         raise InvalidInputError("capabilities: expected an object", field="capabilities")
-    return machine_id, proof, capabilities
+    return machine_id, proof, identity, capabilities
 
 
 def _refuse(

@@ -10,13 +10,17 @@ import logging
 import os
 import signal
 import sys
+import time
+from dataclasses import replace
 
 from workers import logs
 from workers.agent.agent import Agent
 from workers.agent.enrol import EnrolRefused
+from workers.agent.imds import Metadata, MetadataError
 from workers.config import AgentConfig, ConfigError
 
 EXIT_CONFIG, EXIT_REFUSED = 2, 4
+_TAG_ATTEMPTS, _TAG_PAUSE_S = 20, 1.0
 
 
 async def _run(config: AgentConfig) -> None:
@@ -27,6 +31,19 @@ async def _run(config: AgentConfig) -> None:
     await agent.run()
 
 
+def _named(config: AgentConfig) -> AgentConfig:
+    """The configuration with the machine id that this instance is tagged with; the tags may come a moment late."""
+    metadata = Metadata()
+    for attempt in range(_TAG_ATTEMPTS):
+        try:
+            return replace(config, machine=metadata.tag(f"{config.tag_prefix}:machine"))
+        except MetadataError:
+            if attempt == _TAG_ATTEMPTS - 1:
+                raise
+            time.sleep(_TAG_PAUSE_S)
+    raise AssertionError("unreachable")
+
+
 def main() -> int:
     try:
         config = AgentConfig.from_args(sys.argv[1:])
@@ -34,6 +51,12 @@ def main() -> int:
         print(f"workers.agent: {error}", file=sys.stderr)
         return EXIT_CONFIG
     os.environ.pop("CORRAL_ENROL_PROOF", None)  # children need not inherit it
+    if config.tag_prefix:
+        try:
+            config = _named(config)
+        except MetadataError as error:
+            print(f"workers.agent: {error}", file=sys.stderr)
+            return EXIT_CONFIG
     logs.configure(machine=config.machine)
     try:
         asyncio.run(_run(config))

@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
 
 from workers.agent import bell
 from workers.agent.enrol import Credentials, credentials_of
+from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
 from workers.agent.replicas import Limits, Replicas
 from workers.agent.spools import DeadSpools
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 GENERATION: Final = b"generation"
 _POLL_S: Final = 1.0
 _NOTICE_POLL_S: Final = 0.25
+_METADATA_POLL_S: Final = 1.0  # AWS advises 5 s; two minutes are short, and a call costs it nothing
+_METADATA_PAUSE_S: Final = 5.0
 _ZYGOTE_RETRY_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 _ORPHAN_S: Final = 120.0
 _ZYGOTE_STOP_S: Final = 3.0
@@ -223,14 +226,31 @@ class Agent:
 
     async def _heed(self, replicas: Replicas) -> None:
         """A notice that this machine will be taken away is beaten at once, with an event that says: look."""
+        look_up = self._noticer()
         while True:
-            known, self._notice = self._notice, read_notice(self._config.dirs.notice)
-            if self._notice is not None and known is None:
+            known, self._notice = self._notice, await look_up()
+            if self._notice is not None and (known is None or self._notice.ends_at_s < known.ends_at_s - 1):
                 log.warning("notice: this machine ends in %d ms", self._notice.ends_in_ms(time.time()))
                 self._beat_once(replicas)
                 look = ReplicaStatus(replica="", phase=ReplicaPhase.DRAINING)
                 self._client.fire("PUBLISH", self._keys.event_channel, _json.encode(look))
-            await asyncio.sleep(_NOTICE_POLL_S)
+            await asyncio.sleep(_METADATA_POLL_S if self._config.tag_prefix else _NOTICE_POLL_S)
+
+    def _noticer(self) -> Callable[[], Awaitable[Notice | None]]:
+        """Where word of this machine's end comes from: its metadata service, or a file of the local provider."""
+        metadata = Metadata() if self._config.tag_prefix else None
+
+        async def look_up() -> Notice | None:
+            if metadata is None:
+                return read_notice(self._config.dirs.notice)
+            try:
+                return await asyncio.to_thread(metadata.notice, time.time())
+            except MetadataError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(_METADATA_PAUSE_S)
+                return self._notice
+
+        return look_up
 
     async def _reconcile(self, replicas: Replicas) -> None:
         """On the bell, on an end, and once a second."""

@@ -1,8 +1,8 @@
 """Enrolment: a single-use proof against the machine's own Redis user, kept in a file so that a restart
 needs no proof.
 
-POST {machine_id, proof, capabilities} to the control plane; the answer holds the URL of the cell's Redis
-with this machine's user and password. Neither proof nor URL is ever logged.
+POST {machine_id, capabilities, proof or (signed by EC2) identity} to the control plane; the answer holds the URL of the
+cell's Redis with this machine's user and password. None of proof, identity and URL is ever logged.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from workers.agent.imds import Metadata, MetadataError
 from workers.config import AgentConfig
 from workers.keys import DEFAULT_CELL
 
@@ -54,11 +55,17 @@ async def credentials_of(config: AgentConfig) -> Credentials:
 
 
 async def _enrol(config: AgentConfig) -> Credentials:
-    if not config.proof:
+    if not config.proof and not config.tag_prefix:
         raise EnrolRefused("no credentials of an earlier run and no proof: set CORRAL_ENROL_PROOF")
-    question = msgspec.json.encode(
-        {"machine_id": config.machine, "proof": config.proof, "capabilities": capabilities(config)}
-    )
+    asked: dict[str, object] = {"machine_id": config.machine, "capabilities": capabilities(config)}
+    if config.proof:
+        asked["proof"] = config.proof
+    else:
+        try:
+            asked["identity"] = await asyncio.to_thread(lambda: Metadata().identity())
+        except MetadataError as error:
+            raise EnrolRefused(f"cannot prove which machine this is: {error}") from None
+    question = msgspec.json.encode(asked)
     deadline_s = asyncio.get_running_loop().time() + _GIVE_UP_S
     wait_s = 0.1
     while True:

@@ -1,0 +1,303 @@
+"""moto's EC2 as a server on loopback, behind a layer that has what moto lacks.
+
+Capacity by offer (spot or on-demand, zone, type), client tokens that are kept, lost answers, delays, throttling, a
+pending state that lasts, spot prices. One account per instance, so that tests do not see each other's machines.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+from urllib.parse import parse_qs, urlencode
+from xml.sax.saxutils import escape
+
+import boto3
+from moto.backends import get_backend
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+REGION = "us-east-1"
+ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
+_NS = "http://ec2.amazonaws.com/doc/2016-11-15/"
+_OVERRIDE = re.compile(r"LaunchTemplateConfigs\.1\.Overrides\.(\d+)\.(\w+)")
+_accounts = itertools.count(1)
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` calls of `action`. Without a code the call is only slow, or its answer lost."""
+
+    action: str
+    times: int = 1
+    code: str = ""
+    status: int = 400
+    delay_s: float = 0.0
+    lose_reply: bool = False
+
+
+@dataclass
+class Sold:
+    """Capacity of one offer; None: any number."""
+
+    n_left: int | None = None
+    code: str = "InsufficientInstanceCapacity"
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_request(self, *_: Any) -> None:
+        pass
+
+
+@dataclass
+class Ec2:
+    """`start()`, then `environ` for boto3; everything else may be changed at any time."""
+
+    boot_s: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
+    calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    capacity: dict[str, Sold] = field(default_factory=dict)  # offering name -> what is left
+    spot_usd: dict[tuple[str, str], float] = field(default_factory=dict)  # (type, zone) -> price
+    subnets: dict[str, str] = field(default_factory=dict)  # zone -> id
+
+    def start(self) -> None:
+        """The server, for as many tests as one likes, with `reset` between them."""
+        self.account = f"{next(_accounts):012d}"
+        self._lock = threading.RLock()
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._http = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+        self._replies: dict[tuple[str, str], tuple[dict[str, str], bytes]] = {}
+        ec2 = self.client("ec2")
+        self.vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        for n, zone in enumerate(ZONES):
+            subnet = ec2.create_subnet(VpcId=self.vpc, CidrBlock=f"10.0.{n}.0/24", AvailabilityZone=zone)
+            self.subnets[zone] = subnet["Subnet"]["SubnetId"]
+        self.group = ec2.create_security_group(GroupName="g", Description="g", VpcId=self.vpc)["GroupId"]
+        self.ami = "ami-0123456789abcdef0"
+        self.calls.clear()
+
+    def reset(self) -> None:
+        """As after `start`: an account with a network in it and nothing else."""
+        self.boot_s = 0.0
+        backend = get_backend("ec2")[self.account][REGION]
+        for kept in (
+            *(self.faults, self.capacity, self.calls, self.spot_usd, self._replies),
+            *(
+                backend.reservations,
+                backend.fleets,
+                backend.launch_templates,
+                backend.launch_template_name_to_ids,
+            ),
+        ):
+            cast(Any, kept).clear()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": self.account,  # moto takes a key of twelve digits for the account
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self, service: str) -> Any:
+        found = boto3.client(
+            service,
+            region_name=REGION,
+            endpoint_url=self.url,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        found.meta.events.register(
+            "before-sign.*",
+            lambda request, **_: request.headers.add_header("x-moto-account-id", self.account),
+        )
+        return found
+
+    # -- what tests ask
+
+    def instances(self, *states: str) -> list[Any]:
+        """moto's own records, in these states (all when none is named)."""
+        backend = get_backend("ec2")[self.account][REGION]
+        found = [i for r in backend.reservations.values() for i in r.instances]
+        return [i for i in found if not states or i.state in states]
+
+    def alive(self) -> list[str]:
+        return [i.id for i in self.instances("pending", "running", "stopping", "stopped")]
+
+    def count(self, action: str) -> int:
+        return sum(1 for name, _ in self.calls if name == action)
+
+    def sell(
+        self, names: Iterable[str], n: int | None = 0, code: str = "InsufficientInstanceCapacity"
+    ) -> None:
+        for name in names:
+            self.capacity[name] = Sold(n, code)
+
+    # -- the layer
+
+    def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        auth = environ.get("HTTP_AUTHORIZATION", "")
+        environ["HTTP_X_MOTO_ACCOUNT_ID"] = self.account
+        if "/ec2/aws4_request" not in auth:
+            return cast(Iterable[bytes], self._moto(environ, start_response))
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        form = {k: v[0] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
+        action = form["Action"]
+        with self._lock:
+            self.calls.append((action, form))
+            fault = next((f for f in self.faults if f.action == action and f.times > 0), None)
+            if fault is not None:
+                fault.times -= 1
+        if fault is not None and fault.delay_s:
+            time.sleep(fault.delay_s)
+        if fault is not None and fault.code:
+            return _error(start_response, fault.status, fault.code)
+        status, headers, reply = self._answer(action, form, environ)
+        if fault is not None and fault.lose_reply:
+            return _error(start_response, 500, "InternalError")  # done, and nobody hears of it
+        start_response(status, headers)
+        return [reply]
+
+    def _answer(
+        self, action: str, form: dict[str, str], environ: dict[str, Any]
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
+        if action == "DescribeSpotPriceHistory":
+            return _xml(self._price_history(form))
+        if action != "CreateFleet":
+            return self._ask_moto(form, environ)
+        with self._lock:
+            token = form["ClientToken"]
+            asked = {k: v for k, v in form.items() if k != "Action"}
+            known = self._replies.get((action, token))
+            if known is not None:
+                if known[0] != asked:
+                    return _error_reply(400, "IdempotentParameterMismatch")
+                return _xml(known[1].decode())
+            reply = self._create_fleet(form, environ)
+            self._replies[action, token] = (asked, reply[2])
+            return reply
+
+    def _create_fleet(
+        self, form: dict[str, str], environ: dict[str, Any]
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
+        lifecycle = form["TargetCapacitySpecification.DefaultTargetCapacityType"]
+        overrides: dict[int, dict[str, str]] = {}
+        for key, value in form.items():
+            match = _OVERRIDE.fullmatch(key)
+            if match:
+                overrides.setdefault(int(match[1]), {})[match[2]] = value
+        zones = {subnet: zone for zone, subnet in self.subnets.items()}
+        errors, chosen = [], None
+        for _, override in sorted(overrides.items(), key=lambda item: float(item[1].get("Priority", 0))):
+            name = f"{lifecycle}/{zones[override['SubnetId']]}/{override['InstanceType']}"
+            sold = self.capacity.get(name, Sold())
+            if sold.n_left == 0:
+                errors.append((override, sold.code))
+            elif chosen is None:
+                chosen = override
+                if sold.n_left is not None:
+                    sold.n_left -= 1
+        listed = "".join(_fleet_error(o, lifecycle, code) for o, code in errors)
+        if chosen is None:
+            return _xml(
+                f'<CreateFleetResponse xmlns="{_NS}"><requestId>{uuid.uuid4()}</requestId>'
+                f"<fleetId>fleet-{uuid.uuid4()}</fleetId><errorSet>{listed}</errorSet><fleetInstanceSet/>"
+                "</CreateFleetResponse>"
+            )
+        kept = {k: v for k, v in form.items() if not _OVERRIDE.fullmatch(k)}
+        kept |= {f"LaunchTemplateConfigs.1.Overrides.1.{k}": v for k, v in chosen.items()}
+        before = {i.id for i in self.instances()}
+        status, headers, reply = self._ask_moto(kept, environ)
+        for instance in self.instances():
+            if instance.id not in before:
+                self._boot(instance)
+        text = reply.decode()
+        if listed and "<errorSet" in text:
+            text = re.sub(
+                r"<errorSet\s*/>|<errorSet>.*?</errorSet>", f"<errorSet>{listed}</errorSet>", text, flags=re.S
+            )
+        elif listed:
+            text = text.replace(
+                "</CreateFleetResponse>", f"<errorSet>{listed}</errorSet></CreateFleetResponse>"
+            )
+        return status, headers, text.encode()
+
+    def _boot(self, instance: Any) -> None:
+        if not self.boot_s:
+            return
+        instance._state.name, instance._state.code = "pending", 0
+
+        def up() -> None:
+            if instance._state.name == "pending":
+                instance._state.name, instance._state.code = "running", 16
+
+        timer = threading.Timer(self.boot_s, up)
+        timer.daemon = True
+        timer.start()
+
+    def _price_history(self, form: dict[str, str]) -> str:
+        wanted = {v for k, v in form.items() if k.startswith("InstanceType.")}
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        items = "".join(
+            f"<item><instanceType>{escape(t)}</instanceType><productDescription>Linux/UNIX</productDescription>"
+            f"<spotPrice>{usd:.6f}</spotPrice><timestamp>{now}</timestamp><availabilityZone>{z}</availabilityZone></item>"
+            for (t, z), usd in sorted(self.spot_usd.items())
+            if t in wanted
+        )
+        return (
+            f'<DescribeSpotPriceHistoryResponse xmlns="{_NS}"><requestId>r</requestId>'
+            f"<spotPriceHistorySet>{items}</spotPriceHistorySet><nextToken/></DescribeSpotPriceHistoryResponse>"
+        )
+
+    def _ask_moto(
+        self, form: dict[str, str], environ: dict[str, Any]
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
+        from io import BytesIO
+
+        body = urlencode(form).encode()
+        environ = {**environ, "wsgi.input": BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        got: list[Any] = []
+        parts = self._moto(environ, lambda status, headers, *_: got.extend((status, headers)))
+        return got[0], [h for h in got[1] if h[0].lower() != "content-length"], b"".join(parts)
+
+
+def _fleet_error(override: dict[str, str], lifecycle: str, code: str) -> str:
+    return (
+        "<item><launchTemplateAndOverrides><overrides>"
+        f"<instanceType>{override['InstanceType']}</instanceType><subnetId>{override['SubnetId']}</subnetId>"
+        f"</overrides></launchTemplateAndOverrides><lifecycle>{lifecycle}</lifecycle><errorCode>{code}</errorCode>"
+        f"<errorMessage>simulated</errorMessage></item>"
+    )
+
+
+def _xml(text: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    return "200 OK", [("Content-Type", "text/xml")], text.encode()
+
+
+def _error_reply(status: int, code: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    body = (
+        f"<Response><Errors><Error><Code>{code}</Code><Message>simulated</Message></Error></Errors>"
+        "<RequestID>r</RequestID></Response>"
+    )
+    return f"{status} X", [("Content-Type", "text/xml")], body.encode()
+
+
+def _error(start_response: Callable[..., Any], status: int, code: str) -> Iterable[bytes]:
+    line, headers, body = _error_reply(status, code)
+    start_response(line, headers)
+    return [body]

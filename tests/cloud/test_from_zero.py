@@ -1,0 +1,164 @@
+"""From nothing to a served request on simulated spot machines, with the real control loop, agents and toy engine."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from autoscaler import reconcile
+from autoscaler.identity import Expected
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Offer, Replica
+from autoscaler.watch.recorder import Recorder
+from autoscaler.watch.watcher import Watcher
+from infra.providers.aws.provider import AwsProvider
+from tests.autoscaler.conftest import Scaling, eventually, operator_db, scaling  # noqa: F401 - fixtures
+from tests.cloud.conftest import TYPE, aws_config
+from tests.cloud.ec2 import REGION, ZONES, Ec2
+from tests.cloud.hypervisor import Hypervisor
+from tests.cloud.imds import certificate
+
+pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "operator"])
+
+
+@dataclass
+class Cloud:
+    scaling: Scaling
+    ec2: Ec2
+    hypervisor: Hypervisor
+    watcher: Watcher
+    recorder: Recorder
+
+    def wake(self, *requests: str) -> None:
+        self.scaling.queue(*requests)
+        cell = self.scaling.house.cell
+        cell.redis.publish(cell.keys.wake_channel, self.scaling.deployment.id.hex)
+
+    def routed(self) -> list[str]:
+        return [r.hex for r in self.scaling.house.cell.routed(self.scaling.deployment.id.hex)]
+
+    def machines(self) -> list[Machine]:
+        return list(Machine.objects.exclude(state=MachineState.GONE).order_by("created_at"))
+
+
+@pytest.fixture
+def cloud(
+    scaling: Scaling,  # noqa: F811
+    ec2: Ec2,
+    aws: AwsProvider,
+    live_server: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Cloud]:
+    """The control worker's threads over a simulated region; zero machines at the end, or the test fails."""
+    from controlplane.api import internal
+
+    pem = tmp_path / "certificate.pem"
+    pem.write_bytes(certificate())
+    monkeypatch.setattr(internal, "build_cell", lambda: scaling.house.cell)
+    monkeypatch.setattr(internal, "expected_identity", lambda: Expected(pem, REGION, ec2.ami))
+    ec2.boot_s = 0.3
+    aws = AwsProvider(
+        aws_config(ec2, CORRAL_AWS_AGENT_COMMAND=f"{sys.executable} -m workers.agent"), aws._clients, "c0"
+    )
+    scaling.configure(provider="aws", enrol_url=f"{live_server.url}/internal/enrol", max_machines=3)
+    scaling.house = replace(scaling.house, provider=aws)
+    recorder = Recorder(scaling.house)
+    watcher = Watcher(scaling.house.cell, recorder, stale_after_s=2.0)
+    guests = Path(tempfile.mkdtemp(prefix="guests"))  # sockets lie below it, and their paths must be short
+    hypervisor = Hypervisor(ec2, guests, ec2.environ)
+    hypervisor.start()
+    recorder.start()
+    watcher.start()
+    yield Cloud(scaling, ec2, hypervisor, watcher, recorder)
+    watcher.stop()
+    recorder.stop()
+    for machine in aws.describe():
+        aws.terminate(machine.ref)
+    hypervisor.stop()
+    shutil.rmtree(guests)
+    assert ec2.alive() == []
+
+
+def test_a_request_buys_a_spot_machine_that_serves_and_is_given_back(
+    cloud: Cloud,
+    eventually: Callable[..., None],  # noqa: F811
+) -> None:
+    cloud.ec2.sell([f"spot/{ZONES[0]}/{TYPE}"])  # the cheapest zone has none
+    cloud.wake("first")
+    eventually(lambda: len(cloud.routed()) == 1, "a replica is routed to", 60)
+    [machine] = cloud.machines()
+    assert machine.offering == f"spot/{ZONES[1]}/{TYPE}"
+    assert machine.price_nano_per_h == 310_000_000
+    assert machine.state == MachineState.READY
+    assert cloud.ec2.alive() == [machine.provider_ref]
+    assert Offer.objects.get(name=f"spot/{ZONES[0]}/{TYPE}").n_refusals == 1
+
+    # Somebody else's machine under our tags: paid for, unknown, ended. Ours is left alone.
+    stray = cloud.scaling.house.provider.launch(replace(_spec_of(cloud), machine_id="ee" * 16), "f" * 32)
+    assert len(cloud.ec2.alive()) == 2
+    report = reconcile.reconcile(cloud.scaling.house)
+    eventually(
+        lambda: stray.ref not in cloud.ec2.alive() or reconcile.reconcile(cloud.scaling.house), "it is ended"
+    )
+    assert cloud.ec2.alive() == [machine.provider_ref]
+    assert report.n_gone == 0
+
+    # Nobody wants the model any more: the replica goes, then its machine.
+    cloud.scaling.change(deleted_at=timezone.now())
+    cloud.recorder.want_tick(cloud.scaling.deployment.id.hex)
+    eventually(
+        lambda: not Replica.objects.filter(phase__in=LIVE_PHASES).exists(), "the replica has ended", 30
+    )
+    given_back = replace(
+        cloud.scaling.house, config=replace(cloud.scaling.house.config, machine_keep_warm_s=0.0)
+    )
+    eventually(
+        lambda: reconcile.reconcile(given_back) and not cloud.ec2.alive(), "the machine is given back", 30
+    )
+    assert cloud.machines() == []
+
+
+def _spec_of(cloud: Cloud) -> Any:
+    from autoscaler import market
+    from infra.providers.base import LaunchSpec
+
+    names = Offer.objects.filter(is_spot=False).values_list("name", flat=True)
+    return LaunchSpec(
+        machine_id="ee" * 16,
+        cell="c0",
+        enrol_url="http://127.0.0.1:1/internal/enrol",
+        engine="toy",
+        offerings=market.offerings_of(names, "c0", "aws"),
+        proof="",
+    )
+
+
+def test_a_notice_orders_the_replacement_before_the_machine_goes(
+    cloud: Cloud,
+    eventually: Callable[..., None],  # noqa: F811
+) -> None:
+    cloud.wake("first")
+    eventually(lambda: len(cloud.routed()) == 1, "a replica is routed to", 60)
+    [first] = cloud.machines()
+    old = cloud.routed()[0]
+    cloud.hypervisor.guests[first.provider_ref].imds.recommend_rebalance()
+    eventually(
+        lambda: Machine.objects.get(id=first.id).state == MachineState.DRAINING, "the advice is heard", 10
+    )
+    eventually(lambda: len(cloud.machines()) == 2, "a replacement is ordered", 20)
+    assert old in cloud.routed(), "it serves on until its successor does"
+    eventually(lambda: set(cloud.routed()) - {old}, "the successor is routed to", 60)
+    assert Machine.objects.filter(id=first.id, ends_at__gt=timezone.now()).exists()
+    cloud.hypervisor.notice(first.provider_ref, 3)
+    eventually(lambda: first.provider_ref not in cloud.ec2.alive(), "it is taken", 15)
+    eventually(lambda: old not in cloud.routed(), "and not routed to any more", 15)
+    assert len(cloud.routed()) == 1
+    assert len(cloud.ec2.alive()) == 1
