@@ -10,6 +10,7 @@ from controlplane.api.internal import enrol
 urlpatterns = [
     path("internal/enrol", enrol),
     path("api/v1/", include("controlplane.api.urls")),
+    path("", include("controlplane.console.account_urls")),
     path("", include("controlplane.console.urls")),
 ]
 

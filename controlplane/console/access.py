@@ -39,17 +39,18 @@ class MemberRequest(TenantRequest):
 
 
 def member_page(
-    *permissions: Permission, while_suspended: bool = False
+    *permissions: Permission, while_suspended: bool = False, while_waiting: bool = False
 ) -> Callable[[View[P]], Callable[Concatenate[TenantRequest, P], HttpResponse]]:
     """Only for members, only with these permissions; never cached, because it shows a tenant's data.
 
-    Members of a suspended organization may look and change nothing, except where `while_suspended`.
+    Members of a suspended organization may look and change nothing, except where `while_suspended`; members whose
+    organization asks more of their sign-in do that first, except where `while_waiting`.
     """
 
     def wrap(view: View[P]) -> Callable[Concatenate[TenantRequest, P], HttpResponse]:
         @wraps(view)
         def guarded(request: TenantRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
-            response = _answer(view, permissions, while_suspended, request, *args, **kwargs)
+            response = _answer(view, permissions, (while_suspended, while_waiting), request, *args, **kwargs)
             add_never_cache_headers(response)
             return response
 
@@ -61,7 +62,7 @@ def member_page(
 def _answer(
     view: View[P],
     permissions: tuple[Permission, ...],
-    while_suspended: bool,
+    exceptions: tuple[bool, bool],
     request: TenantRequest,
     /,
     *args: P.args,
@@ -69,6 +70,11 @@ def _answer(
 ) -> HttpResponse:
     if not request.user.is_authenticated:
         return _to_sign_in(request)
+    while_suspended, while_waiting = exceptions
+    if request.missing is not None:
+        if while_waiting:
+            return view(cast(MemberRequest, request), *args, **kwargs)
+        return _to_what_is_missing(request)
     if request.membership is None:
         return error_page(
             request,
@@ -91,6 +97,14 @@ def _answer(
         if current_tenant() is not None:
             transaction.set_rollback(True)  # answered with a page, so nobody else will undo its writes
         return error_page(request, status=error.status, message=error.message, code=error.code)
+
+
+def _to_what_is_missing(request: TenantRequest) -> HttpResponse:
+    """Enrolling a second factor, or the organization's own sign-in; the page that was asked for comes after it."""
+    target = resolve_url("account_missing")
+    if request.headers.get("HX-Request"):
+        return HttpResponse(status=204, headers={"HX-Redirect": target})
+    return redirect_to_login(request.get_full_path(), target)
 
 
 def _to_sign_in(request: TenantRequest) -> HttpResponse:

@@ -68,6 +68,16 @@ def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     )
 
 
+def inactive(request: HttpRequest) -> HttpResponse:
+    """Where allauth sends who may not sign in at all."""
+    return error_page(
+        request,
+        status=403,
+        title="This account is disabled",
+        message="Ask the operator of this installation.",
+    )
+
+
 def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
     return error_page(
         request, status=404, message="The page does not exist, or it belongs to another organization."

@@ -1,4 +1,4 @@
-"""How people come into an organization: invitations.
+"""How people come into an organization, and what it asks of how they sign in.
 
 Fields and constraints only; writes are in the module named after each table. Every table has an organization and
 row-level security.
@@ -58,3 +58,29 @@ class Invitation(models.Model):
         if self.revoked_at is not None:
             return "revoked"
         return "open" if self.expires_at > now else "expired"
+
+
+class SignInPolicy(models.Model):
+    """What an organization asks of its members' sign-in, and what its identity provider's people become. No row: the
+    defaults."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.OneToOneField(Organization, on_delete=models.PROTECT, related_name="+")
+    require_mfa = models.BooleanField(default=False)
+    require_sso = models.BooleanField(default=False)
+    just_in_time = models.BooleanField(
+        default=True, help_text="who signs in by its provider becomes a member, if they are none"
+    )
+    default_role = models.CharField(max_length=16, choices=Role.choices, default=Role.VIEWER)
+    group_roles = models.JSONField(
+        default=dict, blank=True, help_text="name of a group at the provider -> role; the highest counts"
+    )
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(condition=Q(default_role__in=Role.values), name="signinpolicy_role_known"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.organization_id)

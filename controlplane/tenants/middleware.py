@@ -10,19 +10,21 @@ from typing import Final
 from uuid import UUID
 
 from django.contrib.auth.models import AnonymousUser
+from django.contrib.sessions.backends.base import SessionBase
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from structlog.contextvars import bind_contextvars
 
-from controlplane.tenants import selectors
+from controlplane.tenants import selectors, signed_in
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import current_tenant, tenant
 from controlplane.tenants.models import User
 from controlplane.tenants.selectors import Membership
 
 SESSION_KEY = "organization_id"
-# Pages that enter a tenant of their own choice: the one that invites, or the one whose provider vouches.
-OUTSIDE: Final = ("/invitations/", "/sso/")
+# Pages of no tenant: a person's own account; and those that enter one of their own choice: the one that invites, or
+# the one whose provider vouches.
+OUTSIDE: Final = ("/account", "/invitations/", "/sso")
 
 
 class TenantRequest(HttpRequest):
@@ -31,6 +33,8 @@ class TenantRequest(HttpRequest):
     user: User | AnonymousUser
     membership: Membership | None
     memberships: tuple[Membership, ...]
+    missing: signed_in.Missing | None  # why `membership` is None although there is one
+    waiting: Membership | None  # that one
 
 
 class TenantMiddleware:
@@ -42,14 +46,20 @@ class TenantMiddleware:
     def __call__(self, request: TenantRequest) -> HttpResponse:
         request.membership = None
         request.memberships = ()
+        request.missing, request.waiting = None, None
         if (
             current_tenant() is not None
         ):  # a management token has chosen (api/middleware.py): cookies have no say
             return self._get_response(request)
         user = request.user
         if isinstance(user, User):
-            request.memberships = selectors.memberships_of(user_id=user.id)
-            request.membership = _active(request.memberships, request.session.get(SESSION_KEY))
+            session = request.session
+            request.memberships = signed_in.reachable(selectors.memberships_of(user_id=user.id), session)
+            membership = _active(request.memberships, session)
+            if membership is not None and (missing := signed_in.missing(membership, session)):
+                request.missing, request.waiting = missing, membership
+            else:
+                request.membership = membership
         if request.membership is None or request.path.startswith(OUTSIDE):
             return self._get_response(request)
         bind_contextvars(organization=request.membership.organization_id.hex)
@@ -69,8 +79,11 @@ def choose_organization(request: TenantRequest, organization_id: UUID) -> None:
     request.session[SESSION_KEY] = organization_id.hex
 
 
-def _active(memberships: tuple[Membership, ...], chosen: object) -> Membership | None:
+def _active(memberships: tuple[Membership, ...], session: SessionBase) -> Membership | None:
+    """The chosen one; without a choice the first that this session is good enough for, or else the first."""
+    chosen = session.get(SESSION_KEY)
     for membership in memberships:
         if membership.organization_id.hex == chosen:
             return membership
-    return memberships[0] if memberships else None
+    entered = (each for each in memberships if signed_in.missing(each, session) is None)
+    return next(entered, memberships[0] if memberships else None)

@@ -25,17 +25,21 @@ class Membership:
     organization_slug: str
     timezone: str
     suspended_at: datetime | None
+    require_mfa: bool = False
+    require_sso: bool = False
 
 
 def memberships_of(*, user_id: UUID) -> tuple[Membership, ...]:
     """The organizations this user belongs to, by name. Needs no tenant."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT organization_id, member_id, role, name, slug, timezone, suspended_at "
-            "FROM corral_user_memberships(%s)",
-            [user_id],
+            "SELECT organization_id, member_id, role, name, slug, timezone, suspended_at, "
+            "coalesce(require_mfa, false), coalesce(require_sso, false) "
+            "FROM corral_user_memberships(%s) "
+            "LEFT JOIN corral_user_sign_in_policies(%s) USING (organization_id) ORDER BY name, organization_id",
+            [user_id, user_id],
         )
-        rows: Iterable[tuple[UUID, UUID, str, str, str, str, datetime | None]] = cursor.fetchall()
+        rows: Iterable[tuple[UUID, UUID, str, str, str, str, datetime | None, bool, bool]] = cursor.fetchall()
     return tuple(Membership(row[0], row[1], Role(row[2]), *row[3:]) for row in rows)
 
 

@@ -5,7 +5,8 @@ Whoever has the link has read the mail. Who has an account signs in with it; who
 
 from __future__ import annotations
 
-from django.contrib.auth import login
+from allauth.account.internal.flows.login import perform_password_login
+from allauth.account.models import Login
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.cache import never_cache
@@ -74,7 +75,9 @@ def _as_nobody(request: TenantRequest, token: str, offer: Offer) -> HttpResponse
                     raise
                 form.add_error(error.field, error.message)
             else:
-                login(request, user)
+                response: HttpResponse = perform_password_login(
+                    request, {"email": user.email}, Login(user=user, redirect_url="/")
+                )
                 choose_organization(request, offer.organization_id)
-                return redirect("console:overview")
+                return response
     return render(request, "console/invitation.html", {"offer": offer, "form": form}, status=status)

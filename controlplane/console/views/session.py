@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from django.contrib.auth import authenticate, login, logout
+from allauth.account.internal.flows.login import perform_password_login
+from allauth.account.models import Login
+from django.contrib.auth import authenticate, logout
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
@@ -25,9 +27,10 @@ def sign_in(request: HttpRequest) -> HttpResponse:
     form = SignInForm(request.POST or None)
     status = 200
     if request.method == "POST":
-        status = _try(request, form)
-        if status == 302:
-            return redirect(_next(request))
+        found = _try(request, form)
+        if isinstance(found, HttpResponse):
+            return found
+        status = found
     context = {"form": form, "next": request.POST.get("next") or request.GET.get("next", "")}
     return render(request, "console/sign_in.html", context, status=status)
 
@@ -39,7 +42,7 @@ def sign_out(request: HttpRequest) -> HttpResponse:
 
 
 @require_POST
-@member_page(while_suspended=True)
+@member_page(while_suspended=True, while_waiting=True)
 def switch_organization(request: MemberRequest) -> HttpResponse:
     """Work for another of the user's organizations from the next request on; other choices are ignored."""
     for membership in request.memberships:
@@ -48,8 +51,11 @@ def switch_organization(request: MemberRequest) -> HttpResponse:
     return redirect("console:overview")
 
 
-def _try(request: HttpRequest, form: SignInForm) -> int:
-    """302 when signed in, else the status under which to show the form, which has an error then."""
+def _try(request: HttpRequest, form: SignInForm) -> HttpResponse | int:
+    """The way on when the password is right, else the status under which to show the form, which has an error then.
+
+    allauth takes over after the password: it asks for the second factor, if there is one, and signs in.
+    """
     if not form.is_valid():
         return 400
     email, password = form.cleaned_data["email"].strip().lower(), form.cleaned_data["password"]
@@ -59,14 +65,15 @@ def _try(request: HttpRequest, form: SignInForm) -> int:
         minutes = -(-wait_s // 60)
         form.add_error(None, f"Too many failed attempts. Try again in {minutes} minute{'s' * (minutes > 1)}.")
         return 429
-    user = authenticate(request, username=email, password=password)
+    user = authenticate(request, email=email, password=password)
     if user is None:
         throttle.count_failure(email=email, address=address, now=now)
         form.add_error(None, "E-mail or password is wrong.")
         return 401
     throttle.forget(email=email, address=address)
-    login(request, user)
-    return 302
+    login = Login(user=user, redirect_url=_next(request))
+    response: HttpResponse = perform_password_login(request, {"email": email}, login)
+    return response
 
 
 def _next(request: HttpRequest) -> str:

@@ -67,6 +67,27 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 # For people nobody knows yet, or without a tenant: nothing of any tenant may be in the answer, whoever asks.
 OPEN = {"login", "logout", "internal/enrol", "invitations/<str:token>"}
+# A person's own account (identity/test_account.py): nothing of a tenant either.
+OPEN |= {
+    "account",
+    "account/inactive",
+    "account/missing",
+    "account/sessions/end",
+    "account/reauthenticate",
+    "account/password",
+    "account/password/set",
+    "account/password/reset",
+    "account/password/reset/sent",
+    "account/password/reset/done",
+    "^account/password/reset/key/(?P<uidb36>[0-9A-Za-z]+)-(?P<key>.+)/$",
+    "account/2fa",
+    "account/2fa/authenticate",
+    "account/2fa/reauthenticate",
+    "account/2fa/activate",
+    "account/2fa/deactivate",
+    "account/2fa/codes",
+    "account/2fa/codes/new",
+}
 
 
 def patterns() -> list[str]:

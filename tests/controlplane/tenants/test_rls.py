@@ -19,6 +19,11 @@ AsOperator = Callable[[], AbstractContextManager[None]]
 READABLE_WITHOUT_TENANT = {
     "tenants_user": "signing in comes before a tenant is known; a user may belong to several",
     "django_session": "likewise; rows are found by an unguessable key",
+    "account_emailaddress": "likewise; allauth's, kept empty",
+    "mfa_authenticator": "likewise; a person's second factor, its seed sealed",
+    "usersessions_usersession": "likewise; where a person is signed in",
+    "socialaccount_socialaccount": "likewise; which subject of which identity provider a person is",
+    "identity_cache": "counters of attempts and used codes, by user or address",
     "deployments_sloclass": "the same promises for every tenant",
 }
 # References between tenant tables that no composite foreign key guards.

@@ -1,0 +1,43 @@
+"""Secrets that we must be able to read again (TOTP seeds, client secrets of identity providers), sealed at rest.
+
+AES-256-GCM under a key derived from CORRAL_SECRET_KEY and the purpose, so that a box of one purpose opens for no other.
+Earlier keys (SECRET_KEY_FALLBACKS) still open what they sealed. What needs only comparing is hashed instead, not here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from django.conf import settings
+
+_NONCE_BYTES: Final = 12
+
+
+class SealError(ValueError):
+    """The box was sealed under a key that this process does not hold, for another purpose, or was changed."""
+
+
+def seal(plain: str, *, purpose: str) -> bytes:
+    """A fresh box each time: equal secrets look different."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return nonce + _cipher(settings.SECRET_KEY, purpose).encrypt(nonce, plain.encode(), None)
+
+
+def unseal(box: bytes, *, purpose: str) -> str:
+    """What was sealed. Raises SealError."""
+    for key in (settings.SECRET_KEY, *map(str, settings.SECRET_KEY_FALLBACKS)):
+        try:
+            return _cipher(key, purpose).decrypt(box[:_NONCE_BYTES], box[_NONCE_BYTES:], None).decode()
+        except InvalidTag:
+            continue
+    raise SealError(f"a sealed {purpose} cannot be opened: set the CORRAL_SECRET_KEY it was sealed under")
+
+
+def _cipher(key: str, purpose: str) -> AESGCM:
+    derived = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=f"corral {purpose}".encode())
+    return AESGCM(derived.derive(key.encode()))
