@@ -111,3 +111,31 @@ class UsageEvent(models.Model):
 
     def __str__(self) -> str:
         return ids.to_text(ids.Prefix.REQUEST, self.request_id)
+
+
+class Spend(models.Model):
+    """What was booked per key, model, cell and quarter of an hour of admission: sums that budgets are read from.
+
+    Written by a trigger on usage events in their own transaction, so that it is always their exact sum.
+    """
+
+    pk = models.CompositePrimaryKey("organization_id", "project_id", "api_key_id", "model", "cell", "quarter")
+    organization = models.ForeignKey(
+        Organization, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    project_id = models.UUIDField()
+    api_key_id = models.UUIDField()
+    model = models.CharField(max_length=64)
+    cell = models.CharField(max_length=32, help_text="empty where the machine is not known")
+    quarter = models.DateTimeField(help_text="its start")
+    cost_nano = models.BigIntegerField()
+    n_requests = models.BigIntegerField()
+
+    class Meta:
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["api_key_id", "quarter"], name="spend_of_key"),
+            models.Index(fields=["quarter"], name="spend_latest"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.api_key_id} {self.quarter.isoformat()}"

@@ -35,6 +35,7 @@ class Prefix(StrEnum):
     SLO_RULE = "slo"
     OPERATION = "opn"
     GRANT = "grt"
+    BUDGET = "bud"
 
 
 class InvalidIdError(ValueError):

@@ -226,6 +226,7 @@ INSTALLED_APPS = [
     "controlplane.slo.apps.SloConfig",
     "controlplane.operations.apps.OperationsConfig",
     "controlplane.lifecycle.apps.LifecycleConfig",
+    "controlplane.budgets.apps.BudgetsConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

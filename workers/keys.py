@@ -20,6 +20,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `failed` | set of request ids | trusted | given up; until their gateways and holds were told |
 | `born` | string | trusted | since when limits count here: 0 from the start, else when this Redis was found empty |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
+| `bud:<budget>`, `bud:<budget>:b` | hashes | trusted | a budget's window, its buckets: lua/lib_windows.lua |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
 | `lock:watcher` | string | trusted | which control worker's watcher is active; expires |
@@ -111,6 +112,9 @@ class CellKeys:
         if scope not in SCOPES:
             raise ValueError(f"scope: {scope!r} is none of {SCOPES}")
         return f"{self.prefix}lim:{scope}:{scope_id}"
+
+    def budget(self, budget_id: str) -> str:
+        return f"{self.prefix}bud:{budget_id}"
 
     @property
     def failed(self) -> str:

@@ -2,7 +2,7 @@
 
 Trusted scripts may touch any key of the cell; those in MACHINE_SCRIPTS run as a machine's Redis user and touch
 only keys under its prefix (Redis checks every call a script makes against the caller's ACL). Scripts take now_ms
-from the caller, so that a test may run them on a virtual clock.
+from the caller, so that a test may run them on a virtual clock; only the windows of budgets go by the clock of Redis.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ def load(name: str, *includes: str, wraps: str = "") -> Script:
 
 
 _QUEUE = ("lib_record", "lib_bind", "lib_flows", "lib_queue")
+_LIMITS = ("lib_limits", "lib_windows")
 
-ADMIT = load("alone", *_QUEUE, "lib_limits", wraps="admit")
-SETTLE = load("alone", *_QUEUE, "lib_limits", wraps="settle")
-ADMIT_SEVERAL = load("admit_several", *_QUEUE, "lib_limits", wraps="admit")
-SETTLE_SEVERAL = load("settle_several", *_QUEUE, "lib_limits", wraps="settle")
+ADMIT = load("alone", *_QUEUE, *_LIMITS, wraps="admit")
+SETTLE = load("alone", *_QUEUE, *_LIMITS, wraps="settle")
+ADMIT_SEVERAL = load("admit_several", *_QUEUE, *_LIMITS, wraps="admit")
+SETTLE_SEVERAL = load("settle_several", *_QUEUE, *_LIMITS, wraps="settle")
 CHARGE = load("charge", "lib_record", "lib_flows")
 SWEEP = load("sweep")
-TOPUP = load("topup", "lib_record", "lib_limits")
+TOPUP = load("topup", "lib_record", *_LIMITS)
 SEED = load("seed")
+SEED_WINDOW = load("seed_window")
+TRUE_UP = load("true_up")
 LATE = load("late", "lib_limits")
 CANCEL = load("cancel", "lib_record", "lib_flows")
 IDEM = load("idem")
@@ -67,7 +70,20 @@ POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    *(ADMIT, ADMIT_SEVERAL, SETTLE, SETTLE_SEVERAL, TOPUP, CHARGE, SWEEP, SEED, LATE, CANCEL, SHORTEN),
-    *(IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
+    *(
+        ADMIT,
+        ADMIT_SEVERAL,
+        SETTLE,
+        SETTLE_SEVERAL,
+        TOPUP,
+        CHARGE,
+        SWEEP,
+        SEED,
+        SEED_WINDOW,
+        TRUE_UP,
+        LATE,
+        CANCEL,
+    ),
+    *(SHORTEN, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
 )
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

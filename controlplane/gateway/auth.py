@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from billing.money import Rates
+from controlplane.gateway import windows
 from controlplane.gateway.directory import (
     DeploymentRow,
     DirectoryUnavailable,
@@ -25,6 +26,7 @@ from controlplane.gateway.directory import (
 )
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.keybounds import Bounds, bounds_of, callable_names
+from controlplane.gateway.windows import WindowBudget
 from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.policy.promises import CLASSES, Promise, Rule, promises
@@ -73,8 +75,10 @@ class KeyContext:
     # flattened for the admission script.
     scopes: tuple[tuple[str, str, Limits], ...]
     scope_args: tuple[str | int, ...]
-    # Whether any of them has a budget.
+    # Whether any of them has a budget, with a window or without.
     budgeted: bool
+    # Budgets with windows.
+    budgets: tuple[WindowBudget, ...]
     # While there are several cells the limits are this cell's part of them, for `lease_ms` from the question on.
     # Without a lease that counts, nothing limited is served.
     lease_ms: int | None
@@ -96,7 +100,7 @@ def context_of(record: KeyRecord) -> KeyContext:
         ("prj", project.id, _part(project.limits.values(), "prj", lease)),
         ("org", organization.id, _part(organization.limits.values(), "org", lease)),
     )
-    is_limited = any(limit >= 0 for _, _, limits in scopes for limit in limits)
+    is_limited = bool(record.budgets) or any(limit >= 0 for _, _, limits in scopes for limit in limits)
     weights = (key.weight, project.weight, organization.weight)
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
@@ -123,7 +127,8 @@ def context_of(record: KeyRecord) -> KeyContext:
             for (_, scope_id, limits), weight in zip(scopes, weights, strict=True)
             for arg in (scope_id, *limits, weight)
         ),
-        budgeted=any(limits[4] >= 0 for _, _, limits in scopes),
+        budgeted=bool(record.budgets) or any(limits[4] >= 0 for _, _, limits in scopes),
+        budgets=windows.of(record.budgets),
         lease_ms=lease.left_ms if lease is not None and is_limited else None,
         unleased=lease is not None and is_limited and lease.left_ms <= 0,
         bounds=None if scopes_row is None else bounds_of(scopes_row),

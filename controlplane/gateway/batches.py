@@ -37,7 +37,11 @@ class Admissions:
         self._waiting: list[_Admission] = []
 
     def submit(
-        self, body_key: str, body: bytes, body_ms: int, args: tuple[str | int | float, ...]
+        self,
+        body_key: str,
+        body: bytes,
+        body_ms: int,
+        args: tuple[str | int | float | list[msgspec.Raw], ...],
     ) -> asyncio.Future[list[Any]]:
         """Store the body for `body_ms`, and run the script with `args` (all of its arguments). The future gives its
         answer, or fails as a call of the client does.

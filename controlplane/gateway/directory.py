@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from billing.money import Nano, NanoPerMillion, Rates
 from controlplane.policy.ordering import QueueOrder
+from controlplane.policy.periods import Period
 from controlplane.policy.promises import Promise, Rule
 from workers.keys import DEFAULT_CELL
 
@@ -152,8 +153,21 @@ class LeaseRow(msgspec.Struct, frozen=True):
     budgets: dict[str, int] = {}
 
 
+class BudgetRow(msgspec.Struct, frozen=True):
+    """A hard budget with a window; `limit_nano` is this cell's part of it. `scope`: key, prj or org."""
+
+    id: str
+    name: str
+    scope: str
+    limit_nano: int
+    period: Period
+    timezone: str
+    model: str = ""
+    rolling_hours: int | None = None
+
+
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup_slo: one key with everything a request under it needs."""
+    """Answer of corral_key_lookup_slo, with its budgets: one key with everything a request under it needs."""
 
     key: KeyRow
     project: ProjectRow
@@ -162,6 +176,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     # None: this is the only cell, and the limits are all its own.
     lease: LeaseRow | None = None
     slo: SloBook = SloBook()
+    budgets: tuple[BudgetRow, ...] = ()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -188,6 +203,9 @@ class KeyDirectory(Protocol):
 
     async def spent_here_nano(self, scope: str, scope_id: str) -> Nano:
         """The same, as far as it was spent in this cell."""
+
+    async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
+        """Booked in this cell under a window budget: by start of each step (ms), or in all where `step_ms` is 0."""
 
 
 class PgDirectory:
@@ -234,7 +252,9 @@ class PgDirectory:
     async def find(self, lookup: str) -> KeyRecord | None:
         if not self.up:  # the change feed asks again every half second and lifts this
             raise DirectoryUnavailable
-        found = await self._ask("SELECT corral_key_lookup_slo(%s, %s)", lookup, self._cell)
+        found = await self._ask(
+            "SELECT corral_with_budgets(corral_key_lookup_slo(%s, %s), %s)", lookup, self._cell, self._cell
+        )
         return None if found is None else msgspec.convert(found, KeyRecord)
 
     async def changes(self, watermark: str | None) -> Changes:
@@ -250,7 +270,15 @@ class PgDirectory:
             raise DirectoryUnavailable
         return Nano(int(await self._ask("SELECT corral_spent_in(%s, %s, %s)", scope, scope_id, self._cell)))
 
-    async def _ask(self, statement: str, *params: str | None) -> Any:
+    async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
+        if not self.up:
+            raise DirectoryUnavailable
+        statement = "SELECT corral_budget_spent(%s, %s, %s, %s, %s)"
+        return msgspec.convert(
+            await self._ask(statement, budget, from_ms, until_ms, step_ms, self._cell), dict[str, int]
+        )
+
+    async def _ask(self, statement: str, *params: str | int | None) -> Any:
         try:
             async with asyncio.timeout(2 * self._timeout_s), self._pool.connection() as connection:
                 cursor = await connection.execute(statement, params)

@@ -10,7 +10,7 @@ import asyncio
 import time
 from typing import Any, Final
 
-from controlplane.gateway import ratelimits
+from controlplane.gateway import ratelimits, windows
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.batches import Admissions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
@@ -165,8 +165,10 @@ class Dispatcher:
             stream.note = self._digests.note(request, body, keyed=stream.keep)
         ask = self._ask(stream, request)
         verdict = await self._try_admit(stream, request, body, ask)
-        if verdict[0] == b"seed":
-            await self._seed(stream.key)
+        for _ in range(1 + len(stream.key.budgets)):
+            if verdict[0] != b"seed":
+                break
+            await self._seed(stream.key, verdict)
             verdict = await self._try_admit(stream, request, body, ask)
         outcome = verdict[0]
         if outcome == b"bound":
@@ -181,7 +183,7 @@ class Dispatcher:
             stream.limits = ratelimits.headers(verdict[4:])
         elif outcome == b"refused":
             stream.limits = ratelimits.headers(verdict[6:])
-            raise _refusal(*verdict[1:6])
+            raise _refusal(stream.key, *verdict[1:6])
         elif outcome == b"full":
             whose = "" if verdict[2] == b"deployment" else ", as many of them yours as may"
             stream.limits = ratelimits.headers(verdict[3:])
@@ -270,6 +272,7 @@ class Dispatcher:
                     self._age_ms,
                     hold.share,
                     *self._routes.candidates(deployment.id, ask, stream.number),
+                    *(windows.argument(key.budgets, deployment.name) if key.budgets else ()),
                 ),
             )
         except asyncio.CancelledError:
@@ -304,9 +307,16 @@ class Dispatcher:
         found = prefix.fine_hashes(stream.key.organization, text)
         return Ask(stream.hold.n_prompt, found, prefix.ends(found, len(text), stream.hold.n_prompt))
 
-    async def _seed(self, key: KeyContext) -> None:
-        """Give the cell the money already booked for each scope with a budget, from the ledger."""
+    async def _seed(self, key: KeyContext, verdict: list[Any]) -> None:
+        """Give the cell the money already booked, from the ledger: of the window budget that the verdict names, or of
+        each scope with a lifetime budget."""
         try:
+            if verdict[1] == b"bud":
+                if not verdict[4]:  # the key was cached for longer than the windows it knew of
+                    raise DirectoryUnavailable
+                budget = next(b for b in key.budgets if b.id == verdict[2].decode())
+                await budget.seed(self._redis, self._keys, self._directory, int(verdict[3]), int(verdict[4]))
+                return
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:
                     asked_ms = time.time_ns() // 1_000_000
@@ -348,15 +358,18 @@ def _chosen(deployment: Deployment, request: GenerationRequest) -> Deployment:
     return deployment
 
 
-def _refusal(scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -> ApiError:
+def _refusal(key: KeyContext, scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -> ApiError:
     """A limit as a 429 in OpenAI's terms: a budget is `insufficient_quota`, which no client should retry."""
     who = _SCOPE_NAMES[scope.decode()]
     name = limit.decode()
+    if name.startswith("budget "):
+        named = name.removeprefix("budget ")
+        return next(b for b in key.budgets if b.id == named).refusal(retry_ms, value)
     if name == "budget":
         return ApiError(
             429,
             "insufficient_quota",
-            f"the budget of this {who} is used up: raise it or wait for the next period",
+            f"the budget of this {who} is used up: an owner, admin or billing member can raise it",
             type_="insufficient_quota",
             headers=((b"x-should-retry", b"false"), (b"x-corral-limit", limit), (b"x-corral-scope", scope)),
         )

@@ -12,10 +12,11 @@
 --       17.. three scopes of 7: id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano (-1 = no limit), weight,
 --       38 band, 39 output tokens expected, 40 prefix hashes, 41 fairness window (counter units), 42 age_ms,
 --       43 share: with money for fewer than so many worst cases left, hold only 1/share of it (0: all of it),
---       44.. ranked candidate replica ids.
+--       44.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
 -- Returns {'bound', epoch, rid, hold_out, heads...} | {'queued', depth, waiting_for_replica 0|1, hold_out, heads...}
 --       | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
 --       | {'full', depth, whose 'deployment'|'organization', heads...} | {'seed', scope, id}
+--       | {'seed', 'bud', id, start, end of the window}
 --       | {'exists'} (the id was used before) | {'gone'} (no body, or no journal to continue: nothing was taken);
 --         heads: what the limits stand at (lib_limits.lua), none where nothing is limited.
 local P, now = ARGV[1], tonumber(ARGV[2])
@@ -24,6 +25,13 @@ local n_in, n_out, money = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[1
 local prompt_money, out_rate, share = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[43])
 local n_carried = tonumber(ARGV[16])
 local rec_key = P .. 'req:' .. id
+local n_args, budgets = #ARGV, nil
+-- Unpacked already where several admissions came together; ids and numbers are printable, a msgpack array never is.
+if type(ARGV[n_args]) == 'table' then
+  n_args, budgets = n_args - 1, ARGV[n_args]
+elseif (string.byte(ARGV[n_args]) or 0) >= 0x90 then
+  n_args, budgets = n_args - 1, cmsgpack.unpack(ARGV[n_args])
+end
 
 if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 
@@ -33,14 +41,27 @@ if look.seed and not look.refusal then
   redis.call('DEL', P .. 'body:' .. id)
   return {'seed', SCOPE[look.seed], ARGV[17 + (look.seed - 1) * 7]}
 end
+if budgets then
+  local unseeded = examine_windows(P, budgets, look)
+  if unseeded and not look.refusal then
+    redis.call('DEL', P .. 'body:' .. id)
+    return unseeded
+  end
+end
 -- The money held: the worst case where much is left; else a share of what is left, topped up as it is used
 -- (topup.lua), or, without sharing, what is left of the worst case. The prompt and one token must fit.
 local granted, left = n_out, look.left
 if left and not look.seed and left < money * math.max(share, 1) then
   local least = math.ceil(prompt_money + math.min(n_out, 1) * out_rate)
   if left < least then
-    local budget = tonumber(ARGV[17 + (look.tight - 1) * 7 + 5])
-    look.refusal = {SCOPE[look.tight], 'budget', -1, budget, math.max(left, 0)}
+    if look.tight > 3 then
+      local c, budget, stop, at = unpack(look.windows[look.tight - 3])
+      look.refusal = {SCOPE[budget[LEVEL]], 'budget ' .. budget[ID], resets_in(c, budget, stop, at, least), budget[LIMIT],
+        math.max(left, 0)}
+    else
+      local budget = tonumber(ARGV[17 + (look.tight - 1) * 7 + 5])
+      look.refusal = {SCOPE[look.tight], 'budget', -1, budget, math.max(left, 0)}
+    end
   elseif out_rate > 0 then
     local rest = (left - prompt_money) / math.max(share, 1)
     granted = math.min(math.max(math.floor(rest / out_rate), math.min(n_out, 1)), n_out)
@@ -61,7 +82,7 @@ local q = P .. 'dep:' .. did .. ':q'
 local depth = redis.call('ZCARD', q)
 local rid, mid = nil, nil
 if depth == 0 then
-  for i = 44, #ARGV do
+  for i = 44, n_args do
     mid = with_slot(P, ARGV[i])
     if mid then rid = ARGV[i]; break end
   end
@@ -90,8 +111,9 @@ local adm = {did, ARGV[7], n_in, n_out, math.floor(money), now, ARGV[38], math.m
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
   tonumber(ARGV[19]), tonumber(ARGV[20]), tonumber(ARGV[22]), tonumber(ARGV[26]), tonumber(ARGV[27]),
   tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36])}
-local packed = cmsgpack.pack(adm)
 take(look, now, money)
+if budgets then adm[WINDOWS] = take_windows(look, math.floor(money)) end
+local packed = cmsgpack.pack(adm)
 if rid then
   redis.call('HSET', rec_key, 'state', 'bound', 'adm', packed, 'gw', ARGV[5], 'stream', ARGV[6],
     'epoch', '1', 'attempt', '1', 'rid', rid, 'mid', mid)

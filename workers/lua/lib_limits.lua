@@ -27,7 +27,8 @@ end
 
 -- What a call knows of scopes, by kind and id: their fields as numbers, and in `put` those to write. Read once and
 -- written once, at the end of the call (write_scopes), so that requests of one tenant in one call share that.
-local scopes = {{}, {}, {}}
+-- The fourth kind are counters of window budgets (lib_windows.lua).
+local scopes = {{}, {}, {}, {}}
 
 local function scope_of(P, s, scope_id)
   local scope = scopes[s][scope_id]
@@ -49,7 +50,7 @@ local function put(scope, field, value)
 end
 
 local function write_scopes()
-  for s = 1, 3 do
+  for s = 1, 4 do
     for _, scope in pairs(scopes[s]) do
       if scope.changed then
         local set = {}

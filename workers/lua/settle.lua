@@ -29,6 +29,7 @@ for s = 1, 3 do
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
   if scope.spent then put_money(scope, 'spent', cost) end
 end
+if adm[WINDOWS] then settle_windows(P, adm[WINDOWS], money, cost, r[7] == '1') end
 if r[1] == 'queued' then
   leave(P, did, id, flow_of(adm), 0)
   redis.call('DEL', P .. 'body:' .. id)

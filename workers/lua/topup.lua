@@ -1,5 +1,5 @@
 -- A request has used up, or will soon have used up, the output tokens that its money pays for: hold more of what is
--- left at its key, project and organization, and tell its replica. Run by the gateway when the replica asks. The
+-- left at its key, project, organization and window budgets, and tell its replica. Run by the gateway when the replica asks. The
 -- price of the prompt is corrected here too, once its exact count is known. Asking again changes nothing.
 --
 -- ARGV: 1 cell prefix, 2 request, 3 machine that asks, 4 tokens granted as the asker knows it, 5 exact prompt tokens,
@@ -54,6 +54,19 @@ for s = 1, 3 do
     if not left or here < left then left, tight = here, v end
   end
 end
+local windows = {}
+for _, began in ipairs(adm[WINDOWS] or {}) do
+  local c = counter_of(P, began[ID])
+  if not c.spent then return {'wait'} end
+  if began[WIDTH] > 0 then counter_now(P, began, redis_ms()) end
+  local p = place_of(c, began)
+  if p then
+    windows[#windows + 1] = {c, p}
+    local here = math.max(began[LIMIT] - c[p .. 'spent'] - c[p .. 'held'], 0)
+    if not left or here < left then left, tight = here, {false, false, c[p .. 'n'], c[p .. 'ask']} end
+  end
+end
+write_scopes()
 left = left or math.huge
 
 local paid, most = tokens_for(money), tokens_for(money + left)
@@ -69,6 +82,8 @@ local function count_waiting(by)
   for s = 1, 3 do
     if adm[CAPS + s * 3 - 1] >= 0 then redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'ask', by) end
   end
+  for _, at in ipairs(windows) do put(at[1], at[2] .. 'ask', math.max((at[1][at[2] .. 'ask'] or 0) + by, 0)) end
+  write_scopes()
   redis.call('HSET', rec_key, 'asks', by > 0 and 1 or 0)
 end
 
@@ -79,6 +94,8 @@ if now_granted > usable and now_granted >= n then
       redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'held', string.format('%.0f', added))
     end
   end
+  for _, at in ipairs(windows) do put_money(at[1], at[2] .. 'held', added) end
+  write_scopes()
   redis.call('HSET', rec_key, 'money', string.format('%.0f', money + added), 'granted', now_granted)
   redis.call('HSET', M .. 'req:' .. id, 'upto', lease[1] + now_granted - n)
   if has_asked then count_waiting(-1) end

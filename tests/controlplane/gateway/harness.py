@@ -23,6 +23,7 @@ from billing.money import Nano
 from controlplane.gateway.__main__ import Server, listen
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.directory import (
+    BudgetRow,
     Changes,
     DeploymentRow,
     DirectoryUnavailable,
@@ -79,6 +80,7 @@ class FakeDirectory:
         self.up = True
         self.records: dict[str, KeyRecord] = {}
         self.spent: dict[tuple[str, str], int] = {}
+        self.in_window: dict[str, dict[str, int]] = {}
         self.noted: list[str] = []
         self.n_found = 0
 
@@ -130,6 +132,23 @@ class FakeDirectory:
     async def spent_nano(self, scope: str, scope_id: str) -> Nano:
         self._require_up()
         return Nano(self.spent.get((scope, scope_id), 0))
+
+    async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
+        self._require_up()
+        return self.in_window.get(budget, {})
+
+    def add_budget(self, key: str, **values: Any) -> str:
+        """A window budget for a key's record; its id."""
+        from msgspec.structs import replace as replace_struct
+
+        lookup = api_keys.lookup_of(key)
+        assert lookup
+        record = self.records[lookup]
+        row = BudgetRow(
+            f"b{len(record.budgets):031x}", **({"name": "team", "scope": "key", "timezone": "UTC"} | values)
+        )
+        self.records[lookup] = replace_struct(record, budgets=(*record.budgets, row))
+        return row.id
 
     def _require_up(self) -> None:
         if not self.up:
