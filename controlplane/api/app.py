@@ -11,6 +11,7 @@ from controlplane.api.document import Api
 from controlplane.api.problems import database_away, problem
 from controlplane.api.resources import (
     audit,
+    budgets,
     deployments,
     invitations,
     keys,
@@ -50,6 +51,7 @@ for module in (
     keys,
     deployments,
     slo,
+    budgets,
     usage,
     audit,
 ):

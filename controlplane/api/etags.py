@@ -8,8 +8,12 @@ from ninja import Schema
 
 
 def etag_of(resource: Schema) -> str:
-    """A strong tag: equal for equal representations, whoever asks."""
-    return f'"{hashlib.sha256(resource.model_dump_json().encode()).hexdigest()[:32]}"'
+    """A strong tag: equal for equal representations, whoever asks.
+
+    A schema's `etag_leaves_out` names fields that move by themselves, such as what was spent: they are no change.
+    """
+    moving = getattr(type(resource), "etag_leaves_out", None)
+    return f'"{hashlib.sha256(resource.model_dump_json(exclude=moving).encode()).hexdigest()[:32]}"'
 
 
 def matches(header: str, etag: str) -> bool:

@@ -40,6 +40,7 @@ _PREFIXES: Final = {
     "deployment": ids.Prefix.DEPLOYMENT,
     "grantee": ids.Prefix.ORGANIZATION,
     "price_version": ids.Prefix.PRICE_VERSION,
+    "budget": ids.Prefix.BUDGET,
 }
 
 

@@ -47,6 +47,7 @@ ServiceAccountId = _id(ids.Prefix.SERVICE_ACCOUNT)
 TokenId = _id(ids.Prefix.MANAGEMENT_TOKEN)
 ModelVersionId = _id(ids.Prefix.MODEL_VERSION)
 DeploymentId = _id(ids.Prefix.DEPLOYMENT)
+BudgetId = _id(ids.Prefix.BUDGET)
 SloRuleId = _id(ids.Prefix.SLO_RULE)
 
 Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"\S")]

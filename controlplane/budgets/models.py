@@ -83,7 +83,7 @@ class BudgetAlert(models.Model):
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
-    budget = models.ForeignKey(Budget, on_delete=models.CASCADE, related_name="alerts")
+    budget = models.ForeignKey(Budget, on_delete=models.CASCADE, related_name="alerts", db_constraint=False)
     window_start = models.DateTimeField(help_text="of a rolling budget: the day it was crossed on")
     threshold = models.PositiveSmallIntegerField(help_text="percent of the limit")
     spent_nano = models.BigIntegerField(help_text="when it was noticed")

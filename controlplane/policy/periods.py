@@ -2,7 +2,7 @@
 
 Called by gateways for the edges that the admission script compares with, by the budgets' services for what was spent
 since, and by the task that sends alerts. The calendar is that of a time zone: a day has 23 to 25 hours. Where midnight
-is skipped by a change of the clocks the window begins when the clocks jump; where it comes twice, the second time.
+is skipped by a change of the clocks the window begins when the clocks jump; where it comes twice, the first time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,5 @@ def _shifted(period: Period, first: date, n: int) -> date:
 
 
 def _start_ms(day: date, tz: ZoneInfo) -> int:
-    local = datetime(day.year, day.month, day.day)  # noqa: DTZ001 - read in the zone below
-    once, again = local.replace(tzinfo=tz), local.replace(tzinfo=tz, fold=1)
-    offset = min(once.utcoffset() or timedelta(), again.utcoffset() or timedelta())
-    return int((local.replace(tzinfo=UTC) - offset).timestamp()) * 1000
+    # Skipped: read with the offset before, which is the jump. Twice: the first.
+    return int(datetime(day.year, day.month, day.day, tzinfo=tz).timestamp()) * 1000

@@ -17,6 +17,8 @@ from uuid import UUID
 import redis
 from django.db import connections, transaction
 
+from controlplane.budgets import selectors as budgets
+from controlplane.budgets.models import Budget
 from controlplane.policy.shares import WHOLE_PPM, Lease, divide, scaled, wanted_ppm
 from controlplane.tenants.models import Cell, CellLease, Organization
 from workers.keys import CellKeys
@@ -38,6 +40,8 @@ SELECT organization_id, min(least(rpm, max_concurrency)) FROM (
     UNION ALL
     SELECT organization_id, rpm, max_concurrency, input_tpm, output_tpm, budget_nano FROM tenants_apikey
     WHERE revoked_at IS NULL
+    UNION ALL
+    SELECT organization_id, NULL, NULL, NULL, NULL, limit_nano FROM budgets_budget WHERE hard
 ) AS limited
 WHERE coalesce(rpm, max_concurrency, input_tpm, output_tpm, budget_nano) IS NOT NULL
 GROUP BY organization_id ORDER BY organization_id
@@ -119,12 +123,22 @@ class Leases:
         )
         # Only this cell's own: another one's lease is renewed, and cut, by whoever lives there.
         changed = _apply(shares.values(), WHOLE_PPM, {self.cell: wanted[self.cell]}, now, None)
-        for scope, scope_id, budget in self._budgets(organization):
+        windows = {budget.id: budget for budget in self._window_budgets(organization)}
+        for scope, scope_id, budget in [
+            *self._budgets(organization),
+            *((each.scope, each.id, each.limit_nano) for each in windows.values()),
+        ]:
             held = {row.cell: row for row in rows if row.scope == scope and row.scope_id == scope_id}
             for cell in cells:
                 if cell.name not in held:
                     held[cell.name] = self._first_budget(organization, scope, scope_id, budget, cell, cells)
-            used = {cell.name: self._spent(scope, scope_id, cell.name) for cell in cells}
+            window = windows.get(scope_id)
+            used = {
+                cell.name: self._spent(scope, scope_id, cell.name)
+                if window is None
+                else self._spent_in_window(window, cell.name, now)
+                for cell in cells
+            }
             left = max(budget - sum(used.values()), 0)
             part = used[self.cell] + scaled(left, wanted[self.cell])
             changed += _apply(held.values(), budget, {self.cell: part}, now, used)
@@ -159,6 +173,23 @@ class Leases:
         with connections[DATABASE].cursor() as cursor:
             cursor.execute(_BUDGETS, {"id": organization})
             return cast("list[tuple[str, UUID, int]]", cursor.fetchall())
+
+    def _window_budgets(self, organization: UUID) -> list[Budget]:
+        """A part of one is as good in the next window, since all cells begin it at the same moment."""
+        found = Budget.objects.using(DATABASE).filter(organization_id=organization, hard=True)
+        return list(found.select_related("organization").order_by("id"))
+
+    def _spent_in_window(self, budget: Budget, cell: str, now: datetime) -> int:
+        """As `_spent`, in the present window."""
+        window = budgets.window_of(budget, now)
+        booked = budgets.spent_nano(budget, window, now, cell=cell, using=DATABASE)
+        if cell != self.cell:
+            return booked
+        win, spent, held = cast(
+            "list[Any]", self._client.hmget(self._keys.budget(budget.id.hex), "win", "spent", "held")
+        )
+        known = int(spent or 0) + int(held or 0) if int(win or -1) == window.counter_ms else 0
+        return max(booked, known)
 
     def _spent(self, scope: str, scope_id: UUID, cell: str) -> int:
         """Booked, and for this cell what its Redis knows beyond that."""

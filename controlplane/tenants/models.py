@@ -335,7 +335,8 @@ class CellLease(models.Model):
     """One cell's part of a tenant's limits, while there are several cells (leases.py).
 
     The row with scope `share` is a part per million of every rate and of concurrency at every level; the others are
-    nano-dollars of the budget of one key, project or organization, counted from its beginning.
+    nano-dollars of the budget of one key, project or organization, counted from its beginning, or of a budget with a
+    window (`scope_id` is its own), counted from the window's.
     """
 
     SHARE = "share"

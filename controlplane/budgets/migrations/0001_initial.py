@@ -164,7 +164,7 @@ class Migration(migrations.Migration):
                 ('spent_nano', models.BigIntegerField(help_text='when it was noticed')),
                 ('limit_nano', models.BigIntegerField()),
                 ('created_at', models.DateTimeField(auto_now_add=True)),
-                ('budget', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='alerts', to='budgets.budget')),
+                ('budget', models.ForeignKey(db_constraint=False, on_delete=django.db.models.deletion.CASCADE, related_name='alerts', to='budgets.budget')),
                 ('organization', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='+', to='tenants.organization')),
             ],
         ),
@@ -204,5 +204,6 @@ class Migration(migrations.Migration):
         EnableRLS("BudgetAlert", app="SELECT, DELETE", operator=ALL),
         SameTenant("Budget", "project"),
         SameTenant("Budget", "api_key"),
+        SameTenant("BudgetAlert", "budget"),
         RunStatements(LOOKUP, UNDO_LOOKUP, what="Tell gateways of budgets, and what was spent under them"),
     ]

@@ -43,6 +43,9 @@ BODIES: dict[str, Any] = {
     "delete_deployment": None,
     "create_slo_rule": {"slo_class": "batch", "ttft_ms": 5000},
     "delete_slo_rule": None,
+    "create_budget": {"name": "team", "limit_nano": 5, "period": "day"},
+    "change_budget": {"limit_nano": 7},
+    "delete_budget": None,
 }
 READS = {
     "get_organization",
@@ -63,6 +66,8 @@ READS = {
     "get_model_version",
     "list_slo_classes",
     "list_slo_rules",
+    "list_budgets",
+    "get_budget",
     "list_audit",
     "get_usage",
     "list_requests",
@@ -84,8 +89,10 @@ class Acme:
     """One of everything, in Acme, and the paths to it."""
 
     def __init__(self, world: World) -> None:
+        from controlplane.budgets import services as budgets
         from controlplane.deployments import services as deployments
         from controlplane.identity import invitations
+        from controlplane.policy.periods import Period
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
@@ -116,6 +123,9 @@ class Acme:
         rule = slo.create_rule(
             organization_id=organization_id, project_id=world.project.id, slo_class="standard"
         )
+        budget = budgets.create_budget(
+            organization_id=organization_id, name="team money", limit_nano=10**9, period=Period.MONTH
+        )
         booked = book_usage(world, key_id=key.id, model="served")
         self.ids = {
             "request_id": f"req_{booked.request_id.hex}",
@@ -128,8 +138,16 @@ class Acme:
             "deployment_id": f"dep_{deployment.id.hex}",
             "version_id": f"mdl_{version.id.hex}",
             "rule_id": f"slo_{rule.id.hex}",
+            "budget_id": f"bud_{budget.id.hex}",
         }
-        self.secrets = ["served", "guest@example.org", "program", "robot zero", *self.ids.values()]
+        self.secrets = [
+            "served",
+            "team money",
+            "guest@example.org",
+            "program",
+            "robot zero",
+            *self.ids.values(),
+        ]
 
     def path(self, template: str) -> str:
         return re.sub(r"\{(\w+)\}", lambda m: self.ids[m[1]], template)

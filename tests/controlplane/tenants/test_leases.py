@@ -15,8 +15,11 @@ import redis
 from django.db import connections
 from django.test import override_settings
 
+from controlplane.budgets import services as budgets
+from controlplane.gateway import windows
 from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
+from controlplane.policy.periods import Period
 from controlplane.policy.shares import WHOLE_PPM
 from controlplane.tenants import services
 from controlplane.tenants.leases import LIFE, Leases
@@ -47,7 +50,10 @@ class CellSide:
     def context(self, key: ApiKey) -> KeyContext:
         """What the gateway knows of the key, as it would read it now."""
         with connections["operator"].cursor() as cursor:
-            cursor.execute("SELECT corral_key_lookup_in(%s, %s)", [key.lookup, self.name])
+            cursor.execute(
+                "SELECT corral_with_budgets(corral_key_lookup_in(%s, %s), %s)",
+                [key.lookup, self.name, self.name],
+            )
             found = cursor.fetchone()[0]
         return context_of(msgspec.convert(msgspec.json.decode(found), KeyRecord))
 
@@ -60,11 +66,16 @@ class CellSide:
         verdict: list[Any] = self.client.evalsha(
             scripts.ADMIT.sha, 0, self.keys.prefix, now_ms, request, "d1", "g1", 1, "pv", n_in, n_out,
             n_in + rate * n_out, now_ms, 100_000, n_in, rate, "", 0, *context.scope_args, 0, n_out, b"", 0, 60_000, 0,
+            *map(msgspec.msgpack.encode, windows.argument(context.budgets, "")),
         )  # fmt: skip
         if verdict[0] == b"queued":
             self.n_admitted += 1
         elif verdict[0] == b"seed":
             scope, scope_id = verdict[1].decode(), verdict[2].decode()
+            if scope == "bud":
+                args = (scope_id, int(verdict[3]), int(verdict[4]), 0, 0, 86_400_000)
+                self.client.evalsha(scripts.SEED_WINDOW.sha, 0, self.keys.prefix, *args)
+                return self.admit(context, now_ms, n_in=n_in, n_out=n_out, rate=rate)
             with connections["operator"].cursor() as cursor:
                 cursor.execute("SELECT corral_spent_in(%s, %s, %s)", [scope, scope_id, self.name])
                 spent = cursor.fetchone()[0]
@@ -300,3 +311,30 @@ def test_the_task_registers_its_cell_and_outlives_what_is_away(cells: tuple[Cell
     url = f"redis://127.0.0.1:{free_port()}/0"
     with override_settings(ENV=replace(tasks.settings.ENV, redis_url=url)):
         tasks.lease_shares()
+
+
+def test_a_window_budget_is_spent_once_over_both_cells(cells: tuple[CellSide, CellSide]) -> None:
+    """Both spend until they are refused, twice, with a division in between: together never more than the budget."""
+    world = build_world()
+    key = _key(world)
+    made = budgets.create_budget(
+        organization_id=world.organization.id, name="team", limit_nano=10_000, period=Period.MONTH
+    )
+    n_given = 0
+    for n in range(8):
+        now = START + timedelta(seconds=10 * n)
+        for cell in cells:
+            cell.leases.renew(now)
+        contexts = [cell.context(key) for cell in cells]
+        granted = [context.budgets[0].limit_nano for context in contexts]
+        assert sum(granted) <= 10_000
+        if n >= 2:
+            n_given += all(granted)
+        for cell, context in zip(cells, contexts, strict=True):
+            if context.unleased:
+                continue
+            while cell.admit(context, int(now.timestamp() * 1000))[0] == b"queued":
+                pass
+    held = [int(cell.client.hget(cell.keys.budget(made.id.hex), "held") or 0) for cell in cells]
+    assert all(held) and n_given
+    assert 10_000 - 2 * 50 < sum(held) <= 10_000
