@@ -7,6 +7,7 @@ from typing import Final
 from uuid import UUID
 
 import structlog
+from django.db.models import Q
 from django.utils import timezone
 
 from controlplane.budgets import selectors
@@ -70,9 +71,9 @@ def create_budget(
             tenants.api_key(organization_id=organization_id, key_id=api_key_id)
         # Two at once must not both be the last that fits.
         Organization.objects.select_for_update(no_key=True).get(id=organization_id)
-        same = Budget.objects.filter(
-            organization_id=organization_id, project_id=project_id, api_key_id=api_key_id
-        )
+        of_subject = Q(project_id=project_id) if project_id is not None else Q(project_id__isnull=True)
+        of_subject &= Q(api_key_id=api_key_id) if api_key_id is not None else Q(api_key_id__isnull=True)
+        same = Budget.objects.filter(of_subject, organization_id=organization_id)
         if same.count() >= MAX_PER_SUBJECT:
             raise ConflictError(
                 f"there are {MAX_PER_SUBJECT} budgets for this subject already: delete one first"
@@ -142,7 +143,7 @@ def _check(limit_nano: int, thresholds: Sequence[int]) -> None:
 
 
 def _announce(budget: Budget) -> None:
-    if budget.api_key_id is not None:
+    if budget.api_key is not None:
         ref = invalidation.key_ref(budget.api_key.lookup)
     elif budget.project_id is not None:
         ref = invalidation.project_ref(budget.project_id)
