@@ -1,11 +1,78 @@
-"""Reads for API and console, scoped by organization: replicas with their phase, and recent decisions."""
+"""Reads for API and console, scoped by organization: replicas with their phase, their machines, recent decisions."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
+from django.db import connection
+from django.utils import timezone
+
+from autoscaler.config import AutoscalerConfig
+from autoscaler.market import STALE_AFTER
 from autoscaler.models import LIVE_PHASES, Decision, Replica
 from controlplane.errors import NotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class TenantMachine:
+    """A machine as a tenant whose replicas live on it may see it. `n_replicas` are its own."""
+
+    id: UUID
+    provider: str
+    cell: str
+    state: str
+    offering: str
+    n_cpus: int | None
+    memory_bytes: int | None
+    n_gpus: int
+    created_at: datetime
+    ready_at: datetime | None
+    ends_at: datetime | None
+    n_replicas: int
+
+
+def machines(limit: int = 1000) -> list[TenantMachine]:
+    """Machines that hold live replicas of the tenant of this transaction, newest first; of nobody without one."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT * FROM corral_my_machines() ORDER BY id DESC LIMIT %s", [limit])
+        return [TenantMachine(*row) for row in cursor.fetchall()]
+
+
+def machine(*, machine_id: UUID) -> TenantMachine:
+    """One of them. Raises NotFoundError, also for one that holds others' replicas only."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT * FROM corral_my_machines() WHERE id = %s", [machine_id])
+        row = cursor.fetchone()
+    if row is None:
+        raise NotFoundError("no such machine, or none of your replicas lives on it", field="machine")
+    return TenantMachine(*row)
+
+
+def is_mine_alone(*, machine_id: UUID) -> bool:
+    """Whether every live replica on it belongs to the tenant of this transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT corral_machine_is_mine_alone(%s)", [machine_id])
+        return bool(cursor.fetchone()[0])
+
+
+def machine_price_nano_per_h(config: AutoscalerConfig, cell: str) -> int:
+    """Of one more machine of the pool: the cheapest on-demand offer, else any; as configured where there are none."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT corral_machine_price(%s, %s, %s)", [cell, config.provider, timezone.now() - STALE_AFTER]
+        )
+        found = cursor.fetchone()[0]
+    return config.machine_nano_per_h if found is None else int(found)
+
+
+def replica(*, organization_id: UUID, replica_id: UUID) -> Replica:
+    """One replica, live or ended. Raises NotFoundError, also for another tenant's."""
+    found = Replica.objects.filter(organization_id=organization_id, id=replica_id).first()
+    if found is None:
+        raise NotFoundError("no such replica", field="replica")
+    return found
 
 
 def replicas(*, organization_id: UUID, deployment_id: UUID | None = None, limit: int = 100) -> list[Replica]:

@@ -12,7 +12,10 @@ from celery import shared_task
 from django.db import OperationalError
 from django.db.models import Q
 
-from autoscaler import market
+from autoscaler import (
+    longoperations,  # noqa: F401 - registers its handlers
+    market,
+)
 from autoscaler import tick as ticking
 from autoscaler.house import build_house
 from autoscaler.models import LIVE_PHASES, Replica

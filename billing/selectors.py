@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Final
 from uuid import UUID
 
+from django.db import connection
 from django.db.models import Count, Q, QuerySet, Sum
 
 from billing.models import UsageEvent
@@ -43,3 +44,10 @@ def events(
 def first_day(since: datetime) -> date:
     """Earliest partition that may hold a request admitted at `since` or later."""
     return (since.astimezone(UTC) - _HOUR).date()
+
+
+def spent_nano(scope: str, scope_id: UUID) -> int:
+    """What `key`, `prj` or `org` has spent since it is there, nano-dollars. The caller has checked whose it is."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT corral_spent(%s, %s)", [scope, scope_id])
+        return int(cursor.fetchone()[0])

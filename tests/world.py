@@ -14,6 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from autoscaler.models import Decision, Replica
     from controlplane.deployments.models import Deployment, ModelVersion
     from controlplane.tenants.models import Organization, Project, User
 
@@ -92,6 +93,51 @@ def make_deployment(world: World, name: str = "toy-chat", **values: Any) -> Depl
         name=name,
         **(defaults | values),
     )
+
+
+def make_replica(deployment: Deployment, **values: Any) -> tuple[Replica, Decision]:
+    """A replica that is ready, on a machine of its own, and the decision to start it. Written as the house does."""
+    from django.utils import timezone
+
+    from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase
+    from autoscaler.specs import engine_digest
+    from controlplane import ids
+    from tests.database import acting_as
+
+    with acting_as("corral_operator"):
+        machine = values.pop("machine", None) or Machine.objects.create(
+            provider="local",
+            state=MachineState.READY,
+            command_id=ids.new_id(),
+            enroll_proof_digest=b"x" * 32,
+            cell=deployment.cell,
+            capabilities={"n_cpus": 8, "memory_bytes": 1 << 34, "gpus": []},
+        )
+        defaults: dict[str, Any] = {
+            "phase": ReplicaPhase.READY,
+            "generation": deployment.generation,
+            "slots": 8,
+            "spec_digest": engine_digest(deployment),
+        }
+        replica = Replica.objects.create(
+            organization_id=deployment.organization_id,
+            deployment=deployment,
+            machine=machine,
+            **(defaults | values),
+        )
+        decision = Decision.objects.create(
+            organization_id=deployment.organization_id,
+            deployment=deployment,
+            tick_id=ids.new_id(),
+            observation={"n_queued": 1, "replicas": [], "machines": [{"id": "of somebody"}]},
+            spec={},
+            memory_in={},
+            memory_out={},
+            commands=[{"kind": "start_replica", "machine_id": machine.id.hex}],
+            reasons=["1 request waits"],
+            at=timezone.now(),
+        )
+    return replica, decision
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from controlplane.tenants.service_accounts import Caller
 HEADER: Final = "Idempotency-Key"
 WRITES: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _SHAPE: Final = re.compile(r"[\x21-\x7e]{1,255}\Z")
-_KEPT_HEADERS: Final = ("ETag", "Location", "Content-Type")
+_KEPT_HEADERS: Final = ("ETag", "Location", "Operation-Location", "Content-Type")
 _NONCE_BYTES: Final = 12
 
 

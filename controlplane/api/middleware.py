@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final, cast
+from uuid import UUID
 
 from django.db import InterfaceError, OperationalError, transaction
 from django.http import HttpRequest, HttpResponse
@@ -35,6 +36,7 @@ class ApiRequest(HttpRequest):
 
     caller: Caller
     etag: str | None
+    operation_id: UUID | None  # the long operation that the call began
 
 
 class ApiMiddleware:
@@ -69,7 +71,7 @@ class ApiMiddleware:
             return problem(
                 request, 403, "organization_suspended", "this organization is suspended: contact the operator"
             )
-        request.caller, request.etag = caller, None
+        request.caller, request.etag, request.operation_id = caller, None, None
         bind_contextvars(organization=caller.organization_id.hex, caller=caller.service_account_id.hex)
         with tenant(caller.organization_id):
             act_as(ids.to_text(ids.Prefix.MANAGEMENT_TOKEN, caller.token_id))
@@ -95,6 +97,9 @@ class ApiMiddleware:
     def _tagged(self, request: ApiRequest) -> HttpResponse:
         """The answer with its entity tag; nothing but the tag for who has this very state already."""
         response = self._get_response(request)
+        if request.operation_id is not None and response.status_code < 300:
+            name = ids.to_text(ids.Prefix.OPERATION, request.operation_id)
+            response["Operation-Location"] = f"{PREFIX}operations/{name}"
         if request.etag is None or response.status_code >= 300:
             return response
         known = request.headers.get("If-None-Match")

@@ -16,7 +16,9 @@ from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from autoscaler.house import build_cell
+from autoscaler.longoperations import DRAIN_MACHINE, DRAIN_REPLICA
 from autoscaler.models import Replica, ReplicaPhase
+from autoscaler.selectors import machine_price_nano_per_h
 from autoscaler.specs import engine_digest
 from controlplane import ids
 from controlplane.api.plans import (
@@ -51,11 +53,13 @@ def cost_of(organization_id: UUID, written: Sequence[Written]) -> Cost | None:
     if least[0] == least[1] and most[0] == most[1]:
         return None
 
+    price = machine_price_nano_per_h(config, settings.ENV.cell)
+
     def nano(n_replicas: int) -> int:
-        return -(-n_replicas * config.machine_nano_per_h // config.replicas_per_machine)
+        return -(-n_replicas * price // config.replicas_per_machine)
 
     return Cost(
-        machine_nano_per_h=config.machine_nano_per_h,
+        machine_nano_per_h=price,
         replicas_per_machine=config.replicas_per_machine,
         least_nano_per_h=FromTo(before=nano(least[0]), after=nano(least[1])),
         most_nano_per_h=FromTo(before=nano(most[0]), after=nano(most[1])),
@@ -112,6 +116,7 @@ def _replicas(organization_id: UUID, written: Sequence[Written]) -> list[Replica
             hit += [(replica, row, "replaced") for replica in live if replica.spec_digest != digest]
         elif len(live) > row.max_replicas:
             surplus.append((live, row, len(live) - row.max_replicas))
+    hit += _drained(organization_id, written)
     used = _used([replica for replica, _, _ in hit] + [replica for live, _, _ in surplus for replica in live])
     for live, row, n in surplus:  # never ready first, then the least used, then the youngest
         live.sort(
@@ -131,6 +136,24 @@ def _replicas(organization_id: UUID, written: Sequence[Written]) -> list[Replica
             n_streams=used.get(replica.id),
         )
         for replica, row, why in hit[:MAX_LISTED]
+    ]
+
+
+def _drained(organization_id: UUID, written: Sequence[Written]) -> list[tuple[Replica, Deployment, str]]:
+    """By operations that the call begins."""
+    subjects = {
+        str(each.after("kind")): str(each.after("subject")) for each in written if each.kind == "operation"
+    }
+    rows = Replica.objects.filter(organization_id=organization_id, phase__in=_RUNNING)
+    if subject := subjects.get(DRAIN_REPLICA):
+        rows = rows.filter(id=ids.from_text(ids.Prefix.REPLICA, subject))
+    elif subject := subjects.get(DRAIN_MACHINE):
+        rows = rows.filter(machine_id=ids.from_text(ids.Prefix.MACHINE, subject))
+    else:
+        return []
+    return [
+        (row, row.deployment, "drained")
+        for row in rows.select_related("deployment").order_by("id")[:MAX_LISTED]
     ]
 
 
@@ -236,9 +259,9 @@ def _sentences(found: Disruption) -> Iterable[str]:
         by_deployment[replica.deployment, replica.why] = (
             by_deployment.get((replica.deployment, replica.why), 0) + 1
         )
-    words = {"deleted": "drained", "replaced": "replaced by new ones, then drained", "surplus": "drained"}
     for (name, why), n in by_deployment.items():
-        yield f"{_count(n, 'replica')} of {name} {'is' if n == 1 else 'are'} {words[why]}"
+        what = "replaced" if why == "replaced" else "drained"
+        yield f"{_count(n, 'replica')} of {name} {'is' if n == 1 else 'are'} {what}"
     if found.n_streams is None:
         yield "how many requests run on them cannot be asked now"
     elif found.n_streams:

@@ -40,7 +40,12 @@ _PREFIXES: Final = {
     "deployment": ids.Prefix.DEPLOYMENT,
     "grantee": ids.Prefix.ORGANIZATION,
     "price_version": ids.Prefix.PRICE_VERSION,
+<<<<<<< HEAD
     "budget": ids.Prefix.BUDGET,
+=======
+    "operation": ids.Prefix.OPERATION,
+    "grant": ids.Prefix.GRANT,
+>>>>>>> 3076d6c (api: replicas, machines, decisions, grants, operations, limits as they stand, retiring of model versions)
 }
 
 
@@ -100,7 +105,7 @@ class ReplicaHit(Schema):
     id: str
     deployment: str
     phase: str
-    why: str = Field(description="deleted, replaced or surplus")
+    why: str = Field(description="deleted, replaced, surplus or drained")
     n_streams: int | None = Field(description="Requests it runs now; null where that cannot be asked")
 
 
@@ -194,8 +199,11 @@ def _own_entries(organization_id: UUID) -> Iterator[Callable[[], Iterator[Writte
         )
         newest = cursor.fetchone()[0]
 
+    first = ids.new_id()
+
     def entries() -> Iterator[Written]:
         from controlplane.audit.models import Entry
+        from controlplane.operations.models import Operation
 
         rows = Entry.objects.raw(
             "SELECT * FROM audit_entry WHERE organization_id = %s AND id > %s "
@@ -204,8 +212,19 @@ def _own_entries(organization_id: UUID) -> Iterator[Callable[[], Iterator[Writte
         )
         for row in rows:
             yield Written(row.action, row.kind, row.thing, row.changes)
+        # Work, not configuration: operations are not in the audit log.
+        begun = Operation.objects.filter(organization_id=organization_id, actor=_actor(), id__gt=first)
+        for operation in begun.order_by("id"):
+            changes = {"kind": [None, operation.kind], "subject": [None, operation.subject]}
+            yield Written("create", "operation", operation.id, changes)
 
     yield entries
+
+
+def _actor() -> str:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('corral.actor', true)")
+        return str(cursor.fetchone()[0] or "")
 
 
 def _change(written: Written) -> Change:

@@ -38,7 +38,8 @@ class ModelSource(models.TextChoices):
 
 
 class ModelVersion(models.Model):
-    """One exact set of weights, named by the digest of its contents. A tenant's own, and never changed."""
+    """One exact set of weights, named by the digest of its contents. A tenant's own, changed by nothing but being
+    retired."""
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="model_versions")
@@ -52,6 +53,7 @@ class ModelVersion(models.Model):
     licence = models.CharField(max_length=64, blank=True, help_text="SPDX identifier")
     manifest = models.JSONField(default=dict, blank=True, help_text="file name -> {sha256, size_bytes}")
     created_at = models.DateTimeField(auto_now_add=True)
+    retired_at = models.DateTimeField(null=True, blank=True, help_text="nothing new is served from it")
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [

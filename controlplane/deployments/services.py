@@ -66,7 +66,7 @@ def create_model_version(
     licence: str = "",
     manifest: Mapping[str, object] | None = None,
 ) -> ModelVersion:
-    """Register weights by their digest. The same digest again returns the version that is there."""
+    """Register weights by their digest. The same digest again returns the version that is there, no longer retired."""
     wanted = ModelVersion(
         organization_id=organization_id,
         digest=digest,
@@ -89,6 +89,9 @@ def create_model_version(
         versions = ModelVersion.objects.filter(organization_id=organization_id, digest=digest)
         known = versions.first()
         if known is not None:
+            if known.retired_at is not None:  # somebody wants it served again
+                known.retired_at = None
+                known.save(update_fields=["retired_at"])
             return known
         try:
             insert(wanted, taken={"modelversion_digest_unique": ("digest", "registered just now")})
@@ -96,6 +99,28 @@ def create_model_version(
             return versions.get()
     log.info("model_version.created", organization=organization_id.hex, model_version=wanted.id.hex)
     return wanted
+
+
+def retire_model_version(*, organization_id: UUID, model_version_id: UUID) -> ModelVersion:
+    """Nothing new is served from it; deployments that have it go on. May run twice. Raises NotFoundError."""
+    with tenant(organization_id):
+        ModelVersion.objects.filter(
+            organization_id=organization_id, id=model_version_id, retired_at=None
+        ).update(retired_at=timezone.now())
+        version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
+    log.info("model_version.retired", organization=organization_id.hex, model_version=version.id.hex)
+    return version
+
+
+def _servable(organization_id: UUID, model_version_id: UUID) -> ModelVersion:
+    """Raises NotFoundError, or InvalidInputError for a version that was retired."""
+    version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
+    if version.retired_at is not None:
+        raise InvalidInputError(
+            f"model_version_id: {version.name} was retired on {version.retired_at:%Y-%m-%d}; choose another",
+            field="model_version_id",
+        )
+    return version
 
 
 def create_deployment(
@@ -120,7 +145,7 @@ def create_deployment(
     """
     with tenant(organization_id):
         tenants.project(organization_id=organization_id, project_id=project_id)
-        version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
+        version = _servable(organization_id, model_version_id)
         deployment = Deployment(
             organization_id=organization_id,
             project_id=project_id,
@@ -265,10 +290,8 @@ def _apply(deployment: Deployment, change: Change) -> None:
         deployment.admission = _admission(change.admission)
     if change.slo_class is not None:
         deployment.slo_class = _slo_class(change.slo_class)
-    if change.model_version_id is not None:
-        deployment.model_version = selectors.model_version(
-            organization_id=organization_id, model_version_id=change.model_version_id
-        )
+    if change.model_version_id is not None and change.model_version_id != deployment.model_version_id:
+        deployment.model_version = _servable(organization_id, change.model_version_id)
     if change.engine_profile is not None or change.model_version_id is not None:
         profile = deployment.engine_profile if change.engine_profile is None else change.engine_profile
         deployment.engine_profile = _profile(profile, deployment.model_version)

@@ -9,12 +9,14 @@ from uuid import UUID
 from django.db.models import Model
 from ninja import Field, Query, Router, Schema
 
+from autoscaler.longoperations import MAX_S, ROLLOUT
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
 from controlplane.deployments import selectors, services
 from controlplane.deployments.models import MAX_WINDOW_TOKENS, Admission, Deployment, ModelVersion, Phase
+from controlplane.operations import services as operations
 from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants.rights import Permission
 
@@ -94,9 +96,18 @@ class ModelVersionOut(Schema):
     source_kind: str
     size_bytes: int
     n_params: int | None
-    max_model_len: int
-    licence: str
+    max_model_len: int = Field(description="Longest prompt and completion together, tokens")
+    licence: str = Field(description="SPDX identifier; empty where it is not known")
     created_at: datetime
+    retired_at: datetime | None = Field(description="Nothing new is served from it since")
+
+
+class ModelVersionQuery(PageQuery):
+    """Which model versions."""
+
+    name: Annotated[str, Field(max_length=120)] | None = None
+    licence: Annotated[str, Field(max_length=64)] | None = None
+    retired: bool | None = None
 
 
 class SloClassOut(Schema):
@@ -149,6 +160,7 @@ def version_out(row: ModelVersion) -> ModelVersionOut:
         max_model_len=row.max_model_len,
         licence=row.licence,
         created_at=row.created_at,
+        retired_at=row.retired_at,
     )
 
 
@@ -158,6 +170,23 @@ def _found(request: ApiRequest, deployment_id: UUID) -> Deployment:
 
 def _current(request: ApiRequest, deployment_id: DeploymentId, **_: object) -> tuple[Model, Any]:
     return _found(request, deployment_id), deployment_out
+
+
+def _current_version(request: ApiRequest, version_id: ModelVersionId, **_: object) -> tuple[Model, Any]:
+    organization_id = request.caller.organization_id
+    return selectors.model_version(organization_id=organization_id, model_version_id=version_id), version_out
+
+
+def _roll_out(request: ApiRequest, deployment_id: UUID) -> None:
+    """An operation that ends when what runs is what is wanted now; its address is a header of the answer."""
+    row = Deployment.objects.get(organization_id=request.caller.organization_id, id=deployment_id)
+    request.operation_id = operations.begin(
+        organization_id=request.caller.organization_id,
+        kind=ROLLOUT,
+        subject=str(row),
+        params={"generation": row.generation},
+        max_s=MAX_S[ROLLOUT],
+    ).id
 
 
 @operation(router, "GET", "/deployments", Permission.DEPLOYMENTS_READ, Page[DeploymentOut])
@@ -173,10 +202,11 @@ def list_deployments(request: ApiRequest, query: Query[DeploymentQuery]) -> Page
 
 @operation(router, "POST", "/deployments", Permission.DEPLOYMENTS_WRITE, DeploymentOut, status=201)
 def create_deployment(request: ApiRequest, body: NewDeployment) -> DeploymentOut:
-    """Serve a model version under a name."""
+    """Serve a model version under a name. `Operation-Location` names the rollout to follow."""
     made = services.create_deployment(
         organization_id=request.caller.organization_id, **{**body.model_dump(), **_ids(body)}
     )
+    _roll_out(request, made.id)
     return deployment_out(_found(request, made.id))
 
 
@@ -197,11 +227,14 @@ def get_deployment(request: ApiRequest, deployment_id: DeploymentId) -> Deployme
 def change_deployment(
     request: ApiRequest, deployment_id: DeploymentId, body: DeploymentChange
 ) -> DeploymentOut:
-    """Change what is wanted; the autoscaler makes it so."""
+    """Change what is wanted; the autoscaler makes it so. `Operation-Location` names the rollout to follow."""
     change = services.Change(**{**body.model_dump(), **_ids(body)})
-    services.update_deployment(
+    before = _found(request, deployment_id).generation
+    changed = services.update_deployment(
         organization_id=request.caller.organization_id, deployment_id=deployment_id, change=change
     )
+    if changed.generation != before:
+        _roll_out(request, deployment_id)
     return deployment_out(_found(request, deployment_id))
 
 
@@ -217,12 +250,19 @@ def change_deployment(
 def delete_deployment(request: ApiRequest, deployment_id: DeploymentId) -> None:
     """Stop serving it: its replicas are drained, its name is free again."""
     services.delete_deployment(organization_id=request.caller.organization_id, deployment_id=deployment_id)
+    _roll_out(request, deployment_id)
 
 
 @operation(router, "GET", "/model-versions", Permission.DEPLOYMENTS_READ, Page[ModelVersionOut])
-def list_model_versions(request: ApiRequest, query: Query[PageQuery]) -> Page[ModelVersionOut]:
-    """Model versions, newest first."""
+def list_model_versions(request: ApiRequest, query: Query[ModelVersionQuery]) -> Page[ModelVersionOut]:
+    """Model versions, newest first. `manage.py deploy` registers them."""
     rows = ModelVersion.objects.filter(organization_id=request.caller.organization_id)
+    for name in ("name", "licence"):
+        value = getattr(query, name)
+        if value is not None:
+            rows = rows.filter(**{name: value.replace("\x00", "")})
+    if query.retired is not None:
+        rows = rows.filter(retired_at__isnull=not query.retired)
     return page(rows, query, version_out)
 
 
@@ -231,6 +271,23 @@ def get_model_version(request: ApiRequest, version_id: ModelVersionId) -> ModelV
     """One model version."""
     return version_out(
         selectors.model_version(organization_id=request.caller.organization_id, model_version_id=version_id)
+    )
+
+
+@operation(
+    router,
+    "POST",
+    "/model-versions/{version_id}/retire",
+    Permission.DEPLOYMENTS_WRITE,
+    ModelVersionOut,
+    current=_current_version,
+)
+def retire_model_version(request: ApiRequest, version_id: ModelVersionId) -> ModelVersionOut:
+    """Serve nothing new from a model version. Deployments that have it go on."""
+    return version_out(
+        services.retire_model_version(
+            organization_id=request.caller.organization_id, model_version_id=version_id
+        )
     )
 
 

@@ -16,7 +16,7 @@ from controlplane.tenants.models import IdempotentWrite, Role
 from tests.controlplane.api.caller import Api, token_of
 from tests.controlplane.api.test_matrix import Acme, operations
 from tests.database import acting_as
-from tests.world import World, make_version
+from tests.world import World, make_replica, make_version
 
 PLAN = "application/vnd.corral.plan+json"
 WRITING_COMMANDS = (
@@ -160,9 +160,6 @@ def running(world: World, redis_url: str, settings: Any) -> Any:
     from dataclasses import replace
 
     from autoscaler.house import build_cell
-    from autoscaler.models import Machine, MachineState, Replica, ReplicaPhase
-    from autoscaler.specs import engine_digest
-    from controlplane import ids
 
     build_cell.cache_clear()
     settings.AUTOSCALER = replace(settings.AUTOSCALER, machine_nano_per_h=10**9, replicas_per_machine=4)
@@ -175,26 +172,11 @@ def running(world: World, redis_url: str, settings: Any) -> Any:
         engine_profile={"engine": "toy"},
         max_replicas=3,
     )
-    cell = build_cell()
-    with acting_as("corral_operator"):
-        machine = Machine.objects.create(
-            provider="local",
-            state=MachineState.READY,
-            command_id=ids.new_id(),
-            enroll_proof_digest=b"x" * 32,
-            cell="c0",
-        )
-        for used in (5, 0, 2):
-            row = Replica.objects.create(
-                organization_id=world.organization.id,
-                deployment=deployment,
-                machine=machine,
-                phase=ReplicaPhase.READY,
-                generation=1,
-                slots=8,
-                spec_digest=engine_digest(deployment),
-            )
-            cell.redis.hset(cell.keys.replica(row.id.hex), mapping={"used": used, "slots": 8})
+    cell, machine = build_cell(), None
+    for used in (5, 0, 2):
+        row, _ = make_replica(deployment, machine=machine)
+        machine = row.machine
+        cell.redis.hset(cell.keys.replica(row.id.hex), mapping={"used": used, "slots": 8})
     yield deployment
     build_cell.cache_clear()
 
@@ -218,6 +200,11 @@ def test_replicas_and_their_streams_are_named_and_priced(api: Api, running: Any)
         "7 running requests on them finish or move on",
     ]
     assert gone["cost"]["most_nano_per_h"] == {"before": 750_000_000, "after": 0}
+    drained = api.post(f"/replicas/{gone['disrupts']['replicas'][0]['id']}/drain?plan=true").body
+    assert [hit["why"] for hit in drained["disrupts"]["replicas"]] == ["drained"]
+    assert [(change["kind"], change["fields"][0]["after"]) for change in drained["changes"]] == [
+        ("operation", "drain_replica")
+    ]
     calm = api.call("PATCH", path, {"idle_timeout_s": 60}).body
     assert (calm["disrupts"]["replicas"], calm["cost"]) == ([], None)
 
