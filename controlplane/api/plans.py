@@ -40,12 +40,9 @@ _PREFIXES: Final = {
     "deployment": ids.Prefix.DEPLOYMENT,
     "grantee": ids.Prefix.ORGANIZATION,
     "price_version": ids.Prefix.PRICE_VERSION,
-<<<<<<< HEAD
     "budget": ids.Prefix.BUDGET,
-=======
     "operation": ids.Prefix.OPERATION,
     "grant": ids.Prefix.GRANT,
->>>>>>> 3076d6c (api: replicas, machines, decisions, grants, operations, limits as they stand, retiring of model versions)
 }
 
 

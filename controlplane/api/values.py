@@ -47,15 +47,12 @@ ServiceAccountId = _id(ids.Prefix.SERVICE_ACCOUNT)
 TokenId = _id(ids.Prefix.MANAGEMENT_TOKEN)
 ModelVersionId = _id(ids.Prefix.MODEL_VERSION)
 DeploymentId = _id(ids.Prefix.DEPLOYMENT)
-<<<<<<< HEAD
 BudgetId = _id(ids.Prefix.BUDGET)
-=======
 ReplicaId = _id(ids.Prefix.REPLICA)
 MachineId = _id(ids.Prefix.MACHINE)
 DecisionId = _id(ids.Prefix.DECISION)
 OperationId = _id(ids.Prefix.OPERATION)
 GrantId = _id(ids.Prefix.GRANT)
->>>>>>> 3076d6c (api: replicas, machines, decisions, grants, operations, limits as they stand, retiring of model versions)
 SloRuleId = _id(ids.Prefix.SLO_RULE)
 
 Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"\S")]
