@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import redis
 
 from controlplane.policy import estimate, prefix
-from controlplane.policy.fairness import Binding, FairQueue, Flow, Request, service
+from controlplane.policy.fairness import ANY_MS, Binding, FairQueue, Flow, Request, service
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 from workers.scripts import Script
@@ -281,7 +281,7 @@ class CellQueue:
         verdict, bindings = self._run(
             scripts.ADMIT, now_ms, request.id, "d1", "g1", 7, "pv1", request.n_prompt, CONTEXT, 0, request.order_key,
             self.bound, RETENTION_MS, 0, "", 0, *scopes, flow.band, request.n_expected, "".join(request.prefixes),
-            self.window, self.age_ms, *candidates, body=request.id,
+            self.window, self.age_ms, 0, 0, ANY_MS, 0, *candidates, body=request.id,
         )  # fmt: skip
         return verdict[0].decode(), bindings
 

@@ -37,6 +37,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     organization_input_tpm: int = -1
     organization_output_tpm: int = -1
     organization_budget_nano: int = -1
+    slot_ms: int = 0
     # Window budgets: id, level, limit, width of a bucket, number of buckets, window it began in (ms).
     windows: tuple[tuple[str, int, int, int, int, int], ...] = ()
 

@@ -35,6 +35,8 @@ from controlplane.tenants import api_keys
 
 _MAX_HEADER = 256  # a key has 63 characters
 _UNLEASED_S = 1.0  # how long a cell without a lease does not ask again for the same key
+# Without a word of the deployment's owner those are refused early who would notice: they wait for the first word.
+_PREDICTED_TTFT_MS = 5_000
 _PREDICTS = {"predicted": True, "bounded": False}
 _MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
 
@@ -50,7 +52,7 @@ class Deployment:
     rates: Rates
     promise: Promise
     own_class: str  # the deployment's own, whatever the default here is
-    predicts: bool | None  # refuses by prediction: always, never, or as the class does (None)
+    predicts: bool  # refuses what would probably miss its target
     queue_order: QueueOrder
     window: int  # of fairness, in counter units: within it a request may go where its prompt is cached
     created_at_s: int
@@ -150,7 +152,7 @@ def _deployment(
             rates=price.rates(),
             promise=promised,
             own_class=row.slo.name,
-            predicts=_PREDICTS.get(book.admission.get(row.id, "")),
+            predicts=_PREDICTS.get(book.admission.get(row.id, ""), promised.ttft_ms < _PREDICTED_TTFT_MS),
             queue_order=row.queue_order,
             window=row.locality_window_tokens * TOKEN,
             created_at_s=row.created_at_ms // 1000,

@@ -16,6 +16,7 @@ from controlplane.gateway.batches import Admissions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, Headers, bad_request, unavailable
+from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.placements import Placements
 from controlplane.gateway.routes import RouteTable
@@ -53,6 +54,7 @@ class Dispatcher:
         stream_buffer: int,
         digests: Digests,
         placements: Placements,
+        forecasts: Forecasts,
         lengths: LengthModel | None = None,
     ) -> None:
         self._redis = redis
@@ -63,6 +65,7 @@ class Dispatcher:
         self._directory = directory
         self._routes = routes
         self._placements = placements
+        self._forecasts = forecasts
         self._ends = ends
         self._queue_bound = queue_bound
         self._age_ms = int(queue_age_s * 1000)
@@ -180,7 +183,11 @@ class Dispatcher:
         elif outcome == b"queued":
             stream.queued = True
             stream.waited_for_replica = bool(verdict[2])
-            stream.limits = ratelimits.headers(verdict[4:])
+            stream.limits = ratelimits.headers(verdict[5:])
+            self._forecasts.queued(stream, verdict[4])
+        elif outcome == b"late":
+            stream.limits = ratelimits.headers(verdict[3:])
+            raise self._forecasts.refusal(stream, verdict[2])
         elif outcome == b"refused":
             stream.limits = ratelimits.headers(verdict[6:])
             raise _refusal(stream.key, *verdict[1:6])
@@ -212,6 +219,8 @@ class Dispatcher:
         key, deployment, hold, origin = stream.key, stream.deployment, stream.hold, stream.origin
         promise = deployment.promise
         band = promise.band
+        candidates = self._routes.candidates(deployment.id, ask, stream.number)
+        terms = self._forecasts.terms(stream, ask, candidates)
         envelope = RequestEnvelope(
             id=stream.request,
             org=key.organization,
@@ -271,7 +280,10 @@ class Dispatcher:
                     deployment.window,
                     self._age_ms,
                     hold.share,
-                    *self._routes.candidates(deployment.id, ask, stream.number),
+                    terms.slot_ms,
+                    terms.most_ahead_ms,
+                    terms.window_ms,
+                    *candidates,
                     *(windows.argument(key.budgets, deployment.name) if key.budgets else ()),
                 ),
             )

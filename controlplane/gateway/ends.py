@@ -14,6 +14,7 @@ from typing import Final
 
 from billing.money import TOKENS_PER_RATE, request_cost
 from controlplane.gateway.batches import Settlements
+from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.inbox import Inbox
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
@@ -38,13 +39,16 @@ _TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake set
 class Ends:
     """The streams of one gateway process until they are over, in `inbox`. Belongs to one event loop."""
 
-    def __init__(self, redis: Client, keys: CellKeys, routes: RouteTable, gateway: str) -> None:
+    def __init__(
+        self, redis: Client, keys: CellKeys, routes: RouteTable, gateway: str, forecasts: Forecasts
+    ) -> None:
         self.inbox = Inbox(redis, keys, self.on_end, self.on_ask)
         self.n_settled = self.n_cancelled = self.n_top_ups = 0
         self._redis = redis
         self._settlements = Settlements(redis, keys.prefix)
         self._keys = keys
         self._routes = routes
+        self._forecasts = forecasts
         self._gateway = gateway
         self._calibrations: OrderedDict[tuple[str, str], estimate.Calibration] = OrderedDict()
         # Cancels that Redis was not there for, oldest dropped first.
@@ -74,6 +78,8 @@ class Ends:
             stream.end = End(end.reason, n_prompt, n_cached, n_completion, end.error, end.attempts)
         if origin is None and (end.error is None or n_completion):
             self._observe(stream, n_prompt, n_completion)
+            if end.attempts == 1:
+                self._forecasts.ended(stream, n_prompt, n_completion)
         n_prompt = max(0, n_prompt - n_charged)
         self._settle(stream, n_prompt, min(n_cached, n_prompt), max(0, n_completion - n_carried))
         if stream.abandoned:

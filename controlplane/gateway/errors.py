@@ -10,6 +10,7 @@ The sentences name the field or limit at fault and the remedy, and never carry a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 
@@ -46,6 +47,7 @@ class ApiError(Exception):
         type_: str | None = None,
         retry_after_s: float | None = None,
         headers: Headers = (),
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(code)
         self.status = status
@@ -55,14 +57,16 @@ class ApiError(Exception):
         self.type = type_ or _TYPES.get(status, "server_error")
         self.retry_after_s = retry_after_s
         self.headers = headers
+        self.details = details or {}  # further members of the object
 
     def body(self) -> bytes:
         """The JSON body."""
-        error: dict[str, str | int | None] = {
+        error: dict[str, object] = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
+            **self.details,
         }
         if self.retry_after_s is not None:
             error["retry_after_ms"] = self._retry_ms(self.retry_after_s)

@@ -22,6 +22,7 @@ from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import from_wire, unavailable
 from controlplane.gateway.feed import ChangeFeed
+from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.generate import Generator
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.metrics import GatewayMetrics
@@ -84,7 +85,8 @@ class Gateway:
         self.feed = ChangeFeed(self.directory, self.key_cache, poll_s=config.change_poll_s)
         self.routes = RouteTable(self.redis, keys)
         self.placements = Placements(self.redis, keys, self.id, self.routes)
-        self.ends = Ends(self.redis, keys, self.routes, self.id)
+        self.forecasts = Forecasts(self.routes)
+        self.ends = Ends(self.redis, keys, self.routes, self.id, self.forecasts)
         self.inbox = self.ends.inbox
         self.digests = Digests(config.key_pepper)
         self.dispatcher = Dispatcher(
@@ -100,6 +102,7 @@ class Gateway:
             stream_buffer=config.stream_buffer,
             digests=self.digests,
             placements=self.placements,
+            forecasts=self.forecasts,
             lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
         )
         self.resumer = Resumer(
@@ -246,6 +249,10 @@ class Gateway:
             f"{name}placements_untold": (
                 "Placements that other gateways were not told of.",
                 lambda: self.placements.n_dropped,
+            ),
+            f"{name}unattainable": (
+                "Requests refused because their target would probably be missed.",
+                lambda: self.forecasts.n_refused,
             ),
             f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),

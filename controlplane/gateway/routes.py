@@ -28,11 +28,12 @@ _UNKNOWN: Final = Ask(1)
 
 
 class _View:
-    __slots__ = ("again", "board", "looking", "replicas", "used_at")
+    __slots__ = ("again", "board", "looking", "replicas", "slots", "used_at")
 
     def __init__(self) -> None:
         self.board = Board(_CACHE_TOKENS)
         self.replicas: dict[str, ReplicaLoad] = {}
+        self.slots = 0  # of all of them
         self.used_at = 0.0
         self.looking = False
         self.again = False  # it changed while being looked at
@@ -68,6 +69,11 @@ class RouteTable:
             self._look(deployment, view)
         view.used_at = time.monotonic()
         return view.board.rank(ask, turn=turn)
+
+    def standing(self, deployment: str, replica: str) -> tuple[int, int]:
+        """Slots of all ready replicas, as last seen, and prompt tokens that wait at this one."""
+        view = self._views.get(deployment)
+        return (0, 0) if view is None else (view.slots, view.board.n_prefill(replica))
 
     def bound(self, deployment: str, replica: str, ask: Ask = _UNKNOWN) -> tuple[str | None, Placed | None]:
         """A request took a slot there; the replica's machine, None if it is not known yet, and what is to be told of
@@ -128,6 +134,7 @@ class RouteTable:
                     if mid
                 }
                 view.board.see(view.replicas)
+                view.slots = sum(load.slots for load in view.replicas.values())
         except RedisError:
             pass  # the old view serves until the next poll
         finally:

@@ -15,6 +15,7 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
+from controlplane.policy.outlook import Terms
 from controlplane.policy.routing import Placed
 from controlplane.prediction.lengths.model import Lengths
 from workers.contract import End, Endpoint, Stage
@@ -79,6 +80,7 @@ class Stream:
         "admitted",
         "admitted_at",
         "admitted_at_ms",
+        "ahead_ms",
         "ask_after",
         "catching_up",
         "comment_due",
@@ -119,8 +121,11 @@ class Stream:
         "request",
         "resolve_after",
         "settled",
+        "slots",
         "stage",
         "streaming",
+        "terms",
+        "total_s",
         "waited_for_replica",
         "waiter",
         "wrote_at",
@@ -159,6 +164,13 @@ class Stream:
         self.expected = self.counted = expected
         # Output tokens as the length model sees them: none where no model was asked.
         self.predicted: Lengths | None = None
+
+        # What was predicted of it: the terms of its admission, over so many slots; slot time (ms) before it in the
+        # queue, and seconds to its first word, uncorrected, where it had to wait.
+        self.terms: Terms | None = None
+        self.slots = 0
+        self.ahead_ms = 0
+        self.total_s = 0.0
 
         # The way back to it: what its record keeps for that, and whose call this is.
         self.note = ""

@@ -42,7 +42,8 @@ WAIT_SHARE: Final = 8  # one over the weight of the latest wait in the usual one
 # Counter units of one prompt token at the ordinary weight. An output token costs twice, a cached one a tenth.
 TOKEN: Final = 1000
 ORDINARY_WEIGHT: Final = 100
-FLEX_BAND: Final = 3  # of requests that ask for `service_tier: flex`; the last of the service classes
+FLEX_BAND: Final = 3  # the last of the service classes
+ANY_MS: Final = 2**53 - 1  # slot time that nothing exceeds, exact in Lua
 
 _BAND_SPAN: Final = 10**13  # more than any instant in ms
 _ORG, _PROJECT, _KEY = 0, 1, 2
@@ -79,6 +80,7 @@ class Request:
     n_prompt: int
     n_expected: int
     prefixes: tuple[str, ...] = ()
+    slot_ms: int = 0  # how long it is predicted to keep a slot busy
     admitted_at_ms: int = 0
     charged: int = 0
     replica: str = ""  # '' while it waits
@@ -122,13 +124,24 @@ class FairQueue:
         self._counters: dict[tuple[_Place, str], int] = {}
         self._left: dict[_Place, int] = {}  # counter of the last flow that left
         self._n_waiting: dict[str, int] = {}  # by organization
+        self._slot_ms: dict[tuple[_Place, str], int] = {}  # predicted slot time that waits, by flow
+        self._band_ms: dict[int, int] = {}  # and by band
 
     # -- what happens
 
     def admit(
-        self, request: Request, now_ms: int, candidates: Sequence[str] = ()
+        self,
+        request: Request,
+        now_ms: int,
+        candidates: Sequence[str] = (),
+        *,
+        most_ahead_ms: int = ANY_MS,
+        window_ms: int = 0,
     ) -> tuple[str, list[Binding]]:
-        """('bound' | 'queued' | 'full', bindings). It never overtakes: with anything waiting it waits, too."""
+        """('bound' | 'queued' | 'full' | 'late', bindings). It never overtakes: with anything waiting it waits, too.
+
+        Late: no slot is free, and more than `most_ahead_ms` of slot time waits before it.
+        """
         request.admitted_at_ms = now_ms
         if not len(self):
             for replica in candidates:
@@ -139,6 +152,9 @@ class FairQueue:
                     return "bound", [(request.id, replica)]
         if not self._has_room(request.flow.organization):
             return "full", []
+        ahead_ms = self.ahead_ms(request.flow, window_ms) if len(self) else 0
+        if ahead_ms > most_ahead_ms and self._is_taken():
+            return "late", []
         self.requests[request.id] = request
         self._join(request, now_ms)
         bindings = self.pump(now_ms)
@@ -245,7 +261,37 @@ class FairQueue:
         """Requests in flows by organization; resumed ones are in none."""
         return dict(self._n_waiting)
 
+    def slot_ms(self) -> dict[tuple[int, int, str, str], int]:
+        """(level, band, parent, name) -> predicted slot time that waits there."""
+        return {(*place, name): value for (place, name), value in self._slot_ms.items()}
+
+    def band_ms(self) -> dict[int, int]:
+        """The same by band."""
+        return dict(self._band_ms)
+
+    def ahead_ms(self, flow: Flow, window_ms: int = 0) -> int:
+        """Slot time of the waiting requests that will probably go before one that joins this flow now: what waits in
+        its own key, and of each flow beside it, at each level, as much by weight, and what the window lets it get
+        ahead; never more than waits there; and all of the bands before."""
+        (organization, project, key) = self._places(flow)
+        ahead = self._slot_ms.get((key[0], key[1]), 0)
+        for (place, name, weight), total in (
+            (key, self._slot_ms.get((project[0], project[1]), 0)),
+            (project, self._slot_ms.get((organization[0], organization[1]), 0)),
+            (organization, self._band_ms.get(flow.band, 0)),
+        ):
+            active = self._active.get(place)
+            n_others = len(active) - (name in active) if active else 0
+            if n_others > 0:
+                ahead = min(total, ahead + n_others * (ahead * ORDINARY_WEIGHT // weight + window_ms))
+        return ahead + sum(ms for band, ms in self._band_ms.items() if band < flow.band)
+
     # -- slots
+
+    def _is_taken(self) -> bool:
+        """There are replicas that take requests, and none has a free slot."""
+        routed = [replica for replica in self.replicas.values() if replica.routed]
+        return bool(routed) and not any(replica.is_free for replica in routed)
 
     def pump(self, now_ms: int) -> list[Binding]:
         """Bind waiting requests while there is a free slot, one a round and replica by id. (The cell binds at
@@ -411,6 +457,10 @@ class FairQueue:
         self._keys.setdefault((flow.band, flow.key), Ranking()).put(request.id, request.order_key)
         self._bands.setdefault(flow.band, Ranking()).put(request.id, now_ms)
         self._n_waiting[flow.organization] = self._n_waiting.get(flow.organization, 0) + 1
+        if request.slot_ms:
+            for place, name, _ in self._places(flow):
+                self._slot_ms[place, name] = self._slot_ms.get((place, name), 0) + request.slot_ms
+            self._band_ms[flow.band] = self._band_ms.get(flow.band, 0) + request.slot_ms
 
     def _leave(self, request: Request) -> None:
         """Out of the queue; flows that have nothing left leave, and note at which counter."""
@@ -423,6 +473,10 @@ class FairQueue:
         self._n_waiting[flow.organization] -= 1
         if not self._n_waiting[flow.organization]:
             del self._n_waiting[flow.organization]
+        if request.slot_ms:
+            for place, name, _ in self._places(flow):
+                self._slot_ms[place, name] -= request.slot_ms
+            self._band_ms[flow.band] -= request.slot_ms
         under = waiting
         if not under:
             del self._keys[flow.band, flow.key]
@@ -430,8 +484,11 @@ class FairQueue:
             if under:
                 return
             active = self._active[place]
+            self._slot_ms.pop((place, name), None)
             self._left[place] = self._counters[place, name]
             active.drop(name)
             if not active:
                 del self._active[place]
             under = active
+        if not under:
+            self._band_ms.pop(flow.band, None)

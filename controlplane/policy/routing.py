@@ -78,6 +78,7 @@ class Placed:
     replica: str
     n_fresh: int
     is_waiting: bool = True
+    n_before: int = 0  # prompt tokens that waited there for their first token
 
 
 @dataclass(slots=True)
@@ -149,13 +150,18 @@ class Board:
         costs.sort()
         return tuple(entry[4] for entry in costs[:limit])
 
+    def n_prefill(self, replica: str) -> int:
+        """Prompt tokens given to it whose first token is awaited."""
+        book = self._books.get(replica)
+        return 0 if book is None else book.n_prefill
+
     def bound(self, replica: str, ask: Ask, now_s: float) -> Placed:
         """The request took a slot there. What comes back is told of the first token by `started`."""
         book = self._books.get(replica)
         if book is None:
             book = self._books[replica] = _Book()
         n_fresh = self._known(replica, ask)
-        placed = Placed(replica, n_fresh)
+        placed = Placed(replica, n_fresh, True, book.n_prefill)
         book.n_prefill += n_fresh
         book.recent += n_fresh * self._grow(now_s)
         book.placed.append(placed)

@@ -11,6 +11,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
+from controlplane.policy.fairness import ANY_MS
 from infra.local import roles
 from tests.autoscaler.fakes import FakeProvider
 from tests.world import World, build_world
@@ -80,7 +81,21 @@ class Scaling:
             scopes = [arg for scope in "kpo" for arg in (scope, -1, -1, -1, -1, -1, 100)]
             args = (request, did, "g1", n, "pv1", 1, 10, 0, n, 1_000, 60_000, 0, "", 0)
             verdict = cell.redis.eval(
-                ADMIT.source, 0, cell.keys.prefix, 1_000 + n, *args, *scopes, 0, 1, "", 0, 60_000
+                ADMIT.source,
+                0,
+                cell.keys.prefix,
+                1_000 + n,
+                *args,
+                *scopes,
+                0,
+                1,
+                "",
+                0,
+                60_000,
+                0,
+                0,
+                ANY_MS,
+                0,
             )
             assert verdict[0] in (b"queued", b"bound"), verdict
 

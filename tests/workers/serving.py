@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import redis
 
+from controlplane.policy.fairness import ANY_MS
 from workers import scripts
 from workers.accounting import Accounting
 from workers.config import FrontConfig, ServeTuning
@@ -123,7 +124,7 @@ class Cell:
         answer = self.run(
             scripts.ADMIT, self.keys.prefix, now_ms(), request, "d1", GATEWAY, self._n_requests, "pv1", 10,
             n_out, n_out * rate, now_ms(), 100, 0, rate, note, n_carried, *scopes,
-            0, n_out, "", 0, 60_000, 0, *candidates,
+            0, n_out, "", 0, 60_000, 0, 0, ANY_MS, 0, *candidates,
         )  # fmt: skip
         assert answer[0] in (b"bound", b"queued"), answer
         return request

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, FairQueue, Flow, Request
+from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, ANY_MS, FairQueue, Flow, Request
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 
@@ -84,18 +84,25 @@ class History:
         request = Request(
             f"q{self.n:05d}", Flow(rng.choice([0, 0, 0, 1, 3]), org, project, key, weights),  # type: ignore[arg-type]
             self.now_ms + rng.randrange(3000), rng.randrange(1, 400), rng.randrange(1, 200), prefixes,
+            rng.choice([0, 1, 40, 900]),
         )  # fmt: skip
+        most_ms, window_ms = rng.choice([ANY_MS, ANY_MS, 2_000, 300, 0, -1]), rng.choice([0, 25])
         candidates = tuple(name for name in sorted(twin.replicas) if rng.random() < 0.7)
-        verdict, bindings = twin.admit(request, self.now_ms, candidates)
+        ahead_ms = twin.ahead_ms(request.flow, window_ms)
+        verdict, bindings = twin.admit(
+            request, self.now_ms, candidates, most_ahead_ms=most_ms, window_ms=window_ms
+        )
         scopes: list[Any] = []
         for scope_id, weight in zip((key, project, org), reversed(weights), strict=True):
             scopes += [scope_id, *[NO_LIMIT] * 5, weight]
         args = [
             request.id, "d1", "g1", 7, "pv1", request.n_prompt, 10_000, 0, request.order_key, twin.bound, 0,
             0, "", 0, *scopes,
-            request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, 0, *candidates,
+            request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, 0,
+            request.slot_ms, most_ms, window_ms, *candidates,
         ]  # fmt: skip
-        self._note(f"arrive {request} {candidates}", scripts.ADMIT, args, verdict, bindings)
+        text = f"arrive {request} {candidates} {ahead_ms} of {most_ms}"
+        self._note(text, scripts.ADMIT, args, (verdict, ahead_ms), bindings)
 
     def settle(self) -> None:
         request = self.rng.choice([r for r in self.twin.requests.values() if r.replica])
@@ -195,6 +202,11 @@ def twin_state(twin: FairQueue) -> dict[str, Any]:
         f"{band}{levels[level].upper()}{parent}": v for (level, band, parent), v in twin.last_left().items()
     }
     counters |= {f"n{org}": n for org, n in twin.n_waiting().items()}
+    counters |= {
+        f"m{band}{levels[level]}{parent}{':' if parent else ''}{name}": value
+        for (level, band, parent, name), value in twin.slot_ms().items()
+    }
+    counters |= {f"m{band}": value for band, value in twin.band_ms().items()}
     if twin.turn:
         counters["t"] = twin.turn
     if twin.usual_wait_ms:
@@ -282,7 +294,10 @@ def check(client: redis.Redis, history: History) -> None:
         assert not isinstance(answer, Exception), f"{where}\n{answer}"
         assert not isinstance(raw, Exception), f"{where}\n{raw}"
         if step.script is scripts.ADMIT:
-            assert answer[0].decode() == step.answer, where
+            verdict, ahead_ms = step.answer
+            assert answer[0].decode() == verdict, where
+            if verdict in ("queued", "late"):
+                assert answer[4 if verdict == "queued" else 2] == ahead_ms, where
         elif step.script is scripts.CANCEL:
             assert answer.decode() == step.answer, where
         elif step.answer is not None:
@@ -321,7 +336,7 @@ def test_histories_meet_every_kind_of_step_and_state() -> None:
         for step in history.steps:
             texts.add(step.text.split()[0])
             texts |= {f"{step.text.split()[0]}>{len(step.bindings)}"} if step.bindings else set()
-            texts |= {step.answer} if isinstance(step.answer, str) else set()
+            texts |= {step.answer[0]} if isinstance(step.answer, tuple) else set()
             states |= {f"turn {step.state['v']['t']}"} if "t" in step.state["v"] else set()
             usual_ms = step.state["v"].get("u", 0)
             states |= {"waits above an age"} if AGE_FOLLOWS * usual_ms > history.twin.age_ms else set()
@@ -334,5 +349,5 @@ def test_histories_meet_every_kind_of_step_and_state() -> None:
             states |= {f"{len(step.state['sets'].get('o:0', {}))} organizations"}
     kinds = {"arrive", "settle", "cancel", "produce", "enrol", "resize", "drain", "lose", "misplace", "sweep"}
     assert kinds <= texts
-    assert {"bound", "queued", "full", "settle>1", "enrol>2", "lose>1", "resize>1"} <= texts
+    assert {"bound", "queued", "full", "late", "settle>1", "enrol>2", "lose>1", "resize>1"} <= texts
     assert {"turn 7", "resumed", "4 organizations", "waits above an age", "waits at the bound"} <= states

@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from billing.money import TOKENS_PER_RATE, NanoPerMillion, Rates, request_cost, worst_case_cost
+from controlplane.policy.fairness import ANY_MS
 from tests.records import expanded
 from tests.workers.test_scripts import KEYS, Cell
 from workers import scripts
@@ -101,7 +102,7 @@ class History:
             scripts.ADMIT, KEYS.prefix, self.cell.now_ms, made.id, "d1", "g1", 7, "pv1", n_in, n_out,
             worst_case_cost(RATES, n_prompt=n_in, n_completion=n_out), self.cell.now_ms, 100,
             n_in * RATES.input / TOKENS_PER_RATE, OUT, "cs:", 0, *scopes, 0, n_out, b"", 0, 60_000, made.share,
-            self.replica,
+            0, ANY_MS, 0, self.replica,
         )  # fmt: skip
         if verdict[0] in (b"bound", b"queued"):
             made.granted = int(verdict[3])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import redis
 
+from controlplane.policy.fairness import ANY_MS
 from tests.records import expanded
 from workers import scripts
 from workers.contract import End, FinishReason, FrameEntry, celery_message, decode_frame, encode
@@ -51,6 +52,8 @@ class Cell:
         prefixes: bytes = b"",
         window: int = 0,
         age_ms: int = 60_000,
+        slot_ms: int = 0,
+        most_ms: int = ANY_MS,
         **limits: int,
     ) -> list[Any]:
         """Admits with limits given as e.g. key_rpm=1, prj_budget=100."""
@@ -63,7 +66,7 @@ class Cell:
         return self.run(
             scripts.ADMIT, KEYS.prefix, self.now_ms, request, "d1", "g1", 7, "pv1", n_in, n_out, money,
             order or self.now_ms, queue_bound, money - n_out * out_rate, out_rate, "cs:", 0, *scopes,
-            band, expected, prefixes, window, age_ms, share, *candidates,
+            band, expected, prefixes, window, age_ms, share, slot_ms, most_ms, 0, *candidates,
         )  # fmt: skip
 
     def enrol(self, replica: str, machine: str = "m1", slots: int = 4) -> int:
@@ -375,7 +378,7 @@ def test_without_a_body_nothing_is_taken(cell: Cell) -> None:
     limits = ["k1", 5, 5000, 5000, 5, NO_LIMIT, 100, "p1", *[NO_LIMIT] * 5, 100, "o1", *[NO_LIMIT] * 5, 100]
     verdict = admit(
         scripts.ADMIT.sha, 0, KEYS.prefix, NOW_MS, "q1", "d1", "g1", 7, "pv1", 10, 20, 50, NOW_MS, 100, 10, 2,
-        "cs:", 0, *limits, 0, 20, b"", 0, 60_000, 0, "r1",
+        "cs:", 0, *limits, 0, 20, b"", 0, 60_000, 0, 0, ANY_MS, 0, "r1",
     )  # fmt: skip
     assert verdict == [b"gone"]
     assert cell.limit("key", "k1") == {}

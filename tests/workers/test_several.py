@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import redis
 
+from controlplane.policy.fairness import ANY_MS
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 
@@ -41,6 +42,7 @@ def an_admission(dice: random.Random, request: str, now_ms: int) -> list[Any]:
     money = n_in + int(n_out * rate) + 1
     return [KEYS.prefix, now_ms, request, "d1", "g1", dice.randrange(9), "pv", n_in, n_out, money, now_ms, 6, n_in,
             rate, "cs:", 0, *scopes, dice.randrange(3), dice.randint(1, 60), "", 2_000, 5_000, dice.choice((0, 4)),
+            dice.choice((0, 70)), dice.choice((ANY_MS, 200)), 5,
             *dice.sample(["r1", "r2"], dice.randrange(3))]  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def test_a_fault_in_one_does_not_reach_the_others(r: redis.Redis) -> None:
     whole = [an_admission(dice, f"q{n}", NOW_MS) for n in range(3)]
     for args in whole:
         args[16:37] = [arg for scope in ("ka0", "pa", "oa") for arg in (scope, -1, -1, -1, 10, -1, 100)]
-        args[43:] = ["r1"]
+        args[43:] = [0, ANY_MS, 0, "r1"]
         r.set(KEYS.body(args[2]), "BODY")
     whole[1][9] = "not a number"
     blobs = [msgspec.msgpack.encode([str(arg) for arg in args]) for args in whole]

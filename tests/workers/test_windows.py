@@ -18,6 +18,7 @@ import pytest
 import redis
 
 from controlplane.policy import periods
+from controlplane.policy.fairness import ANY_MS
 from controlplane.policy.periods import Period
 from tests.records import expanded
 from tests.workers.test_scripts import KEYS, Cell
@@ -144,7 +145,7 @@ class World:
             verdict = self.r.evalsha(
                 self.admit_script.sha, 0, KEYS.prefix, self.now_ms + skew_ms, request, "d1", "g1", 7, "pv1", n_in,
                 n_out, n_in + 2 * n_out, self.now_ms, 10_000, n_in, 2, "cs:", 0, *scopes, 0, n_out, b"", 0, 60_000,
-                share, "r1",
+                share, 0, ANY_MS, 0, "r1",
                 *([msgspec.msgpack.encode(blob)] if blob else []),
             )  # fmt: skip
             if verdict[0] != b"seed":

@@ -12,9 +12,12 @@
 --       17.. three scopes of 7: id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano (-1 = no limit), weight,
 --       38 band, 39 output tokens expected, 40 prefix hashes, 41 fairness window (counter units), 42 age_ms,
 --       43 share: with money for fewer than so many worst cases left, hold only 1/share of it (0: all of it),
---       44.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
--- Returns {'bound', epoch, rid, hold_out, heads...} | {'queued', depth, waiting_for_replica 0|1, hold_out, heads...}
---       | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
+--       44 predicted ms that it keeps a slot busy, 45 most such ms that may wait before it (refused beyond, where there
+--       are replicas and none has a free slot), 46 such ms that another flow may get ahead within the fairness window,
+--       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
+-- Returns {'bound', epoch, rid, hold_out, heads...}
+--       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
+--       | {'late', depth, ms before it, heads...} | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
 --       | {'full', depth, whose 'deployment'|'organization', heads...} | {'seed', scope, id}
 --       | {'seed', 'bud', id, start, end of the window}
 --       | {'exists'} (the id was used before) | {'gone'} (no body, or no journal to continue: nothing was taken);
@@ -82,7 +85,7 @@ local q = P .. 'dep:' .. did .. ':q'
 local depth = redis.call('ZCARD', q)
 local rid, mid = nil, nil
 if depth == 0 then
-  for i = 44, n_args do
+  for i = 47, n_args do
     mid = with_slot(P, ARGV[i])
     if mid then rid = ARGV[i]; break end
   end
@@ -97,11 +100,20 @@ if rid and n_carried > 0 then
   redis.call('RENAME', P .. 'jrn:' .. id, journal)
   redis.call('PERSIST', journal)
 end
+local before = 0
 if not rid then
   local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
   if whose then
     redis.call('DEL', P .. 'body:' .. id)
     return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
+  end
+  if depth > 0 then
+    local flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
+    before = ahead_of(P, did, flow, tonumber(ARGV[46]))
+  end
+  if before > tonumber(ARGV[45]) and is_taken(P, did) then
+    redis.call('DEL', P .. 'body:' .. id)
+    return {'late', depth, before, unpack(heads(look, 0, 0, 0))}
   end
 end
 
@@ -110,7 +122,7 @@ local adm = {did, ARGV[7], n_in, n_out, math.floor(money), now, ARGV[38], math.m
   ARGV[15], ARGV[17], ARGV[24], ARGV[31], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]),
   -- which scopes hold what, so that a settle undoes exactly this, whatever the limits are by then
   tonumber(ARGV[19]), tonumber(ARGV[20]), tonumber(ARGV[22]), tonumber(ARGV[26]), tonumber(ARGV[27]),
-  tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36])}
+  tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36]), tonumber(ARGV[44])}
 take(look, now, money)
 if budgets then adm[WINDOWS] = take_windows(look, math.floor(money)) end
 local packed = cmsgpack.pack(adm)
@@ -141,4 +153,4 @@ if redis.call('HGET', rec_key, 'state') == 'bound' then
 end
 local n_reps = redis.call('SCARD', P .. 'dep:' .. did .. ':reps')
 if n_reps == 0 then redis.call('PUBLISH', P .. 'wake', did) end
-return {'queued', redis.call('ZCARD', q), n_reps == 0 and 1 or 0, granted, unpack(heads(look, 1, n_in, n_out))}
+return {'queued', redis.call('ZCARD', q), n_reps == 0 and 1 or 0, granted, before, unpack(heads(look, 1, n_in, n_out))}

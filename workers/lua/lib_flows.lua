@@ -8,13 +8,14 @@
 --   r:b:<key>      requests of a key, by order key
 --   v              hash: counters '<b>o<org>' '<b>p<org>:<prj>' '<b>k<prj>:<key>'; '<b>O' '<b>P<org>' '<b>K<prj>' the
 --                  counter of the last flow that left there; 'n<org>' waiting requests; 't' turns, 'w' window, 'a' age_ms,
---                  'u' usual wait, ms
+--                  'u' usual wait, ms; 'm<b>' and 'm' before the name of a counter: slot time (ms) that waits in the band,
+--                  in the flow
 -- Counters are integers below 2^53 (a prompt token at weight 100 counts 1000), so that Lua's doubles are exact.
 
 local BAND_SPAN = 1e13 -- more than any instant in ms
 
 -- A flow's place in each level: {zset, member, counter field, field of the last that left, weight}. `f` is a request's
--- {band, weight of key, project, organization, key, project, organization}.
+-- {band, weight of key, project, organization, key, project, organization, slot time in ms}.
 local function levels_of(P, did, f)
   local Q, b, key, prj, org = P .. 'dep:' .. did .. ':', f[1], f[5], f[6], f[7]
   return {
@@ -26,7 +27,7 @@ end
 
 -- The flow of a request from what it was admitted with.
 local function flow_of(adm)
-  return {adm[BAND], adm[WEIGHTS], adm[WEIGHTS + 1], adm[WEIGHTS + 2], adm[KEY], adm[PRJ], adm[ORG]}
+  return {adm[BAND], adm[WEIGHTS], adm[WEIGHTS + 1], adm[WEIGHTS + 2], adm[KEY], adm[PRJ], adm[ORG], adm[SLOT_MS] or 0}
 end
 
 -- Service in tenths of a prompt token: a cached one costs a tenth of it, an output token twice.
@@ -80,6 +81,42 @@ local function join(P, did, id, f, order_key, now_ms)
   redis.call('ZADD', Q .. 'r:' .. f[1] .. ':' .. f[5], order_key, id)
   redis.call('ZADD', Q .. 'q', string.format('%.0f', f[1] * BAND_SPAN + now_ms), id)
   redis.call('HINCRBY', h, 'n' .. f[7], 1)
+  if f[8] > 0 then
+    redis.call('HINCRBY', h, 'm' .. f[1], f[8])
+    for _, l in ipairs(levels_of(P, did, f)) do redis.call('HINCRBY', h, 'm' .. l[3], f[8]) end
+  end
+end
+
+-- Slot time (ms) of the waiting requests that will probably go before one that joins this flow now: what waits in its
+-- own key, and of each flow beside it, at each level, as much by weight, and what the window lets it get ahead; never
+-- more than waits there; and all of the bands before.
+local function ahead_of(P, did, f, window_ms)
+  local h, lv = P .. 'dep:' .. did .. ':v', levels_of(P, did, f)
+  local ask = {'m' .. lv[3][3], 'm' .. lv[2][3], 'm' .. lv[1][3], 'm' .. f[1]}
+  for b = 0, tonumber(f[1]) - 1 do ask[#ask + 1] = 'm' .. b end
+  local waits = redis.call('HMGET', h, unpack(ask))
+  local ahead = tonumber(waits[1] or '0')
+  for i = 3, 1, -1 do
+    local l = lv[i]
+    local n_others = redis.call('ZCARD', l[1])
+    if n_others > 0 and redis.call('ZSCORE', l[1], l[2]) then n_others = n_others - 1 end
+    if n_others > 0 then
+      local theirs = n_others * (math.floor(ahead * 100 / l[5]) + window_ms)
+      ahead = math.min(tonumber(waits[5 - i] or '0'), ahead + theirs)
+    end
+  end
+  for i = 5, #ask do ahead = ahead + tonumber(waits[i] or '0') end
+  return ahead
+end
+
+-- Whether the deployment has replicas and none of them a free slot.
+local function is_taken(P, did)
+  local reps = redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')
+  for _, rid in ipairs(reps) do
+    local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots')
+    if r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0') then return false end
+  end
+  return #reps > 0
 end
 
 -- Whether a queue of `depth` has no place for this organization, and whose bound says so; nil when it has. An
@@ -111,10 +148,17 @@ local function leave(P, did, id, f, tenths)
       set[#set + 1] = l[4]
       set[#set + 1] = now
       redis.call('ZREM', l[1], l[2])
+      redis.call('HDEL', h, 'm' .. l[3])
       is_last = i > 1 and redis.call('EXISTS', l[1]) == 0
-    elseif tenths > 0 then
-      redis.call('ZADD', l[1], now, l[2])
+    else
+      if tenths > 0 then redis.call('ZADD', l[1], now, l[2]) end
+      if (f[8] or 0) > 0 then redis.call('HINCRBY', h, 'm' .. l[3], -f[8]) end
     end
+  end
+  if redis.call('EXISTS', lv[1][1]) == 0 then
+    redis.call('HDEL', h, 'm' .. f[1]) -- whatever was lost on the way is made good
+  elseif (f[8] or 0) > 0 then
+    redis.call('HINCRBY', h, 'm' .. f[1], -f[8])
   end
   redis.call('HSET', h, unpack(set))
   if v[4] == '1' then redis.call('HDEL', h, 'n' .. f[7]) end

@@ -19,6 +19,7 @@ from controlplane.budgets import services as budgets
 from controlplane.gateway import windows
 from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
+from controlplane.policy.fairness import ANY_MS
 from controlplane.policy.periods import Period
 from controlplane.policy.shares import WHOLE_PPM
 from controlplane.tenants import services
@@ -66,6 +67,7 @@ class CellSide:
         verdict: list[Any] = self.client.evalsha(
             scripts.ADMIT.sha, 0, self.keys.prefix, now_ms, request, "d1", "g1", 1, "pv", n_in, n_out,
             n_in + rate * n_out, now_ms, 100_000, n_in, rate, "", 0, *context.scope_args, 0, n_out, b"", 0, 60_000, 0,
+            0, ANY_MS, 0,
             *map(msgspec.msgpack.encode, windows.argument(context.budgets, "")),
         )  # fmt: skip
         if verdict[0] == b"queued":

@@ -1,0 +1,115 @@
+"""What this gateway predicts of each deployment: the terms of an admission, and what came of it.
+
+Called by admission for each request and by the end of each; the arithmetic is pure (controlplane/policy/outlook.py).
+Holds a few numbers per deployment and class, never a request. What it needs it has: the routes as last seen, and the
+slot time that waits, which the admission script answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from controlplane.gateway.errors import ApiError
+from controlplane.gateway.routes import RouteTable
+from controlplane.gateway.stream import Stream
+from controlplane.policy.outlook import Gate, Outlook, Terms, Track
+from controlplane.policy.routing import Ask
+
+_MAX_GATES: Final = 10_000
+
+
+class Forecasts:
+    """Gates by deployment. Belongs to one event loop."""
+
+    def __init__(self, routes: RouteTable) -> None:
+        self.n_refused = 0
+        self._routes = routes
+        self._gates: dict[str, Gate] = {}
+
+    def terms(self, stream: Stream, ask: Ask, candidates: Sequence[str]) -> Terms:
+        """What the script goes by. ApiError where so much prefill waits already at the best replica that the target
+        will be missed there, free slot or not."""
+        deployment = stream.deployment
+        gate = self._gates.get(deployment.id)
+        if gate is None:
+            if len(self._gates) >= _MAX_GATES:
+                self._gates.clear()
+            gate = self._gates[deployment.id] = Gate()
+        slots, n_prefill = self._routes.standing(deployment.id, candidates[0] if candidates else "")
+        stream.slots = slots
+        terms = stream.terms = gate.terms(
+            deployment.promise,
+            ask.n_prompt,
+            stream.expected,
+            slots=slots,
+            n_prefill=n_prefill,
+            window=deployment.window,
+            predicts=deployment.predicts,
+        )
+        if terms.is_hopeless:
+            raise self.refusal(stream, 0)
+        return terms
+
+    def queued(self, stream: Stream, ahead_ms: int) -> None:
+        """It waits, behind so much slot time."""
+        assert stream.terms is not None
+        gate = self._gates.get(stream.deployment.id)
+        if gate is not None:
+            stream.ahead_ms = ahead_ms
+            stream.total_s = gate.total_s(stream.terms, ahead_ms, stream.slots)
+            gate.let_in(stream.deployment.promise, stream.terms)
+
+    def refusal(self, stream: Stream, ahead_ms: int) -> ApiError:
+        """Its first word would come too late, with so much slot time before it."""
+        gate, promise, terms = self._gates[stream.deployment.id], stream.deployment.promise, stream.terms
+        assert terms is not None
+        self.n_refused += 1
+        stream.ahead_ms = ahead_ms
+        stream.total_s = terms.first_s if terms.is_hopeless else gate.total_s(terms, ahead_ms, stream.slots)
+        seen = gate.outlook(promise, stream.total_s)
+        retry_after_s = gate.late(promise, terms, ahead_ms, stream.slots)
+        if terms.is_hopeless:
+            retry_after_s = max(retry_after_s, min(terms.first_s, 60.0))
+        return ApiError(
+            503,
+            "slo_unattainable",
+            f"the first word would probably come after {seen.p50_s:.3g} s ({seen.p90_s:.3g} s in one of ten cases), "
+            f"and the class {promise.name} promises {promise.ttft_ms / 1000:g} s: try again after "
+            f"{retry_after_s:.3g} s, or name a class that can wait",
+            retry_after_s=retry_after_s,
+            details={
+                "slo_class": promise.name,
+                "ttft_target_s": promise.ttft_ms / 1000,
+                "ttft_p50_s": round(seen.p50_s, 3),
+                "ttft_p90_s": round(seen.p90_s, 3),
+                "attainment": round(seen.attainment, 3),
+            },
+        )
+
+    def outlook(self, stream: Stream) -> Outlook | None:
+        """What is predicted of a request that was admitted or refused; None where nothing was asked."""
+        gate = self._gates.get(stream.deployment.id)
+        if gate is None or stream.terms is None:
+            return None
+        return gate.outlook(stream.deployment.promise, stream.total_s or stream.terms.first_s)
+
+    def ended(self, stream: Stream, n_prompt: int, n_completion: int) -> None:
+        """A request of this process ended in order, by its first attempt."""
+        gate, first_at = self._gates.get(stream.deployment.id), stream.first_at
+        if gate is None or first_at is None:
+            return
+        first_s = first_at - stream.admitted_at
+        placed = stream.placed
+        if stream.queued:
+            if not stream.waited_for_replica:  # else it waited for a machine, which this is not about
+                gate.waited(stream.deployment.promise, stream.total_s, first_s)
+        elif placed is not None:
+            gate.pace.saw_first(placed.n_before + placed.n_fresh, first_s)
+        gate.pace.saw_answer(n_prompt, n_completion, stream.last_at - first_at)
+
+    def tracks(self) -> Iterator[tuple[str, str, Track]]:
+        """(deployment, class, how its predictions did)."""
+        for deployment, gate in self._gates.items():
+            for name, known in gate.classes.items():
+                yield deployment, name, known.track

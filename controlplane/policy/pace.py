@@ -1,0 +1,99 @@
+"""How fast a deployment is, learned from its own finished requests: first words, steps, time in a slot. Pure.
+
+The performance model (perfmodel.py) says it beforehand where model and GPU are known; what a gateway sees corrects that
+within some tens of requests, and is all there is where they are not. One `Pace` per deployment and gateway; it keeps
+sums, no requests. Seconds are wall seconds as the gateway sees them, queueing excluded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from controlplane.policy.perfmodel import StepModel
+
+_KEEP: Final = 0.98  # of the sums, per request: the last 50 have most of the say
+_PRIOR: Final = 2.0  # requests that what is said beforehand counts for
+_PRIOR_TOKENS: Final = 1_000  # where the second point of the prior's line lies
+
+
+class Pace:
+    """`first_s(n) = base_s + token_s * n` for prompts, `step_s` per further token of an answer."""
+
+    __slots__ = (
+        "_cost",
+        "_slot_s",
+        "_steps",
+        "_steps_s",
+        "_w",
+        "_weight",
+        "_x",
+        "_xx",
+        "_xy",
+        "_y",
+        "base_s",
+        "mean_slot_s",
+        "n",
+        "slot_s_per_cost",
+        "step_s",
+        "token_s",
+    )
+
+    def __init__(self, base_s: float = 0.05, token_s: float = 2e-4, step_s: float = 0.03) -> None:
+        self.n = 0  # requests seen
+        self.base_s, self.token_s, self.step_s = base_s, token_s, step_s
+        w, x = _PRIOR / 2, _PRIOR_TOKENS
+        # Weighted sums of the line through (tokens, seconds): two points of the prior, then what is seen.
+        self._w, self._x, self._xx = 2 * w, w * x, w * x * x
+        self._y, self._xy = w * (2 * base_s + token_s * x), w * x * (base_s + token_s * x)
+        self._steps, self._steps_s = 1.0, step_s
+        self._slot_s, self._cost, self._weight = 0.0, 0.0, 0.0
+        # Slot time of the requests seen, of one and per prompt token as fairness counts them (an output token is two);
+        # that of a short answer until there were any.
+        self.mean_slot_s = self.slot_s(100, 64)
+        self.slot_s_per_cost = self.mean_slot_s / (100 + 2 * 64)
+
+    @classmethod
+    def of(cls, step: StepModel, n_running: int = 16) -> Pace:
+        """What the performance model says, at a batch of `n_running`."""
+        one_s = step.prefill_s(1)
+        token_s = (step.prefill_s(_PRIOR_TOKENS) - one_s) / (_PRIOR_TOKENS - 1)
+        return cls(one_s, token_s, step.step_s(0, 0.0, n_running, n_running * _PRIOR_TOKENS))
+
+    def first_s(self, n_tokens: int) -> float:
+        """From a slot to the first word, with so many prompt tokens to compute until then."""
+        return self.base_s + self.token_s * n_tokens
+
+    def slot_s(self, n_prompt: int, n_output: int) -> float:
+        """How long a request keeps its slot."""
+        return self.base_s + self.token_s * n_prompt + self.step_s * n_output
+
+    def saw_first(self, n_tokens: int, seconds: float) -> None:
+        """A request that found a free slot had its first word after so long, with so many prompt tokens to compute."""
+        if seconds < 0 or n_tokens < 0:
+            raise ValueError(f"{n_tokens} tokens in {seconds} s: neither may be negative")
+        x = float(n_tokens)
+        w = self._w = self._w * _KEEP + 1
+        sx = self._x = self._x * _KEEP + x
+        sy = self._y = self._y * _KEEP + seconds
+        sxx = self._xx = self._xx * _KEEP + x * x
+        sxy = self._xy = self._xy * _KEEP + x * seconds
+        spread = w * sxx - sx * sx
+        # Prompts of one length say nothing of the slope: it stays, and the base takes up the difference.
+        if spread > 1e-6 * w * sxx:
+            self.token_s = max((w * sxy - sx * sy) / spread, 0.0)
+        self.base_s = max((sy - self.token_s * sx) / w, 1e-3)
+
+    def saw_answer(self, n_prompt: int, n_output: int, after_first_s: float) -> None:
+        """A whole answer, from its first word to its last."""
+        if n_output > 1 and math.isfinite(after_first_s) and after_first_s >= 0:
+            self._steps = self._steps * _KEEP + (n_output - 1)
+            self._steps_s = self._steps_s * _KEEP + after_first_s
+            self.step_s = self._steps_s / self._steps
+        self._slot_s = self._slot_s * _KEEP + self.first_s(n_prompt) + max(after_first_s, 0.0)
+        self._cost = self._cost * _KEEP + n_prompt + 2 * n_output
+        self._weight = self._weight * _KEEP + 1
+        self.mean_slot_s = self._slot_s / self._weight
+        if self._cost:
+            self.slot_s_per_cost = self._slot_s / self._cost
+        self.n += 1
