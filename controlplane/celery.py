@@ -75,6 +75,16 @@ app.conf.update(
             "schedule": 3600.0,
             "options": {"expires": 3600.0},
         },
+        "lifecycle.erase_due": {
+            "task": "lifecycle.erase_due",
+            "schedule": 60.0,
+            "options": {"expires": 60.0},
+        },
+        "lifecycle.forget_exports": {
+            "task": "lifecycle.forget_exports",
+            "schedule": 3600.0,
+            "options": {"expires": 3600.0},
+        },
         "tenants.lease_shares": {
             "task": "tenants.lease_shares",
             "schedule": 10.0,
@@ -104,7 +114,14 @@ app.conf.update(
     },
 )
 app.autodiscover_tasks(
-    ["autoscaler", "billing", "controlplane.audit", "controlplane.operations", "controlplane.tenants"]
+    [
+        "autoscaler",
+        "billing",
+        "controlplane.audit",
+        "controlplane.lifecycle",
+        "controlplane.operations",
+        "controlplane.tenants",
+    ]
 )
 app.steps["worker"].add(WatcherStep)
 

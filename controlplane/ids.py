@@ -32,6 +32,8 @@ class Prefix(StrEnum):
     DECISION = "dec"
     REQUEST = "req"
     PRICE_VERSION = "prc"
+    EXPORT = "exp"
+    ERASURE = "era"
     SLO_RULE = "slo"
     OPERATION = "opn"
     GRANT = "grt"

@@ -12,6 +12,7 @@ from controlplane.api.problems import database_away, problem
 from controlplane.api.resources import (
     audit,
     budgets,
+    data,
     deployments,
     fleet,
     grants,
@@ -61,6 +62,7 @@ for module in (
     budgets,
     usage,
     audit,
+    data,
 ):
     api.add_router("", module.router)
 

@@ -54,6 +54,8 @@ DecisionId = _id(ids.Prefix.DECISION)
 OperationId = _id(ids.Prefix.OPERATION)
 GrantId = _id(ids.Prefix.GRANT)
 SloRuleId = _id(ids.Prefix.SLO_RULE)
+ExportId = _id(ids.Prefix.EXPORT)
+ErasureId = _id(ids.Prefix.ERASURE)
 
 Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"\S")]
 Slug = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[-a-zA-Z0-9_]+$")]

@@ -2,7 +2,8 @@
 
 No code of ours writes an entry: a trigger on every audited table does, in the transaction of the change, so that bulk
 updates and raw SQL are in the log too (migrations/0001). Nobody changes or deletes an entry: triggers refuse, whatever
-the role. Whoever takes the triggers away breaks the chain (sealing.py).
+the role. Whoever takes the triggers away breaks the chain (sealing.py). One exception: when an organization is erased
+its entries are redacted, and keep the digest of what they said.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ class Entry(models.Model):
     kind = models.CharField(max_length=40, help_text="what was changed, for example project")
     thing = models.UUIDField(help_text="its id")
     changes = models.JSONField()
+    salt = models.UUIDField(
+        null=True, editable=False, help_text="random, in the digest; taken away by a redaction"
+    )
+    redacted = models.BinaryField(
+        max_length=32,
+        null=True,
+        help_text="digest of what it said, once that was erased (lifecycle/erasure.py)",
+    )
 
     class Meta:
         indexes: ClassVar[list[models.Index]] = [

@@ -21,6 +21,7 @@ from controlplane.audit.models import Entry, Seal
 
 GENESIS: Final = bytes(32)
 BATCH: Final = 1000  # entries sealed a run and organization
+ERASURE: Final = "erasure"  # kind of the entries that tell of an erasure
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,14 @@ class Verdict:
     n_unsealed: int
     head: str
     problem: str
+    n_redacted: int = 0
 
 
 def digest_of(entry: Entry) -> bytes:
-    """Over every column, in a form that does not depend on who reads it."""
-    facts = {
+    """Over every column, in a form that does not depend on who reads it. Of a redacted entry: as it was before."""
+    if entry.redacted is not None:
+        return bytes(entry.redacted)
+    facts: dict[str, object] = {
         "id": entry.pk,
         "organization": entry.organization_id.hex,
         "at": entry.at.astimezone(UTC).isoformat(),
@@ -46,6 +50,8 @@ def digest_of(entry: Entry) -> bytes:
         "thing": entry.thing.hex,
         "changes": entry.changes,
     }
+    if entry.salt is not None:  # so that nobody can check a guess of what a redacted entry said
+        facts["salt"] = entry.salt.hex
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).digest()
 
@@ -81,7 +87,7 @@ def unsealed_organizations(limit: int) -> list[UUID]:
 
 def verify(organization_id: UUID) -> Verdict:
     """Walk the whole chain. Needs the operator role, or the tenant."""
-    n, head, problem = 0, GENESIS, ""
+    n, head, problem, n_redacted = 0, GENESIS, "", 0
     seals = Seal.objects.filter(organization_id=organization_id).order_by("n")
     for seal_row in seals.iterator(chunk_size=2000):
         entry = Entry.objects.filter(pk=seal_row.entry_id, organization_id=organization_id).first()
@@ -92,11 +98,26 @@ def verify(organization_id: UUID) -> Verdict:
             problem = f"entry {seal_row.entry_id} of link {n} was deleted"
         elif link(head, entry) != bytes(seal_row.hash):
             problem = f"entry {entry.pk} of link {n} was changed, or the link was"
+        elif entry.redacted is not None and entry.changes:
+            problem = f"entry {entry.pk} of link {n} was redacted and says something again"
         if problem:
             break
+        n_redacted += entry is not None and entry.redacted is not None
         head = bytes(seal_row.hash)
+    if n_redacted and not problem and not _erasure_is_in_it(organization_id):
+        problem = f"{n_redacted} entries are redacted, and the log has no erasure"
     n_unsealed = Entry.objects.filter(organization_id=organization_id, seal=None).count()
-    return Verdict(organization_id, n, n_unsealed, head.hex(), problem)
+    return Verdict(organization_id, n, n_unsealed, head.hex(), problem, n_redacted)
+
+
+def has_unsealed(organization_id: UUID) -> bool:
+    return Entry.objects.filter(organization_id=organization_id, seal=None).exists()
+
+
+def redactable(organization_id: UUID) -> list[Entry]:
+    """Sealed entries that still say something, at most BATCH; those of the erasure itself stay."""
+    rows = Entry.objects.filter(organization_id=organization_id, redacted=None, seal__isnull=False)
+    return list(rows.exclude(kind=ERASURE).order_by("pk")[:BATCH])
 
 
 def export(organization_id: UUID) -> Iterator[dict[str, object]]:
@@ -112,9 +133,14 @@ def export(organization_id: UUID) -> Iterator[dict[str, object]]:
             "kind": entry.kind,
             "thing": entry.thing.hex,
             "changes": entry.changes,
+            "redacted": entry.redacted is not None,
             "n": found.n if found else None,
             "hash": bytes(found.hash).hex() if found else None,
         }
+
+
+def _erasure_is_in_it(organization_id: UUID) -> bool:
+    return Entry.objects.filter(organization_id=organization_id, kind=ERASURE, redacted=None).exists()
 
 
 def _settled(organization_id: UUID) -> list[Entry]:
