@@ -8,7 +8,7 @@ Redis is not reached from here: there that quarter of an hour, which has passed 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import redis
@@ -39,7 +39,7 @@ def scrub(client: redis.Redis, keys: CellKeys, *, organization: str, names: Iter
 
 
 def _organization(client: redis.Redis, key: bytes) -> str:
-    packed = client.hget(key, "adm")
+    packed: Any = client.hget(key, "adm")
     try:
         return decode_admitted(packed).organization if packed else ""
     except msgspec.DecodeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from django.utils import timezone
 from ninja import Field, Query, Router, Schema
@@ -14,8 +14,8 @@ from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, ErasureId, ExportId
 from controlplane.lifecycle import erasure, exports
-from controlplane.lifecycle.models import Erasure, Export
-from controlplane.operations.models import Operation
+from controlplane.lifecycle.models import Erasure, ErasureState, Export
+from controlplane.operations.models import Operation, State
 from controlplane.tenants.rights import Permission
 
 router = Router(tags=["data"])
@@ -25,7 +25,7 @@ class ExportOut(Schema):
     """A copy of everything that belongs to the organization, without secrets. Gone at `expires_at`."""
 
     id: ExportId
-    state: Literal["pending", "running", "succeeded", "failed"]
+    state: State
     progress: int = Field(description="percent")
     message: str
     n_parts: int = Field(description="of JSON lines, numbered from 0; final once it has succeeded")
@@ -54,16 +54,19 @@ class ErasureOut(Schema):
     """An erasure under way. At `due_at` the organization is suspended, half an hour later its data goes."""
 
     id: ErasureId
-    state: Literal["requested", "cancelled", "erasing", "erased"]
+    state: ErasureState
     requested_at: datetime
     due_at: datetime
 
 
 def export_out(row: Export) -> ExportOut:
-    work = Operation.objects.filter(id=row.operation_id, organization_id=row.organization_id).first()
+    works = Operation.objects.filter(organization_id=row.organization_id)
+    work = works.filter(id=row.operation_id).first() if row.operation_id else None
     return ExportOut(
         id=row.id,
-        state=work.state if work else "succeeded",  # rows of operations may be forgotten before the export is
+        state=State(work.state)
+        if work
+        else State.SUCCEEDED,  # rows of operations may be forgotten before the export is
         progress=work.progress if work else 100,
         message=(work.error_message or work.message) if work else "",
         n_parts=row.n_parts,
@@ -74,7 +77,9 @@ def export_out(row: Export) -> ExportOut:
 
 
 def erasure_out(row: Erasure) -> ErasureOut:
-    return ErasureOut(id=row.id, state=row.state, requested_at=row.requested_at, due_at=row.due_at)
+    return ErasureOut(
+        id=row.id, state=ErasureState(row.state), requested_at=row.requested_at, due_at=row.due_at
+    )
 
 
 @operation(router, "GET", "/organization/exports", Permission.DATA_READ, Page[ExportOut])
