@@ -41,6 +41,9 @@ class Environment:
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
     gateway_key_stale_s: int = 900  # how long gateways may go on with a key they cannot read again
+    api_rate_per_s: int = (
+        50  # calls of /api/v1 by one management token, in one web process; four times that at once
+    )
     control_metrics_port: int = 0  # where the control worker serves /metrics, on loopback; 0 = nowhere
     engine: str = "vllm"  # what the demo deployment runs on: vllm, or toy where vllm cannot run
     static_root: Path | None = None
@@ -88,6 +91,7 @@ class Environment:
             gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
             console_url=console_url,
             gateway_key_stale_s=number("CORRAL_GATEWAY_KEY_STALE_S", cls.gateway_key_stale_s, 0, 86_400),
+            api_rate_per_s=number("CORRAL_API_RATE_PER_S", cls.api_rate_per_s, 1, 100_000),
             control_metrics_port=number("CORRAL_CONTROL_METRICS_PORT", 0, 0, 65_535),
             engine=environ.get("CORRAL_ENGINE", cls.engine),
             static_root=Path(environ["CORRAL_STATIC_ROOT"]) if environ.get("CORRAL_STATIC_ROOT") else None,

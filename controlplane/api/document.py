@@ -1,17 +1,44 @@
 """The OpenAPI document: what the operations declare, and what the middleware around them does.
 
-Called once for each time the document is asked for. The token, problems as application/problem+json, plans of writes.
+Called each time the document is asked for. The token, problems as problem+json, plans of writes, headers, examples.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Final
 
 from ninja import NinjaAPI
 from ninja.openapi.schema import OpenAPISchema
 
 from controlplane.api import plans
+from controlplane.api.examples import example
 from controlplane.api.problems import CONTENT_TYPE
+
+_EVERY: Final = {
+    "X-Request-Id": {
+        "schema": {"type": "string"},
+        "description": "Names this call in our logs: quote it when you ask for help",
+    }
+}
+_RETRY: Final = {"schema": {"type": "integer"}, "description": "Seconds after which to try again"}
+_DEPRECATED: Final = {
+    "Deprecation": {"schema": {"type": "string"}, "description": "Since when (RFC 9745), as @<Unix seconds>"},
+    "Sunset": {"schema": {"type": "string"}, "description": "When it ends (RFC 8594)"},
+    "Link": {"schema": {"type": "string"}, "description": "rel=deprecation: what to use instead"},
+}
+_REFUSALS: Final = {
+    400: ("invalid_input", "slug: use letters, digits, dashes and underscores"),
+    401: ("unauthorized", "this token is unknown, has expired or was revoked"),
+    403: ("not_permitted", "your role (viewer) may not create and change projects: ask an owner or admin"),
+    404: ("not_found", "no such project"),
+    405: ("method_not_allowed", "this route has no such method"),
+    409: ("conflict", "the organization has a project 'research' already"),
+    412: ("changed_meanwhile", "it changed since you read it: read it again, then send your change"),
+    413: ("body_too_large", "send at most 1048576 bytes"),
+    429: ("too_many_requests", "this token may call 50 times a second, 200 at once"),
+    503: ("database_unavailable", "the database does not answer: try again shortly"),
+}
 
 
 class Api(NinjaAPI):
@@ -31,6 +58,8 @@ class Api(NinjaAPI):
                 _problems(operation)
                 if method != "get":
                     _plan(operation)
+                _headers(operation)
+                _examples(operation, components["schemas"])
         return schema
 
 
@@ -39,6 +68,40 @@ def _problems(operation: dict[str, Any]) -> None:
         if int(status) >= 400:
             content = response.pop("content")
             response["content"] = {CONTENT_TYPE: content["application/json"]}
+
+
+def _headers(operation: dict[str, Any]) -> None:
+    """What the middleware adds to every answer, and to those of a deprecated operation."""
+    for status, response in operation["responses"].items():
+        response["headers"] = dict(_EVERY)
+        if status in ("429", "503"):
+            response["headers"]["Retry-After"] = _RETRY
+        if operation.get("deprecated"):
+            response["headers"].update(_DEPRECATED)
+
+
+def _examples(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    bodies = {"": operation.get("requestBody", {}), **operation["responses"]}
+    for status, body in bodies.items():
+        for kind, media in body.get("content", {}).items():
+            if kind == CONTENT_TYPE:
+                media["example"] = _refusal(int(status))
+            elif "schema" in media:
+                media.setdefault("example", example(media["schema"], schemas))
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    code, detail = _REFUSALS[status]
+    field, _, message = detail.partition(": ") if status == 400 else ("", "", "")
+    return {
+        "type": f"urn:corral:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "instance": "/api/v1/projects",
+        "errors": [{"field": field, "message": message}] if field else [],
+    }
 
 
 def _plan(operation: dict[str, Any]) -> None:

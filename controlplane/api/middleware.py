@@ -6,10 +6,12 @@ refused leaves nothing behind. A dependency that is down is a 503, never a 401.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Final, Protocol, cast
 from uuid import UUID
 
+from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 from django.http import HttpRequest, HttpResponse
 from psycopg_pool import PoolTimeout, TooManyRequests
@@ -19,6 +21,7 @@ from controlplane import ids
 from controlplane.api import idempotency, plans
 from controlplane.api.etags import matches
 from controlplane.api.problems import CONTENT_TYPE, database_away, problem
+from controlplane.api.ratelimit import CallerLimits
 from controlplane.errors import InvalidInputError
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
@@ -27,6 +30,7 @@ from controlplane.tenants.service_accounts import Caller, find_caller
 PREFIX: Final = "/api/v1/"
 PUBLIC: Final = frozenset({f"{PREFIX}openapi.json", f"{PREFIX}docs"})
 MAX_BODY_BYTES: Final = 1 << 20
+limits = CallerLimits(settings.ENV.api_rate_per_s, settings.ENV.api_rate_per_s * 4)
 # Of refusals that Django itself makes before or beside a route.
 _CODES: Final = {404: "not_found", 405: "method_not_allowed", 400: "invalid_input"}
 
@@ -37,6 +41,13 @@ class ApiRequest(HttpRequest):
     caller: Caller
     etag: str | None
     operation_id: UUID | None  # the long operation that the call began
+    deprecation: Deprecation | None  # of the operation that was called
+
+
+class Deprecation(Protocol):
+    """What operations.py knows of a deprecated operation."""
+
+    def headers(self) -> dict[str, str]: ...
 
 
 class ApiMiddleware:
@@ -71,7 +82,16 @@ class ApiMiddleware:
             return problem(
                 request, 403, "organization_suspended", "this organization is suspended: contact the operator"
             )
-        request.caller, request.etag, request.operation_id = caller, None, None
+        request.caller, request.etag, request.operation_id, request.deprecation = caller, None, None, None
+        wait_s = limits.take(caller.token_id)
+        if wait_s:
+            return problem(
+                request,
+                429,
+                "too_many_requests",
+                f"this token may call {limits.rate_per_s:g} times a second, {limits.burst:g} at once",
+                headers={"Retry-After": str(math.ceil(wait_s))},
+            )
         bind_contextvars(organization=caller.organization_id.hex, caller=caller.service_account_id.hex)
         with tenant(caller.organization_id):
             act_as(ids.to_text(ids.Prefix.MANAGEMENT_TOKEN, caller.token_id))
@@ -80,6 +100,9 @@ class ApiMiddleware:
                 transaction.set_rollback(True)
         if response.status_code >= 400 and response.get("Content-Type") != CONTENT_TYPE:
             response = _as_problem(request, response)
+        if request.deprecation is not None:
+            for name, value in request.deprecation.headers().items():
+                response[name] = value
         return response
 
     def _once_or_planned(self, request: ApiRequest, caller: Caller, token: str) -> tuple[HttpResponse, bool]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from functools import wraps
-from typing import Any, Final
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from django.db.models import Model
 from ninja import Router, Schema, Status
@@ -17,11 +20,11 @@ from ninja import Router, Schema, Status
 from controlplane.api import etags
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.problems import Problem
-from controlplane.errors import CorralError
+from controlplane.errors import CorralError, InvalidInputError
 from controlplane.tenants.rights import Permission, require
 
-READ_ERRORS: Final = (400, 401, 403, 404, 405, 503)
-WRITE_ERRORS: Final = (400, 401, 403, 404, 405, 409, 412, 413, 503)
+READ_ERRORS: Final = (400, 401, 403, 404, 405, 429, 503)
+WRITE_ERRORS: Final = (400, 401, 403, 404, 405, 409, 412, 413, 429, 503)
 Current = Callable[..., tuple[Model, Callable[[Any], Schema]]]
 _KEY_HEADER: Final = {
     "name": "Idempotency-Key",
@@ -47,6 +50,23 @@ _PLAN: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Deprecation:
+    """Of an operation: since when, when it ends, and the page that says what to use instead."""
+
+    since: datetime
+    sunset: datetime
+    link: str
+
+    def headers(self) -> dict[str, str]:
+        """RFC 9745, RFC 8594 and the link relation of the former."""
+        return {
+            "Deprecation": f"@{int(self.since.timestamp())}",
+            "Sunset": format_datetime(self.sunset.astimezone(UTC), usegmt=True),
+            "Link": f'<{self.link}>; rel="deprecation"; type="text/html"',
+        }
+
+
 class ChangedMeanwhileError(CorralError):
     """If-Match names another state than the present one."""
 
@@ -63,6 +83,7 @@ def operation(
     *,
     status: int = 200,
     current: Current | None = None,
+    deprecation: Deprecation | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a handler. Its docstring's first line is the summary, the rest the description."""
     is_write = method != "GET"
@@ -70,9 +91,15 @@ def operation(
     headers = [] if not is_write else [_PLAN, _KEY_HEADER, *([_MATCH_HEADER] if current else [])]
 
     def wrap(handler: Callable[..., Any]) -> Callable[..., Any]:
+        # Annotations as objects: their names are the resource's, which this module does not know.
+        signature = inspect.signature(handler, eval_str=True)
+        known = _query_names(signature, path) | ({"plan"} if is_write else set())
+
         @wraps(handler)
         def guarded(request: ApiRequest, *args: Any, **kwargs: Any) -> Any:
+            request.deprecation = deprecation
             require(request.caller.role, permission, request.caller.scopes)
+            _refuse_unknown(request, known)
             if current is not None:
                 _compare(request, current, kwargs)
             found = handler(request, *args, **kwargs)
@@ -80,8 +107,7 @@ def operation(
                 request.etag = etags.etag_of(found)
             return Status(status, found)
 
-        # Annotations as objects: their names are the resource's, which this module does not know.
-        guarded.__signature__ = inspect.signature(handler, eval_str=True)  # type: ignore[attr-defined]
+        guarded.__signature__ = signature  # type: ignore[attr-defined]
         summary, _, description = (handler.__doc__ or "").partition("\n")
         router.api_operation(
             [method],
@@ -92,10 +118,34 @@ def operation(
             operation_id=handler.__name__,
             openapi_extra={"x-corral-permission": permission.value, "parameters": headers},
             by_alias=True,
+            deprecated=True if deprecation else None,
         )(guarded)
         return guarded
 
     return wrap
+
+
+def _query_names(signature: inspect.Signature, path: str) -> set[str]:
+    """Parameters of the query: those of models (`query: Query[…]`), and simple ones that are not in the path."""
+    names: set[str] = set()
+    for parameter in list(signature.parameters.values())[1:]:
+        kind = parameter.annotation
+        is_query = get_origin(kind) is Annotated
+        model = get_args(kind)[0] if is_query else kind
+        if isinstance(model, type) and issubclass(model, Schema):
+            if is_query:
+                names |= {field.alias or name for name, field in model.model_fields.items()}
+        elif f"{{{parameter.name}}}" not in path:
+            names.add(parameter.name)
+    return names
+
+
+def _refuse_unknown(request: ApiRequest, known: set[str]) -> None:
+    """A misspelt filter would be lost in silence, and the answer be taken for what was asked."""
+    for name in request.GET:
+        if name not in known:
+            allowed = f"known here: {', '.join(sorted(known))}" if known else "this call takes none"
+            raise InvalidInputError(f"{name[:64]!r} is no parameter; {allowed}", field=name[:64])
 
 
 def _compare(request: ApiRequest, current: Current, kwargs: dict[str, Any]) -> None:
