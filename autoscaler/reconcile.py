@@ -17,7 +17,7 @@ import structlog
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import launch
+from autoscaler import launch, market, metrics
 from autoscaler.act import act
 from autoscaler.models import LIVE_PHASES, Decision, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.observe import machine_views
@@ -79,12 +79,23 @@ def _machines(house: House, report: Report, now: datetime) -> None:
     rows = {row.id.hex: row for row in pool.exclude(state=MachineState.GONE)}
     for seen in listed:
         if seen.machine_id not in rows:
-            log.error("machine.unknown", ref=seen.ref, machine=seen.machine_id, remedy="it is being ended")
+            usd = _orphan_usd(seen, house, now)
+            log.error(
+                "machine.unknown", ref=seen.ref, machine=seen.machine_id, usd=usd, remedy="it is being ended"
+            )
+            metrics.ORPHANS.inc()
+            metrics.ORPHAN_DOLLARS.inc(usd)
             _guarded("terminate", lambda seen=seen: house.provider.terminate(seen.ref))  # type: ignore[misc]
             report.n_killed += 1
     by_id = {seen.machine_id: seen for seen in listed}
     for mid, row in rows.items():
         _guarded("check", lambda row=row, mid=mid: _check(row, by_id.get(mid), house, report, now))  # type: ignore[misc]
+
+
+def _orphan_usd(seen: ProviderMachine, house: House, now: datetime) -> float:
+    """What a machine that nobody knew has cost, at the last price of its offering."""
+    price = market.price_nano_per_h(seen.offering, house.cell.keys.cell, house.provider.name)
+    return round(price / 1e9 * max(now.timestamp() - seen.started_at_s, 0.0) / 3600, 6)
 
 
 def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Report, now: datetime) -> None:

@@ -67,3 +67,16 @@ def refresh_market() -> int:
     except ProviderError as error:
         log.warning("market.not_refreshed", code=error.code, error=str(error))
         return 0
+
+
+@shared_task(name="autoscaler.heed_notices")  # type: ignore[untyped-decorator]
+def heed_notices() -> None:
+    """Machines whose provider says centrally that they will go; their deployments are ticked at once."""
+    house = build_house()
+    try:
+        touched = notices.heed(house)
+    except ProviderError as error:
+        log.warning("notices.not_read", code=error.code, error=str(error))
+        return
+    for deployment_id in sorted(touched):
+        ticking.tick(deployment_id, house)

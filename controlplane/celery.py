@@ -100,6 +100,11 @@ app.conf.update(
             "schedule": 15.0,
             "options": {"expires": 15.0},
         },
+        "autoscaler.heed_notices": {
+            "task": "autoscaler.heed_notices",
+            "schedule": 5.0,
+            "options": {"expires": 5.0},
+        },
         "autoscaler.refresh_market": {
             "task": "autoscaler.refresh_market",
             "schedule": 300.0,

@@ -7,6 +7,7 @@ imports no Django.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -106,6 +107,19 @@ class ProviderMachine:
     refusals: tuple[Refusal, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CentralNotice:
+    """A machine will be taken away, or (`is_advice`) should be left before it is. Seconds since the epoch.
+
+    receipt: what `heeded` is told by.
+    """
+
+    ref: str
+    ends_at_s: float
+    is_advice: bool
+    receipt: str
+
+
 class Provider(Protocol):
     """All methods block (seconds at most) and raise ProviderError."""
 
@@ -127,3 +141,9 @@ class Provider(Protocol):
 
     def offerings(self) -> list[Offering]:
         """What can be bought, at the prices of now. Empty where there is one kind only, and it costs nothing."""
+
+    def notices(self) -> Iterable[CentralNotice]:
+        """Machines about to go, as the provider says it centrally; each comes again until it is `heeded`."""
+
+    def heeded(self, notice: CentralNotice) -> None:
+        """It was dealt with."""

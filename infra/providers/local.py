@@ -33,7 +33,14 @@ from infra.local.process import (
     is_alive,
     kill_marked,
 )
-from infra.providers.base import CapacityError, LaunchSpec, Offering, ProviderMachine, ProviderState
+from infra.providers.base import (
+    CapacityError,
+    CentralNotice,
+    LaunchSpec,
+    Offering,
+    ProviderMachine,
+    ProviderState,
+)
 from workers.agent.notice import Notice, read_notice
 
 # What an agent and its engine need of our environment. Nothing of ours: the control worker's holds secrets.
@@ -152,6 +159,13 @@ class LocalProvider:
     def offerings(self) -> list[Offering]:
         """One kind, this computer, which is paid for already."""
         return []
+
+    def notices(self) -> list[CentralNotice]:
+        """None: its machines read their own (`give_notice`)."""
+        return []
+
+    def heeded(self, notice: CentralNotice) -> None:
+        """There are none."""
 
     # -- files
 

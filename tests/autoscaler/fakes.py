@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from infra.providers.base import (
     CapacityError,
+    CentralNotice,
     LaunchSpec,
     Offering,
     ProviderMachine,
@@ -33,6 +34,7 @@ class FakeProvider:
         self.can_restart = True
         self._numbers = itertools.count(1)
         self.n_blind = 0  # so many lists do not show anything yet
+        self.waiting_notices: list[CentralNotice] = []
         self.kinds: list[Offering] = []
         self.exhausted: dict[str, str] = {}  # offering -> code
 
@@ -100,3 +102,9 @@ class FakeProvider:
 
     def offerings(self) -> list[Offering]:
         return self.kinds
+
+    def notices(self) -> list[CentralNotice]:
+        return list(self.waiting_notices)
+
+    def heeded(self, notice: CentralNotice) -> None:
+        self.waiting_notices.remove(notice)

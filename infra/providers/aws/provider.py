@@ -19,9 +19,11 @@ from infra.providers.aws import catalogue
 from infra.providers.aws.clients import Clients
 from infra.providers.aws.config import AwsConfig
 from infra.providers.aws.failures import Kind, as_provider_error, code_of, kind_of
+from infra.providers.aws.notices import forget, receive
 from infra.providers.aws.userdata import user_data
 from infra.providers.base import (
     CapacityError,
+    CentralNotice,
     LaunchSpec,
     Offering,
     OutcomeUnknownError,
@@ -106,6 +108,13 @@ class AwsProvider:
             return self._catalogue.offerings()
         except (ClientError, BotoCoreError) as error:
             raise as_provider_error(error, "reading prices") from None
+
+    def notices(self) -> Iterable[CentralNotice]:
+        """Of the configured SQS queue; nothing without one."""
+        return receive(self._clients.sqs, self._config.queue_url) if self._config.queue_url else ()
+
+    def heeded(self, notice: CentralNotice) -> None:
+        forget(self._clients.sqs, self._config.queue_url, notice.receipt)
 
     # -- the stop/start rung of the warm ladder
 
