@@ -15,6 +15,7 @@ from django.db.models import Q
 from autoscaler import (
     longoperations,  # noqa: F401 - registers its handlers
     market,
+    notices,
 )
 from autoscaler import tick as ticking
 from autoscaler.house import build_house
