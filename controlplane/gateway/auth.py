@@ -9,6 +9,7 @@ more, a key never seen gets a 503, and nobody ever gets a 401 for a key that mig
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,12 +33,17 @@ from controlplane.policy.ordering import QueueOrder
 from controlplane.policy.promises import CLASSES, Promise, Rule, promises
 from controlplane.policy.shares import scaled
 from controlplane.tenants import api_keys
+from controlplane.tenants.api_keys import Presented
+
+log = logging.getLogger(__name__)
 
 _MAX_HEADER = 256  # a key has 63 characters
 _UNLEASED_S = 1.0  # how long a cell without a lease does not ask again for the same key
 # Without a word of the deployment's owner those are refused early who would notice: they wait for the first word.
 _PREDICTED_TTFT_MS = 5_000
 _PREDICTS = {"predicted": True, "bounded": False}
+_MAX_REFUSED = 4096
+_MAX_REHASHES = 16  # under way
 _MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
 
 
@@ -179,7 +185,7 @@ class _Entry:
     __slots__ = ("context", "digest", "fresh_until", "usable_until")
 
     def __init__(self, digest: bytes) -> None:
-        self.context: KeyContext | None = None  # None: there is no such key
+        self.context: KeyContext | None = None
         self.digest = digest
         self.fresh_until = 0.0
         self.usable_until = 0.0
@@ -210,7 +216,10 @@ class KeyCache:
         # Both bounded; the oldest refresh goes first, so a key in use stays (it is refreshed every fresh_s).
         self._entries: dict[str, _Entry] = {}
         self._verified: dict[bytes, _Entry] = {}
-        self._asking: dict[str, asyncio.Future[_Entry]] = {}
+        # Digests of what was asked for and is no key, with when that may have changed; of those being asked for.
+        self._refused: dict[bytes, float] = {}
+        self._asking: dict[bytes, asyncio.Future[_Entry | None]] = {}
+        self._rehashing: set[asyncio.Future[None]] = set()
         self._n_changes = 0  # grows with every announced change: an answer asked for before it is not fresh
 
     async def authenticate(self, authorization: bytes | None, api_key: bytes | None) -> KeyContext:
@@ -248,6 +257,8 @@ class KeyCache:
         """
         self._n_changes += 1
         kind, _, name = ref.partition(":")
+        if kind in ("key", "all"):
+            self._refused.clear()
         if kind == "key":
             entry = self._entries.pop(name, None)
             if entry is not None:
@@ -270,15 +281,23 @@ class KeyCache:
     def doubt_all(self) -> None:
         """Announcements may have been missed: everything is read again at its next use."""
         self._n_changes += 1
+        self._refused.clear()
         for entry in self._entries.values():
             entry.fresh_until = 0.0
 
     async def _verify(self, header: bytes, token: str) -> KeyContext:
-        lookup = api_keys.lookup_of(token)
-        if lookup is None:
+        """The context of a header that is not cached. A wrong secret takes the same steps as a key that never was:
+        neither its answer nor the time it takes tells whether the lookup part exists.
+        """
+        key = api_keys.presented(self._pepper, token)
+        if key is None:
             raise _unauthorized("invalid_api_key", "the API key is malformed: it must look like sk-crl-...")
-        entry, is_stale = await self._entry(lookup)
-        if entry.context is None or not api_keys.matches(self._pepper, token, entry.digest):
+        entry, is_stale = await self._entry(key)
+        if entry is None or entry.context is None:
+            if token.startswith(api_keys.MANAGEMENT):
+                raise _unauthorized(
+                    "invalid_api_key", "this is a token of the management API (/api/v1): use a key sk-crl-..."
+                )
             raise _unauthorized("invalid_api_key", "the API key is not known")
         self._verified.pop(header, None)
         self._verified[header] = entry
@@ -286,20 +305,25 @@ class KeyCache:
             del self._verified[next(iter(self._verified))]
         return replace(entry.context, stale=True) if is_stale else entry.context
 
-    async def _entry(self, lookup: str) -> tuple[_Entry, bool]:
-        """The entry of a lookup part, read from Postgres unless it is fresh; whether it could not be read."""
-        entry = self._entries.get(lookup)
+    async def _entry(self, key: Presented) -> tuple[_Entry | None, bool]:
+        """The entry of a key, None for none, read from Postgres unless it is fresh; whether it could not be read."""
+        entry = self._entries.get(key.lookup)
+        if entry is not None and not key.is_behind(entry.digest):
+            entry = None  # of another secret: as if there were none
         now = self._clock()
         if entry is not None and now < entry.fresh_until:
             self.n_hits += 1
             return entry, False
-        asking = self._asking.get(lookup)
+        ours = key.digests[0]
+        if now < self._refused.get(ours, 0.0):
+            return None, False
+        asking = self._asking.get(ours)
         if asking is None:
             if len(self._asking) >= _MAX_LOOKUPS:
                 raise unavailable("auth_overloaded", "too many unknown API keys at once: try again shortly")
-            asking = asyncio.ensure_future(self._read(lookup))
-            self._asking[lookup] = asking
-            asking.add_done_callback(lambda _: self._asking.pop(lookup, None))
+            asking = asyncio.ensure_future(self._read(key))
+            self._asking[ours] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(ours, None))
         try:
             # Shielded: one client that leaves must not take the answer from the others that wait for it.
             return await asyncio.shield(asking), False
@@ -311,38 +335,63 @@ class KeyCache:
                 "auth_unavailable", "API keys cannot be checked at the moment: try again shortly", 2.0
             ) from None
 
-    async def _read(self, lookup: str) -> _Entry:
+    async def _read(self, key: Presented) -> _Entry | None:
         self.n_lookups += 1
         n_changes = self._n_changes
         asked_at = self._clock()
-        record = await self._directory.find(lookup)
+        record = await self._directory.find(key.lookup, key.digests)
         now = self._clock()
-        digest = b"" if record is None else bytes.fromhex(record.key.digest)
+        entry = self._entries.get(key.lookup)
+        if record is None:
+            if entry is not None and key.is_behind(entry.digest):  # it was one
+                self._drop(self._entries.pop(key.lookup))
+            if n_changes == self._n_changes:
+                self._refused[key.digests[0]] = now + self._unknown_s
+                while len(self._refused) > _MAX_REFUSED:
+                    del self._refused[next(iter(self._refused))]
+            return None
         # The same object where there is one, because headers verified before lead to it, unless it is another
         # key now.
-        entry = self._entries.pop(lookup, None)
+        digest = bytes.fromhex(record.key.digest)
+        if entry is not None:
+            del self._entries[key.lookup]
         if entry is None or entry.digest != digest:
             if entry is not None:
-                entry.fresh_until = entry.usable_until = 0.0
+                self._drop(entry)
             entry = _Entry(digest)
-        if record is None:
-            entry.fresh_until = entry.usable_until = now + self._unknown_s
-        else:
-            entry.context = context_of(record)
-            entry.fresh_until = now + self._fresh_s
-            entry.usable_until = now + self._stale_s
-            lease_ms = entry.context.lease_ms
-            if lease_ms is not None:  # beyond it the part may be another cell's
-                lease_end = asked_at + lease_ms / 1000 if lease_ms > 0 else now + _UNLEASED_S
-                entry.fresh_until = min(entry.fresh_until, lease_end)
-                entry.usable_until = min(entry.usable_until, lease_end)
+        entry.context = context_of(record)
+        entry.fresh_until = now + self._fresh_s
+        entry.usable_until = now + self._stale_s
+        lease_ms = entry.context.lease_ms
+        if lease_ms is not None:  # beyond it the part may be another cell's
+            lease_end = asked_at + lease_ms / 1000 if lease_ms > 0 else now + _UNLEASED_S
+            entry.fresh_until = min(entry.fresh_until, lease_end)
+            entry.usable_until = min(entry.usable_until, lease_end)
         if n_changes != self._n_changes:
             entry.fresh_until = 0.0  # good for who asked; asked again at the next use
-        self._entries[lookup] = entry
+        self._entries[key.lookup] = entry
         while len(self._entries) > self._max_keys:
-            oldest = self._entries.pop(next(iter(self._entries)))
-            oldest.fresh_until = oldest.usable_until = 0.0  # its headers lead nowhere now
+            self._drop(self._entries.pop(next(iter(self._entries))))  # its headers lead nowhere now
+        if digest != key.digests[0]:
+            self._rehash(key, digest)
         return entry
+
+    @staticmethod
+    def _drop(entry: _Entry) -> None:
+        entry.fresh_until = entry.usable_until = 0.0
+
+    def _rehash(self, key: Presented, old: bytes) -> None:
+        """An imported key at its first use: from now on it is stored as every other. Failing that, at a later one."""
+        if len(self._rehashing) >= _MAX_REHASHES:
+            return
+        task = asyncio.ensure_future(self._directory.rehash(key.lookup, old, key.digests[0]))
+        self._rehashing.add(task)
+        task.add_done_callback(self._rehashed)
+
+    def _rehashed(self, task: asyncio.Future[None]) -> None:
+        self._rehashing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("an imported key was not re-hashed: %s", type(task.exception()).__name__)
 
 
 def _token(header: bytes, is_bearer: bool) -> str:

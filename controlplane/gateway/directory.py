@@ -191,8 +191,11 @@ class Changes(msgspec.Struct, frozen=True):
 class KeyDirectory(Protocol):
     """What the gateway asks of Postgres; each call raises DirectoryUnavailable when it cannot say."""
 
-    async def find(self, lookup: str) -> KeyRecord | None:
-        """The key with this lookup part; None = there is none."""
+    async def find(self, lookup: str, digests: tuple[bytes, ...]) -> KeyRecord | None:
+        """The key with this lookup part and one of these digests; None = there is none."""
+
+    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
+        """Store the digest that every key has in place of an imported key's first one."""
 
     async def changes(self, watermark: str | None) -> Changes:
         """What changed since; None = start here."""
@@ -249,13 +252,22 @@ class PgDirectory:
     async def close(self) -> None:
         await self._pool.close(timeout=1.0)
 
-    async def find(self, lookup: str) -> KeyRecord | None:
+    async def find(self, lookup: str, digests: tuple[bytes, ...]) -> KeyRecord | None:
         if not self.up:  # the change feed asks again every half second and lifts this
             raise DirectoryUnavailable
         found = await self._ask(
-            "SELECT corral_with_budgets(corral_key_lookup_slo(%s, %s), %s)", lookup, self._cell, self._cell
+            "SELECT CASE WHEN corral_key_known(%s, %s) "
+            "THEN corral_with_budgets(corral_key_lookup_slo(%s, %s), %s) END",
+            lookup,
+            [digest.hex() for digest in digests],
+            lookup,
+            self._cell,
+            self._cell,
         )
         return None if found is None else msgspec.convert(found, KeyRecord)
+
+    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
+        await self._ask("SELECT corral_key_rehash(%s, %s, %s)", lookup, old.hex(), new.hex())
 
     async def changes(self, watermark: str | None) -> Changes:
         return msgspec.convert(await self._ask("SELECT corral_changes_since(%s)", watermark), Changes)
@@ -278,7 +290,7 @@ class PgDirectory:
             await self._ask(statement, budget, from_ms, until_ms, step_ms, self._cell), dict[str, int]
         )
 
-    async def _ask(self, statement: str, *params: str | int | None) -> Any:
+    async def _ask(self, statement: str, *params: str | int | list[str] | None) -> Any:
         try:
             async with asyncio.timeout(2 * self._timeout_s), self._pool.connection() as connection:
                 cursor = await connection.execute(statement, params)

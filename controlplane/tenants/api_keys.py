@@ -7,6 +7,10 @@ The lookup part finds the row by a unique index; the whole key is then compared 
 pepper that only trusted processes hold. The secret has 256 random bits, so a fast keyed hash is the right
 one: a slow password hash would buy nothing and cost the hot path milliseconds. Imports no Django: the gateway
 uses it.
+
+Keys that came from elsewhere (imports) have no lookup part of their own, and of them only the SHA-256 was known when
+they came: their lookup part and their first digest are keyed hashes of that, so it is stored nowhere. At its first use
+such a key gets the digest that every other has.
 """
 
 import hashlib
@@ -20,6 +24,7 @@ from typing import Final
 LOOKUP_LENGTH = 12
 SECRET_LENGTH = 43  # 32 random bytes in URL-safe base64
 _ALPHABET = string.ascii_letters + string.digits
+_FOREIGN: Final = re.compile(r"sk-[\x21-\x7e]{1,252}\Z")
 INFERENCE: Final = "sk-crl"
 MANAGEMENT: Final = "mt-crl"
 _SHAPES: Final = {
@@ -46,6 +51,47 @@ def generate(pepper: bytes, kind: str = INFERENCE) -> NewKey:
     lookup = "".join(secrets.choice(_ALPHABET) for _ in range(LOOKUP_LENGTH))
     plaintext = f"{kind}-{lookup}-{secrets.token_urlsafe(32)}"
     return NewKey(plaintext=plaintext, lookup=lookup, digest=digest(pepper, plaintext))
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """A key as a caller sent it: where its row would be found, and the digests that row may hold, ours first."""
+
+    lookup: str
+    digests: tuple[bytes, ...] = field(repr=False)
+
+    def is_behind(self, stored: bytes) -> bool:
+        """Whether a row with this digest is its, in time that does not depend on where they differ."""
+        found = False
+        for candidate in self.digests:
+            found |= hmac.compare_digest(candidate, stored)
+        return found
+
+
+def presented(pepper: bytes, text: str) -> Presented | None:
+    """What to look for on behalf of who sent `text`; None where it has the shape of no key at all."""
+    lookup = lookup_of(text) or lookup_of(text, MANAGEMENT)
+    if lookup is not None:
+        return Presented(lookup, (digest(pepper, text),))
+    if not _FOREIGN.match(text):
+        return None
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Presented(foreign_lookup(pepper, sha256), (digest(pepper, text), foreign_digest(pepper, sha256)))
+
+
+def foreign_lookup(pepper: bytes, sha256: str) -> str:
+    """The lookup part of a key of which only the SHA-256 (64 hex digits) is known: 71 bits of a keyed hash of that."""
+    number = int.from_bytes(digest(pepper, f"lookup of a foreign key {sha256}"))
+    letters = []
+    for _ in range(LOOKUP_LENGTH):
+        number, letter = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[letter])
+    return "".join(letters)
+
+
+def foreign_digest(pepper: bytes, sha256: str) -> bytes:
+    """What is stored of such a key until it is used."""
+    return digest(pepper, f"digest of a foreign key {sha256}")
 
 
 def lookup_of(text: str, kind: str = INFERENCE) -> str | None:

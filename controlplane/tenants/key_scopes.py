@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MAX_MODELS: Final = 256
 MAX_RANGES: Final = 64
-MAX_ALIASES: Final = 64
+MAX_ALIASES: Final = 256
 MAX_TAGS: Final = 32
 MAX_TAG: Final = 64
 # A deployment's name, or `OWNER/NAME` of a shared one; `*` at the end stands for any rest.
@@ -133,6 +134,7 @@ def network_of(text: str) -> Network:
     return network
 
 
+@lru_cache(maxsize=4096)  # of clients, the same few
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address in `203.0.113.7`, `203.0.113.7:4711`, `[2001:db8::1]:4711` or `2001:db8::1%eth0`; None for none."""
     text = text.strip().strip('"')

@@ -42,20 +42,19 @@ class Caller:
 def find_caller(text: str) -> Caller | None:
     """The caller behind a token; None for anything that is none, has ended or belongs to a deleted account.
 
-    Needs no tenant. Compares in constant time, also where the lookup part is unknown.
+    Needs no tenant. A wrong secret, an unknown lookup part and a key of the other kind take the same steps.
     """
-    lookup = key_text.lookup_of(text, key_text.MANAGEMENT)
-    if lookup is None:
+    key = key_text.presented(settings.ENV.key_pepper, text)
+    if key is None:
         return None
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT organization_id, token_id, service_account_id, role, scopes, suspended_at, digest "
-            "FROM corral_management_token(%s)",
-            [lookup],
+            "SELECT organization_id, token_id, service_account_id, role, scopes, suspended_at "
+            "FROM corral_management_token_known(%s, %s)",
+            [key.lookup, [digest.hex() for digest in key.digests]],
         )
         row = cursor.fetchone()
-    stored = bytes(row[6]) if row else bytes(32)
-    if not key_text.matches(settings.ENV.key_pepper, text, stored) or row is None:
+    if row is None:
         return None
     granted = None if row[4] is None else json.loads(row[4])
     scopes = None if granted is None else frozenset(p for p in Permission if p.value in granted)

@@ -18,8 +18,11 @@ from benchmarks import (
     gateway,
     isolation,
     joint,
+    keycheck,
     limits,
+    revoke,
     slots,
+    timing,
     truth,
 )
 
@@ -31,6 +34,7 @@ class Bench:
     as_text: Callable[[dict[str, Any]], str]
     repeats: int = 7
     options: tuple[str, ...] = ()  # of the command, passed on
+    strict: bool = False  # exit status 1 where a goal is not reached
 
 
 BENCHES = {
@@ -83,6 +87,26 @@ BENCHES = {
         joint.report,
         joint.as_text,
         1,
+    ),
+    "keycheck": Bench(
+        "CPU of a cached key check, its questions to Postgres, known keys without Postgres",
+        keycheck.measure,
+        keycheck.as_text,
+        strict=True,
+    ),
+    "revoke": Bench(
+        "how long a revoked key still works on either of two gateways under load",
+        revoke.measure,
+        revoke.as_text,
+        1,
+        strict=True,
+    ),
+    "timing": Bench(
+        "whether the time of a refusal tells an unknown key from a wrong secret",
+        timing.measure,
+        timing.as_text,
+        1,
+        strict=True,
     ),
     "limits": Bench(
         "each kind of limit at each level lets exactly 10 of 64 through; 32 streams share the last credit",
@@ -140,3 +164,5 @@ class Command(BaseCommand):
         keywords = {name: options[name] for name in bench.options}
         report = bench.measure(repeats=repeats, progress=self.stderr.write, **keywords)
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else bench.as_text(report))
+        if bench.strict and not all(goal["reached"] for goal in report["goals"]):
+            raise SystemExit(1)

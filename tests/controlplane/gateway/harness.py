@@ -119,10 +119,21 @@ class FakeDirectory:
 
         self.records[lookup] = replace_struct(record, key=replace_struct(record.key, **changes))
 
-    async def find(self, lookup: str) -> KeyRecord | None:
+    async def find(self, lookup: str, digests: tuple[bytes, ...]) -> KeyRecord | None:
         self._require_up()
         self.n_found += 1
-        return self.records.get(lookup)
+        record = self.records.get(lookup)
+        return record if record and bytes.fromhex(record.key.digest) in digests else None
+
+    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
+        self._require_up()
+        record = self.records[lookup]
+        if record.key.digest == old.hex():
+            from msgspec.structs import replace as replace_struct
+
+            key = replace_struct(record.key, digest=new.hex())
+            self.records[lookup] = replace_struct(record, key=key)
+            self.noted.append(f"key:{lookup}")
 
     async def changes(self, watermark: str | None) -> Changes:
         self._require_up()

@@ -1,12 +1,15 @@
 """Keys: good, wrong, revoked, expired, suspended; what the cache may serve, how long, and what ends that."""
 
+import hashlib
+import re
 import time
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from controlplane.gateway.auth import KeyCache
-from controlplane.gateway.directory import LeaseRow, LimitsRow
+from controlplane.gateway.directory import DirectoryUnavailable, LeaseRow, LimitsRow
 from controlplane.gateway.errors import ApiError
 from controlplane.tenants import api_keys
 from tests.controlplane.gateway.harness import CHAT, KEYS, PEPPER, FakeDirectory, Machine, Running, until
@@ -60,14 +63,107 @@ async def test_key_is_read_once_while_fresh(cache: KeyCache, directory: FakeDire
     assert directory.n_found == 2
 
 
-async def test_wrong_secret_of_a_known_lookup_is_refused_without_a_query_each(
+@pytest.mark.parametrize("is_cached", [False, True])
+async def test_a_wrong_secret_is_asked_for_exactly_like_an_unknown_key(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock, is_cached: bool
+) -> None:
+    """Whether its lookup part exists, or is cached even, must not show in how often Postgres is asked."""
+    key = directory.add_key()
+    if is_cached:
+        assert await ask(cache, key) == "ok"
+    asked = []
+    for wrong in (key[:-2] + "AA", api_keys.generate(PEPPER).plaintext):
+        before = directory.n_found
+        for pause_s in (0.0, 1.0, 5.0, 0.0):
+            clock.now += pause_s
+            assert await ask(cache, wrong) == "invalid_api_key"
+        asked.append(directory.n_found - before)
+    assert asked == [2, 2]
+    assert await ask(cache, key) == "ok", "and the right one is not locked out by who guesses"
+
+
+async def test_a_wrong_secret_while_postgres_is_away_is_told_like_an_unknown_key(
     cache: KeyCache, directory: FakeDirectory
 ) -> None:
     key = directory.add_key()
-    for n in range(10):
-        assert await ask(cache, key[:-2] + f"{n:02d}") == "invalid_api_key"
     assert await ask(cache, key) == "ok"
-    assert directory.n_found == 1
+    directory.up = False
+    assert await ask(cache, key[:-2] + "AA") == "auth_unavailable"
+    assert await ask(cache, api_keys.generate(PEPPER).plaintext) == "auth_unavailable"
+    assert await ask(cache, key) == "ok"
+
+
+async def test_the_memory_of_refused_keys_is_bounded(cache: KeyCache, directory: FakeDirectory) -> None:
+    for n in range(5_000):
+        await ask(cache, f"sk-{n}")
+    assert len(cache._refused) <= 4_096 and not cache._asking
+
+
+# -- imported keys: of them only the SHA-256 was known
+
+
+def imported(directory: FakeDirectory, text: str) -> str:
+    """A row as an import makes it; its lookup part."""
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    lookup = api_keys.foreign_lookup(PEPPER, sha256)
+    record = directory.records.pop(lookup_of(directory.add_key()))
+    digest = api_keys.foreign_digest(PEPPER, sha256).hex()
+    directory.records[lookup] = replace(record, key=replace(record.key, lookup=lookup, digest=digest))
+    return lookup
+
+
+async def test_an_imported_key_works_and_is_stored_like_every_other_from_its_first_use_on(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    text = "sk-Zx9_made-elsewhere"
+    lookup = imported(directory, text)
+    assert await ask(cache, text) == "ok"
+    await until(lambda: directory.noted == [f"key:{lookup}"])
+    assert directory.records[lookup].key.digest == api_keys.digest(PEPPER, text).hex()
+    cache.invalidate(f"key:{lookup}")
+    assert await ask(cache, text) == "ok"
+    assert await ask(cache, text + "x") == "invalid_api_key"
+    cache.doubt_all()
+    assert await ask(cache, text) == "ok"
+    assert directory.noted == [f"key:{lookup}"], "once"
+
+
+async def test_an_imported_key_works_where_it_cannot_be_rehashed_yet(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    text = "sk-made-elsewhere"
+    lookup = imported(directory, text)
+    rehash = directory.rehash
+
+    async def fails(*args: Any) -> None:
+        raise DirectoryUnavailable
+
+    directory.rehash = fails  # type: ignore[method-assign]
+    assert await ask(cache, text) == "ok"
+    await until(lambda: not cache._rehashing)
+    assert directory.noted == []
+    directory.rehash = rehash  # type: ignore[method-assign]
+    cache.doubt_all()
+    assert await ask(cache, text) == "ok"
+    await until(lambda: directory.noted == [f"key:{lookup}"])
+
+
+async def test_the_sha256_of_an_imported_key_is_no_key(cache: KeyCache, directory: FakeDirectory) -> None:
+    """Who stole the other gateway's table has that."""
+    text = "sk-made-elsewhere"
+    imported(directory, text)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    for stolen in (sha256, f"sk-{sha256}"):
+        assert await ask(cache, stolen) == "invalid_api_key"
+
+
+def test_nothing_stored_of_an_imported_key_shows_its_sha256() -> None:
+    sha256 = hashlib.sha256(b"sk-1234").hexdigest()
+    for pepper in (PEPPER, b"another-pepper-of-16-bytes"):
+        lookup, digest = api_keys.foreign_lookup(pepper, sha256), api_keys.foreign_digest(pepper, sha256)
+        assert re.fullmatch("[0-9A-Za-z]{12}", lookup)
+        assert digest.hex() != sha256 and digest != api_keys.digest(pepper, "sk-1234")
+    assert api_keys.foreign_lookup(PEPPER, sha256) != lookup, "only who has the pepper can tell"
 
 
 async def test_unknown_key_is_remembered_shortly(
@@ -112,8 +208,8 @@ async def test_change_announced_while_the_key_is_being_read_is_not_lost(
     key = directory.add_key()
     find = directory.find
 
-    async def find_and_revoke(lookup: str) -> object:
-        found = await find(lookup)
+    async def find_and_revoke(lookup: str, digests: tuple[bytes, ...]) -> object:
+        found = await find(lookup, digests)
         directory.change(key, revoked_at_ms=1)
         cache.invalidate(f"key:{lookup}")
         return found
@@ -191,9 +287,8 @@ async def test_dropped_entry_is_not_revived_through_its_header(
     """Evicted from the bounded cache, then revoked: the header's old entry must not answer."""
     key = directory.add_key()
     await ask(cache, key)
-    for _ in range(3):
-        await ask(cache, api_keys.generate(PEPPER).plaintext)
-    await ask(cache, api_keys.generate(PEPPER).plaintext)
+    for _ in range(4):
+        await ask(cache, directory.add_key())
     directory.change(key, revoked_at_ms=1)
     cache.invalidate(f"key:{lookup_of(key)}")
     assert await ask(cache, key) == "revoked_api_key"

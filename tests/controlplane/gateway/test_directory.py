@@ -1,6 +1,7 @@
 """The directory on a real Postgres: what the gateway reads is what the console wrote, and a revoke is seen in
 time."""
 
+import hashlib
 import os
 import time
 from collections.abc import AsyncIterator
@@ -10,9 +11,12 @@ from asgiref.sync import sync_to_async
 
 from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.directory import DirectoryUnavailable, PgDirectory
+from controlplane.gateway.errors import ApiError
 from controlplane.gateway.feed import ChangeFeed
-from controlplane.tenants import services
+from controlplane.tenants import api_keys, services
+from controlplane.tenants.context import tenant
 from controlplane.tenants.limits import Limits
+from controlplane.tenants.models import ApiKey
 from infra.local.postgres import EmbeddedPostgres
 from tests.controlplane.gateway.harness import running, until
 from tests.world import World, build_world, make_deployment
@@ -61,7 +65,45 @@ async def test_key_of_the_console_is_the_gateways(committed: World, directory: P
     assert deployment.name == "toy-chat"
     assert deployment.context_tokens > 0
     assert deployment.rates.output > 0
-    assert await directory.find("x" * 12) is None
+    assert await directory.find("x" * 12, (bytes(32),)) is None
+
+
+async def test_an_imported_key_is_rehashed_once_and_no_other_ever(
+    committed: World, directory: PgDirectory
+) -> None:
+    """What a gateway may write: the digest of a key that was made elsewhere, in place of the one it knows."""
+    row, plaintext = await new_key(committed)
+    text = "sk-made_Elsewhere-123"
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    lookup = api_keys.foreign_lookup(pepper(), sha256)
+    foreign = {"lookup": lookup, "digest": api_keys.foreign_digest(pepper(), sha256), "origin": "litellm"}
+
+    @sync_to_async
+    def change(**values: object) -> ApiKey:
+        with tenant(committed.organization.id):
+            ApiKey.objects.filter(id=row.id).update(**values)  # type: ignore[attr-defined]
+            return ApiKey.objects.get(id=row.id)  # type: ignore[attr-defined]
+
+    before = await change()
+    new = bytes(range(32))
+    await directory.rehash(before.lookup, bytes(before.digest), new)
+    assert bytes((await change()).digest) == bytes(before.digest), "it was made here"
+    await change(**foreign)
+    cache = KeyCache(directory, pepper())
+    context = await cache.authenticate(b"Bearer " + text.encode(), None)
+    assert context.key == row.id.hex  # type: ignore[attr-defined]
+    ours = api_keys.digest(pepper(), text)
+
+    async def stored() -> bool:
+        return bytes((await change()).digest) == ours
+
+    await until(stored)
+    await directory.rehash(lookup, foreign["digest"], new)  # type: ignore[arg-type]
+    assert bytes((await change()).digest) == ours
+    fresh = KeyCache(directory, pepper())
+    assert (await fresh.authenticate(b"Bearer " + text.encode(), None)).key == context.key
+    with pytest.raises(ApiError, match="invalid_api_key"):
+        await fresh.authenticate(b"Bearer " + plaintext.encode(), None)
 
 
 async def test_spent_money_is_asked_by_scope(committed: World, directory: PgDirectory) -> None:

@@ -268,7 +268,7 @@ async def test_directory_without_postgres_says_so_in_time() -> None:
     try:
         async with asyncio.timeout(5):
             with pytest.raises(DirectoryUnavailable):
-                await directory.find("a" * 12)
+                await directory.find("a" * 12, (bytes(32),))
             with pytest.raises(DirectoryUnavailable):
                 await directory.changes(None)
         assert not directory.up
