@@ -36,6 +36,8 @@ class Permission(StrEnum):
     BILLING_READ = "billing:read"
     BILLING_WRITE = "billing:write"
     AUDIT_READ = "audit:read"
+    DATA_READ = "data:read"
+    DATA_WRITE = "data:write"
 
     @property
     def sentence(self) -> str:
@@ -63,6 +65,8 @@ _SENTENCES: Final[dict[Permission, str]] = {
     Permission.BILLING_READ: "see billing",
     Permission.BILLING_WRITE: "change billing",
     Permission.AUDIT_READ: "see the audit log",
+    Permission.DATA_READ: "read exports of everything, and the state of an erasure",
+    Permission.DATA_WRITE: "export everything, and erase the organization",
 }
 
 _READ: Final = frozenset(
@@ -77,7 +81,8 @@ _READ: Final = frozenset(
 )
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     Role.OWNER: frozenset(Permission),
-    Role.ADMIN: frozenset(Permission) - {Permission.OWNERS_WRITE},
+    Role.ADMIN: frozenset(Permission)
+    - {Permission.OWNERS_WRITE, Permission.DATA_READ, Permission.DATA_WRITE},
     Role.BILLING: _READ | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.LIMITS_WRITE},
     Role.DEVELOPER: _READ | {Permission.KEYS_WRITE, Permission.DEPLOYMENTS_WRITE, Permission.MODELS_USE},
     Role.VIEWER: _READ,

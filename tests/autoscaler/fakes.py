@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
 from infra.providers.base import (
     CapacityError,
+    CentralNotice,
     LaunchSpec,
     Offering,
     ProviderMachine,
@@ -30,6 +32,9 @@ class FakeProvider:
         self.lose_reply = False
         self.refuse = False
         self.can_restart = True
+        self._numbers = itertools.count(1)
+        self.n_blind = 0  # so many lists do not show anything yet
+        self.waiting_notices: list[CentralNotice] = []
         self.kinds: list[Offering] = []
         self.exhausted: dict[str, str] = {}  # offering -> code
 
@@ -60,7 +65,7 @@ class FakeProvider:
 
     def add(self, machine_id: str, client_token: str = "nobody's") -> ProviderMachine:
         machine = ProviderMachine(
-            ref=f"ref-{machine_id}",
+            ref=f"ref-{next(self._numbers)}",
             machine_id=machine_id,
             client_token=client_token,
             state=ProviderState.RUNNING,
@@ -90,7 +95,16 @@ class FakeProvider:
         self.machines.pop(ref, None)
 
     def describe(self) -> list[ProviderMachine]:
+        if self.n_blind:
+            self.n_blind -= 1
+            return []
         return list(self.machines.values())
 
     def offerings(self) -> list[Offering]:
         return self.kinds
+
+    def notices(self) -> list[CentralNotice]:
+        return list(self.waiting_notices)
+
+    def heeded(self, notice: CentralNotice) -> None:
+        self.waiting_notices.remove(notice)

@@ -1,5 +1,6 @@
 """Rows, the provider's list and Redis are made to agree, whoever is wrong."""
 
+from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
@@ -8,7 +9,7 @@ from django.utils import timezone
 
 from autoscaler import reconcile
 from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase
-from infra.providers.base import ProviderState
+from infra.providers.base import Offering, ProviderState
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
 
@@ -160,3 +161,19 @@ def test_old_decisions_are_pruned(scaling: Scaling) -> None:
     assert Decision.objects.count() == n
     reconcile.reconcile(scaling.house, timezone.now() + timedelta(days=8))
     assert Decision.objects.count() == 0
+
+
+def test_what_an_unknown_machine_cost_is_counted(scaling: Scaling) -> None:
+    from autoscaler import market, metrics
+
+    kind = Offering(instance_type="t", zone="z", is_spot=True, price_nano_per_h=2_000_000_000)
+    scaling.provider.kinds = [kind]
+    market.refresh(scaling.provider, "c0")
+    stray = scaling.provider.add("77" * 16)
+    scaling.provider.machines[stray.ref] = replace(
+        stray, offering=kind.name, started_at_s=timezone.now().timestamp() - 1800
+    )
+    before = metrics.ORPHAN_DOLLARS._value.get()
+    assert reconcile.reconcile(scaling.house).n_killed == 1
+    assert metrics.ORPHAN_DOLLARS._value.get() - before == pytest.approx(1.0, abs=0.01)
+    assert scaling.provider.machines == {}

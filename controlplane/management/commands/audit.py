@@ -39,11 +39,13 @@ class Command(BaseCommand):
                 "organization": organization.slug,
                 "sealed": found.n_sealed,
                 "unsealed": found.n_unsealed,
+                "redacted": found.n_redacted,
                 "head": found.head,
                 "problem": found.problem,
             }
             verdict = f"BROKEN: {found.problem}" if found.problem else "whole"
             counts = f"{found.n_sealed} sealed, {found.n_unsealed} not yet, head {found.head[:16]}"
+            counts += f", {found.n_redacted} redacted" if found.n_redacted else ""
             line = f"{organization.slug:<24} {verdict}  {counts}"
             self.stdout.write(json.dumps(facts) if options["json"] else line)
         if n_broken:

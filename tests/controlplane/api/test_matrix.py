@@ -6,8 +6,12 @@ import re
 from typing import Any
 
 import pytest
+from django.utils import timezone
 
 from controlplane.api.app import api as rest
+from controlplane.lifecycle import erasure, exports
+from controlplane.lifecycle.models import Export
+from controlplane.operations.models import Operation
 from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants import services
 from controlplane.tenants.models import Role
@@ -46,6 +50,10 @@ BODIES: dict[str, Any] = {
     "drain_replica": None,
     "drain_machine": None,
     "withdraw_grant": None,
+    "create_export": {},
+    "delete_export": None,
+    "request_erasure": {"confirm": "acme"},
+    "cancel_erasure": None,
     "create_slo_rule": {"slo_class": "batch", "ttft_ms": 5000},
     "delete_slo_rule": None,
     "create_budget": {"name": "team", "limit_nano": 5, "period": "day"},
@@ -90,6 +98,10 @@ READS = {
     "get_usage",
     "list_requests",
     "get_request",
+    "list_exports",
+    "get_export",
+    "get_export_part",
+    "get_erasure",
 }
 
 
@@ -175,6 +187,7 @@ class Acme:
             "rule_id": f"slo_{rule.id.hex}",
             "budget_id": f"bud_{budget.id.hex}",
         }
+        self.ids["export_id"] = str(self._export(organization_id))
         self.secrets = [
             "served",
             "team money",
@@ -183,6 +196,19 @@ class Acme:
             "robot zero",
             *self.ids.values(),
         ]
+        self.ids["n"] = "0"
+        erasure.request(organization_id=organization_id, confirm="acme")
+
+    @staticmethod
+    def _export(organization_id: Any) -> Export:
+        """One that has been written."""
+        export = exports.begin(organization_id=organization_id)
+        with acting_as("corral_operator"):
+            exports._keep(export, ['{"table": "tenants.ApiKey", "row": {"name": "program"}}'])
+            Operation.objects.filter(kind=exports.KIND).update(
+                state="succeeded", progress=100, finished_at=timezone.now()
+            )
+        return export
 
     def path(self, template: str) -> str:
         return re.sub(r"\{(\w+)\}", lambda m: self.ids[m[1]], template)

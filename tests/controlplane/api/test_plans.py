@@ -32,6 +32,8 @@ WRITING_COMMANDS = (
     "zadd",
     "incr",
 )
+# Writes that change nothing which the audit log keeps: their plans say whether they would be refused.
+NOT_AUDITED = {"delete_export": "a copy of data, no configuration"}
 
 
 def fields(change: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -68,7 +70,7 @@ def test_every_write_can_be_planned_and_a_plan_changes_nothing(world: World, red
             assert answer.status_code == 200, (name, answer.body)
             assert answer["Content-Type"] == PLAN, name
             assert answer.body["status"] in (200, 201, 202, 204), name
-            assert answer.body["changes"], (name, answer.body)
+            assert bool(answer.body["changes"]) is (name not in NOT_AUDITED), (name, answer.body)
             assert answer.body["n_changes"] == len(answer.body["changes"])
             assert "crl-" not in answer.content.decode(), (name, "a secret")
         assert writes_of(server) == n_writes
