@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.providers.aws import catalogue
+from infra.providers.aws import catalogue, matrix
 from infra.providers.aws.clients import Clients
 from infra.providers.aws.config import AwsConfig
 from infra.providers.aws.failures import Kind, as_provider_error, code_of, kind_of
@@ -263,6 +263,7 @@ class AwsProvider:
         name = f"{self._config.tag_prefix}-{self._cell}-{digest}"
         if name in self._templates:
             return name
+        self._check_image()
         try:
             self._clients.read.create_launch_template(
                 LaunchTemplateName=name,
@@ -283,6 +284,18 @@ class AwsProvider:
             raise ProviderError(f"making the launch template: {type(error).__name__}") from None
         self._templates.add(name)
         return name
+
+    def _check_image(self) -> None:
+        """An image whose own tags say that its engine cannot run is not launched. What cannot be asked is no reason."""
+        try:
+            images = self._clients.read.describe_images(ImageIds=[self._config.ami])["Images"]
+        except (ClientError, BotoCoreError):
+            return
+        for image in images:
+            tags = {tag["Key"]: tag["Value"] for tag in image.get("Tags", [])}
+            fit = matrix.judge(tags, self._config.tag_prefix)
+            if fit is not None and fit.is_wrong:
+                raise ProviderRefusedError(f"image {self._config.ami}: {fit.found}: {fit.remedy}")
 
     def _template_data(self, spec: LaunchSpec) -> dict[str, Any]:
         config = self._config
