@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from billing.models import PriceVersion, UsageEvent, Witness
 from billing.money import NanoPerMillion, Rates
 from billing.vetting import Usage
+from controlplane.slo import rollup
 
 # (column, PostgreSQL type), in the order of _values.
 _COLUMNS: Final = (
@@ -143,7 +144,29 @@ class Books:
         rows = [_values(item, received_at) for item in rated]
         with self._connection.cursor() as cursor:
             cursor.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
-            return frozenset(row[0] for row in cursor.fetchall())
+            new = frozenset(row[0] for row in cursor.fetchall())
+        # In the same transaction: what is booked once is counted once.
+        rollup.add(self._connection, (done for item in rated if (done := _finished(item, new)) is not None))
+        return new
+
+
+def _finished(rated: Rated, new: frozenset[UUID]) -> rollup.Finished | None:
+    """The request as its promise sees it; None where it was booked before, or nobody knows what was promised."""
+    usage, event = rated.usage, rated.usage.event
+    slo = event.slo
+    if slo is None or usage.request_id not in new or not rollup.is_plausible(slo):
+        return None
+    whose = rollup.Whose(usage.organization_id, usage.project_id, usage.deployment_id, slo.name)
+    return rollup.Finished(
+        whose=whose,
+        slo=slo,
+        ended_at=usage.admitted_at + timedelta(milliseconds=event.duration_ms),
+        status=event.status,
+        first_token_ms=event.first_token_ms,
+        duration_ms=event.duration_ms,
+        n_completion=usage.n_completion,
+        attempts=event.attempts,
+    )
 
 
 def _values(rated: Rated, received_at: datetime) -> tuple[object, ...]:

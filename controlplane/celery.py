@@ -110,6 +110,8 @@ app.conf.update(
             "schedule": 300.0,
             "options": {"expires": 300.0},
         },
+        "slo.alert": {"task": "slo.alert", "schedule": 30.0, "options": {"expires": 30.0}},
+        "slo.prune": {"task": "slo.prune", "schedule": 600.0, "options": {"expires": 600.0}},
         "billing.intake": {"task": "billing.intake", "schedule": 1.0, "options": {"expires": 5.0}},
         "billing.ensure_partitions": {
             "task": "billing.ensure_partitions",
@@ -125,6 +127,7 @@ app.autodiscover_tasks(
         "controlplane.audit",
         "controlplane.lifecycle",
         "controlplane.operations",
+        "controlplane.slo",
         "controlplane.tenants",
     ]
 )

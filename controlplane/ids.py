@@ -35,6 +35,7 @@ class Prefix(StrEnum):
     EXPORT = "exp"
     ERASURE = "era"
     SLO_RULE = "slo"
+    SLO_ALERT = "alr"
     OPERATION = "opn"
     GRANT = "grt"
     BUDGET = "bud"

@@ -228,6 +228,7 @@ INSTALLED_APPS = [
     "controlplane.identity.apps.IdentityConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
     "controlplane.slo.apps.SloConfig",
+    "controlplane.decisions.apps.DecisionsConfig",
     "controlplane.operations.apps.OperationsConfig",
     "controlplane.lifecycle.apps.LifecycleConfig",
     "controlplane.budgets.apps.BudgetsConfig",

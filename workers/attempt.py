@@ -178,4 +178,5 @@ def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent
         first_token_ms=run.first_token_ms if run.claim.n_done == 0 else None,
         duration_ms=max(0, now_ms - envelope.admitted_at_ms),
         price_version=envelope.price_version,
+        slo=envelope.slo,
     )

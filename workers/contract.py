@@ -68,6 +68,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[str, float] = {}
 
 
+class Slo(msgspec.Struct, frozen=True, array_like=True):
+    """What a request was promised when it was admitted: its service class, the targets, and how many millionths of such
+    requests must meet them."""
+
+    name: str
+    ttft_ms: int
+    itl_ms: int
+    deadline_s: int
+    objective_ppm: int
+
+
 class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a replica needs to serve a request. `payload` is the client's JSON body, verbatim and already valid."""
 
@@ -100,6 +111,7 @@ class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     continues: str = ""
     n_carried: int = 0
     n_carried_prompt: int = 0
+    slo: Slo | None = None
     v: int = WIRE_VERSION
 
 
@@ -186,6 +198,8 @@ class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
     first_token_ms: int | None
     duration_ms: int
     price_version: str
+    # None: admitted by a gateway that did not say.
+    slo: Slo | None = None
     v: int = WIRE_VERSION
 
 

@@ -34,6 +34,7 @@ from controlplane.policy.promises import CLASSES, Promise, Rule, promises
 from controlplane.policy.shares import scaled
 from controlplane.tenants import api_keys
 from controlplane.tenants.api_keys import Presented
+from workers.contract import Slo
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Deployment:
     price_version: str
     rates: Rates
     promise: Promise
+    slo: Slo  # the same, as it travels with a request
     own_class: str  # the deployment's own, whatever the default here is
     predicts: bool  # refuses what would probably miss its target
     queue_order: QueueOrder
@@ -157,6 +159,7 @@ def _deployment(
             price_version=(price := prices.get(name, row.price)).version,
             rates=price.rates(),
             promise=promised,
+            slo=Slo(name, promised.ttft_ms, promised.itl_ms, promised.deadline_s, promised.objective_ppm),
             own_class=row.slo.name,
             predicts=_PREDICTS.get(book.admission.get(row.id, ""), promised.ttft_ms < _PREDICTED_TTFT_MS),
             queue_order=row.queue_order,

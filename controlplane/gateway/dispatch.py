@@ -232,6 +232,7 @@ class Dispatcher:
             payload=body,
             sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,
+            slo=deployment.slo,
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
             priority=band,

@@ -72,3 +72,71 @@ class SloRule(models.Model):
 
     def __str__(self) -> str:
         return ids.to_text(ids.Prefix.SLO_RULE, self.id)
+
+
+class SloWindow(models.Model):
+    """Requests of one class that ended in one minute or hour, and how many kept their promise. Made by intake, in the
+    transaction that books them, so that each counts once."""
+
+    id = models.BigAutoField(primary_key=True)
+    organization = models.ForeignKey(
+        Organization, on_delete=models.DO_NOTHING, db_constraint=False, related_name="+", db_index=False
+    )
+    project = models.ForeignKey(
+        Project, on_delete=models.DO_NOTHING, db_constraint=False, related_name="+", db_index=False
+    )
+    deployment_id = models.UUIDField()
+    slo_class = models.CharField(max_length=16)
+    width_s = models.PositiveIntegerField(help_text="60 or 3600")
+    at = models.DateTimeField(help_text="its begin")
+    n = models.PositiveIntegerField()
+    n_good = models.PositiveIntegerField()
+    n_failed = models.PositiveIntegerField()
+    n_ttft = models.PositiveIntegerField()
+    n_itl = models.PositiveIntegerField()
+    n_deadline = models.PositiveIntegerField()
+    n_refused = models.PositiveIntegerField()
+    allowed_ppm = models.BigIntegerField(
+        help_text="misses that the objectives allow, millionths of a request"
+    )
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["organization", "width_s", "at", "slo_class", "project", "deployment_id"],
+                name="slowindow_unique",
+            ),
+            models.CheckConstraint(condition=Q(width_s__in=[60, 3600]), name="slowindow_width_known"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["width_s", "at"], name="slowindow_oldest"),
+        ]
+
+
+class SloAlert(models.Model):
+    """A budget that burns too fast, from when to when. Open while `ended_at` is NULL."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="slo_alerts")
+    project = models.ForeignKey(
+        Project, on_delete=models.PROTECT, related_name="slo_alerts", db_constraint=False
+    )
+    slo_class = models.CharField(max_length=16)
+    severity = models.CharField(max_length=8, help_text="page or ticket")
+    burn_rate = models.FloatField(help_text="in its long window, when it began")
+    window_s = models.PositiveIntegerField(help_text="the long window")
+    started_at = models.DateTimeField()
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["project", "slo_class"], condition=Q(ended_at__isnull=True), name="sloalert_one_open"
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["organization", "-started_at"], name="sloalert_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.SLO_ALERT, self.id)

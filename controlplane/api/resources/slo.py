@@ -1,24 +1,29 @@
-"""Service levels: what a project promises its requests where that differs from the class."""
+"""Service levels: what a project promises its requests, what it kept, and how fast its error budget burns."""
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, Final
 
 from django.db.models import Model
+from django.utils import timezone
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
-from controlplane.api.values import Body, DeploymentId, KeyId, ProjectId, SloRuleId
-from controlplane.slo import selectors, services
+from controlplane.api.values import Body, DeploymentId, KeyId, ProjectId, SloAlertId, SloRuleId
+from controlplane.policy.attained import PPM, WINDOWS, Counts, budget_left, burn_rate, burning
+from controlplane.slo import attainment, selectors, services
+from controlplane.slo.attainment import Scope
 from controlplane.slo.models import (
     MAX_DEADLINE_S,
     MAX_ITL_MS,
     MAX_OBJECTIVE_PPM,
     MAX_TTFT_MS,
     MIN_OBJECTIVE_PPM,
+    SloAlert,
     SloRule,
 )
 from controlplane.tenants.rights import Permission
@@ -124,3 +129,157 @@ def create_slo_rule(request: ApiRequest, body: NewSloRule) -> SloRuleOut:
 def delete_slo_rule(request: ApiRequest, rule_id: SloRuleId) -> None:
     """The class means again what it says itself."""
     services.delete_rule(organization_id=request.caller.organization_id, rule_id=rule_id)
+
+
+SPANS: Final = {
+    "5m": timedelta(minutes=5),
+    "1h": timedelta(hours=1),
+    "6h": timedelta(hours=6),
+    "1d": timedelta(days=1),
+    "3d": timedelta(days=3),
+    "7d": timedelta(days=7),
+    "30d": timedelta(days=30),
+    "90d": timedelta(days=90),
+}
+
+
+class Window(StrEnum):
+    """Spans of attainment."""
+
+    M5 = "5m"
+    H1 = "1h"
+    H6 = "6h"
+    D1 = "1d"
+    D3 = "3d"
+    D7 = "7d"
+    D30 = "30d"
+    D90 = "90d"
+
+
+class AttainmentQuery(Schema):
+    """Whose requests, in which span until now."""
+
+    slo_class: str | None = Field(default=None, alias="class", max_length=16)
+    project_id: ProjectId | None = None
+    deployment_id: DeploymentId | None = None
+    window: Window = Window.D30
+
+
+class Misses(Schema):
+    """Requests that did not keep their promise, by the part that failed first."""
+
+    failed: int = Field(description="Ended by a failure of ours")
+    ttft: int = Field(description="First token too late")
+    itl: int = Field(description="Too slow between tokens, on average over the answer")
+    deadline: int = Field(description="Last token too late")
+    refused: int = Field(description="Refused for want of capacity")
+
+
+class BurnRates(Schema):
+    """Share of misses over the share that the objective allows; 1 uses the budget up in its 30 days."""
+
+    m5: float = Field(serialization_alias="5m")
+    m30: float = Field(serialization_alias="30m")
+    h1: float = Field(serialization_alias="1h")
+    h6: float = Field(serialization_alias="6h")
+    d3: float = Field(serialization_alias="3d")
+
+
+class AttainedOut(Schema):
+    """One class. Requests that their client did wrong, or ended early, do not count."""
+
+    slo_class: str
+    n_requests: int
+    n_good: int
+    attainment: float | None = Field(description="Good over all; null without requests")
+    objective: float | None = Field(description="As in force when they were admitted, on average")
+    misses: Misses
+    budget_requests: float = Field(description="Misses that the objective allows in the span")
+    budget_left: float | None = Field(description="Share of them that is left, below 0 when overdrawn")
+    burn_rates: BurnRates
+    burning: str | None = Field(
+        description="Severity of the alert that these rates give: page, ticket or null"
+    )
+
+
+class AttainmentOut(Schema):
+    """Attainment by class."""
+
+    since: datetime
+    until: datetime
+    data: list[AttainedOut]
+
+
+class SloAlertOut(Schema):
+    """An error budget that burns too fast, or did."""
+
+    id: SloAlertId
+    project_id: ProjectId
+    slo_class: str
+    severity: str
+    burn_rate: float = Field(description="In its window, when it began")
+    window_s: int
+    started_at: datetime
+    ended_at: datetime | None
+
+
+def alert_out(row: SloAlert) -> SloAlertOut:
+    return SloAlertOut(
+        id=row.id,
+        project_id=row.project_id,
+        slo_class=row.slo_class,
+        severity=row.severity,
+        burn_rate=row.burn_rate,
+        window_s=row.window_s,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+    )
+
+
+@operation(router, "GET", "/slo/attainment", Permission.USAGE_READ, AttainmentOut)
+def get_attainment(request: ApiRequest, query: Query[AttainmentQuery]) -> AttainmentOut:
+    """Share of requests that kept their promise, error budget and burn rates, by class. Some seconds behind."""
+    until = timezone.now()
+    since = until - SPANS[query.window]
+    scope = Scope(
+        request.caller.organization_id,
+        query.project_id,
+        query.deployment_id,
+        None if query.slo_class is None else query.slo_class.replace("\x00", ""),
+    )
+    rates = attainment.rates(scope, now=until)
+    rows = attainment.attained(scope, since=since, until=until)
+    return AttainmentOut(
+        since=since, until=until, data=[_attained(row, rates.get(row.slo_class, {})) for row in rows]
+    )
+
+
+@operation(router, "GET", "/slo/alerts", Permission.USAGE_READ, Page[SloAlertOut])
+def list_slo_alerts(request: ApiRequest, query: Query[PageQuery]) -> Page[SloAlertOut]:
+    """Alerts about error budgets, newest first; those without an end are open."""
+    return page(SloAlert.objects.filter(organization_id=request.caller.organization_id), query, alert_out)
+
+
+def _attained(row: attainment.Attained, rates: dict[str, Counts]) -> AttainedOut:
+    counts = row.counts
+    none = Counts(0, 0, 0)
+    windows = {WINDOWS[name]: rates.get(name, none) for name in WINDOWS}
+    alert = burning(windows)
+    return AttainedOut(
+        slo_class=row.slo_class,
+        n_requests=counts.n,
+        n_good=counts.n_good,
+        attainment=counts.n_good / counts.n if counts.n else None,
+        objective=1 - counts.allowed_ppm / counts.n / PPM if counts.n else None,
+        misses=Misses(**row.misses),
+        budget_requests=counts.allowed_ppm / PPM,
+        budget_left=budget_left(counts),
+        burn_rates=BurnRates(
+            m5=burn_rate(windows[300]),
+            m30=burn_rate(windows[1_800]),
+            h1=burn_rate(windows[3_600]),
+            h6=burn_rate(windows[21_600]),
+            d3=burn_rate(windows[259_200]),
+        ),
+        burning=None if alert is None else alert.severity,
+    )

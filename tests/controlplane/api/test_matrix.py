@@ -79,6 +79,8 @@ READS = {
     "get_model_version",
     "list_slo_classes",
     "list_slo_rules",
+    "list_slo_alerts",
+    "get_attainment",
     "list_budgets",
     "get_budget",
     "get_organization_limits",

@@ -32,6 +32,7 @@ NOT_SAME_TENANT = {
     "audit_seal.entry_id": "the house alone seals; verifying asks for both",
     "billing_usageevent.project_id": "an event outlives what it names; intake checks the admission record",
     "billing_usageevent.api_key_id": "likewise",
+    "slo_slowindow.project_id": "sums of what intake has checked",
 }
 
 
