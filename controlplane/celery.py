@@ -69,6 +69,13 @@ app.conf.update(
             "schedule": 600.0,
             "options": {"expires": 600.0},
         },
+        "webhooks.send": {"task": "webhooks.send", "schedule": 1.0, "options": {"expires": 5.0}},
+        "webhooks.forget": {
+            "task": "webhooks.forget",
+            "schedule": 3600.0,
+            "options": {"expires": 3600.0},
+        },
+        "budgets.watch": {"task": "budgets.watch", "schedule": 3.0, "options": {"expires": 5.0}},
         "operations.advance": {"task": "operations.advance", "schedule": 1.0, "options": {"expires": 5.0}},
         "operations.forget": {
             "task": "operations.forget",
@@ -125,10 +132,12 @@ app.autodiscover_tasks(
         "autoscaler",
         "billing",
         "controlplane.audit",
+        "controlplane.budgets",
         "controlplane.lifecycle",
         "controlplane.operations",
         "controlplane.slo",
         "controlplane.tenants",
+        "controlplane.webhooks",
     ]
 )
 app.steps["worker"].add(WatcherStep)

@@ -39,6 +39,10 @@ class Prefix(StrEnum):
     OPERATION = "opn"
     GRANT = "grt"
     BUDGET = "bud"
+    WEBHOOK = "whk"
+    EVENT = "evt"
+    DELIVERY = "dlv"
+    QUOTA = "quo"
 
 
 class InvalidIdError(ValueError):

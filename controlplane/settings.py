@@ -18,6 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from autoscaler.config import AutoscalerConfig
 from controlplane.logging import logging_config
+from controlplane.outbound import Network, allowed_networks
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 ROLES = ("app", "operator", "owner")
@@ -52,6 +53,7 @@ class Environment:
     # smtp://user:password@host:587 (STARTTLS), smtps://…:465, console:, or empty for files under var/mail
     email_url: str = field(default="", repr=False)
     email_from: str = "Corral <corral@localhost>"
+    outbound_allow: tuple[Network, ...] = ()  # private networks that tenants' webhooks may call
     # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
     pg_pool_size: int = 12
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
@@ -76,6 +78,10 @@ class Environment:
             pepper = bytes.fromhex(environ.get("CORRAL_KEY_PEPPER", ""))
         except ValueError as error:
             raise ImproperlyConfigured("CORRAL_KEY_PEPPER: set at least 32 hex digits") from error
+        try:
+            networks = allowed_networks(environ.get("CORRAL_OUTBOUND_ALLOW", ""))
+        except ValueError as error:
+            raise ImproperlyConfigured(f"CORRAL_OUTBOUND_ALLOW: {error}") from error
         console_url = environ.get("CORRAL_CONSOLE_URL", cls.console_url)
         hosts = [host for host in environ.get("CORRAL_ALLOWED_HOSTS", "").split(",") if host]
         console_host = urlsplit(console_url).hostname
@@ -99,6 +105,7 @@ class Environment:
             log_level=environ.get("CORRAL_LOG_LEVEL", cls.log_level).upper(),
             email_url=environ.get("CORRAL_EMAIL_URL", ""),
             email_from=environ.get("CORRAL_EMAIL_FROM", cls.email_from),
+            outbound_allow=networks,
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
             allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
         )
@@ -232,6 +239,7 @@ INSTALLED_APPS = [
     "controlplane.operations.apps.OperationsConfig",
     "controlplane.lifecycle.apps.LifecycleConfig",
     "controlplane.budgets.apps.BudgetsConfig",
+    "controlplane.webhooks.apps.WebhooksConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

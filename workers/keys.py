@@ -23,6 +23,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `bud:<budget>`, `bud:<budget>:b` | hashes | trusted | a budget's window, its buckets: lua/lib_windows.lua |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
+| `lock:webhooks` | string | trusted | which control process sends webhooks now; expires |
 | `lock:watcher` | string | trusted | which control worker's watcher is active; expires |
 | `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, reader, offset, up to which token |
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
@@ -131,6 +132,10 @@ class CellKeys:
     @property
     def intake_lock(self) -> str:
         return f"{self.prefix}lock:intake"
+
+    @property
+    def webhooks_lock(self) -> str:
+        return f"{self.prefix}lock:webhooks"
 
     @property
     def watcher_lock(self) -> str:

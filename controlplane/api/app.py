@@ -26,6 +26,7 @@ from controlplane.api.resources import (
     service_accounts,
     slo,
     usage,
+    webhooks,
 )
 from controlplane.errors import CorralError
 
@@ -60,6 +61,7 @@ for module in (
     operations,
     slo,
     budgets,
+    webhooks,
     usage,
     audit,
     data,

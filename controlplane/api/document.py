@@ -14,6 +14,7 @@ from ninja.openapi.schema import OpenAPISchema
 from controlplane.api import plans
 from controlplane.api.examples import example
 from controlplane.api.problems import CONTENT_TYPE
+from controlplane.webhooks.catalogue import CATALOGUE, Kind
 
 _EVERY: Final = {
     "X-Request-Id": {
@@ -50,6 +51,7 @@ class Api(NinjaAPI):
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"token": []}]
         components["schemas"].update(_schemas_of_plans())
+        schema["webhooks"] = {kind.name: _told(kind) for kind in CATALOGUE.values()}
         for path in schema["paths"].values():
             for method, operation in path.items():
                 operation["responses"] = {
@@ -61,6 +63,36 @@ class Api(NinjaAPI):
                 _headers(operation)
                 _examples(operation, components["schemas"])
         return schema
+
+
+def _told(kind: Kind) -> dict[str, Any]:
+    """What an endpoint is sent, in the words of OpenAPI 3.1."""
+    at = {"type": "string", "format": "date-time", "description": "When it happened"}
+    body = {
+        "type": "object",
+        "required": ["type", "timestamp", "data"],
+        "properties": {"type": {"const": kind.name}, "timestamp": at, "data": kind.schema()},
+    }
+    example = {"type": kind.name, "timestamp": "2026-11-21T01:30:00.000+00:00", "data": kind.example()}
+    named = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    return {
+        "post": {
+            "operationId": kind.name.replace(".", "_"),
+            "summary": kind.sentence.rstrip("."),
+            "description": f"{kind.sentence} Signed as Standard Webhooks describes; repeats have the same webhook-id.",
+            "tags": ["webhooks"],
+            "parameters": [
+                {"name": name, "in": "header", "required": True, "schema": {"type": "string"}}
+                for name in named
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": body, "examples": {"one": {"value": example}}}},
+            },
+            "responses": {"2XX": {"description": "Taken. Anything else is tried again, for three days"}},
+            "security": [],
+        }
+    }
 
 
 def _problems(operation: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ _PREFIXES: Final = {
     "budget": ids.Prefix.BUDGET,
     "operation": ids.Prefix.OPERATION,
     "grant": ids.Prefix.GRANT,
+    "webhook": ids.Prefix.WEBHOOK,
+    "quota": ids.Prefix.QUOTA,
 }
 
 

@@ -44,7 +44,9 @@ class Budget(models.Model):
     hard = models.BooleanField(default=True, help_text="refuses; a soft budget only alerts")
     period = models.CharField(max_length=8, choices=PERIODS)
     rolling_hours = models.PositiveIntegerField(null=True, blank=True, help_text="length of a rolling window")
-    thresholds = models.JSONField(default=default_thresholds, help_text="percent of the limit, ascending")
+    thresholds = models.JSONField(
+        default=default_thresholds, blank=True, help_text="percent of the limit, ascending"
+    )
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now=True)
 

@@ -27,6 +27,7 @@ from controlplane.tenants import selectors, services
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Member, Role, User
+from controlplane.webhooks.services import emit
 
 log = structlog.get_logger("corral.identity")
 
@@ -92,6 +93,11 @@ def invite(*, organization_id: UUID, email: str, role: Role, invited_by: User | 
             taken={
                 "invitation_open_unique": ("email", "this address is invited already: resend that invitation")
             },
+        )
+        emit(
+            organization_id=organization_id,
+            kind="invitation.created",
+            data={"email": email, "role": role.value},
         )
         _send_after_commit(row, token)
     log.info("invitation.created", organization=organization_id.hex, invitation=row.id.hex, role=role)

@@ -38,6 +38,10 @@ class Permission(StrEnum):
     AUDIT_READ = "audit:read"
     DATA_READ = "data:read"
     DATA_WRITE = "data:write"
+    WEBHOOKS_READ = "webhooks:read"
+    WEBHOOKS_WRITE = "webhooks:write"
+    QUOTAS_READ = "quotas:read"
+    QUOTAS_WRITE = "quotas:write"
 
     @property
     def sentence(self) -> str:
@@ -67,6 +71,10 @@ _SENTENCES: Final[dict[Permission, str]] = {
     Permission.AUDIT_READ: "see the audit log",
     Permission.DATA_READ: "read exports of everything, and the state of an erasure",
     Permission.DATA_WRITE: "export everything, and erase the organization",
+    Permission.WEBHOOKS_READ: "see webhooks and their deliveries",
+    Permission.WEBHOOKS_WRITE: "create and change webhooks",
+    Permission.QUOTAS_READ: "see quotas",
+    Permission.QUOTAS_WRITE: "change quotas",
 }
 
 _READ: Final = frozenset(
@@ -77,6 +85,7 @@ _READ: Final = frozenset(
         Permission.KEYS_READ,
         Permission.DEPLOYMENTS_READ,
         Permission.USAGE_READ,
+        Permission.QUOTAS_READ,
     }
 )
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {

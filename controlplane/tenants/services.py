@@ -26,6 +26,7 @@ from controlplane.tenants.context import tenant
 from controlplane.tenants.key_scopes import NO_SCOPES, KeyScopes, check_aliases, check_tags
 from controlplane.tenants.limits import NO_LIMITS, Limits
 from controlplane.tenants.models import ApiKey, Member, Organization, Project, Role, User
+from controlplane.webhooks.services import emit, key_data
 
 log = structlog.get_logger("corral.tenants")
 
@@ -225,6 +226,7 @@ def create_api_key(
             **asdict(limits),
         )
         insert(key, taken={})
+        emit(organization_id=organization_id, kind="key.created", data=key_data(key.id, key.name, project_id))
         invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
     log.info("key.created", organization=organization_id.hex, project=project_id.hex, key=key.id.hex)
     return key, new.plaintext
@@ -237,6 +239,9 @@ def revoke_api_key(*, organization_id: UUID, key_id: UUID) -> ApiKey:
             revoked_at=clock.now()
         )
         key = selectors.api_key(organization_id=organization_id, key_id=key_id)
+        if revoked:
+            data = key_data(key.id, key.name, key.project_id)
+            emit(organization_id=organization_id, kind="key.revoked", data=data)
         invalidation.publish_after_commit(invalidation.key_ref(key.lookup))
     if revoked:
         log.info("key.revoked", organization=organization_id.hex, key=key_id.hex)

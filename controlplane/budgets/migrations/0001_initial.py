@@ -147,7 +147,7 @@ class Migration(migrations.Migration):
                 ('hard', models.BooleanField(default=True, help_text='refuses; a soft budget only alerts')),
                 ('period', models.CharField(choices=[('total', 'total'), ('day', 'day'), ('week', 'week'), ('month', 'month'), ('rolling', 'rolling')], max_length=8)),
                 ('rolling_hours', models.PositiveIntegerField(blank=True, help_text='length of a rolling window', null=True)),
-                ('thresholds', models.JSONField(default=controlplane.budgets.models.default_thresholds, help_text='percent of the limit, ascending')),
+                ('thresholds', models.JSONField(blank=True, default=controlplane.budgets.models.default_thresholds, help_text='percent of the limit, ascending')),
                 ('created_at', models.DateTimeField(auto_now_add=True)),
                 ('updated_at', models.DateTimeField(auto_now=True)),
                 ('api_key', models.ForeignKey(blank=True, db_constraint=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='tenants.apikey')),

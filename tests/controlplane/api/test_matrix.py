@@ -59,6 +59,12 @@ BODIES: dict[str, Any] = {
     "create_budget": {"name": "team", "limit_nano": 5, "period": "day"},
     "change_budget": {"limit_nano": 7},
     "delete_budget": None,
+    "create_webhook": {"url": "https://example.org/hook"},
+    "change_webhook": {"events": ["key.created"]},
+    "delete_webhook": None,
+    "rotate_webhook_secret": {},
+    "try_webhook": {},
+    "replay_delivery": {},
 }
 READS = {
     "get_organization",
@@ -96,6 +102,9 @@ READS = {
     "list_grants_held",
     "list_operations",
     "get_operation",
+    "list_webhooks",
+    "get_webhook",
+    "list_deliveries",
     "list_audit",
     "get_usage",
     "list_requests",
@@ -130,6 +139,7 @@ class Acme:
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
+        from controlplane.webhooks import services as webhooks
 
         organization_id = world.organization.id
         key, _ = services.create_api_key(
@@ -160,6 +170,10 @@ class Acme:
         budget = budgets.create_budget(
             organization_id=organization_id, name="team money", limit_nano=10**9, period=Period.MONTH
         )
+        webhook, _ = webhooks.create_endpoint(
+            organization_id=organization_id, url="https://acme.example/hook"
+        )
+        delivery = webhooks.try_endpoint(organization_id=organization_id, endpoint_id=webhook.id)
         booked = book_usage(world, key_id=key.id, model="served")
         annex = services.create_project(organization_id=organization_id, name="Annex", slug="annex")
         with acting_as("corral_operator"):
@@ -188,6 +202,8 @@ class Acme:
             "version_id": f"mdl_{version.id.hex}",
             "rule_id": f"slo_{rule.id.hex}",
             "budget_id": f"bud_{budget.id.hex}",
+            "webhook_id": f"whk_{webhook.id.hex}",
+            "delivery_id": f"dlv_{delivery.id.hex}",
         }
         self.ids["export_id"] = str(self._export(organization_id))
         self.secrets = [

@@ -1,0 +1,8 @@
+"""Django registration of controlplane.webhooks."""
+
+from django.apps import AppConfig
+
+
+class WebhooksConfig(AppConfig):
+    name = "controlplane.webhooks"
+    label = "webhooks"
