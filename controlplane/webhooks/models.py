@@ -63,20 +63,20 @@ class EndpointState(models.Model):
 
 
 class Event(models.Model):
-    """Something that happened. `unique` keeps what may be noticed twice from being told twice."""
+    """Something that happened. `fence` keeps what may be noticed twice from being told twice."""
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
     kind = models.CharField(max_length=40)
     data = models.JSONField()
-    unique = models.CharField(max_length=120, null=True, blank=True)
+    fence = models.CharField(max_length=120, null=True, blank=True)
     at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["organization", "id"], name="event_tenant_unique"),
             models.UniqueConstraint(
-                fields=["organization", "unique"], name="event_once", condition=Q(unique__isnull=False)
+                fields=["organization", "fence"], name="event_once", condition=Q(fence__isnull=False)
             ),
         ]
         indexes: ClassVar[list[models.Index]] = [models.Index(fields=["at"], name="event_oldest")]

@@ -39,11 +39,11 @@ _SECRET_BYTES: Final = 32
 
 
 def emit(
-    *, organization_id: UUID, kind: str, data: Mapping[str, Any], unique: str | None = None
+    *, organization_id: UUID, kind: str, data: Mapping[str, Any], fence: str | None = None
 ) -> Event | None:
     """Note what happened, with a delivery for each endpoint that listens and each person who is mailed.
 
-    Inside the caller's transaction: it is told if that commits. With `unique` once only: None where it was noted
+    Inside the caller's transaction: it is told if that commits. With `fence` once only: None where it was noted
     before, or where nobody is to be told. Raises ValueError for data that its kind does not have: a bug of ours.
     """
     described = CATALOGUE[kind]
@@ -52,11 +52,11 @@ def emit(
     listening = Endpoint.objects.filter(organization_id=organization_id, disabled_at=None)
     endpoints = [endpoint for endpoint in listening if not endpoint.events or kind in endpoint.events]
     emails = _mailed(organization_id) if described.is_mailed else []
-    if not endpoints and not emails and unique is None:
+    if not endpoints and not emails and fence is None:
         return None
-    event = Event(organization_id=organization_id, kind=kind, data=dict(data), unique=unique)
-    Event.objects.bulk_create([event], ignore_conflicts=unique is not None)
-    if unique is not None and not Event.objects.filter(id=event.id).exists():
+    event = Event(organization_id=organization_id, kind=kind, data=dict(data), fence=fence)
+    Event.objects.bulk_create([event], ignore_conflicts=fence is not None)
+    if fence is not None and not Event.objects.filter(id=event.id).exists():
         return None
     now = timezone.now()
     told = [

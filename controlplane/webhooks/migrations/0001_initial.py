@@ -43,7 +43,7 @@ class Migration(migrations.Migration):
                 ('id', models.UUIDField(default=controlplane.ids.new_id, editable=False, primary_key=True, serialize=False)),
                 ('kind', models.CharField(max_length=40)),
                 ('data', models.JSONField()),
-                ('unique', models.CharField(blank=True, max_length=120, null=True)),
+                ('fence', models.CharField(blank=True, max_length=120, null=True)),
                 ('at', models.DateTimeField(auto_now_add=True)),
                 ('organization', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='+', to='tenants.organization')),
             ],
@@ -90,7 +90,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='event',
-            constraint=models.UniqueConstraint(condition=models.Q(('unique__isnull', False)), fields=('organization', 'unique'), name='event_once'),
+            constraint=models.UniqueConstraint(condition=models.Q(('fence__isnull', False)), fields=('organization', 'fence'), name='event_once'),
         ),
         migrations.AddIndex(
             model_name='delivery',

@@ -309,10 +309,10 @@ def test_a_kind_is_told_once_where_it_is_said_to_be_unique(world: World, receive
     data = {**CATALOGUE["key.expiring"].example()}
     with tenant(world.organization.id):
         first = services.emit(
-            organization_id=world.organization.id, kind="key.expiring", data=data, unique="k1"
+            organization_id=world.organization.id, kind="key.expiring", data=data, fence="k1"
         )
         again = services.emit(
-            organization_id=world.organization.id, kind="key.expiring", data=data, unique="k1"
+            organization_id=world.organization.id, kind="key.expiring", data=data, fence="k1"
         )
         assert first is not None and again is None
         assert Event.objects.filter(kind="key.expiring").count() == 1
