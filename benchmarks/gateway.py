@@ -58,7 +58,7 @@ _STREAM_BUFFER = next(field.default for field in fields(GatewayConfig) if field.
 BOUNDED_BY = (
     f"gateway: {_STREAM_BUFFER} events wait for a client, then its stream pauses and reads the journal on",
     f"worker: {ServeTuning().max_pending_tokens} tokens wait for a gateway, then generations are held back; "
-    f"{ServeTuning().flush_depth} flushes of {ServeTuning().flush_max_entries} entries are under way",
+    f"at most {ServeTuning().flush_depth_far} flushes of {ServeTuning().flush_max_entries} entries are under way",
     f"Redis: a journal holds its request's tokens, for {RETENTION_MS // 60_000} minutes after the end; "
     f"{USAGE_STREAM_MAX} usage events; {MAX_MEMORY_MB} MiB in all, beyond which new requests are refused",
 )

@@ -87,10 +87,13 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_s: float = 1.0
     # Beyond this a prompt is tokenised off the loop: 8 KB cost some 4 ms, about half an engine step.
     inline_prompt_bytes: int = 8192
-    # Flushes in flight per gateway; more only helps when a round trip outlasts that many engine steps. Then, up to
-    # the second number, another one leaves when the last left a while ago: shorter than an engine step, and so long
-    # that a Redis which is slow because it is busy sees no more than 250 flushes a second.
-    flush_depth: int = 3
+    # Flushes in flight per gateway: what gathers while one is under way leaves together, which is what keeps an engine
+    # that is faster than its readers cheap; with an end in them, which somebody waits for, more. More only helps when a
+    # round trip outlasts an engine step. Then, up to the third number, another one leaves when the last left a while
+    # ago: shorter than an engine step, and so long that a Redis which is slow because it is busy sees no more than 250
+    # flushes a second.
+    flush_depth: int = 1
+    flush_depth_ends: int = 3
     flush_depth_far: int = 32
     flush_spacing_s: float = 0.004
     # Entries of one flush: bounds what one script call costs Redis (some 5 µs each).

@@ -18,6 +18,7 @@ class Lane(Protocol):
     gateway: str
     n_open: int
     n_pending: int
+    n_ending: int
 
     @property
     def full(self) -> bool:
@@ -99,8 +100,8 @@ class Output:
             self.ended.set_result(False)
             return self.ended
         self.end, self.usage = end, usage
-        if not self.ids:
-            self.lane.enqueue(self)
+        self.lane.n_ending += 1
+        self.lane.enqueue(self)
         return self.ended
 
     def drop(self) -> None:

@@ -1,12 +1,13 @@
 """From engine steps to Redis: one fenced flush per gateway and step, self-clocked, pipelined, bounded.
 
 serve.py opens an `Output` per attempt and adds tokens to it; each gateway has a `Lane` that turns what has
-gathered into one call of the flush script. The next flush leaves as soon as tokens are there and fewer than
-`flush_depth` calls are unanswered; so an idle lane adds no delay and a busy one merges steps. Where Redis is
-far away more may be under way, `flush_spacing_s` apart: a round trip delays every token alike and holds none
-back for the one before it. Tokens of one output that gather while a lane is busy leave as one entry. When Redis
-is away, unanswered flushes are sent again byte for byte and in order (the offsets make that safe: what was
-applied comes back as a duplicate).
+gathered into one call of the flush script. The next flush leaves as soon as tokens are there and the one before
+is answered; so an idle lane adds no delay and a busy one merges steps. An end waits for less: the client of a
+plain answer sees nothing before it, and its slot is taken until then. Where Redis is far away more may be under
+way, `flush_spacing_s` apart: a round trip delays every token alike and holds none back for the one before it.
+Tokens of one output that gather while a lane is busy leave as one entry. When Redis is away, unanswered flushes
+are sent again byte for byte and in order (the offsets make that safe: what was applied comes back as a
+duplicate).
 Runs on the engine loop only. Never logs text.
 """
 
@@ -59,6 +60,7 @@ class Lane:
         self.gateway = gateway
         self.n_open = 0
         self.n_pending = 0  # tokens not accepted yet: gathering, in flight, or to be sent again
+        self.n_ending = 0  # ends that gather
         self._publisher = publisher
         self._gathering: dict[Output, None] = {}
         self._again: deque[_Batch] = deque()
@@ -91,6 +93,7 @@ class Lane:
         if output in self._gathering:
             del self._gathering[output]
             self.n_pending -= len(output.ids)
+            self.n_ending -= output.end is not None
         output.ids, output.text, output.logprobs, output.end = [], "", None, None
         self._open_room()
 
@@ -100,6 +103,8 @@ class Lane:
             del self._gathering[output]
             self.n_pending -= len(output.ids)
             other.n_pending += len(output.ids)
+            self.n_ending -= output.end is not None
+            other.n_ending += output.end is not None
             other.enqueue(output)
             self._open_room()
 
@@ -117,7 +122,7 @@ class Lane:
     def _may_send(self) -> bool:
         """Whether another flush may leave now; where only the spacing forbids it, it will leave in time."""
         tuning = self._publisher.tuning
-        if self._n_in_flight < tuning.flush_depth:
+        if self._n_in_flight < (tuning.flush_depth_ends if self.n_ending else tuning.flush_depth):
             return True
         if self._n_in_flight >= tuning.flush_depth_far:
             return False
@@ -155,6 +160,7 @@ class Lane:
             output.n_unanswered += 1
             output.ids, output.text, output.logprobs, output.end, output.usage = [], "", None, None, b""
         if n_ends:
+            self.n_ending -= n_ends
             self._publisher.before_ends()
         return _Batch(args, entries, n_tokens)
 

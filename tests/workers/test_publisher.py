@@ -67,6 +67,27 @@ async def test_tokens_that_gather_while_flushes_are_under_way_leave_as_one_entry
         assert cell.text(output.request_id) == "0 1 2 3 4 5 6 7 8 9 "
 
 
+async def test_an_end_does_not_wait_for_the_flush_before_it(cell: Cell, tmp_path: Path) -> None:
+    async with serving(cell, tmp_path, tuning=ServeTuning(flush_spacing_s=30.0)) as front:
+        first, streaming, ending = await claimed(cell, front, 3)
+        cell.r.execute_command("CLIENT", "PAUSE", 200)
+        first.add([1], "a")
+        await asyncio.sleep(0)
+        streaming.add([1], "b")
+        await asyncio.sleep(0)
+        assert (first.n_unanswered, streaming.n_unanswered) == (1, 0), "tokens wait for the flush under way"
+        ending.add([1], "c")
+        ended = ending.finish(End(FinishReason.STOP, 1, 0, 1), b"usage")
+        await asyncio.sleep(0)
+        assert (streaming.n_unanswered, ending.n_unanswered) == (1, 1), "and leave with an end at the latest"
+        assert await ended
+        await settled(first, streaming, ending)
+        for output in (first, streaming, ending):
+            front.publisher.close(output)
+        assert first.lane.idle
+        assert first.lane.n_ending == 0
+
+
 async def test_far_redis_delays_every_token_alike(cell: Cell, tmp_path: Path) -> None:
     """A round trip of 80 ms, a token every 5 ms: each leaves by itself and waits for no answer to another."""
     address = urlsplit(cell.url)
@@ -81,7 +102,7 @@ async def test_far_redis_delays_every_token_alike(cell: Cell, tmp_path: Path) ->
             await settled(output)
             sizes = [entry.n for entry in cell.stream(output.request_id)]
             assert sum(sizes) == 60
-            # Three at a time, as near by, would have made some 12 entries of 5 tokens each.
+            # Three at a time would have made some 12 entries of 5 tokens each.
             assert len(sizes) > 30, sizes
             tuning = front.config.tuning
             assert tuning.flush_depth < largest <= tuning.flush_depth_far
