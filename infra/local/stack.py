@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.local import environment, preflight
 from infra.local.machines import end_machines
-from infra.local.ports import choose_ports
+from infra.local.ports import claimed_ports
 from infra.local.postgres import EmbeddedPostgres
 from infra.local.privatefile import make_traversable
 from infra.local.process import find_marked, is_alive, wait_until
@@ -44,28 +44,26 @@ def up(config: StackConfig, *, ask: bool = True) -> int:
         engine, why_toy = choose_engine(config)
         if why_toy:
             progress.line(f"the toy engine serves, its text means nothing: {why_toy}")
-        ports = choose_ports(
-            {
-                "gateway": config.gateway_port,
-                "web": config.web_port,
-                "control_metrics": None,
-                **({"postgres": None} if config.embedded_postgres else {}),
-                **({"redis": None} if config.embedded_redis else {}),
-            },
-            config.var / "ports.json",
-        )
-        supervisor = Supervisor(
-            stack_specs(config, ports=ports, engine=engine, progress=progress, ask=ask),
-            var=config.var,
-            facts={
-                "ports": ports,
-                "engine": engine,
-                "gateway_url": f"http://127.0.0.1:{ports['gateway']}",
-                "console_url": f"http://127.0.0.1:{ports['web']}",
-            },
-            report=progress.change,
-        )
-        return supervisor.run()
+        preferred = {
+            "gateway": config.gateway_port,
+            "web": config.web_port,
+            "control_metrics": None,
+            **({"postgres": None} if config.embedded_postgres else {}),
+            **({"redis": None} if config.embedded_redis else {}),
+        }
+        with claimed_ports(preferred, config.var / "ports.json") as ports:
+            supervisor = Supervisor(
+                stack_specs(config, ports=ports, engine=engine, progress=progress, ask=ask),
+                var=config.var,
+                facts={
+                    "ports": ports,
+                    "engine": engine,
+                    "gateway_url": f"http://127.0.0.1:{ports['gateway']}",
+                    "console_url": f"http://127.0.0.1:{ports['web']}",
+                },
+                report=progress.change,
+            )
+            return supervisor.run()
 
 
 def choose_engine(config: StackConfig) -> tuple[str, str]:
