@@ -8,12 +8,17 @@ load the settings earlier than this file, hence no DJANGO_SETTINGS_MODULE in pyp
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra.local.postgres import EmbeddedPostgres
 from infra.local.redis import EmbeddedRedis
 from tests.database import as_operator, django_db_setup  # noqa: F401 - fixtures
 from tests.servers import SERVERS  # importing it puts their addresses into the environment
 from tests.world import deployment, world  # noqa: F401 - fixtures
+
+# How long an example or its making takes says something of the machine, nothing of what is tested.
+settings.register_profile("corral", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("corral")
 
 
 def pytest_configure(config: pytest.Config) -> None:
