@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import redis
@@ -18,7 +18,7 @@ import redis
 from billing.vetting import Admission, Delivery, Refusal
 from workers.contract import USAGE_FIELD, WITNESS_FIELD, WITNESS_SPOOL
 from workers.keys import RETENTION_MS, CellKeys
-from workers.records import decode_admitted
+from workers.records import OLD_FIELDS, Admitted, decode_admitted, from_fields
 from workers.scripts import LATE, SETTLE
 
 # A replica's front reads its acknowledgements within a second; the list is for one that is away for a while.
@@ -103,7 +103,20 @@ class UsageStreams:
         pipeline = self._client.pipeline(transaction=False)
         for request_id in request_ids:
             pipeline.hmget(self._keys.request(request_id), "adm", "state", "granted")
-        return [_admission(values) for values in pipeline.execute()]
+        found = pipeline.execute()
+        return [
+            _admission(self._admitted(request_id, packed, state), state, granted)
+            for request_id, (packed, state, granted) in zip(request_ids, found, strict=True)
+        ]
+
+    def _admitted(self, request_id: str, packed: bytes | None, state: bytes | None) -> Admitted | None:
+        """What a record says; also one that was in flight over an upgrade, for which it is asked again."""
+        if state is None:
+            return None
+        if packed is not None:
+            return decode_admitted(packed)
+        found = self._client.hmget(self._keys.request(request_id), OLD_FIELDS)
+        return from_fields(cast("list[bytes | None]", found))
 
     def settle(self, settlements: Iterable[Settlement], now_ms: int) -> None:
         """Give back what is held for these requests and charge what they used; at most once each, ever."""
@@ -166,11 +179,9 @@ class UsageStreams:
         pipeline.execute()
 
 
-def _admission(values: list[bytes | None]) -> Admission | None:
-    packed, state, granted = values
-    if packed is None or state is None:
+def _admission(admitted: Admitted | None, state: bytes | None, granted: bytes | None) -> Admission | None:
+    if admitted is None:
         return None
-    admitted = decode_admitted(packed)
     # `granted` is there where money paid for less than was asked.
     return Admission(
         deployment=admitted.deployment,

@@ -12,7 +12,7 @@
 -- error: why nobody served it, '' = it ended otherwise.
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local first = redis.call('HMGET', P .. 'req:' .. id, 'adm', 'next', 'next_ms', 'prev')
-local first_adm = first[1] and admitted(first[1])
+local first_adm = admitted(first[1], P .. 'req:' .. id)
 if not first_adm or first_adm[PRJ] ~= ARGV[4] then return {'unknown'} end
 if (ARGV[9] or '') ~= '' and not string.find(ARGV[9], first_adm[DEP], 1, true) then return {'unknown'} end
 if ARGV[5] ~= '' and string.match(first_adm[NOTE], '^%a*:(%x*)') ~= ARGV[5] then return {'differs'} end
@@ -31,7 +31,7 @@ if not r[1] then
   if not r[1] then return {'unknown'} end
 end
 
-local adm, mid = admitted(r[2]), r[3] or ''
+local adm, mid = admitted(r[2], P .. 'req:' .. id), r[3] or ''
 local function answer(verdict, machine, n)
   return {verdict, id, adm[NOTE], string.format('%.0f', adm[ADM_MS]), machine, adm[DEP], adm[PRICE],
     string.format('%.0f', first_adm[ADM_MS]), r[5], r[6], n or '0', r[9] or ''}

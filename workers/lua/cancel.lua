@@ -11,7 +11,7 @@ if r[1] == 'done' then return 'done' end
 if ARGV[4] and (r[5] ~= ARGV[4] or r[6] ~= ARGV[5]) then return 'moved' end
 redis.call('HSET', rec_key, 'cancel', 1) -- a reconnect waits for the end of what is ending (attach.lua)
 if r[1] == 'queued' then
-  local adm = admitted(r[2])
+  local adm = admitted(r[2], rec_key)
   leave(P, adm[DEP], id, flow_of(adm), 0)
   return 'queued'
 end

@@ -7,7 +7,7 @@ local P, n_grown = ARGV[1], 0
 for i = 2, #ARGV, 2 do
   local rec_key = P .. 'req:' .. ARGV[i]
   local r = redis.call('HMGET', rec_key, 'state', 'adm', 'chg', 'pred')
-  local adm = r[2] and admitted(r[2])
+  local adm = r[1] and admitted(r[2], rec_key)
   local more = adm and tonumber(ARGV[i + 1]) - tonumber(r[4] or adm[PRED])
   if (r[1] == 'bound' or r[1] == 'queued') and more > 0 then
     local before = tonumber(r[3] or '0')

@@ -38,7 +38,7 @@ local function bind(P, id, rid, mid, charged)
   if not move_body(P, M, id) then return nil end
   local rec = redis.call('HMGET', rec_key, 'gw', 'stream', 'n', 'hold_out', 'attempt', 'epoch', 'cancel', 'chg', 'adm')
   local epoch, attempt, n = tonumber(rec[6] or '0') + 1, tonumber(rec[5] or '0') + 1, rec[3] or '0'
-  local hold = rec[4] or admitted(rec[9])[OUT_EST]
+  local hold = rec[4] or admitted(rec[9], rec_key)[OUT_EST]
   if attempt > 1 or n ~= '0' then
     redis.pcall('RENAME', P .. 'jrn:' .. id, M .. 'jrn:' .. id) -- an attempt before this one left a journal, or not
   end

@@ -107,9 +107,8 @@ end
 -- The oldest request of band b as {organization, project, key, request}, if none of its flows has had more than the
 -- window allows; else nil.
 local function within_window(P, Q, b, id, window)
-  local packed = redis.call('HGET', P .. 'req:' .. id, 'adm')
-  if not packed then return nil end
-  local adm = admitted(packed)
+  local adm = admitted(redis.call('HGET', P .. 'req:' .. id, 'adm'), P .. 'req:' .. id)
+  if not adm then return nil end
   local org, prj, key = adm[ORG], adm[PRJ], adm[KEY]
   local levels = {{'o:' .. b, org}, {'p:' .. b .. ':' .. org, prj}, {'k:' .. b .. ':' .. prj, key}}
   for _, l in ipairs(levels) do
@@ -143,8 +142,8 @@ end
 local function choose(P, rid, requests)
   local best, best_adm, best_n = nil, nil, -1
   for _, flow in ipairs(requests) do
-    local packed = redis.call('HGET', P .. 'req:' .. flow[4], 'adm')
-    local adm = packed and admitted(packed) -- nothing: its record is lost
+    local rec_key = P .. 'req:' .. flow[4]
+    local adm = admitted(redis.call('HGET', rec_key, 'adm'), rec_key) -- nothing: its record is lost
     local pfx = adm and adm[PFX] or ''
     local n = cached_prefixes(P, rid, pfx)
     if n > best_n then

@@ -10,7 +10,7 @@ local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local rec_key = P .. 'req:' .. id
 local r = redis.call('HMGET', rec_key, 'state', 'adm', 'rid', 'mid', 'money', 'chg', 'asks')
 if not r[1] or r[1] == 'done' then return {0} end
-local adm = admitted(r[2])
+local adm = admitted(r[2], rec_key)
 local did, n_in, n_out, cost = adm[DEP], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local back_in, back_out, money = adm[IN_EST] - n_in, adm[OUT_EST] - n_out, tonumber(r[5] or adm[MONEY])
 local took_ms = math.max(now - adm[ADM_MS], 0)

@@ -16,7 +16,7 @@ local M = P .. 'm:' .. mid .. ':'
 local lease = redis.call('HMGET', M .. 'req:' .. id, 'n', 'upto')
 if not (lease[1] and lease[2]) then return {'gone'} end
 local unused = lease[2] - lease[1]
-local adm = admitted(r[4])
+local adm = admitted(r[4], rec_key)
 local asked, money = adm[OUT_EST], tonumber(r[5] or adm[MONEY])
 local granted = tonumber(r[6] or asked)
 local n = granted - unused -- tokens produced

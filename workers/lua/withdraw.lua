@@ -57,7 +57,8 @@ if mode ~= 'drain' then
         give_up(id, '') -- its client has left, and nothing was made that could be charged
       else
         -- Resumed work goes first, outside the flows: it was charged when it was first bound.
-        local adm_ms = rec[3] and admitted(rec[3])[ADM_MS] or 0
+        local adm = admitted(rec[3], P .. 'req:' .. id)
+        local adm_ms = adm and adm[ADM_MS] or 0
         redis.call('ZADD', P .. 'dep:' .. did .. ':q', string.format('%.0f', adm_ms - 1e13), id)
         out[1] = out[1] + 1
       end
