@@ -28,7 +28,7 @@ OVERRIDES := --override overrides.txt
 endif
 INSTALL = $(UV) pip install --quiet --python $(PY) $(OVERRIDES) $(TORCH_BACKEND)
 
-.PHONY: help up down status logs ask test test-full lint format lock install install-dev preflight clean
+.PHONY: help up down status logs ask client test test-full lint format lock install install-dev preflight clean
 
 help:  ## What each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,12 @@ var/requirements-gpu.txt: requirements.txt
 	@$(INSTALL) -r $(REQUIREMENTS) -r requirements-dev.txt
 	@touch $@
 
-install: .venv/.installed-$(ENGINE)  ## Packages of the product
-install-dev: .venv/.installed-dev  ## Packages of the product and its tests
+# The command line: a few lines that lead here, written in no time; building a package would take seconds and the network.
+.venv/bin/corral: Makefile | .venv/bin/python
+	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom controlplane.cli.main import main\nmain()\n' "$(CURDIR)/$(PY)" "$(CURDIR)" > $@ && chmod +x $@
+
+install: .venv/.installed-$(ENGINE) .venv/bin/corral  ## Packages of the product, and the command .venv/bin/corral
+install-dev: .venv/.installed-dev .venv/bin/corral  ## Packages of the product and its tests
 
 up: preflight install  ## Start everything, ask a first question, print the panel (Ctrl-C or `make down` stops)
 	@$(PY) manage.py up $(ARGS)
@@ -86,6 +90,10 @@ lint: install-dev  ## ruff, mypy, import-linter
 
 format: install-dev  ## Format the code
 	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format --quiet .
+
+TO ?= var/client
+client: install-dev  ## Generate the typed Python client of the API (TO=var/client)
+	@CORRAL_SECRET_KEY=none $(PY) manage.py openapi_client --to $(TO)
 
 lock: | $(UV)  ## Resolve requirements*.in again
 	@$(UV) pip compile -q --python-version 3.11 --python-platform x86_64-manylinux_2_28 --override overrides.txt --no-annotate --no-header requirements.in -o requirements.txt

@@ -162,6 +162,11 @@ class Command(BaseCommand):
             f'      -d \'{{"model":"{facts.deployment}","stream":true,'
             '"messages":[{"role":"user","content":"Hello!"}]}\'',
             '    make ask Q="Why is the sky blue?"',
+            "",
+            "  command line",
+            "    .venv/bin/python manage.py create_token me --role owner | "
+            f".venv/bin/corral login --url {facts.console_url}",
+            "    .venv/bin/corral get deployments",
         ]
         if answer:
             ttft = f"{answer.ttft_ms / 1000:.1f} s" if answer.ttft_ms else "-"

@@ -1,0 +1,5 @@
+"""`python -m controlplane.cli`."""
+
+from controlplane.cli.main import main
+
+main()
