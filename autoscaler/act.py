@@ -47,7 +47,7 @@ def act(
     """Carry out one command; False if fresh rows speak against it. Raises what the database raises."""
     match command:
         case LaunchMachine(command_id):
-            return launch.launch(UUID(command_id), provider, config, cell) is not None
+            return launch.launch(UUID(command_id), provider, config, cell, deployment) is not None
         case StartReplica(command_id, machine_id):
             if deployment is None:
                 return False

@@ -16,11 +16,13 @@ import structlog
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from autoscaler import market
+from autoscaler import market, quotas
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.policy.market import LaunchPlan
 from controlplane import ids
+from controlplane.deployments.models import Deployment
 from infra.providers.base import (
     CapacityError,
     LaunchSpec,
@@ -32,11 +34,23 @@ from infra.providers.base import (
 
 log = structlog.get_logger("corral.autoscaler")
 
+
+class QuotaReachedError(Exception):
+    """Nothing that could be bought fits the quotas."""
+
+
 _MAX_REASON = 500
 
 
-def launch(command_id: UUID, provider: Provider, config: AutoscalerConfig, cell: Cell) -> Machine | None:
-    """One machine for this command; None when the pool has no place or the provider has no machine.
+def launch(
+    command_id: UUID,
+    provider: Provider,
+    config: AutoscalerConfig,
+    cell: Cell,
+    deployment: Deployment | None = None,
+) -> Machine | None:
+    """One machine for this command; None when the pool has no place, a quota of the deployment's organization or of
+    the house would be broken, or the provider has no machine.
 
     Called again with the same command, it answers the machine of the first call. Only who made the row asks
     the provider, since only they have the proof; a row left behind by a crash is completed by reconcile.
@@ -44,7 +58,7 @@ def launch(command_id: UUID, provider: Provider, config: AutoscalerConfig, cell:
     proof, digest = new_proof()
     machine = Machine.objects.filter(command_id=command_id).first()
     if machine is None:
-        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell)
+        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell, deployment)
         if machine is not None and is_ours:
             return machine if ask_provider(machine, proof, provider, config) else None
     return None if machine is None or machine.state == MachineState.GONE else machine
@@ -99,6 +113,7 @@ def adopt(machine: Machine, seen: ProviderMachine) -> None:
             launched_at=timezone.now(),
             offering=seen.offering,
             price_nano_per_h=market.price_nano_per_h(seen.offering, machine.cell, machine.provider),
+            n_gpus=market.n_gpus(seen.offering, machine.cell, machine.provider),
         )
     )
     if adopted and seen.offering:
@@ -169,7 +184,12 @@ def proof_digest(proof: str) -> bytes:
 
 
 def _insert(
-    command_id: UUID, digest: bytes, provider: Provider, config: AutoscalerConfig, cell_name: str
+    command_id: UUID,
+    digest: bytes,
+    provider: Provider,
+    config: AutoscalerConfig,
+    cell_name: str,
+    deployment: Deployment | None,
 ) -> tuple[Machine | None, bool]:
     """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
     every offer refuses; whether we made it.
@@ -188,6 +208,7 @@ def _insert(
             continue
         try:
             with transaction.atomic():
+                names, most = _within_quotas(plan, provider, cell_name, deployment)
                 machine = Machine.objects.create(
                     id=ids.new_id(),
                     provider=provider.name,
@@ -195,11 +216,38 @@ def _insert(
                     enroll_proof_digest=digest,
                     cell=cell_name,
                     pool_slot=slot,
-                    launch_plan=[] if plan is None else list(plan.names),
+                    launch_plan=names,
+                    launched_for=None if deployment is None else deployment.organization_id,
+                    # Until the provider says which of the plan it is, it counts as the dearest.
+                    n_gpus=most.n_gpus,
+                    price_nano_per_h=most.price_nano_per_h,
                 )
                 return machine, True
+        except QuotaReachedError as error:
+            log.warning("machine.quota_reached", command=command_id.hex, reason=str(error))
+            return None, False
         except IntegrityError:  # somebody took the place, or carried out this very command
             found = Machine.objects.filter(command_id=command_id).first()
             if found is not None:
                 return found, False
     return Machine.objects.filter(command_id=command_id).first(), False  # it may have taken the last place
+
+
+def _within_quotas(
+    plan: LaunchPlan | None, provider: Provider, cell_name: str, deployment: Deployment | None
+) -> tuple[list[str], quotas.Wanted]:
+    """What of the plan may be bought, and the most it may add. Inside the transaction of the machine's row, which ends
+    the lock. Raises QuotaReachedError."""
+    quotas.lock()
+    now = timezone.now()
+    organization_id = None if deployment is None else deployment.organization_id
+    zone = "UTC" if deployment is None else deployment.organization.timezone
+    if plan is None:  # one kind of machine, and no price
+        found = quotas.reached(organization_id, zone, cell_name, quotas.Wanted(), now)
+        if found is not None:
+            raise QuotaReachedError(found.sentence)
+        return [], quotas.Wanted()
+    names, most, broken = quotas.that_fit(plan.names, organization_id, zone, cell_name, provider.name, now)
+    if broken is not None:
+        raise QuotaReachedError(broken.sentence)
+    return names, most

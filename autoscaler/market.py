@@ -150,6 +150,12 @@ def price_nano_per_h(name: str, cell: str, provider: str) -> int:
     return found.first() or 0
 
 
+def n_gpus(name: str, cell: str, provider: str) -> int:
+    """Of an offer as last listed; 0 for none."""
+    found = Offer.objects.filter(cell=cell, provider=provider, name=name)
+    return found.values_list("n_gpus", flat=True).first() or 0
+
+
 def note_refusals(refusals: Iterable[Refusal], cell: str, provider: str, now: datetime | None = None) -> None:
     """These offers had nothing: they are left alone for a while, longer each time."""
     now = now or timezone.now()

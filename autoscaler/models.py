@@ -63,6 +63,10 @@ class Machine(models.Model):
     price_nano_per_h = models.BigIntegerField(
         default=0, help_text="nano-dollars per hour when it was bought; 0 for a machine of one's own"
     )
+    launched_for = models.UUIDField(
+        null=True, blank=True, help_text="the organization whose deployment it was bought for"
+    )
+    n_gpus = models.PositiveIntegerField(default=0, help_text="of what was bought, or may be")
     launch_plan = models.JSONField(
         default=list,
         help_text="names of the offerings it may be, best first; fixed before the provider is asked",

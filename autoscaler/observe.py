@@ -14,6 +14,7 @@ import redis
 import structlog
 from django.db.models import Count, Max, Q
 
+from autoscaler import quotas
 from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, Replica, ReplicaPhase
@@ -49,6 +50,7 @@ def observe(
     machine_failures, last_machine_good_at_s = _machine_failures(config, cell.keys.cell, now)
     replicas = tuple(_replica_view(row, readings, digest) for row in rows)
     pool = Pool(machine_views(config, cell.keys.cell))
+    reached = quotas.why_none(deployment, cell.keys.cell, config.provider, now)
     return Observation(
         now_s=now.timestamp(),
         deployment_id=deployment.id.hex,
@@ -60,6 +62,7 @@ def observe(
         last_good_at_s=last_good_at_s,
         machine_failures=machine_failures,
         last_machine_good_at_s=last_machine_good_at_s,
+        quota="" if reached is None else reached.sentence,
     )
 
 

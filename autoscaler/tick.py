@@ -21,7 +21,7 @@ from django.db import transaction
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import timings
+from autoscaler import quotas, timings
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.codec import from_json, to_json, union_from_json
@@ -123,6 +123,10 @@ def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -
         lease.keep(to_json(decision.memory))
         if decision.commands or phase_changed:  # a quiet tick that repeats the last one leaves no row
             _store(deployment, now, observation, spec, memory, decision)
+    if observation.quota and observation.quota in decision.reasons:
+        reached = quotas.why_none(deployment, house.cell.keys.cell, house.config.provider, now)
+        if reached is not None:
+            quotas.tell(deployment, reached, now)
     for command in decision.commands:
         done = act(command, deployment, house.provider, house.config, house.cell)
         log.info(

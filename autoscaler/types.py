@@ -99,6 +99,8 @@ class Observation:
     machine_failures: tuple[Failure, ...] = ()
     last_machine_good_at_s: float | None = None
     last_request_at_s: float | None = None
+    # Why no machine may be bought for this tenant now ('' = one may).
+    quota: str = ""
 
 
 @dataclass(frozen=True, slots=True)

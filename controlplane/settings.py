@@ -240,6 +240,7 @@ INSTALLED_APPS = [
     "controlplane.lifecycle.apps.LifecycleConfig",
     "controlplane.budgets.apps.BudgetsConfig",
     "controlplane.webhooks.apps.WebhooksConfig",
+    "controlplane.quotas.apps.QuotasConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

@@ -120,6 +120,9 @@ def _place(
             f"no new machine for {machine_gate.retry_at_s - now_s:.1f} s: {machine_gate.n} failed in a row"
         )
         return replace(found, launch=False), ""
+    if found.launch and observation.quota:
+        reasons.append(observation.quota)
+        return replace(found, launch=False), observation.quota
     if found.launch:
         reasons.append(f"no room for {found.n_unplaced}: one machine more, {observation.n_machines} exist")
     elif found.n_unplaced:

@@ -58,11 +58,16 @@ def status(
             return Status(DeploymentPhase.FAILED, error, StageName.STARTING_REPLICA, now_s)
     if wanted == 0:
         return Status(DeploymentPhase.IDLE, error)
-    if no_room and no_room_for_s >= spec.no_room_patience_s:
-        retry_after_s = math.ceil(spec.no_room_patience_s)
-        return Status(
-            DeploymentPhase.FAILED, no_room, StageName.FAILED, now_s, "no_capacity", max(retry_after_s, 1)
-        )
+    if no_room:
+        retry_after_s = max(math.ceil(spec.no_room_patience_s), 1)
+        if no_room == observation.quota:  # waiting does not help: nobody else's machine is about to be free
+            return Status(
+                DeploymentPhase.FAILED, no_room, StageName.FAILED, now_s, "quota_reached", retry_after_s
+            )
+        if no_room_for_s >= spec.no_room_patience_s:
+            return Status(
+                DeploymentPhase.FAILED, no_room, StageName.FAILED, now_s, "no_capacity", retry_after_s
+            )
     return Status(DeploymentPhase.STARTING, error or no_room, StageName.WAKING, now_s)
 
 

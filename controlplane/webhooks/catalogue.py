@@ -76,8 +76,7 @@ CATALOGUE: Final = {
             "quota.reached",
             "A machine was not launched because a quota would be exceeded; told once an hour and quota.",
             {
-                "quota_id": ("string", "The quota", "quo_0193f2c47e1a7b3c9d5e6f7081920a1b"),
-                "kind": ("string", "machines, gpu_hours or spend_rate", "machines"),
+                "kind": ("string", "machines, spend_rate or gpu_hours_day, …_week, …_month", "machines"),
                 "limit": ("integer", "The limit", 8),
                 "used": ("integer", "In use when it was asked for", 8),
                 "deployment_id": ("string", "For which a machine was wanted", _DEPLOYMENT["deployment_id"][2]),

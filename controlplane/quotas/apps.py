@@ -1,0 +1,8 @@
+"""Django registration of controlplane.quotas."""
+
+from django.apps import AppConfig
+
+
+class QuotasConfig(AppConfig):
+    name = "controlplane.quotas"
+    label = "quotas"
