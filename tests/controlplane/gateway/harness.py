@@ -235,7 +235,10 @@ async def echo(job: Job) -> None:
 class Machine:
     """A replica's front as Redis sees it: takes messages, claims, serves each with `behaviour`."""
 
-    def __init__(self, url: str, machine: str = "m1", replica: str = "r1") -> None:
+    def __init__(
+        self, url: str, machine: str = "m1", replica: str = "r1", deployment: str = DEPLOYMENT
+    ) -> None:
+        self.deployment = deployment
         self.keys = KEYS.machine(machine)
         self.machine_id, self.replica = machine, replica
         self.redis = aioredis.Redis.from_url(url)
@@ -253,7 +256,7 @@ class Machine:
         self._spawn(self._hear_cancels())
 
     async def enrol(self, slots: int = 4, kv_tokens: int = 0) -> None:
-        args = (self.replica, self.machine_id, DEPLOYMENT, slots, kv_tokens)
+        args = (self.replica, self.machine_id, self.deployment, slots, kv_tokens)
         await self.redis.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, _now_ms(), *args)
 
     async def withdraw(self, mode: str = "dead") -> list[Any]:
