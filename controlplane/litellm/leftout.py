@@ -75,7 +75,7 @@ def left_out(source: Source, config: ProxyConfig) -> Iterator[Note]:
                 "model",
                 stored.model_name,
                 "added at run time: where it is served is encrypted in LiteLLM's database",
-                "deploy it here under this name, or attach its endpoint as an upstream",
+                "deploy it here under this name",
             )
 
 
@@ -95,16 +95,9 @@ def lost(source: Source, config: ProxyConfig) -> Iterator[Note]:
 
 
 def _reason(entry: ModelEntry) -> tuple[str, str]:
-    """(why a model of the configuration is not imported, remedy)."""
+    """(why a model of the configuration is not imported, remedy). Where endpoints elsewhere can be attached, this is
+    the place that says so."""
     served = f"{entry.provider}/{entry.model}" + (f" at {entry.api_base}" if entry.api_base else "")
     if entry.speaks_openai and entry.api_base:
-        return f"served as {served}", "deploy it here under this name, or attach that endpoint as an upstream"
-    if entry.provider == "openai":
-        return (
-            f"served as {served}",
-            "attach https://api.openai.com/v1 as an upstream, or deploy an open model",
-        )
-    return (
-        f"served as {served}, which does not speak OpenAI's API",
-        "attach its OpenAI-compatible endpoint, or deploy an open model",
-    )
+        return f"served as {served}, an endpoint elsewhere", "deploy the model here under this name"
+    return f"served as {served}, at a provider", "deploy an open model under this name"

@@ -20,7 +20,7 @@ from controlplane.tenants.limits import Limits
 NANO: Final = 1_000_000_000
 _MOST: Final = (1 << 31) - 1
 _MOST_NANO: Final = (1 << 63) - 1
-_DURATION: Final = re.compile(r"\s*(\d+)\s*(s|m|h|d|w|mo)\w*\s*\Z", re.I)
+_DURATION: Final = re.compile(r"\s*(\d+)\s*(mo|s|m|h|d|w)\w*\s*\Z", re.I)
 _HOURS: Final = {"h": 1, "d": 24, "w": 168, "mo": 730}
 _WORDS: Final = {"daily": "1d", "weekly": "7d", "monthly": "30d"}
 # Told about a row: (what, remedy).
@@ -138,5 +138,5 @@ def nano(dollars: Any) -> int:
     except InvalidOperation:
         return 0
     if not amount.is_finite():
-        return _MOST_NANO if amount > 0 else 0
+        return _MOST_NANO if amount == Decimal("Infinity") else 0
     return max(0, min(int((amount * NANO).to_integral_value(ROUND_HALF_EVEN)), _MOST_NANO))
