@@ -21,6 +21,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `born` | string | trusted | since when limits count here: 0 from the start, else when this Redis was found empty |
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `bud:<budget>`, `bud:<budget>:b` | hashes | trusted | a budget's window, its buckets: lua/lib_windows.lua |
+| `decisions` | stream | trusted | what gateways decided, until intake has kept it; bounded |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
 | `lock:webhooks` | string | trusted | which control process sends webhooks now; expires |
@@ -47,6 +48,8 @@ DEFAULT_CELL: Final = "c0"
 RETENTION_MS: Final = 15 * 60 * 1000
 LEASE_GC_MS: Final = 6 * 60 * 60 * 1000
 USAGE_STREAM_MAX: Final = 200_000
+# Batches of decisions, each of a gateway's second and at most some 500 KB; what nobody reads is dropped.
+DECISIONS_STREAM_MAX: Final = 200
 
 SCOPES: Final = ("key", "prj", "org")
 
@@ -128,6 +131,10 @@ class CellKeys:
     @property
     def usage_bad(self) -> str:
         return f"{self.prefix}usage:bad"
+
+    @property
+    def decisions(self) -> str:
+        return f"{self.prefix}decisions"
 
     @property
     def intake_lock(self) -> str:

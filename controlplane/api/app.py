@@ -13,6 +13,7 @@ from controlplane.api.resources import (
     audit,
     budgets,
     data,
+    decisions,
     deployments,
     fleet,
     grants,
@@ -65,6 +66,7 @@ for module in (
     webhooks,
     quotas,
     usage,
+    decisions,
     audit,
     data,
 ):

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from controlplane.gateway import ratelimits
 from controlplane.gateway.auth import Deployment, KeyCache, KeyContext
 from controlplane.gateway.config import GatewayConfig
+from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request, unavailable
 from controlplane.gateway.generate import Generator, Outcome, find_deployment
 from controlplane.gateway.http import (
@@ -71,6 +72,7 @@ class GatewayApp:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         not_ready: Callable[[], list[str]],
+        decisions: Decisions,
     ) -> None:
         self.n_in_flight = 0
         self._config = config
@@ -79,6 +81,7 @@ class GatewayApp:
         self._metrics = metrics
         self._log = request_log
         self._not_ready = not_ready
+        self._decisions = decisions
         self._registry = CollectorRegistry()
         self._registry.register(metrics)
         self._origins = frozenset(origin.encode() for origin in config.cors_origins)
@@ -162,6 +165,8 @@ class GatewayApp:
             outcome.status, outcome.code = error.status, error.code
             if outcome.stream is not None:
                 own = (*own, *outcome.stream.limits)
+            if outcome.key is not None:
+                self._decisions.refused(outcome.key, request_id, error, outcome.stream, endpoint)
             if error.status == 413:
                 headers_413 = (JSON, *own, *error.response_headers())
                 await respond_and_drain(send, receive, 413, error.body(), headers_413)

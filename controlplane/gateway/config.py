@@ -71,6 +71,10 @@ class GatewayConfig:
         False  # CORRAL_PG_POOLER=transaction: a pooler in transaction mode stands before PostgreSQL
     )
 
+    # Share of admissions that are kept with their reasons; refusals always are.
+    decision_sample: float = 0.01
+    console_url: str = ""  # under which the API lies; refusals link to it
+
     log_sample: float = 1.0  # share of finished requests that get a log line; failures always do
     log_level: str = "INFO"
 
@@ -138,6 +142,8 @@ class GatewayConfig:
             change_poll_s=number("change_poll_s", 0.05, 60),
             pg_pool_size=int(number("pg_pool_size", 1, 100)),
             pg_pooled=pooler == "transaction",
+            decision_sample=number("decision_sample", 0, 1),
+            console_url=env.get("CORRAL_CONSOLE_URL", "").rstrip("/"),
             log_sample=number("log_sample", 0, 1),
             log_level=(env.get("CORRAL_LOG_LEVEL") or defaults.log_level).upper(),
         )

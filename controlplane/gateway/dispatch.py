@@ -13,6 +13,7 @@ from typing import Any, Final
 from controlplane.gateway import ratelimits, windows
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.batches import Admissions
+from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, Headers, bad_request, unavailable
@@ -55,6 +56,7 @@ class Dispatcher:
         digests: Digests,
         placements: Placements,
         forecasts: Forecasts,
+        decisions: Decisions,
         lengths: LengthModel | None = None,
     ) -> None:
         self._redis = redis
@@ -66,6 +68,7 @@ class Dispatcher:
         self._routes = routes
         self._placements = placements
         self._forecasts = forecasts
+        self._decisions = decisions
         self._ends = ends
         self._queue_bound = queue_bound
         self._age_ms = int(queue_age_s * 1000)
@@ -167,6 +170,7 @@ class Dispatcher:
         if not stream.note:
             stream.note = self._digests.note(request, body, keyed=stream.keep)
         ask = self._ask(stream, request)
+        told = self._decisions.candidates(stream, ask) if self._decisions.wants() else None
         verdict = await self._try_admit(stream, request, body, ask)
         for _ in range(1 + len(stream.key.budgets)):
             if verdict[0] != b"seed":
@@ -208,6 +212,8 @@ class Dispatcher:
         else:
             raise ApiError(409, "request_exists", "a request with this id exists: send it again")
         stream.admitted = True
+        if told is not None:
+            self._decisions.admitted(stream, told)
         if stream.end is None:
             stream.live_machine = stream.machine
             if stream.held_back:

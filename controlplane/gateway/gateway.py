@@ -17,6 +17,7 @@ import uuid_utils
 from controlplane.gateway.app import GatewayApp
 from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.config import GatewayConfig
+from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.directory import KeyDirectory, PgDirectory
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
@@ -88,6 +89,15 @@ class Gateway:
         self.forecasts = Forecasts(self.routes)
         self.ends = Ends(self.redis, keys, self.routes, self.id, self.forecasts)
         self.inbox = self.ends.inbox
+        self.decisions = Decisions(
+            self.redis,
+            keys,
+            config.name,
+            self.routes,
+            self.forecasts,
+            sample=config.decision_sample,
+            url=config.console_url,
+        )
         self.digests = Digests(config.key_pepper)
         self.dispatcher = Dispatcher(
             self.redis,
@@ -103,6 +113,7 @@ class Gateway:
             digests=self.digests,
             placements=self.placements,
             forecasts=self.forecasts,
+            decisions=self.decisions,
             lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
         )
         self.resumer = Resumer(
@@ -126,7 +137,13 @@ class Gateway:
         self.request_log = request_log or RequestLog(config.log_sample)
         generator = Generator(self.dispatcher, self.resumer, self.ends, self.board)
         self.app = GatewayApp(
-            config, self.key_cache, generator, self.metrics, self.request_log, self.not_ready
+            config,
+            self.key_cache,
+            generator,
+            self.metrics,
+            self.request_log,
+            self.not_ready,
+            self.decisions,
         )
         self._channels = {
             keys.invalidate_channel.encode(): self._on_invalidate,
@@ -160,6 +177,7 @@ class Gateway:
         await self.ends.drain()
         await self.inbox.close()
         self.placements.close()
+        self.decisions.close()
         await self.routes.close()
         await self.subscriber.close()
         await self.redis.close()
@@ -253,6 +271,11 @@ class Gateway:
             f"{name}unattainable": (
                 "Requests refused because their target would probably be missed.",
                 lambda: self.forecasts.n_refused,
+            ),
+            f"{name}decisions_told": ("Decisions told.", lambda: self.decisions.n_told),
+            f"{name}decisions_dropped": (
+                "Decisions beyond what one tenant or second may have.",
+                lambda: self.decisions.n_dropped,
             ),
             f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),

@@ -75,6 +75,11 @@ class RouteTable:
         view = self._views.get(deployment)
         return (0, 0) if view is None else (view.slots, view.board.n_prefill(replica))
 
+    def scores(self, deployment: str, ask: Ask) -> list[tuple[ReplicaLoad, float, int, int]]:
+        """What each replica would cost, as `candidates` ranks them; see Board.scores."""
+        view = self._views.get(deployment)
+        return [] if view is None else view.board.scores(ask)
+
     def bound(self, deployment: str, replica: str, ask: Ask = _UNKNOWN) -> tuple[str | None, Placed | None]:
         """A request took a slot there; the replica's machine, None if it is not known yet, and what is to be told of
         its first token."""

@@ -116,9 +116,31 @@ class Board:
         """Ids of at most `limit` replicas, the least cost first. Equal costs go by recent work, then in an order that
         `turn` (any number that differs by request) rotates, so that gateways with the same view do not follow each
         other. Full replicas come last: one may have freed a slot since it was seen. One without slots does not come."""
+        costs = self._costs(ask, turn)
+        if limit == 1:
+            return (min(costs)[4],) if costs else ()
+        costs.sort()
+        return tuple(entry[4] for entry in costs[:limit])
+
+    def scores(self, ask: Ask) -> list[tuple[ReplicaLoad, float, int, int]]:
+        """(replica, cost, prompt tokens that wait there, prompt tokens that its cache holds) as `rank` sees them, best
+        first: for people who ask why."""
+        held = self.prefixes.matches(ask.prefixes) if self.prefixes is not None and ask.prefixes else {}
+        return [
+            (
+                self.loads[replica],
+                cost,
+                self.n_prefill(replica),
+                ask.ends[held[replica] - 1] if replica in held else 0,
+            )
+            for _, cost, _, _, replica in sorted(self._costs(ask, 0))
+        ]
+
+    def _costs(self, ask: Ask, turn: int) -> list[tuple[bool, float, float, int, str]]:
+        """(is full, cost, recent work, place in the turn, replica), in no order."""
         loads = self.loads
         if not loads:
-            return ()
+            return []
         w, books, n_prompt = self.weights, self._books, ask.n_prompt
         held = self.prefixes.matches(ask.prefixes) if self.prefixes is not None and ask.prefixes else {}
         total = sum(book.recent for book in books.values())
@@ -145,10 +167,7 @@ class Board:
                 cost += w.adapter_tokens
             is_full = load.used >= load.slots or load.kv_used_ratio >= _KV_FULL
             costs.append((is_full, cost * load.price, recent, at, load.replica))
-        if limit == 1:
-            return (min(costs)[4],) if costs else ()
-        costs.sort()
-        return tuple(entry[4] for entry in costs[:limit])
+        return costs
 
     def n_prefill(self, replica: str) -> int:
         """Prompt tokens given to it whose first token is awaited."""

@@ -16,7 +16,7 @@ from controlplane import ids
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.values import DeploymentId, KeyId, ProjectId
-from controlplane.errors import InvalidInputError, NotFoundError
+from controlplane.errors import InvalidInputError
 from controlplane.tenants.rights import Permission
 
 router = Router(tags=["usage"])
@@ -156,17 +156,8 @@ def list_requests(request: ApiRequest, query: Query[RequestsQuery]) -> RequestPa
             | Q(admitted_at=last.admitted_at, request_id__lt=last.request_id)
         )
     found = list(rows.order_by("-admitted_at", "-request_id")[: query.limit + 1])
-    shown = [_request_out(row) for row in found[: query.limit]]
+    shown = [request_out(row) for row in found[: query.limit]]
     return RequestPage(data=shown, next_cursor=shown[-1].id if len(found) > query.limit else None)
-
-
-@operation(router, "GET", "/requests/{request_id}", Permission.USAGE_READ, RequestOut)
-def get_request(request: ApiRequest, request_id: str) -> RequestOut:
-    """One finished request, by the id that its answer carried."""
-    row = _booked(request, request_id)
-    if row is None:
-        raise NotFoundError("no such request, or it has not ended or not been booked yet", field="request_id")
-    return _request_out(row)
 
 
 def _span(query: UsageQuery) -> tuple[datetime, datetime]:
@@ -213,7 +204,7 @@ def _name(group: GroupBy, value: Any) -> str:
     return ids.to_text(_PREFIXES[group], value) if group in _PREFIXES else str(value)
 
 
-def _request_out(row: UsageEvent) -> RequestOut:
+def request_out(row: UsageEvent) -> RequestOut:
     return RequestOut(
         id=ids.to_text(ids.Prefix.REQUEST, row.request_id),
         project_id=row.project_id,

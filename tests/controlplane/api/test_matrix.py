@@ -112,6 +112,7 @@ READS = {
     "get_usage",
     "list_requests",
     "get_request",
+    "list_request_decisions",
     "list_exports",
     "get_export",
     "get_export_part",

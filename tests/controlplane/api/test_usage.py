@@ -44,7 +44,7 @@ def test_pages_of_requests_hold_everything_once(api: Api, world: World) -> None:
     assert len(seen) == len(set(seen)) == 5
     assert set(seen) == {f"req_{event.request_id.hex}" for event in booked}
     one = api.get(f"/requests/{seen[0]}")
-    assert (one.status_code, one.body["id"]) == (200, seen[0])
+    assert (one.status_code, one.body["stage"], one.body["usage"]["id"]) == (200, "ended", seen[0])
 
 
 @pytest.mark.parametrize(
