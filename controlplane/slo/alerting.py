@@ -16,6 +16,7 @@ from uuid import UUID
 import structlog
 from django.db import IntegrityError, connections, transaction
 
+from controlplane import ids
 from controlplane.policy.attained import ALERTS, PAGE, WINDOWS, Alert, Counts, budget_left, burn_rate, burning
 from controlplane.slo import metrics
 from controlplane.slo.attainment import HOUR_S, HOURS_KEPT, MINUTE_S, MINUTES_KEPT
@@ -119,8 +120,9 @@ def _begin(series: Burning, now: datetime, tell: Tell, using: str) -> int:
         started_at=now,
     )
     try:
-        with transaction.atomic(using=using):
+        with transaction.atomic(using=using):  # told if it is kept
             row.save(using=using, force_insert=True)
+            tell(series.organization_id, EVENT, data_of(row))
     except IntegrityError:  # another worker was quicker
         return 0
     log.warning(
@@ -131,7 +133,6 @@ def _begin(series: Burning, now: datetime, tell: Tell, using: str) -> int:
         severity=alert.severity,
         burn_rate=round(row.burn_rate, 2),
     )
-    tell(series.organization_id, EVENT, data_of(row, series.windows))
     return 1
 
 
@@ -149,29 +150,28 @@ def _is_over(row: SloAlert, series: Burning) -> bool:
 
 
 def _end(row: SloAlert, now: datetime, tell: Tell, using: str) -> int:
-    ended = SloAlert.objects.using(using).filter(id=row.id, ended_at=None).update(ended_at=now)
-    if not ended:
-        return 0
     row.ended_at = now
+    with transaction.atomic(using=using):
+        if not SloAlert.objects.using(using).filter(id=row.id, ended_at=None).update(ended_at=now):
+            return 0
+        tell(row.organization_id, EVENT, data_of(row))
     log.info("slo.burnt_out", organization=row.organization_id.hex, slo_class=row.slo_class)
-    tell(row.organization_id, EVENT, data_of(row, {}))
     return 1
 
 
-def data_of(row: SloAlert, windows: dict[int, Counts]) -> dict[str, Any]:
-    """What a webhook says of an alert."""
+def data_of(row: SloAlert) -> dict[str, Any]:
+    """What a webhook says of an alert (controlplane/webhooks/catalogue.py)."""
     names = {seconds: name for name, seconds in WINDOWS.items()}
     return {
         "alert_id": str(row),
         "state": "burning" if row.ended_at is None else "ended",
-        "project_id": f"prj_{row.project_id.hex}",
+        "project_id": ids.to_text(ids.Prefix.PROJECT, row.project_id),
         "slo_class": row.slo_class,
         "severity": row.severity,
         "window": names.get(row.window_s, str(row.window_s)),
         "burn_rate": round(row.burn_rate, 2),
-        "burn_rates": {names[span]: round(burn_rate(counts), 2) for span, counts in sorted(windows.items())},
         "started_at": row.started_at.isoformat(),
-        "ended_at": None if row.ended_at is None else row.ended_at.isoformat(),
+        "ended_at": "" if row.ended_at is None else row.ended_at.isoformat(),
     }
 
 

@@ -14,8 +14,9 @@ from celery import shared_task
 from django.db import DatabaseError, InterfaceError, connections
 
 from controlplane.slo import alerting
+from controlplane.webhooks.services import emit
 
-DATABASE: Final = "operator"
+DATABASE: Final = "default"  # the control worker's is the operator's
 log = structlog.get_logger("corral.slo")
 
 
@@ -33,9 +34,9 @@ def prune() -> None:
     _once(lambda now: alerting.prune(now=now, using=DATABASE))
 
 
-def tell(organization_id: UUID, event: str, data: dict[str, Any]) -> None:
-    """Pass an event on to whoever wants to hear of it."""
-    log.info("slo.event", organization=organization_id.hex, event_type=event, **data)
+def tell(organization_id: UUID, kind: str, data: dict[str, Any]) -> None:
+    """A webhook, and mail to those who answer for the tenant; inside the transaction of the alert."""
+    emit(organization_id=organization_id, kind=kind, data=data)
 
 
 def _once(work: Any) -> None:

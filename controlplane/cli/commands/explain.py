@@ -26,6 +26,11 @@ def explain(session: Session, thing: str) -> None:
     if session.form != "table":
         emit(row, session.form)
         return
+    if path == "/requests":  # told in sentences; the facts behind them: -o json
+        click.echo(f"{row['id']}  {row['stage']}")
+        for sentence in row["words"]:
+            click.echo(f"  {sentence}")
+        return
     facts((name.replace("_", " "), _told(name, value)) for name, value in row.items())
 
 

@@ -136,7 +136,7 @@ def test_usage_is_summed_under_names(corral: Corral, world: World) -> None:
 def test_explain_and_doctor(corral: Corral, world: World) -> None:
     event = book_usage(world)
     _, decision = make_replica(make_deployment(world))
-    assert "first token ms:" in corral.run("explain", str(event)).stdout
+    assert "first token after" in corral.run("explain", str(event)).stdout
     assert "1 request waits" in corral.run("explain", str(decision)).stdout
     assert "give the id" in corral.run("explain", "key_1", status=1).stderr
     assert "no such request" in corral.run("explain", f"req_{'0' * 32}", status=1).stderr

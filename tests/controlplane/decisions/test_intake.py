@@ -239,6 +239,6 @@ def test_the_command_explains_and_says_what_it_does_not_know(world: World, clien
         call_command("explain", f"req_{request.hex}", organization="acme", stdout=out)
         with pytest.raises(CommandError, match="no such request"):
             call_command("explain", f"req_{request.hex}", organization="other", stdout=StringIO())
-        with pytest.raises(CommandError, match="nothing under this id"):
+        with pytest.raises(CommandError, match="an id looks like"):
             call_command("explain", "req_1", organization="acme", stdout=StringIO())
     assert "refused" in out.getvalue() and "Refused with 503 slo_unattainable" in out.getvalue()
