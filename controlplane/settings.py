@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from autoscaler.config import AutoscalerConfig
 from controlplane.logging import logging_config
 from controlplane.outbound import Network, allowed_networks
+from controlplane.tenants.api_keys import Peppers
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 ROLES = ("app", "operator", "owner")
@@ -39,6 +40,9 @@ class Environment:
     db_role: str = "app"  # which role the `default` connection uses
     secret_key: str = field(default="", repr=False)
     key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
+    key_pepper_previous: bytes = field(default=b"", repr=False)  # accepted, too, while the pepper changes
+    key_pepper_next: bytes = field(default=b"", repr=False)
+    secret_key_previous: str = field(default="", repr=False)  # what it signed and sealed still opens
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
     gateway_key_stale_s: int = 900  # how long gateways may go on with a key they cannot read again
@@ -75,9 +79,14 @@ class Environment:
         if pooler not in POOLERS:
             raise ImproperlyConfigured(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
         try:
-            pepper = bytes.fromhex(environ.get("CORRAL_KEY_PEPPER", ""))
+            pepper, previous, upcoming = (
+                bytes.fromhex(environ.get(f"CORRAL_KEY_PEPPER{which}", ""))
+                for which in ("", "_PREVIOUS", "_NEXT")
+            )
         except ValueError as error:
-            raise ImproperlyConfigured("CORRAL_KEY_PEPPER: set at least 32 hex digits") from error
+            raise ImproperlyConfigured(
+                "CORRAL_KEY_PEPPER, …_PREVIOUS, …_NEXT: set at least 32 hex digits"
+            ) from error
         try:
             networks = allowed_networks(environ.get("CORRAL_OUTBOUND_ALLOW", ""))
         except ValueError as error:
@@ -94,6 +103,9 @@ class Environment:
             db_role=role,
             secret_key=environ.get("CORRAL_SECRET_KEY", ""),
             key_pepper=pepper,
+            key_pepper_previous=previous,
+            key_pepper_next=upcoming,
+            secret_key_previous=environ.get("CORRAL_SECRET_KEY_PREVIOUS", ""),
             gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
             console_url=console_url,
             gateway_key_stale_s=number("CORRAL_GATEWAY_KEY_STALE_S", cls.gateway_key_stale_s, 0, 86_400),
@@ -109,6 +121,11 @@ class Environment:
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
             allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
         )
+
+    @property
+    def key_peppers(self) -> Peppers:
+        """What keys and tokens are checked with."""
+        return Peppers(self.key_pepper, self.key_pepper_previous, self.key_pepper_next)
 
     def require(self) -> None:
         """Raise one ImproperlyConfigured that lists every variable a serving process cannot do without."""
@@ -224,6 +241,7 @@ if ENV.pg_dsn["owner"]:
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 SECRET_KEY = ENV.secret_key
+SECRET_KEY_FALLBACKS = [ENV.secret_key_previous] if ENV.secret_key_previous else []
 DEBUG = ENV.debug
 ALLOWED_HOSTS = list(ENV.allowed_hosts)
 CSRF_TRUSTED_ORIGINS = [ENV.console_url]

@@ -200,7 +200,7 @@ class KeyCache:
     def __init__(
         self,
         directory: KeyDirectory,
-        pepper: bytes,
+        peppers: bytes | api_keys.Peppers,
         *,
         fresh_s: float = 30.0,
         stale_s: float = 900.0,
@@ -210,7 +210,7 @@ class KeyCache:
     ) -> None:
         self.n_hits = self.n_lookups = self.n_stale = 0
         self._directory = directory
-        self._pepper = pepper
+        self._peppers = peppers
         self._fresh_s = fresh_s
         self._stale_s = stale_s
         self._unknown_s = unknown_s
@@ -292,10 +292,13 @@ class KeyCache:
         """The context of a header that is not cached. A wrong secret takes the same steps as a key that never was:
         neither its answer nor the time it takes tells whether the lookup part exists.
         """
-        key = api_keys.presented(self._pepper, token)
-        if key is None:
+        keys = api_keys.presented(self._peppers, token)
+        if not keys:
             raise _unauthorized("invalid_api_key", "the API key is malformed: it must look like sk-crl-...")
-        entry, is_stale = await self._entry(key)
+        entry, is_stale = await self._entry(keys[0])
+        for key in keys[1:]:  # of an imported key, while the pepper changes
+            if entry is None:
+                entry, is_stale = await self._entry(key)
         if entry is None or entry.context is None:
             if token.startswith(api_keys.MANAGEMENT):
                 raise _unauthorized(
@@ -317,7 +320,7 @@ class KeyCache:
         if entry is not None and now < entry.fresh_until:
             self.n_hits += 1
             return entry, False
-        ours = key.digests[0]
+        ours = key.identity
         if now < self._refused.get(ours, 0.0):
             return None, False
         asking = self._asking.get(ours)
@@ -349,7 +352,7 @@ class KeyCache:
             if entry is not None and key.is_behind(entry.digest):  # it was one
                 self._drop(self._entries.pop(key.lookup))
             if n_changes == self._n_changes:
-                self._refused[key.digests[0]] = now + self._unknown_s
+                self._refused[key.identity] = now + self._unknown_s
                 while len(self._refused) > _MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]
             return None
@@ -375,7 +378,7 @@ class KeyCache:
         self._entries[key.lookup] = entry
         while len(self._entries) > self._max_keys:
             self._drop(self._entries.pop(next(iter(self._entries))))  # its headers lead nowhere now
-        if digest != key.digests[0]:
+        if digest not in key.stays:
             self._rehash(key, digest)
         return entry
 
@@ -384,17 +387,18 @@ class KeyCache:
         entry.fresh_until = entry.usable_until = 0.0
 
     def _rehash(self, key: Presented, old: bytes) -> None:
-        """An imported key at its first use: from now on it is stored as every other. Failing that, at a later one."""
+        """An imported key at its first use, or one of the former pepper: from now on it is stored as every other.
+        Failing that, at a later use."""
         if len(self._rehashing) >= _MAX_REHASHES:
             return
-        task = asyncio.ensure_future(self._directory.rehash(key.lookup, old, key.digests[0]))
+        task = asyncio.ensure_future(self._directory.rehash(key.lookup, old, *key.target))
         self._rehashing.add(task)
         task.add_done_callback(self._rehashed)
 
     def _rehashed(self, task: asyncio.Future[None]) -> None:
         self._rehashing.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.warning("an imported key was not re-hashed: %s", type(task.exception()).__name__)
+            log.warning("a key was not re-hashed: %s", type(task.exception()).__name__)
 
 
 def _token(header: bytes, is_bearer: bool) -> str:

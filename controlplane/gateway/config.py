@@ -28,6 +28,12 @@ class GatewayConfig:
     redis_url: str = field(repr=False)
     pg_dsn: str = field(repr=False)
     key_pepper: bytes = field(repr=False)
+    # Also accepted while the pepper changes (manage.py rotate pepper).
+    key_pepper_previous: bytes = field(default=b"", repr=False)
+    key_pepper_next: bytes = field(default=b"", repr=False)
+    # Salts digests of bodies and idempotency keys; it outlives the pepper, so that clients may come back. Empty: the
+    # pepper does.
+    digest_secret: bytes = field(default=b"", repr=False)
     cell: str = DEFAULT_CELL
     name: str = ""  # label of its metrics and log lines; processes that share a port need different ones
     host: str = "127.0.0.1"
@@ -88,12 +94,10 @@ class GatewayConfig:
         ]
         if missing:
             raise ConfigError(f"set {', '.join(missing)} (`manage.py up` sets them for the local stack)")
-        try:
-            pepper = bytes.fromhex(env["CORRAL_KEY_PEPPER"])
-        except ValueError:
-            pepper = b""
-        if len(pepper) < 16:
-            raise ConfigError("CORRAL_KEY_PEPPER: must be 32 or more hex digits")
+        secrets = {
+            knob: _secret(env, f"CORRAL_{knob.upper()}")
+            for knob in ("key_pepper", "key_pepper_previous", "key_pepper_next", "digest_secret")
+        }
         pooler = env.get("CORRAL_PG_POOLER", "")
         if pooler not in ("", "transaction"):
             raise ConfigError(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
@@ -116,7 +120,7 @@ class GatewayConfig:
         return cls(
             redis_url=env["CORRAL_REDIS_URL"],
             pg_dsn=env["CORRAL_PG_DSN_APP"],
-            key_pepper=pepper,
+            **secrets,
             cell=env.get("CORRAL_CELL") or DEFAULT_CELL,
             name=env.get("CORRAL_GATEWAY_NAME") or f"gw-{os.getpid()}",
             host=env.get("CORRAL_GATEWAY_HOST") or defaults.host,
@@ -156,6 +160,18 @@ def _networks(listed: str) -> tuple[Network, ...]:
         raise ConfigError(
             f"CORRAL_TRUSTED_PROXIES: {error}; list addresses or ranges (CIDR) with commas between them"
         ) from None
+
+
+def _secret(env: Mapping[str, str], name: str) -> bytes:
+    """Hex digits as bytes; empty where it is not set (what must be set was checked before)."""
+    text = env.get(name, "")
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if text and len(value) < 16:
+        raise ConfigError(f"{name}: must be 32 or more hex digits")
+    return value
 
 
 def _length_model(path: str) -> str:

@@ -194,8 +194,8 @@ class KeyDirectory(Protocol):
     async def find(self, lookup: str, digests: tuple[bytes, ...]) -> KeyRecord | None:
         """The key with this lookup part and one of these digests; None = there is none."""
 
-    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
-        """Store the digest that every key has in place of an imported key's first one."""
+    async def rehash(self, lookup: str, old: bytes, new_lookup: str, new: bytes, pepper_id: str) -> None:
+        """Keep a key under this lookup part and digest, if it still has that digest."""
 
     async def changes(self, watermark: str | None) -> Changes:
         """What changed since; None = start here."""
@@ -266,8 +266,9 @@ class PgDirectory:
         )
         return None if found is None else msgspec.convert(found, KeyRecord)
 
-    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
-        await self._ask("SELECT corral_key_rehash(%s, %s, %s)", lookup, old.hex(), new.hex())
+    async def rehash(self, lookup: str, old: bytes, new_lookup: str, new: bytes, pepper_id: str) -> None:
+        statement = "SELECT corral_key_move(%s, %s, %s, %s, %s)"
+        await self._ask(statement, lookup, old.hex(), new_lookup, new.hex(), pepper_id)
 
     async def changes(self, watermark: str | None) -> Changes:
         return msgspec.convert(await self._ask("SELECT corral_changes_since(%s)", watermark), Changes)

@@ -34,6 +34,7 @@ from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stages import StageBoard
 from controlplane.gateway.watch import Watch
 from controlplane.prediction.lengths.model import load as load_lengths
+from controlplane.tenants.api_keys import Peppers
 from workers.contract import Notice
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError, Subscriber
@@ -77,7 +78,7 @@ class Gateway:
         self.directory: KeyDirectory = directory or self._pg  # type: ignore[assignment]
         self.key_cache = KeyCache(
             self.directory,
-            config.key_pepper,
+            Peppers(config.key_pepper, config.key_pepper_previous, config.key_pepper_next),
             fresh_s=config.key_fresh_s,
             stale_s=config.key_stale_s,
             unknown_s=config.unknown_key_s,
@@ -99,6 +100,7 @@ class Gateway:
             url=config.console_url,
         )
         self.digests = Digests(config.key_pepper)
+        self.digests = Digests(config.digest_secret or config.key_pepper)
         self.dispatcher = Dispatcher(
             self.redis,
             keys,

@@ -54,11 +54,43 @@ def generate(pepper: bytes, kind: str = INFERENCE) -> NewKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Peppers:
+    """What digests are made under (`present`), and what else is accepted while that changes.
+
+    What is kept under `previous` is moved to the present one at its use; what is kept under `upcoming` is left alone,
+    because whoever finds it has still to learn that it is the present one by now.
+    """
+
+    present: bytes = field(repr=False)
+    previous: bytes = field(default=b"", repr=False)
+    upcoming: bytes = field(default=b"", repr=False)
+
+    @property
+    def accepted(self) -> tuple[bytes, ...]:
+        return tuple(pepper for pepper in (self.present, self.previous, self.upcoming) if pepper)
+
+
+def pepper_id(pepper: bytes) -> str:
+    """Which pepper a digest was made under, without telling anything of it: kept beside the digest."""
+    return hashlib.sha256(b"pepper id\0" + pepper).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
 class Presented:
-    """A key as a caller sent it: where its row would be found, and the digests that row may hold, ours first."""
+    """A key as a caller sent it: where its row would be found, and the digests that row may hold.
+
+    `target`: lookup part, digest and pepper's id that it is kept under from now on, unless its digest `stays`.
+    """
 
     lookup: str
     digests: tuple[bytes, ...] = field(repr=False)
+    target: tuple[str, bytes, str] = field(repr=False)
+    stays: frozenset[bytes] = field(repr=False)
+
+    @property
+    def identity(self) -> bytes:
+        """Of this row of this key: what is asked once at a time."""
+        return self.digests[-1]
 
     def is_behind(self, stored: bytes) -> bool:
         """Whether a row with this digest is its, in time that does not depend on where they differ."""
@@ -68,15 +100,34 @@ class Presented:
         return found
 
 
-def presented(pepper: bytes, text: str) -> Presented | None:
-    """What to look for on behalf of who sent `text`; None where it has the shape of no key at all."""
+def presented(peppers: bytes | Peppers, text: str) -> tuple[Presented, ...]:
+    """What to look for on behalf of who sent `text`, in this order; nothing where it has the shape of no key at all.
+
+    One row may be it; while the pepper changes, one for each pepper of a key that came from elsewhere.
+    """
+    if isinstance(peppers, bytes):
+        peppers = Peppers(peppers)
     lookup = lookup_of(text) or lookup_of(text, MANAGEMENT)
+    if lookup is None and not _FOREIGN.match(text):
+        return ()
+    own = {pepper: digest(pepper, text) for pepper in peppers.accepted}
+    fresh, present = own[peppers.present], pepper_id(peppers.present)
+    stays = {fresh, *([own[peppers.upcoming]] if peppers.upcoming else [])}
     if lookup is not None:
-        return Presented(lookup, (digest(pepper, text),))
-    if not _FOREIGN.match(text):
-        return None
+        return (Presented(lookup, tuple(own.values()), (lookup, fresh, present), frozenset(stays)),)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Presented(foreign_lookup(pepper, sha256), (digest(pepper, text), foreign_digest(pepper, sha256)))
+    target = (foreign_lookup(peppers.present, sha256), fresh, present)
+    if peppers.upcoming:
+        stays.add(foreign_digest(peppers.upcoming, sha256))
+    return tuple(
+        Presented(
+            foreign_lookup(pepper, sha256),
+            (*own.values(), foreign_digest(pepper, sha256)),
+            target,
+            frozenset(stays),
+        )
+        for pepper in peppers.accepted
+    )
 
 
 def foreign_lookup(pepper: bytes, sha256: str) -> str:

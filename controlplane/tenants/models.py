@@ -180,6 +180,9 @@ class ApiKey(LimitColumns):
     name = models.CharField(max_length=120)
     lookup = models.CharField(max_length=LOOKUP_LENGTH, unique=True, editable=False)
     digest = models.BinaryField(max_length=32, editable=False)
+    pepper = models.CharField(
+        max_length=8, db_default="", default="", editable=False, help_text="id of the one it is hashed under"
+    )
     last4 = models.CharField(max_length=4, editable=False, help_text="last characters, to recognise a key by")
     created_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
@@ -270,6 +273,9 @@ class ManagementToken(models.Model):
     )
     lookup = models.CharField(max_length=LOOKUP_LENGTH, unique=True, editable=False)
     digest = models.BinaryField(max_length=32, editable=False)
+    pepper = models.CharField(
+        max_length=8, db_default="", default="", editable=False, help_text="id of the one it is hashed under"
+    )
     last4 = models.CharField(max_length=4, editable=False)
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(null=True, blank=True)

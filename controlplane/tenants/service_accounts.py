@@ -44,9 +44,11 @@ def find_caller(text: str) -> Caller | None:
 
     Needs no tenant. A wrong secret, an unknown lookup part and a key of the other kind take the same steps.
     """
-    key = key_text.presented(settings.ENV.key_pepper, text)
-    if key is None:
+    peppers = settings.ENV.key_peppers
+    found = key_text.presented(peppers, text)
+    if not found:
         return None
+    key = found[0]
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT organization_id, token_id, service_account_id, role, scopes, suspended_at "
@@ -54,6 +56,11 @@ def find_caller(text: str) -> Caller | None:
             [key.lookup, [digest.hex() for digest in key.digests]],
         )
         row = cursor.fetchone()
+        if row is not None and peppers.previous:  # kept under the present one from now on, if it is not
+            old, (_, fresh, present) = key_text.digest(peppers.previous, text), key.target
+            cursor.execute(
+                "SELECT corral_token_move(%s, %s, %s, %s)", [key.lookup, old.hex(), fresh.hex(), present]
+            )
     if row is None:
         return None
     granted = None if row[4] is None else json.loads(row[4])
@@ -128,6 +135,7 @@ def create_token(
             scopes=_scopes(scopes, Role(account.role)),
             lookup=new.lookup,
             digest=new.digest,
+            pepper=key_text.pepper_id(settings.ENV.key_pepper),
             last4=new.last4,
             expires_at=expires_at,
         )

@@ -216,6 +216,7 @@ def create_api_key(
             name=name,
             lookup=new.lookup,
             digest=new.digest,
+            pepper=key_text.pepper_id(settings.ENV.key_pepper),
             last4=new.last4,
             created_by=created_by,
             expires_at=expires_at,

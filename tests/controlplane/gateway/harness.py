@@ -125,15 +125,16 @@ class FakeDirectory:
         record = self.records.get(lookup)
         return record if record and bytes.fromhex(record.key.digest) in digests else None
 
-    async def rehash(self, lookup: str, old: bytes, new: bytes) -> None:
+    async def rehash(self, lookup: str, old: bytes, new_lookup: str, new: bytes, pepper_id: str) -> None:
         self._require_up()
         record = self.records[lookup]
         if record.key.digest == old.hex():
             from msgspec.structs import replace as replace_struct
 
-            key = replace_struct(record.key, digest=new.hex())
-            self.records[lookup] = replace_struct(record, key=key)
-            self.noted.append(f"key:{lookup}")
+            key = replace_struct(record.key, lookup=new_lookup, digest=new.hex())
+            del self.records[lookup]
+            self.records[new_lookup] = replace_struct(record, key=key)
+            self.noted += dict.fromkeys([f"key:{lookup}", f"key:{new_lookup}"])
 
     async def changes(self, watermark: str | None) -> Changes:
         self._require_up()
