@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -22,6 +23,7 @@ import uvloop
 from controlplane.gateway.config import ConfigError, GatewayConfig
 from controlplane.gateway.exchange import Protocol
 from controlplane.gateway.gateway import Gateway
+from controlplane.gateway.tls import Certificate
 from controlplane.logging import configure
 
 log = logging.getLogger("controlplane.gateway")
@@ -73,6 +75,8 @@ async def serve(config: GatewayConfig) -> None:
     server = Server(
         uvicorn.Config(
             gateway.app,
+            ssl_certfile=config.tls_cert or None,
+            ssl_keyfile=config.tls_key or None,
             http=Protocol,
             loop="none",
             lifespan="off",
@@ -87,6 +91,11 @@ async def serve(config: GatewayConfig) -> None:
         ),
         gateway,
     )
+    server.config.load()
+    certificate = None
+    if server.config.ssl is not None:
+        certificate = Certificate(server.config.ssl, Path(config.tls_cert), Path(config.tls_key))
+        certificate.start()
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(stop_signal, server.stop)
     sock = listen(config.host, config.port)
@@ -94,6 +103,8 @@ async def serve(config: GatewayConfig) -> None:
     try:
         await server.serve(sockets=[sock])
     finally:
+        if certificate is not None:
+            await certificate.close()
         await gateway.close()
 
 

@@ -7,6 +7,7 @@ Called by __main__ only; nothing else in the gateway reads the environment.
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ class GatewayConfig:
     name: str = ""  # label of its metrics and log lines; processes that share a port need different ones
     host: str = "127.0.0.1"
     port: int = 8400
+    # PEM files, both or none (then a proxy before it speaks TLS). Read again when they change.
+    tls_cert: str = ""
+    tls_key: str = ""
     # Origins of browsers that may call /v1: the console's playground.
     cors_origins: tuple[str, ...] = ()
     # Whose X-Forwarded-For is believed, where keys are bound to networks.
@@ -101,6 +105,8 @@ class GatewayConfig:
         pooler = env.get("CORRAL_PG_POOLER", "")
         if pooler not in ("", "transaction"):
             raise ConfigError(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
+        tls = {name: env.get(f"CORRAL_GATEWAY_{name.upper()}", "") for name in ("tls_cert", "tls_key")}
+        _check_pair(tls["tls_cert"], tls["tls_key"])
         listed = env.get("CORRAL_GATEWAY_CORS_ORIGINS", env.get("CORRAL_CONSOLE_URL", ""))
         defaults = cls("", "", b"")
 
@@ -121,6 +127,7 @@ class GatewayConfig:
             redis_url=env["CORRAL_REDIS_URL"],
             pg_dsn=env["CORRAL_PG_DSN_APP"],
             **secrets,
+            **tls,
             cell=env.get("CORRAL_CELL") or DEFAULT_CELL,
             name=env.get("CORRAL_GATEWAY_NAME") or f"gw-{os.getpid()}",
             host=env.get("CORRAL_GATEWAY_HOST") or defaults.host,
@@ -172,6 +179,18 @@ def _secret(env: Mapping[str, str], name: str) -> bytes:
     if text and len(value) < 16:
         raise ConfigError(f"{name}: must be 32 or more hex digits")
     return value
+
+
+def _check_pair(cert: str, key: str) -> None:
+    """Both or none, and they fit."""
+    if not cert and not key:
+        return
+    if not cert or not key:
+        raise ConfigError("CORRAL_GATEWAY_TLS_CERT, CORRAL_GATEWAY_TLS_KEY: set both, or none")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"CORRAL_GATEWAY_TLS_CERT={cert}, CORRAL_GATEWAY_TLS_KEY={key}: {error}") from error
 
 
 def _length_model(path: str) -> str:

@@ -88,6 +88,17 @@ DRILLS: dict[str, Drill] = {
         ONCE,
         n_tokens=800,
     ),
+    "rotate-secrets": Drill(
+        "replaces pepper, secret key, logins of the database and Redis's password; gateways, web and control worker "
+        "start again one by one, twice: clients come back and miss nothing",
+        servers.rotate_secrets,
+        ONCE,
+        n_tokens=3000,
+        n_tokens_vllm=1500,
+        reconnects=True,
+        probes=True,
+        limit_s=400.0,
+    ),
     "kill-gateway": Drill(
         "SIGKILL to one gateway: its requests run on, its clients come back to the other and get the rest",
         servers.kill_gateway,

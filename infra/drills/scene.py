@@ -90,9 +90,18 @@ class Scene:
         self.redis = redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0)
         # Of a key of the drill's that no gateway has seen; given by whoever makes the keys.
         self.unseen: Target | None = None
+        # After secrets were changed: the addresses that count now. Set by whoever has connections of its own.
+        self.on_renewal: Callable[[], None] = lambda: None
 
     def close(self) -> None:
         self.redis.close()
+
+    def renew(self, redis_url: str) -> None:
+        """The cell's Redis has another password."""
+        self.redis.close()
+        self.redis_url = redis_url
+        self.redis = redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        self.on_renewal()
 
     # -- looking
 

@@ -18,9 +18,11 @@ from urllib.parse import urlsplit
 import redis
 
 from infra.drills.scene import DrillError, Scene, ServingReplica, Strike
+from infra.local import environment
 from infra.local.hold import held
 from infra.local.process import ProcessIdentity, is_alive
 from infra.local.redis import EmbeddedRedis
+from infra.local.rotation import KINDS, Rotation
 
 POSTGRES_AWAY_S: Final = 10.0
 LOST_LOG_S: Final = 1.0
@@ -35,6 +37,26 @@ def kill_gateway(scene: Scene, strike: Strike) -> None:
     scene.signal(before, signal.SIGKILL)
     strike.done(f"SIGKILL to gateway-1, pid {before.pid}")
     _until_back(scene, strike, "gateway-1", before)
+
+
+def rotate_secrets(scene: Scene, strike: Strike) -> None:
+    """Pepper, secret key, logins of the database and Redis's password are replaced; every process learns of it."""
+    before = {p.name: p.pid for p in scene.record().processes}
+    rotation = Rotation(scene.var, scene.say)
+    strike.done(f"rotating {', '.join(KINDS)}")
+    started_s = time.monotonic()
+    try:
+        rotation.rotate(KINDS)
+    except RuntimeError as error:
+        raise DrillError(str(error)) from error
+    finally:
+        scene.renew(environment.load(scene.var)["CORRAL_REDIS_URL"])
+    strike.notes["took_s"] = round(time.monotonic() - started_s, 1)
+    after = {p.name: p.pid for p in scene.record().processes}
+    restarted = sorted(name for name, pid in after.items() if pid != before.get(name))
+    strike.notes["started again"] = ", ".join(restarted)
+    strike.require("gateway-1" in restarted and "web" in restarted, "nothing was started again")
+    strike.notes["keys of the former pepper"] = rotation.left().n_keys
 
 
 def kill_redis(scene: Scene, strike: Strike) -> None:

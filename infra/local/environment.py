@@ -23,17 +23,29 @@ _SECRETS = (
     "CORRAL_PG_DSN_OPERATOR",
     "CORRAL_REDIS_URL",
     "CORRAL_SECRET_KEY",
+    "CORRAL_SECRET_KEY_PREVIOUS",
     "CORRAL_KEY_PEPPER",
+    "CORRAL_KEY_PEPPER_PREVIOUS",
+    "CORRAL_KEY_PEPPER_NEXT",
+    "CORRAL_DIGEST_SECRET",
 )
-_COMMON = ("CORRAL_REDIS_URL", "CORRAL_PG_DSN_APP", "CORRAL_KEY_PEPPER")
+_COMMON = (
+    "CORRAL_REDIS_URL",
+    "CORRAL_PG_DSN_APP",
+    "CORRAL_KEY_PEPPER",
+    "CORRAL_KEY_PEPPER_PREVIOUS",
+    "CORRAL_KEY_PEPPER_NEXT",
+    "CORRAL_DIGEST_SECRET",
+)
+_DJANGO = (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY", "CORRAL_SECRET_KEY_PREVIOUS")
 # Who gets which secrets, and which role its `default` connection has. The owner's DSN is for migrations only.
 PROCESSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gateway": ("app", _COMMON),
-    "web": ("app", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
-    "control": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
-    "beat": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
-    "quickstart": ("operator", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY")),
-    "migrate": ("owner", (*_COMMON, "CORRAL_PG_DSN_OPERATOR", "CORRAL_SECRET_KEY", "CORRAL_PG_DSN_OWNER")),
+    "web": ("app", _DJANGO),
+    "control": ("operator", _DJANGO),
+    "beat": ("operator", _DJANGO),
+    "quickstart": ("operator", _DJANGO),
+    "migrate": ("owner", (*_DJANGO, "CORRAL_PG_DSN_OWNER")),
 }
 _STACK_COMMANDS = ("up", "down", "status", "logs")  # they make that environment, or need none
 _OWNER_COMMANDS = ("migrate", "makemigrations", "sqlmigrate", "showmigrations", "dbshell")
@@ -43,7 +55,6 @@ def stack_environment(
     config: StackConfig, *, ports: Mapping[str, int], engine: str, pg_dsns: Mapping[str, str], redis_url: str
 ) -> dict[str, str]:
     """Everything CORRAL_ there is to say, secrets included; `process_environment` takes from it."""
-    kept = stack_secrets(config.var)
     return {
         "CORRAL_VAR": str(config.var),
         "CORRAL_CELL": config.cell,
@@ -62,8 +73,21 @@ def stack_environment(
         "CORRAL_PG_DSN_APP": pg_dsns["app"],
         "CORRAL_PG_DSN_OPERATOR": pg_dsns["operator"],
         "CORRAL_PG_POOLER": config.pg_pooler,
+        **secret_variables(config.var),
+    }
+
+
+def secret_variables(var: Path) -> dict[str, str]:
+    """What is in secrets.json, as processes are told it; empty where a secret is not being changed."""
+    kept = stack_secrets(var)
+    return {
         "CORRAL_SECRET_KEY": kept["secret_key"],
+        "CORRAL_SECRET_KEY_PREVIOUS": kept.get("secret_key_previous", ""),
         "CORRAL_KEY_PEPPER": kept["key_pepper"],
+        "CORRAL_KEY_PEPPER_PREVIOUS": kept.get("key_pepper_previous", ""),
+        "CORRAL_KEY_PEPPER_NEXT": kept.get("key_pepper_next", ""),
+        # Stacks from before it was apart: it stays what the pepper was then.
+        "CORRAL_DIGEST_SECRET": kept.get("digest_secret", kept["key_pepper"]),
     }
 
 
@@ -81,7 +105,11 @@ def stack_secrets(var: Path) -> dict[str, str]:
     path = var / "secrets.json"
     stored = read_json(path)
     if stored is None:
-        stored = {"secret_key": secrets.token_urlsafe(48), "key_pepper": secrets.token_hex(32)}
+        stored = {
+            "secret_key": secrets.token_urlsafe(48),
+            "key_pepper": secrets.token_hex(32),
+            "digest_secret": secrets.token_hex(32),
+        }
         write_private_json(path, stored)
     return dict(stored)
 
@@ -113,9 +141,10 @@ def external_dsns(config: StackConfig) -> dict[str, str]:
     except psycopg.Error as error:
         raise RuntimeError(f"CORRAL_DATABASE_URL ({address}): {error}") from error
     query = f"?{parts.query}" if parts.query else ""
+    logins = {role: roles.login_of(role, passwords) for role in roles.ROLES}
     return {
-        role.removeprefix("corral_"): f"postgresql://{role}:{passwords[role]}@{address}/{database}{query}"
-        for role in roles.ROLES
+        role.removeprefix("corral_"): f"postgresql://{login}:{passwords[login]}@{address}/{database}{query}"
+        for role, login in logins.items()
     }
 
 

@@ -105,6 +105,20 @@ class EmbeddedPostgres(EmbeddedServer):
             roles.ensure_roles(superuser, self._credentials(), owner_creates_databases=not self.durable)
         self.create_database(roles.DATABASE)
 
+    def rotate_logins(self) -> None:
+        """New passwords on the other login of each role; `dsn` names it from now on. The former work on."""
+        credentials = roles.rotated(self._credentials())
+        write_private_json(self._credentials_path, credentials)
+        with self.connect() as superuser:
+            roles.ensure_roles(superuser, credentials, owner_creates_databases=not self.durable)
+
+    def retire_logins(self) -> None:
+        """The former logins end, with the sessions that still have them."""
+        credentials = roles.retired(self._credentials())
+        with self.connect() as superuser:
+            roles.ensure_roles(superuser, credentials, owner_creates_databases=not self.durable)
+        write_private_json(self._credentials_path, credentials)
+
     def create_database(self, name: str, template: str | None = None) -> None:
         """A database beside `corral`, set up like it; `template` (idle, without connections) is copied."""
         with self.connect() as superuser:
@@ -119,8 +133,8 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def dsn(self, role: str, database: str = roles.DATABASE) -> str:
         """postgresql:// URL of `owner`, `app`, `operator` or `superuser`. Holds a password: never log it."""
-        user = SUPERUSER if role == "superuser" else f"corral_{role}"
         passwords = self._credentials()
+        user = SUPERUSER if role == "superuser" else roles.login_of(f"corral_{role}", passwords)
         if user not in passwords:
             raise ValueError(f"role {role!r}: must be owner, app, operator or superuser")
         return f"postgresql://{user}:{passwords[user]}@{HOST}:{self.port}/{database}"

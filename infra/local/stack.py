@@ -139,7 +139,10 @@ def stack_specs(
                 "name": name,
                 "argv": [_PYTHON, *argv],
                 "marker": next(word for word in argv if not word.startswith("-")),
-                "env": environment.process_environment(kind, stack, os.environ) | extra_env,
+                # Read at every start: secrets change while the stack runs (rotation.py).
+                "env": lambda: (
+                    environment.process_environment(kind, environment.load(var), os.environ) | extra_env
+                ),
                 "log_path": logs / f"{name}.log",
                 "cwd": ROOT,
                 "ready_timeout_s": 60.0,  # 2 s on an idle machine; imports are slow on a busy one

@@ -24,6 +24,7 @@ from infra.local.hold import is_held
 from infra.local.logfile import bound_log, log_tail
 from infra.local.process import Account, ProcessIdentity, identity_of, kill_session, spawn
 from infra.local.restart import RestartPolicy
+from infra.local.rolling import take_request
 from infra.local.stackstate import (
     ProcessRecord,
     StackRecord,
@@ -53,16 +54,16 @@ class Phase(StrEnum):
 class ProcessSpec:
     """How to run one process.
 
-    `argv` may be a function when it is known only after `before_start`. `marker` is text of its command
-    line by which a leftover is recognised. `ready` gets the pid; None means ready once started. A
-    `one_shot` is ready when it ends with 0. When a `required` process fails during the start, all is
-    stopped. `log_path` None: our own output.
+    `argv` may be a function when it is known only after `before_start`, `env` when it changes between
+    starts. `marker` is text of its command line by which a leftover is recognised. `ready` gets the pid;
+    None means ready once started. A `one_shot` is ready when it ends with 0. When a `required` process fails
+    during the start, all is stopped. `log_path` None: our own output.
     """
 
     name: str
     argv: Sequence[str] | Callable[[], Sequence[str]]
     marker: str
-    env: Mapping[str, str]
+    env: Mapping[str, str] | Callable[[], Mapping[str, str]]
     log_path: Path | None
     cwd: Path = Path("/")
     account: Account | None = None
@@ -203,7 +204,10 @@ class Supervisor:
                 spec.before_start()
             child.popen = spawn(
                 spec.argv() if callable(spec.argv) else spec.argv,
-                env={**spec.env, **dict([run_mark(self._run_id).split("=")])},
+                env={
+                    **(spec.env() if callable(spec.env) else spec.env),
+                    **dict([run_mark(self._run_id).split("=")]),
+                },
                 log_path=spec.log_path,
                 cwd=spec.cwd,
                 account=spec.account,
@@ -253,6 +257,10 @@ class Supervisor:
             self._died(child, reason, now_s)
 
     def _died(self, child: _Child, reason: str, now_s: float) -> None:
+        if take_request(self._var, child.spec.name):
+            child.retry_s = now_s
+            self._enter(child, Phase.BACKING_OFF, "asked to start again")
+            return
         child.deaths_s = [*child.deaths_s[-20:], now_s]
         delay_s = child.spec.restart.delay_s(child.deaths_s, now_s)
         if delay_s is None:

@@ -6,15 +6,17 @@ status 0: every promise was kept, 1: one was not, 2: the drill could not be carr
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import time
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import connections
 
 from controlplane import ids
 from controlplane.deployments.importing import DEMO_PACKAGE
@@ -27,6 +29,7 @@ from infra.drills.load import Target
 from infra.drills.lock import only_drill
 from infra.drills.run import Result, asks_of, run
 from infra.drills.scene import DrillError, Scene
+from infra.local import environment
 
 # Free beside the streams, so that a short request that waits does so because something is away.
 PROBE_SLOTS = 16
@@ -117,6 +120,7 @@ class Command(BaseCommand):
         n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0)
         deployment_id = tenants.deploy(tenant, name, engine, n_slots)
         scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, engine, tenants.end_of)
+        scene.on_renewal = _renew
         unseen_id, unseen_key = tenants.unseen_key(tenant)
         try:
             tenants.wait_until_it_serves(scene)
@@ -151,6 +155,22 @@ class Command(BaseCommand):
         """Progress goes to standard error, so that --json stays one object."""
         self.stderr.write(f"  {time.monotonic() - self._started_s:6.1f} s  {text}", self.style.NOTICE)
         self.stderr.flush()
+
+
+def _renew() -> None:
+    """Our own connections learn of changed secrets, as the processes of the stack do at their start."""
+    for name, value in environment.load(settings.ENV.var).items():
+        os.environ[name] = value
+    os.environ["CORRAL_DB_ROLE"] = settings.ENV.db_role
+    settings.ENV = type(settings.ENV).read(os.environ)
+    for alias, role in (("default", settings.ENV.db_role), ("operator", "operator"), ("owner", "owner")):
+        if alias in connections.settings and settings.ENV.pg_dsn[role]:
+            parts = urlsplit(settings.ENV.pg_dsn[role])
+            connections.settings[alias].update(
+                USER=unquote(parts.username or ""), PASSWORD=unquote(parts.password or "")
+            )
+            connections[alias].close()
+            connections[alias].close_pool()  # type: ignore[attr-defined]
 
 
 def _line(result: Result) -> str:

@@ -441,13 +441,15 @@ async def running(url: str, directory: FakeDirectory | None = None, **changes: A
         uvicorn.Config(
             gateway.app, http=Protocol, loop="none", lifespan="off", ws="none", log_config=None,
             access_log=False, timeout_graceful_shutdown=3, proxy_headers=False,
+            ssl_certfile=gateway.config.tls_cert or None, ssl_keyfile=gateway.config.tls_key or None,
         ),
         gateway,
     )  # fmt: skip
     serving = asyncio.get_running_loop().create_task(server.serve(sockets=[sock]))
-    base = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    scheme = "https" if gateway.config.tls_cert else "http"
+    base = f"{scheme}://127.0.0.1:{sock.getsockname()[1]}"
     client = aioredis.Redis.from_url(url)
-    async with httpx.AsyncClient(base_url=base, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=base, timeout=20, verify=scheme == "http") as http:
         try:
             await until(lambda: server.started)
             yield Running(gateway, directory, http, base, client, log, directory.add_key(), server)

@@ -18,11 +18,13 @@ def main() -> int:
     var = Path(sys.argv[1])
     specs = []
     for fields in json.loads(sys.argv[2]):
-        ready_file = fields.pop("ready_file", None)
+        ready_file, env_file = fields.pop("ready_file", None), fields.pop("env_file", None)
         specs.append(
             ProcessSpec(
                 **{
-                    "env": {"PATH": os.defpath},
+                    "env": (lambda path=env_file: {"PATH": os.defpath, **json.loads(Path(path).read_text())})
+                    if env_file
+                    else {"PATH": os.defpath},
                     "log_path": var / "log" / f"{fields['name']}.log",
                     "marker": fields["argv"][0],
                     "restart": RestartPolicy(

@@ -110,7 +110,7 @@ def test_no_secret_is_on_a_command_line_or_in_the_state(running: Stack) -> None:
     for process in running.processes().values():
         if process.pid:
             seen += Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
-    assert len(secrets) == 7
+    assert len(secrets) == 8
     assert not [secret for secret in secrets if secret in seen]
 
 
