@@ -99,7 +99,6 @@ class Gateway:
             sample=config.decision_sample,
             url=config.console_url,
         )
-        self.digests = Digests(config.key_pepper)
         self.digests = Digests(config.digest_secret or config.key_pepper)
         self.dispatcher = Dispatcher(
             self.redis,
