@@ -20,6 +20,8 @@ from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
 from workers.contract import ReplicaSpec
 
+USUAL_LEADS = 5  # what is usual is what the last so many starts' durations have shown
+
 
 def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
     """The owner's wishes and the pool's limits, as the policy takes them."""
@@ -36,6 +38,7 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
         max_machines=config.max_machines,
         machine_timeout_s=config.machine_pending_timeout_s,
         lead_s=config.forecast_lead_s,
+        usual_s=USUAL_LEADS * config.forecast_lead_s,
     )
 
 

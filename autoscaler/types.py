@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from autoscaler.policy.forecast import ForecastMemory
+from autoscaler.policy.usual import UsualMemory
 
 
 class ReplicaPhase(StrEnum):
@@ -126,10 +127,18 @@ class ScalerSpec:
     panic_ratio: float = 2.0  # panic when the short window wants this many times what is ready
     scale_down_delay_s: float = 30.0  # wants the highest wish of this long before it shrinks
     # Looks as far ahead as a start takes (0: not at all), and keeps room for so many deviations of what it foretells.
-    # Once that has proven itself, load seen now needs no reserve of its own beyond `proven_ratio`.
+    # Once that has proven itself, load seen now needs no reserve of its own beyond `proven_ratio`. No deviations: what
+    # is usual keeps the room.
     lead_s: float = 0.0
-    n_deviations: float = 0.75
+    n_deviations: float = 0.0
     proven_ratio: float = 0.95
+    # Keeps room for the load that is exceeded in 1 - usual_share of the time and so many deviations (square roots)
+    # more, as far as the last usual_s show it (0: not at all), and gives a replica up only when spare_ratio of it is
+    # free beyond that. Tuned on the first days of ServeGen m-mid (`manage.py study scaling`).
+    usual_s: float = 0.0
+    usual_share: float = 0.75
+    usual_deviations: float = 1.4
+    spare_ratio: float = 0.3
     # A tick comes every 5 s at the latest, so a beat unchanged between two of them is this old.
     beat_stale_s: float = 4.0
     start_timeout_s: float = 300.0  # weights of some GB from a cold disk
@@ -155,6 +164,10 @@ class ScalerSpec:
             ("proven_ratio", self.proven_ratio, 0.01, 1.0),
             ("lead_s", self.lead_s, 0, 3600),
             ("n_deviations", self.n_deviations, 0, 10),
+            ("usual_s", self.usual_s, 0, 7 * 86400),
+            ("usual_share", self.usual_share, 0.01, 1.0),
+            ("usual_deviations", self.usual_deviations, 0, 10),
+            ("spare_ratio", self.spare_ratio, 0, 1),
             ("idle_timeout_s", self.idle_timeout_s, 0, 1e9),
             ("max_failures", self.max_failures, 1, 1000),
         ):
@@ -201,6 +214,7 @@ class ScalerMemory:
     n_requests_total: int = 0
     no_room_since_s: float | None = None
     forecast: ForecastMemory | None = None
+    usual: UsualMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from autoscaler.policy.forecast import Forecast, forecast, learn
 from autoscaler.policy.load import keep_samples, load_now, mean, next_beats, slots_now
+from autoscaler.policy.usual import learn as learn_usual
+from autoscaler.policy.usual import level
 from autoscaler.types import Observation, ReplicaPhase, Sample, ScalerMemory, ScalerSpec, Wish
 
 
@@ -35,6 +37,8 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
             0, memory, ("its organization is suspended, and the grace is over: no replica is wanted",)
         )
     ahead, memory = _look_ahead(observation, known, spec, memory, slots)
+    if spec.usual_s > 0:
+        memory = replace(memory, usual=learn_usual(now_s, known, spec.usual_s, memory.usual))
     n, reason, memory = _from_load(observation, spec, memory, n_live, slots, ahead)
     if n_live == 0 and known > 0:
         n, reason = max(1, _replicas_for(known, spec, slots), n), f"nothing serves {known:g} waiting requests"
@@ -86,9 +90,14 @@ def _from_load(
         high = ahead.high(spec.n_deviations)
         n_ahead = math.ceil(high / slots - 1e-9)
         foretold = f"; {high:.1f} at most in {spec.lead_s:g} s ({ahead.rule}) want {n_ahead}"
+    n_usual, n_keep, usual = _for_usual(spec, memory, slots)
+    foretold += usual
+    if ahead is not None or n_usual:
         spec = replace(spec, target_ratio=max(spec.proven_ratio, spec.target_ratio))
     n_stable, n_short = _replicas_for(stable, spec, slots), _replicas_for(short, spec, slots)
-    n_stable = max(n_stable, n_ahead)  # what is seen wins upward, and so does what is foretold
+    n_stable = max(
+        n_stable, n_ahead, n_usual
+    )  # what is seen wins upward, and so do what is foretold and usual
     n_ready = sum(1 for r in observation.replicas if r.phase is ReplicaPhase.READY)
     per_replica = f"{slots:.3g} slots x {spec.target_ratio:g}"
 
@@ -108,7 +117,7 @@ def _from_load(
             f"{stable:.1f} requests on average want {n_stable} of {per_replica}{foretold}",
             memory,
         )
-    keep = max(s.wanted for s in memory.samples if s.at_s > now_s - spec.scale_down_delay_s)
+    keep = max(n_keep, *(s.wanted for s in memory.samples if s.at_s > now_s - spec.scale_down_delay_s))
     if keep >= n_live:
         return (
             n_live,
@@ -119,6 +128,16 @@ def _from_load(
         f"at most {possible:.1f} requests on average, {spec.scale_down_delay_s:g} s long: {keep} are enough"
     )
     return keep, reason + foretold, memory
+
+
+def _for_usual(spec: ScalerSpec, memory: ScalerMemory, slots: float) -> tuple[int, int, str]:
+    """(replicas for the usual load, replicas not to go below, why): zeros until there is a usual load."""
+    usual = level(spec.usual_share, memory.usual, spec.usual_s / 4) if spec.usual_s > 0 else None
+    if usual is None:
+        return 0, 0, ""
+    high = (usual + spec.usual_deviations * math.sqrt(usual)) / slots
+    n = math.ceil(high - 1e-9)
+    return n, math.ceil(high + spec.spare_ratio - 1e-9), f"; {usual:.1f} are usual and want {n}"
 
 
 def _note_wanted(memory: ScalerMemory, n: int) -> ScalerMemory:

@@ -33,7 +33,12 @@ class Machine:
     bought_s: float
     is_ready: bool = False
     is_leaving: bool = False
+    is_released: bool = False  # nobody's any more, but it still finishes and is paid for what it runs
     is_gone: bool = False
+
+    @property
+    def serves(self) -> bool:
+        return self.is_ready and not self.is_released
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Fleet:
         on_ready: Callable[[Machine], None] = lambda machine: None,
         on_leaving: Callable[[Machine], None] = lambda machine: None,
         on_gone: Callable[[Machine], None] = lambda machine: None,
+        on_release: Callable[[Machine], None] | None = None,
         count_from_s: float = 0.0,
     ) -> None:
         self.kernel = kernel
@@ -75,6 +81,9 @@ class Fleet:
         # Seconds with enough machines ready, in shortage, and machine seconds missing then.
         self.ok_s = self.short_s = self.missing_machine_s = self.wanted_machine_s = 0.0
         self._on_ready, self._on_leaving, self._on_gone = on_ready, on_leaving, on_gone
+        self._on_release = (
+            on_release  # whoever it tells calls `finish`; None: a machine given back is gone at once
+        )
         self._refused: dict[str, float] = {}
         self._closing: dict[
             str, float
@@ -108,7 +117,7 @@ class Fleet:
     def _drop(self, zone: Zone, capacity: int) -> None:
         for machine in self._in_zone(zone)[capacity:]:
             self._tell(machine)
-            self.n_lost += 1
+            self.n_lost += not machine.is_released
             self._end(machine)
             self._refused[zone.name] = self.kernel.now_s
         self._soon()
@@ -141,13 +150,13 @@ class Fleet:
         self._account()
         orders = self.buyer.buy(self.view())
         for name, n in orders.release:
-            for machine in [m for m in self.machines if m.zone and m.zone.name == name and m.is_ready][::-1][
+            for machine in [m for m in self.machines if m.zone and m.zone.name == name and m.serves][::-1][
                 :n
             ]:
-                self._end(machine)
-        ready = [m for m in self.machines if m.zone is None and m.is_ready]
+                self._release(machine)
+        ready = [m for m in self.machines if m.zone is None and m.serves]
         for machine in ready[::-1][: orders.release_on_demand]:
-            self._end(machine)
+            self._release(machine)
         starting = [m for m in self.machines if m.zone is None and not m.is_ready]
         for machine in starting[::-1][: orders.cancel_on_demand]:
             self._end(machine)
@@ -192,6 +201,20 @@ class Fleet:
             self._on_ready(machine)
             self._soon()
 
+    def _release(self, machine: Machine) -> None:
+        """It is wanted no more: it gets nothing new and goes when it is empty."""
+        if self._on_release is None:
+            self._end(machine)
+            return
+        self._account()
+        machine.is_released = True
+        self._on_release(machine)
+
+    def finish(self, machine: Machine) -> None:
+        """A released machine is empty, or has had its time."""
+        if not machine.is_gone:
+            self._end(machine)
+
     def _end(self, machine: Machine) -> None:
         self._account()
         machine.is_gone = True
@@ -213,6 +236,8 @@ class Fleet:
         leaving: dict[str, int] = {}
         n_pending = n_ready = 0
         for m in self.machines:
+            if m.is_released:
+                continue
             if m.zone is None:
                 n_ready += m.is_ready
                 n_pending += not m.is_ready
@@ -245,7 +270,7 @@ class Fleet:
         if passed_s <= 0:
             return
         wanted = self._due(self._counted_s)
-        n_ready = sum(m.is_ready for m in self.machines)
+        n_ready = sum(m.serves for m in self.machines)
         self._counted_s = now_s
         if now_s <= self._count_from_s:
             return

@@ -36,18 +36,27 @@ from controlplane.policy.fairness import TOKEN
 from controlplane.policy.ordering import GAMMA, QueueOrder
 from controlplane.policy.routing import RouteWeights
 
+USUAL_LEADS = 5  # autoscaler/specs.py
+BOARDS_AGE_S = 1.0  # a gateway reads the loads so often (gateway/routes.py)
+WINDOW_TOKENS = 2_000  # Deployment.locality_window_tokens
+
 
 def production(
     forecast: int = 1,
-    n_deviations: float = 0.75,
+    n_deviations: float = 0.0,
     proven_ratio: float = 0.95,
-    scale_down_delay_s: float = 0.0,
+    scale_down_delay_s: float = 60.0,
     panic_ratio: float = 2.0,
     target_ratio: float = 0.0,
     stable_window_s: float = 15.0,
+    usual_s: float = -1.0,
+    usual_share: float = 0.75,
+    usual_deviations: float = 1.4,
+    spare_ratio: float = 0.3,
 ) -> Callable[[Setting], Scaler]:
-    """The production scaler: looks as far ahead as a machine takes to come, and shrinks after five such times.
-    The load of an instant counts: what is averaged away comes too late where a start takes minutes."""
+    """The production scaler: looks as far ahead as a machine takes to come, and keeps room for what was usual during
+    five such times (`usual_s` below 0). The load of an instant counts: what is averaged away comes too late where a
+    start takes minutes."""
 
     def scaler(s: Setting) -> Scaler:
         spec = ScalerSpec(
@@ -59,7 +68,11 @@ def production(
             target_ratio=target_ratio or s.target_ratio,
             panic_ratio=panic_ratio,
             stable_window_s=stable_window_s,
-            scale_down_delay_s=scale_down_delay_s or max(30.0, 5 * s.terms.boot_s),
+            scale_down_delay_s=scale_down_delay_s,
+            usual_s=USUAL_LEADS * s.terms.boot_s if usual_s < 0 else usual_s,
+            usual_share=usual_share,
+            usual_deviations=usual_deviations,
+            spare_ratio=spare_ratio,
             lead_s=s.terms.boot_s if forecast else 0.0,
             n_deviations=n_deviations,
             proven_ratio=proven_ratio,
@@ -68,10 +81,6 @@ def production(
         return Production(spec, s.begins_at_s, s.past)
 
     return scaler
-
-
-BOARDS_AGE_S = 1.0  # a gateway reads the loads so often (gateway/routes.py)
-WINDOW_TOKENS = 2_000  # Deployment.locality_window_tokens
 
 
 def boards(

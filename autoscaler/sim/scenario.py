@@ -24,6 +24,8 @@ from autoscaler.sim.series import Machines, Recorder, Sample, TenantService, qua
 from autoscaler.sim.world import Observer, Replica, Router, World
 
 HAND_OVER_S = 20.0  # ScalerSpec.hand_over_s
+DRAIN_S = 120.0  # ScalerSpec.drain_timeout_s: then what it still runs goes on elsewhere
+_LOOK_S = 1.0  # at a draining replica
 _TERMS = Terms(boot_s=120, notice_s=120, on_demand_usd_per_h=3.06, tick_s=15)
 
 
@@ -159,6 +161,17 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
     def gone(machine: Machine) -> None:
         world.kill_replica(replicas.pop(machine.id))
 
+    def released(machine: Machine) -> None:
+        drain(machine)
+        look(machine, kernel.now_s + DRAIN_S)
+
+    def look(machine: Machine, until_s: float) -> None:
+        replica = replicas.get(machine.id)
+        if replica is None or not replica.used or kernel.now_s >= until_s:
+            fleet.finish(machine)
+        else:
+            kernel.after(_LOOK_S, look, machine, until_s)
+
     def wanted(now_s: float) -> int:
         return scaler.wanted(world, sum(1 for m in fleet.machines if not m.is_ready), now_s)
 
@@ -172,6 +185,7 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
         on_ready=ready,
         on_leaving=leaving,
         on_gone=gone,
+        on_release=released,
         count_from_s=setting.warm_s,
     )
     return fleet
@@ -179,8 +193,8 @@ def _fleet(kernel: Kernel, world: World, setting: Setting, policy: Policy) -> Fl
 
 def _machines(fleet: Fleet) -> Callable[[World], Machines]:
     def look(world: World) -> Machines:
-        n_ready = sum(m.is_ready for m in fleet.machines)
-        n_on_demand = sum(m.zone is None and m.is_ready for m in fleet.machines)
+        n_ready = sum(m.serves for m in fleet.machines)
+        n_on_demand = sum(m.zone is None and m.serves for m in fleet.machines)
         return Machines(fleet.n_wanted, n_ready, n_on_demand, len(fleet.machines), fleet.usd_now)
 
     return look

@@ -8,6 +8,7 @@ import gzip
 import json
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from django.core.management import call_command
 from autoscaler.sim.ablations import ABLATIONS
 from autoscaler.sim.rates import _QUANTILES
 from autoscaler.sim.studies import _given as given
+from autoscaler.sim.studies.scaling import choose
 from autoscaler.sim.studies.spot import Paid, equal
 
 V100 = "spot/skypilot_spot_traces/availability/1-node/aws-02-15-2023"
@@ -121,12 +123,26 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
         },
     )
     monkeypatch.setattr("autoscaler.sim.studies.scaling._DEFAULTS", ())
+    monkeypatch.setattr("autoscaler.sim.studies.scaling._OTHER", ("m-mid", 0.0003, 40.0))
     args = ("--seeds", "2", "--fit-windows", "1", "--hours", "0.7", "--keep", "0.0005")
     found = study("scaling", traces, *args)
-    judged, fitted = found["tables"]
-    assert len(judged["rows"]) == 3 and len(fitted["rows"]) == 4
+    judged, elsewhere, fitted = found["tables"]
+    assert len(judged["rows"]) == 5 and len(fitted["rows"]) == 4  # the tuned, our defaults, the ceiling
+    assert len(elsewhere["rows"]) == 3
     assert judged["rows"][0][1]["n"] == 2
-    assert len(found["goals"]) == 2
+    assert len(found["goals"]) == 4
+
+
+def test_ours_is_tuned_to_attain_most_for_less_than_the_rivals_and_the_rivals_to_cost_least() -> None:
+    def runs(attained: float, usd: float) -> Any:
+        return [SimpleNamespace(slo_attainment=attained, usd=usd)]
+
+    fitted = {"a": runs(0.991, 10.0), "b": runs(0.995, 12.0), "c": runs(0.98, 9.0)}
+    assert choose(fitted) == "a"
+    assert choose(fitted, most_usd=12.5) == "b"
+    assert choose(fitted, most_usd=9.5) == "c"
+    assert choose(fitted, most_usd=1.0) == "a", "none is affordable: the rule of the others"
+    assert choose({"c": fitted["c"]}) == "c", "none reaches the target"
 
 
 def test_study_ablation_has_a_row_for_each_ingredient(traces: Path) -> None:

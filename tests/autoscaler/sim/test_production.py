@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from autoscaler import specs
 from autoscaler.sim import beginnings, policies, routers
 from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.gateways import Gateways
@@ -38,6 +39,7 @@ def test_corral_is_the_production_queue_and_two_of_the_gateways_boards() -> None
     assert isinstance(queue, Fair)
     assert queue.queue.window == Deployment._meta.get_field("locality_window_tokens").default * TOKEN
     assert policies.BOARDS_AGE_S == routes._POLL_S
+    assert policies.USUAL_LEADS == specs.USUAL_LEADS
     assert routers.TELLS_AFTER_S == placements._EVERY_S
 
 
