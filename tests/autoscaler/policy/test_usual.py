@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -70,9 +69,9 @@ def after(spec: ScalerSpec, loads: list[float], n_replicas: int) -> list[int]:
     memory, wanted = ScalerMemory(), []
     for n, load in enumerate(loads):
         now_s = n * 15.0
-        share = load / n_replicas
+        each, rest = divmod(int(load), n_replicas)
         views = tuple(
-            ReplicaView(f"{i}", "m", ReplicaPhase.READY, 0.0, 0.0, 10, math.ceil(share), n)
+            ReplicaView(f"{i}", "m", ReplicaPhase.READY, 0.0, 0.0, 10, each + (i < rest), None, n)
             for i in range(n_replicas)
         )
         found = wish(Observation(now_s, "d", 0, views), spec, memory)

@@ -124,7 +124,7 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
     )
     monkeypatch.setattr("autoscaler.sim.studies.scaling._DEFAULTS", ())
     monkeypatch.setattr("autoscaler.sim.studies.scaling._OTHER", ("m-mid", 0.0003, 40.0))
-    args = ("--seeds", "2", "--fit-windows", "1", "--hours", "0.7", "--keep", "0.0005")
+    args = ("--seeds", "2", "--fit-windows", "1", "--hours", "1.2", "--keep", "0.0003")
     found = study("scaling", traces, *args)
     judged, elsewhere, fitted = found["tables"]
     assert len(judged["rows"]) == 5 and len(fitted["rows"]) == 4  # the tuned, our defaults, the ceiling
