@@ -61,9 +61,11 @@ def _buyer(make: Callable[[SpotSpec], Buyer], max_spares: int = 4) -> Policy:
 ABLATIONS: dict[str, Policy] = {
     "nothing (the production bundle)": CORRAL,
     "fair queue (one line for all)": policy("fcfs"),
-    "forecast and its reserve": policy("corral:forecast=0"),
+    "routing by board (fewest running instead)": policy("least-load"),
+    "forecast": policy("corral:forecast=0"),
+    "room for the usual load": policy("corral:usual_s=0"),
     "panic window": policy("corral:panic_ratio=1e9"),
-    "persistence (shrinks at once)": policy("corral:scale_down_delay_s=15"),
+    "persistence (shrinks at once)": policy("corral:scale_down_delay_s=15:spare_ratio=0"),
     "hazard learning": _buyer(Unlearning),
     "on-demand cover": _buyer(Uncovered),
     "diversification": _buyer(Together),

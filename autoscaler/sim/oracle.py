@@ -4,6 +4,9 @@ A linear programme over the ticks of the market (HiGHS): machines of each zone a
 tick, and how many are newly ordered. A machine serves once it has been held for the boot time, within capacity from
 the order on; shortage is allowed for exactly the share of wanted machine time that the availability target leaves.
 Fractions of machines are allowed, which only lowers the bound.
+
+With `covered` it knows the future as well, but must at every tick hold enough without any one zone, as a buyer must who
+is not told in time which zone goes next: the least that such cover costs.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ class OracleError(RuntimeError):
     """The solver found no optimum in time; says so."""
 
 
-def bound_of(setting: Setting, demand: Steps, availability: float, tick_s: float = 0.0) -> Bound:
+def bound_of(
+    setting: Setting, demand: Steps, availability: float, tick_s: float = 0.0, *, covered: bool = False
+) -> Bound:
     """The bound for a run's own demand, as its availability counts it: what has been wanted for a start's duration. Of
     each tick only the least counts, and what a start takes is free at the very beginning: both lower the bound."""
     due_s = setting.terms.boot_s + GRACE_S
@@ -48,6 +53,7 @@ def bound_of(setting: Setting, demand: Steps, availability: float, tick_s: float
         on_demand_usd_per_h=setting.terms.on_demand_usd_per_h,
         availability=availability,
         tick_s=tick_s,
+        covered=covered,
     )
 
 
@@ -61,6 +67,7 @@ def cheapest(
     availability: float,
     tick_s: float = 195.0,
     time_limit_s: float = 120.0,
+    covered: bool = False,
 ) -> Bound:
     """The bound. Booting takes whole ticks, rounded down (again in the oracle's favour); each start is paid besides for
     what was rounded away."""
@@ -99,15 +106,18 @@ def cheapest(
         for i in range(1, n):  # held grows by what is ordered; the first tick is given
             row([j * n + i, j * n + i - 1, (k + j) * n + i], [1, -1, -1], -inf, 0)
     for i in range(n):  # serving: held now and not ordered within the boot time
-        columns, values = [2 * k * n + i], [1.0]
-        for j in range(k):
-            columns.append(j * n + i)
-            values.append(1.0)
-            for back in range(n_boot):
-                if i - back >= 1:
-                    columns.append((k + j) * n + i - back)
-                    values.append(-1.0)
-        row(columns, values, float(need[i]), inf)
+        for without in range(k - 1) if covered else (-1,):
+            columns, values = [2 * k * n + i], [1.0]
+            for j in range(k):
+                if j == without:
+                    continue
+                columns.append(j * n + i)
+                values.append(1.0)
+                for back in range(n_boot):
+                    if i - back >= 1:
+                        columns.append((k + j) * n + i - back)
+                        values.append(-1.0)
+            row(columns, values, float(need[i]), inf)
     row(list(range(2 * k * n, n_columns)), [1.0] * n, -inf, float((1 - availability) * need.sum()))
 
     lp = highspy.HighsLp()

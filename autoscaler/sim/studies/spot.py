@@ -12,6 +12,7 @@ from typing import Any, Final
 from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim import scenario
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge
+from autoscaler.sim.buyers_plan import Planned
 from autoscaler.sim.fleet import Buyer, Fleet, Terms
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import Steps, Zone
@@ -52,6 +53,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+_COVERED: Final = "covered"
+_SPARES: Final = (1, 2, 3, 4)
+_MARGIN_S: Final = 1.0  # a fifth of the promised first token: what may count as no worse
+
+
 @dataclass(frozen=True, slots=True)
 class Paid:
     """One window under one buyer: cost over the oracle's, and the share of time with enough machines."""
@@ -75,6 +81,18 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         progress(f"{market.name}: notice {notice_s:g} s, boot {boot_s:g} s")
         return found
 
+    def covers(market: given.Market, notice_s: float, boot_s: float) -> dict[str, list[Paid]]:
+        terms = Terms(boot_s, notice_s, given.ON_DEMAND_USD_PER_H, tick_s=60)
+        found: dict[str, list[Paid]] = defaultdict(list)
+        for seed in seeds:
+            wanted = given.demand(total, seed, length_s, options["machines"])
+            for name, paid in _covers(
+                market.window(seed, length_s), terms, wanted, length_s, with_plan=notice_s > 0
+            ).items():
+                found[name].append(paid)
+        progress(f"cover: notice {notice_s:g} s, boot {boot_s:g} s")
+        return found
+
     notice_s, boot_s, zone_machines = _BASE
     everywhere = {
         m.name: windows(m, notice_s, boot_s) for m in given.markets(options["traces"], zone_machines)
@@ -94,7 +112,11 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         )
         for load in (given.servegen(options["traces"], "m-mid", 0.0005), given.azure(options["traces"], 0.25))
     }
-    return _study(options, everywhere, assumed, served)
+    cover = {
+        (notice, boot, n): covers(main[n], notice, boot)
+        for notice, boot, n in ((120.0, 180.0, zone_machines), (0.0, 120.0, 4), (0.0, 180.0, 4))
+    }
+    return _study(options, everywhere, assumed, served, cover)
 
 
 def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float) -> dict[str, Paid]:
@@ -109,6 +131,28 @@ def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_
     for rival in _RIVALS.values():
         buyers |= {name: make() for name, make in rival.items()}
     found = {}
+    for name, buyer in buyers.items():
+        kernel = Kernel()
+        fleet = Fleet(kernel, zones, terms, buyer, wanted, length_s)
+        kernel.run(until_s=length_s)
+        fleet.close()
+        found[name] = Paid(fleet.usd / least_usd, fleet.availability)
+    return found
+
+
+def _covers(
+    zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float, *, with_plan: bool
+) -> dict[str, Paid]:
+    """What knowing everything but the next loss would cost, and our buyer with fewer spares than it asks for."""
+    setting = Setting(given.engine(), given.SLOTS, 0, given.TTFT_S, zones, terms, until_s=length_s)
+    least_usd = bound_of(setting, wanted, AVAILABILITY).usd
+    found = {
+        _COVERED: Paid(bound_of(setting, wanted, AVAILABILITY, covered=True).usd / least_usd, AVAILABILITY)
+    }
+    spec = SpotSpec(terms.boot_s, terms.notice_s, AVAILABILITY)
+    buyers: dict[str, Buyer] = {f"at most {n} spares": Corral(replace(spec, max_spares=n)) for n in _SPARES}
+    if with_plan:
+        buyers["purchase plan"] = Planned(spec)
     for name, buyer in buyers.items():
         kernel = Kernel()
         fleet = Fleet(kernel, zones, terms, buyer, wanted, length_s)
@@ -198,6 +242,7 @@ def _study(
     everywhere: dict[str, dict[str, list[Paid]]],
     assumed: dict[tuple[float, float, int], dict[str, list[Paid]]],
     served: dict[str, dict[str, list[tuple[Result, float]]]],
+    cover: dict[tuple[float, float, int], dict[str, list[Paid]]],
 ) -> Study:
     columns = [
         Column("corral × oracle", "{:.3f}"),
@@ -241,8 +286,10 @@ def _study(
             "available": "share of time with as many machines ready as have been wanted for a start's duration",
             "as available": "the cheapest setting of n_extra (any-zone 0, 1, 2, 4; SpotHedge 1, 2, 4) that is as "
             "available as asked; none: the most available one, with what it reaches",
-            "where notice is shorter than a start": "99.9 % takes spares, as only the oracle knows what goes "
-            "next; the goals are for the first assumption, the others are told",
+            "where notice is shorter than a start": "a zone that goes leaves a gap of boot less notice, so 99.9 % "
+            "takes machines that stand in for any one zone. The oracle knows which goes and pays for none; the same "
+            "programme made to hold enough without any one zone, at every tick, is the least that such cover costs. "
+            "The goals are for the first assumption, the others are told",
             "any-zone that heeds notices": "not in its three lines; it shows that with a notice in time, heeding it "
             "makes spot as available as on-demand, and that what is learned counts where it comes too late",
             "runs": f"{options['seeds']} windows of market and load, the same for all; ± is the 95 % interval",
@@ -257,6 +304,19 @@ def _study(
                 "Other assumptions, the six V100 zones",
                 [Column("notice, boot, machines per zone"), *columns],
                 [[f"{n:g} s, {b:g} s, {m}", *_market_row(found)] for (n, b, m), found in assumed.items()],
+            ),
+            Table(
+                "What cover costs where a notice is shorter than a start: × oracle, and available",
+                [
+                    Column("notice, boot, machines per zone"),
+                    Column("knows all but which zone goes next", "{:.2f}"),
+                    *[
+                        Column(title, form)
+                        for name in (*(f"at most {n} spares" for n in _SPARES), "purchase plan")
+                        for title, form in ((name, "{:.3f}"), ("available", "{:.2%}"))
+                    ],
+                ],
+                [[f"{n:g} s, {b:g} s, {m}", *_cover_row(found)] for (n, b, m), found in cover.items()],
             ),
             in_service,
         ],
@@ -280,6 +340,14 @@ def _market_row(found: dict[str, list[Paid]]) -> list[Cell]:
     heeding = of(_HEEDING, "ratio").mean, of(_HEEDING, "availability").mean
     cells.append(f"{heeding[0]:.3f} at {heeding[1]:.3%}")
     cells.append(of("on-demand", "ratio").mean)
+    return cells
+
+
+def _cover_row(found: dict[str, list[Paid]]) -> list[Cell]:
+    cells: list[Cell] = [interval([paid.ratio for paid in found[_COVERED]])]
+    for name in (*(f"at most {n} spares" for n in _SPARES), "purchase plan"):
+        paid = found.get(name)
+        cells += [interval([p.ratio for p in paid]), _mean(paid, "availability")] if paid else [None, None]
     return cells
 
 
@@ -339,9 +407,13 @@ def _goals(
                 ratio.high <= _RATIO_GOAL,
             ),
             Goal(
-                f"{load}: P99 to the first token no worse than on-demand's (paired)",
-                f"{tail.mean:+.3f} ± {tail.half:.3f} s",
-                tail.low <= 0,
+                f"{load}: P99 to the first token no worse than on-demand's (paired, non-inferior by the upper end of "
+                "the interval)",
+                f"{tail.mean:+.3f} ± {tail.half:.3f} s; margin {_MARGIN_S:g} s, upper end {tail.high:+.3f} s",
+                tail.high <= _MARGIN_S,
+                f"on average {tail.mean:+.3f} s; {len(runs['corral'])} windows do not show that it is within the margin"
+                if tail.high > _MARGIN_S
+                else "",
             ),
         ]
     return goals

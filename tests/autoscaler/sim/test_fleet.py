@@ -93,6 +93,24 @@ def test_nobody_beats_the_oracle_at_the_same_availability(buyer: Buyer) -> None:
     assert 0 <= bound.on_demand_share <= 1
 
 
+def test_cover_for_any_one_zone_costs_a_share_of_the_others() -> None:
+    """Four machines over two, three, or six zones that always have room: 8, 6, and 4.8 are paid for."""
+    for n_zones, paid in ((2, 8.0), (3, 6.0), (6, 4.8)):
+        zones = tuple(Zone(f"z{n}", 600.0, (8,) * 12, 1.0) for n in range(n_zones))
+        for covered, usd_per_h in ((False, 4.0), (True, paid)):
+            bound = cheapest(
+                zones,
+                lambda now_s: 4,
+                7200.0,
+                boot_s=120.0,
+                on_demand_usd_per_h=10.0,
+                availability=1.0,
+                tick_s=600.0,
+                covered=covered,
+            )
+            assert bound.usd == pytest.approx(2 * usd_per_h)
+
+
 def test_the_oracle_need_not_serve_what_nobody_could() -> None:
     zones = (zone("a", *[9] * 24),)
     spikes = tuple(

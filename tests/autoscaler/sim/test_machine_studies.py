@@ -102,7 +102,10 @@ def test_equal_availability_takes_the_cheapest_that_reaches_and_says_when_none_d
 
 def test_study_spot_compares_all_on_the_same_demand(traces: Path) -> None:
     found = study("spot", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--hours", "0.7")
-    everywhere, assumed, served = found["tables"]
+    everywhere, assumed, cover, served = found["tables"]
+    assert len(cover["rows"]) == 3
+    assert all(row[1]["mean"] >= 1 for row in cover["rows"]), "cover is never cheaper than none"
+    assert [row[-1] is None for row in cover["rows"]] == [False, True, True]
     assert len(everywhere["rows"]) == 2 and len(assumed["rows"]) == 8
     policies = {row[0].split(": ")[1] for row in served["rows"]}
     assert {"on-demand", "corral", "any-zone:n_extra=0", "spothedge:n_extra=1"} <= policies
@@ -123,8 +126,8 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
         },
     )
     monkeypatch.setattr("autoscaler.sim.studies.scaling._DEFAULTS", ())
-    monkeypatch.setattr("autoscaler.sim.studies.scaling._OTHER", ("m-mid", 0.0003, 40.0))
-    args = ("--seeds", "2", "--fit-windows", "1", "--hours", "1.2", "--keep", "0.0003")
+    monkeypatch.setattr("autoscaler.sim.studies.scaling._OTHER", ("m-mid", 0.001, 40.0))
+    args = ("--seeds", "2", "--fit-windows", "1", "--hours", "1.1", "--keep", "0.0001")
     found = study("scaling", traces, *args)
     judged, elsewhere, fitted = found["tables"]
     assert len(judged["rows"]) == 5 and len(fitted["rows"]) == 4  # the tuned, our defaults, the ceiling
