@@ -83,7 +83,9 @@ def request_of(text: str) -> UUID:
         found = ids.from_text(ids.Prefix.REQUEST, text)
         ids.day_of(found)
     except (ValueError, OverflowError, OSError):
-        raise NotFoundError("no such request: an id looks like req_<32 hex digits>", field="request_id") from None
+        raise NotFoundError(
+            "no such request: an id looks like req_<32 hex digits>", field="request_id"
+        ) from None
     return found
 
 

@@ -40,7 +40,8 @@ _SLOWEST_WEIGHT: Final = 0.02
 # Of those that would be refused one in so many is let in, so that a wrong prediction cannot feed on itself.
 PROBE_EVERY: Final = 50
 _MAX_RETRY_S: Final = 300.0
-_MIN_RETRY_S: Final = 0.1
+# The queue stands at its bound as long as the overload lasts: who comes back at once finds it there.
+_MIN_RETRY_S: Final = 1.0
 
 
 class Terms(NamedTuple):

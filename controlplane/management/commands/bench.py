@@ -9,6 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from benchmarks import (
+    admission,
     autoscaler,
     cells,
     clients,
@@ -38,6 +39,12 @@ class Bench:
 
 
 BENCHES = {
+    "admission": Bench(
+        "an overloaded deployment that refuses by prediction, and one that refuses by the length of its queue",
+        admission.measure,
+        admission.as_text,
+        2,
+    ),
     "autoscaler": Bench(
         "one pass over a whole cell, at a tenth, a third and the whole size; the purchase plan beside it",
         autoscaler.measure,
