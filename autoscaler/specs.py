@@ -1,7 +1,7 @@
 """From a deployment's row to what the policy scales by and what an agent is told to run.
 
-Called by tick, observe, act and reconcile. Reads no database: the deployment comes with its model version and, for
-`scaler_spec`, its organization loaded.
+Called by tick, observe, act and reconcile. The deployment comes with its model version and, for `scaler_spec`, its
+organization loaded; only the file names of a version in an object store are looked up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
+from infra.objectstore import Place, signed_urls
 from workers.contract import ReplicaSpec
 
 USUAL_LEADS = 5  # what is usual is what the last so many starts' durations have shown
@@ -71,7 +72,20 @@ def replica_spec(deployment: Deployment, replica_id: UUID) -> dict[str, Any]:
 def desired_spec(replica: Replica) -> ReplicaSpec:
     """What the agent is told about a live replica."""
     is_draining = replica.phase == ReplicaPhase.DRAINING
-    return msgspec.convert({**replica.spec, "drain": is_draining}, ReplicaSpec)
+    spec = msgspec.convert({**replica.spec, "drain": is_draining}, ReplicaSpec)
+    if spec.model_source.startswith("s3://") and replica.phase in (
+        ReplicaPhase.STARTING,
+        ReplicaPhase.LOADING,
+    ):
+        spec.model_urls = _signed_urls(spec.model_source, spec.model_digest)
+    return spec
+
+
+def _signed_urls(source: str, digest: str) -> dict[str, list[str]]:
+    """Signed anew whenever the agent is told, and kept nowhere else."""
+    version = ModelVersion.objects.filter(digest=digest).exclude(manifest={}).first()
+    names = [entry["name"] for entry in version.manifest.get("files", [])] if version is not None else []
+    return signed_urls(Place.parse(source), digest, names)
 
 
 def _source(version: ModelVersion) -> str:

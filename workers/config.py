@@ -8,6 +8,7 @@ never to be logged or written to disk by the front).
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,7 @@ class AgentConfig:
     proof: str = field(default="", repr=False)
     # Prefix of the tags that an EC2 machine reads its id from; empty where the id was given.
     tag_prefix: str = ""
+    model_cache_bytes: int | None = None  # what model versions may take of the disk; None: what it has
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str] = os.environ) -> AgentConfig:
@@ -175,6 +177,7 @@ class AgentConfig:
         parser.add_argument("--enrol-url", default=env.get("CORRAL_ENROL_URL", ""))
         parser.add_argument("--var", default=env.get("CORRAL_MACHINE_VAR", ""))
         parser.add_argument("--model-cache", default=env.get("CORRAL_MODEL_CACHE", ""))
+        parser.add_argument("--model-cache-gib", default=env.get("CORRAL_MODEL_CACHE_GIB", ""))
         parser.add_argument("--cell", default=env.get("CORRAL_CELL", DEFAULT_CELL))
         parser.add_argument("--redis", default=env.get("CORRAL_MACHINE_REDIS", ""), help="host:port")
         parser.add_argument("--engine", default=env.get("CORRAL_ENGINE", "vllm"), choices=("vllm", "toy"))
@@ -188,6 +191,12 @@ class AgentConfig:
             raise ConfigError("--enrol-url: give the http(s) URL of the control plane's enrolment endpoint")
         if not options.var:
             raise ConfigError("--var: give a directory that this machine may write, kept across restarts")
+        try:
+            gib = float(options.model_cache_gib or "inf")
+        except ValueError:
+            gib = 0.0
+        if not gib > 0:
+            raise ConfigError(f"--model-cache-gib {options.model_cache_gib!r}: give GiB above 0, or nothing")
         var_dir = Path(options.var).absolute()
         return cls(
             machine=options.machine_id,
@@ -199,6 +208,7 @@ class AgentConfig:
             engine=options.engine,
             proof=env.get("CORRAL_ENROL_PROOF", ""),
             tag_prefix=env.get("CORRAL_TAG_PREFIX", "corral") if is_ec2 else "",
+            model_cache_bytes=None if math.isinf(gib) else int(gib * 2**30),
         )
 
     @property

@@ -269,6 +269,8 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     # True: finish or hand off what runs, take nothing new, then stop.
     drain: bool = False
     grace_s: float = 10.0
+    # Of a version in an object store: file name -> signed URLs of it, best first. Secrets for as long as they last.
+    model_urls: dict[str, list[str]] = {}
     v: int = WIRE_VERSION
 
 

@@ -26,6 +26,7 @@ from workers.app import ConsumerConfig, make_app, run_worker
 from workers.config import EXIT_FAILED, EXIT_OK, FrontConfig
 from workers.engine.base import Engine, EngineProfile
 from workers.failure import ReplicaFailure, check_model_dir, classify, write_outcome
+from workers.modelcache.uses import Uses
 from workers.replica import Replica
 from workers.watchdog import Watchdog
 
@@ -59,6 +60,9 @@ def build_engine(config: FrontConfig) -> Engine:
         return ToyEngine(profile)
     model_dir = Path(config.model_dir)
     check_model_dir(model_dir)
+    # For as long as this process lives nobody evicts its weights, also while its machine has no agent.
+    with contextlib.suppress(OSError):  # a directory that is no store is evicted by nobody
+        Uses(model_dir.parent / ".uses").claim(model_dir.name, counts=False)
     from workers.engine.vllm import VllmEngine
 
     return VllmEngine(profile, model_dir)

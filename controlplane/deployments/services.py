@@ -101,6 +101,19 @@ def create_model_version(
     return wanted
 
 
+def move_model_version(*, organization_id: UUID, model_version_id: UUID, source_uri: str) -> ModelVersion:
+    """Machines fetch it from this place in an object store from now on. The house only (operator role): a tenant may
+    not send machines to an address of its choosing. Raises NotFoundError.
+    """
+    with tenant(organization_id):
+        ModelVersion.objects.filter(organization_id=organization_id, id=model_version_id).update(
+            source_kind=ModelSource.OBJECT_STORE, source_uri=source_uri
+        )
+        version = selectors.model_version(organization_id=organization_id, model_version_id=model_version_id)
+    log.info("model_version.moved", organization=organization_id.hex, model_version=version.id.hex)
+    return version
+
+
 def retire_model_version(*, organization_id: UUID, model_version_id: UUID) -> ModelVersion:
     """Nothing new is served from it; deployments that have it go on. May run twice. Raises NotFoundError."""
     with tenant(organization_id):

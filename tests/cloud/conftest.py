@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from infra import objectstore
 from infra.providers.aws.clients import Clients, connect
 from infra.providers.aws.config import AwsConfig
 from infra.providers.aws.provider import AwsProvider
 from tests.cloud.ec2 import REGION, ZONES, Ec2
+from tests.cloud.s3 import s3_server
 
 TYPE = "g6.xlarge"
 
@@ -52,3 +57,21 @@ def aws_config(ec2: Ec2, **changes: str) -> AwsConfig:
         "CORRAL_AWS_SECURITY_GROUPS": ec2.group,
     }
     return AwsConfig.read({**environ, **changes})
+
+
+@pytest.fixture(scope="session")
+def s3_environ() -> Iterator[dict[str, str]]:
+    """A real S3 server for the session; its variables for boto3."""
+    root = Path(tempfile.mkdtemp(prefix="weed"))
+    with s3_server(root) as environ:
+        yield environ
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def s3(s3_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same, in this process's environment. After `ec2`, if both: its credentials are taken for all."""
+    for name, value in s3_environ.items():
+        monkeypatch.setenv(name, value)
+    objectstore._client.cache_clear()
+    return s3_environ

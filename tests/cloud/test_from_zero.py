@@ -162,3 +162,35 @@ def test_a_notice_orders_the_replacement_before_the_machine_goes(
     eventually(lambda: old not in cloud.routed(), "and not routed to any more", 15)
     assert len(cloud.routed()) == 1
     assert len(cloud.ec2.alive()) == 1
+
+
+@pytest.mark.engine
+def test_weights_come_from_an_object_store_to_a_machine_that_never_had_them(
+    cloud: Cloud,
+    s3: dict[str, str],
+    tmp_path: Path,
+    eventually: Callable[..., None],  # noqa: F811
+) -> None:
+    from controlplane.deployments import importing, services
+    from infra.objectstore import Place, publish
+
+    organization = cloud.scaling.world.organization
+    version = importing.register(organization_id=organization.id, source="tiny", var=tmp_path)
+    store, place = importing.store(tmp_path), Place("models", "e2e")
+    publish(store.path(version.digest), store.manifest(version.digest), place, lambda name, size: None)
+    services.move_model_version(
+        organization_id=organization.id, model_version_id=version.id, source_uri=place.uri
+    )
+    profile = {"max_num_seqs": 4, "max_model_len": 256}
+    cloud.scaling.change(model_version_id=version.id, engine_profile=profile)
+    cloud.scaling.configure(engine="vllm")
+    cloud.recorder.house = cloud.scaling.house
+    shutil.rmtree(tmp_path / "models")  # nowhere but in the bucket
+    cloud.wake("first")
+    eventually(lambda: len(cloud.routed()) == 1, "a replica with these weights is routed to", 110)
+    [guest] = cloud.hypervisor.guests.values()
+    assert (guest.var / "models" / version.digest / "model.safetensors").exists()
+    on_disk = b"".join(path.read_bytes() for path in guest.var.rglob("*.json") if path.is_file())
+    assert b"X-Amz-Signature" not in on_disk, "signed URLs are kept nowhere"
+    assert b"X-Amz-Signature" not in (guest.var / "console.log").read_bytes()
+    assert "X-Amz" not in str(Replica.objects.get().spec)

@@ -28,12 +28,18 @@ from workers.config import AgentConfig, FrontConfig, ServeTuning
 from workers.contract import MACHINE_STOPPED, ReplicaPhase, ReplicaSpec, ReplicaStatus
 from workers.failure import ReplicaFailure, read_outcome
 from workers.modelcache.store import ModelStore, ModelStoreError
+from workers.modelcache.uses import Claim
 
 log = logging.getLogger(__name__)
 
 FRONT_ENTRY: Final = "workers.front:run"
 MAX_REPLICAS: Final = 64
 _HAND_BACK_S: Final = 5.0  # from "stop now" to the kill: time to journal and release
+
+
+def without_urls(spec: ReplicaSpec) -> ReplicaSpec:
+    """For disk and process: signed URLs are secrets, and of no use once the files are here."""
+    return msgspec.structs.replace(spec, model_urls={})
 
 
 @dataclass(slots=True)
@@ -48,6 +54,7 @@ class Known:
     stages_ms: dict[str, int] = field(default_factory=dict)
     failure: ReplicaFailure | None = None  # why we ended it, if we did
     task: asyncio.Task[None] | None = None
+    claim: Claim | None = None  # keeps its model version on the disk
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -82,7 +89,7 @@ class Replicas:
         self._limits = limits
         self._tuning = tuning
         self._records = Records(self._dirs)
-        self._store = ModelStore(config.model_cache)
+        self._store = ModelStore(config.model_cache, budget_bytes=config.model_cache_bytes)
         self._known: dict[str, Known] = {}
         self._machine_ends = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -200,7 +207,7 @@ class Replicas:
                 spec.replica, ReplicaPhase.FAILED, "no_room", f"this machine runs {MAX_REPLICAS} replicas"
             )
             return
-        self._records.write(Record(spec))
+        self._records.write(Record(without_urls(spec)))
         self._report(
             ReplicaStatus(replica=spec.replica, phase=ReplicaPhase.STARTING, deployment=spec.deployment)
         )
@@ -239,10 +246,9 @@ class Replicas:
             return None
         started_s = time.monotonic()
         try:
-            if self._store.has(spec.model_digest):
-                path = self._store.path(spec.model_digest)
-            else:
-                path = await asyncio.to_thread(self._store.ensure, spec.model_digest, spec.model_source)
+            path, known.claim = await asyncio.to_thread(
+                self._store.acquire, spec.model_digest, spec.model_source, None, spec.model_urls
+            )
         except ValueError as error:
             raise ModelStoreError("bad_digest", str(error)) from None
         known.stages_ms["fetch"] = _ms_since(started_s)
@@ -255,7 +261,7 @@ class Replicas:
             machine=self._config.machine,
             redis_url=self._redis_url,
             var_dir=str(self._dirs.root),
-            spec=known.spec,
+            spec=without_urls(known.spec),
             model_dir=str(model_dir) if model_dir else "",
             stages_ms=known.stages_ms,
             tuning=self._tuning,
@@ -326,6 +332,8 @@ class Replicas:
             return
         known.life = Life.ENDED
         known.gone.set()
+        if known.claim is not None:
+            known.claim.close()
         if phase is ReplicaPhase.STOPPED and self._machine_ends:
             code, message = MACHINE_STOPPED, "its machine was stopped"
         known.end = ReplicaStatus(
@@ -337,7 +345,7 @@ class Replicas:
             pid=known.pid,
             stages_ms=known.stages_ms,
         )
-        self._records.write(Record(known.spec, known.end))
+        self._records.write(Record(without_urls(known.spec), known.end))
         log.info("ended: %s", message or phase.value, extra={"replica": replica, "code": code})
         self._report(known.end)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from workers.modelcache.eviction import Held, victims
 from workers.modelcache.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -29,15 +30,20 @@ from workers.modelcache.manifest import (
     hash_file,
     is_digest,
 )
+from workers.modelcache.remote import Urls, fetch_files, fetch_manifest
+from workers.modelcache.transfer import TransferError
+from workers.modelcache.uses import Claim, Uses
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 LOCK_TIMEOUT_S: Final = 1800.0  # another process may be copying tens of gigabytes
 _SPARE_BYTES: Final = 64 << 20
+MAX_EVICTIONS: Final = 16  # rounds, each of several versions
+MAX_ACQUIRES: Final = 3
 
 
 class ModelStoreError(RuntimeError):
-    """`code` is stable: `unknown_source`, `source_missing`, `bad_weights`, `disk_full`, `busy`. The message
-    has the remedy."""
+    """`code` is stable: `unknown_source`, `source_missing`, `source_expired`, `source_unreachable`, `bad_weights`,
+    `disk_full`, `busy`. The message has the remedy."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -47,13 +53,16 @@ class ModelStoreError(RuntimeError):
 class ModelStore:
     """One root directory. Files in it are read-only and never change: a changed model is another digest."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, budget_bytes: int | None = None) -> None:
+        """budget_bytes: what all versions together may take; None: what the disk has."""
         self.root = root
+        self.budget_bytes = budget_bytes
         self._incoming = root / ".incoming"
         self._locks = root / ".locks"
         self.sources = root / ".sources"  # importers remember here what they have imported
         for directory in (self._incoming, self._locks, self.sources):
             directory.mkdir(parents=True, exist_ok=True)
+        self._uses = Uses(root / ".uses")
 
     def path(self, digest: str) -> Path:
         """Where a version is, or would be."""
@@ -79,26 +88,83 @@ class ModelStore:
             _check(self.path(digest) / entry.name, entry)
         return manifest
 
-    def ensure(self, digest: str, source: str, progress: Progress | None = None) -> Path:
-        """The version's directory, fetched from `source` if it is not here yet.
+    def ensure(
+        self, digest: str, source: str, progress: Progress | None = None, urls: Urls | None = None
+    ) -> Path:
+        """The version's directory, fetched if it is not here yet.
 
-        `source` is a `file://` URL of a directory with a manifest, or of a store that holds the digest.
-        Copies are verified before the version appears. Concurrent calls for one digest fetch once. Raises
-        ModelStoreError.
+        `source` is a `file://` URL of a directory with a manifest, or of a store that holds the digest; with `urls`,
+        its files come over HTTP instead, and an attempt that fails leaves what it got to the next. Verified before
+        the version appears. Concurrent calls for one digest fetch once. Raises ModelStoreError.
         """
         target = self.path(digest)
         if self.has(digest):
             return target
-        origin = _local_source(source, digest)
+        origin = None if urls else _local_source(source, digest)
         with self._lock(digest):
             if self.has(digest):
                 return target
-            manifest = _read_manifest(origin, digest)
-            self._require_space(manifest.size_bytes)
-            with self.incoming(digest) as staging:
-                _fetch(origin, manifest, staging, progress)
-                self._install(staging, manifest)
+            began_s = time.monotonic()
+            if origin is None:
+                self._ensure_remote(digest, urls or {}, progress)
+            else:
+                manifest = _read_manifest(origin, digest)
+                self._make_room(manifest.size_bytes)
+                with self.incoming(digest) as staging:
+                    _fetch(origin, manifest, staging, progress)
+                    self._install(staging, manifest)
+            self._uses.fetched(digest, time.monotonic() - began_s)
         return target
+
+    def _ensure_remote(self, digest: str, urls: Urls, progress: Progress | None) -> None:
+        staging = self._incoming / f"{digest}.remote"  # kept when it fails: the next attempt goes on from it
+        try:
+            manifest = fetch_manifest(urls, digest)
+            staging.mkdir(exist_ok=True)
+            n_there = sum(p.stat().st_blocks * 512 for p in staging.iterdir())
+            self._make_room(max(manifest.size_bytes - n_there, 0))
+            fetch_files(urls, manifest, staging, progress=progress)
+        except TransferError as error:
+            raise ModelStoreError(error.code, str(error)) from None
+        self._install(staging, manifest)
+
+    def acquire(
+        self, digest: str, source: str, progress: Progress | None = None, urls: Urls | None = None
+    ) -> tuple[Path, Claim]:
+        """As `ensure`, and the version stays until the claim is closed or this process ends."""
+        for _ in range(MAX_ACQUIRES):
+            path = self.ensure(digest, source, progress, urls)
+            claim = self._uses.claim(digest)
+            if self.has(digest):
+                return path, claim
+            claim.close()  # evicted in between
+        raise ModelStoreError(
+            "disk_full", "the model cache is too small: versions are evicted as fast as they come"
+        )
+
+    def claim(self, digest: str) -> Claim:
+        """Keep a version that is here, for another process than the one that acquired it; counts as no use."""
+        return self._uses.claim(digest, counts=False)
+
+    def evict(self, digest: str) -> bool:
+        """Remove a version that nobody uses; False when somebody does."""
+        with self._uses.free(digest) as is_free:
+            if not is_free:
+                return False
+            manifest = self.path(digest) / MANIFEST_NAME
+            with contextlib.suppress(FileNotFoundError):
+                manifest.unlink()  # from here on it is not there, whatever becomes of us
+            shutil.rmtree(self.path(digest), ignore_errors=True)
+        return True
+
+    def held(self) -> list[Held]:
+        """What is on the disk, with its use."""
+        found = []
+        for digest in self.digests():
+            with contextlib.suppress(ModelStoreError):
+                size = self.manifest(digest).size_bytes
+                found.append(Held(digest, size, self._uses.read(digest), self._uses.is_claimed(digest)))
+        return found
 
     @contextlib.contextmanager
     def incoming(self, name: str) -> Iterator[Path]:
@@ -146,14 +212,25 @@ class ModelStore:
                 time.sleep(0.05)
             yield
 
-    def _require_space(self, n_bytes: int) -> None:
-        free = shutil.disk_usage(self.root).free
-        if free < n_bytes + _SPARE_BYTES:
-            raise ModelStoreError(
-                "disk_full",
-                f"the model needs {n_bytes >> 20} MiB and {free >> 20} MiB are free in the model cache; "
-                "remove versions that no deployment uses, or give the cache a larger disk",
-            )
+    def _make_room(self, n_bytes: int) -> None:
+        """Evict until `n_bytes` fit the budget and the disk. Raises ModelStoreError when what runs fills it."""
+        for _ in range(MAX_EVICTIONS):
+            held = self.held()
+            free = shutil.disk_usage(self.root).free - _SPARE_BYTES
+            if self.budget_bytes is not None:
+                free = min(free, self.budget_bytes - sum(h.size_bytes for h in held))
+            if free >= n_bytes:
+                return
+            leaving = victims(held, n_bytes - free, time.time())
+            if leaving is None:
+                raise ModelStoreError(
+                    "disk_full",
+                    f"the model needs {n_bytes >> 20} MiB and {max(free, 0) >> 20} MiB are free in the model cache; "
+                    "the rest is in use: give the cache a larger disk or budget",
+                )
+            for digest in leaving:
+                self.evict(digest)
+        raise ModelStoreError("disk_full", "the model cache could not be emptied: others fill it meanwhile")
 
 
 def _local_source(source: str, digest: str) -> Path:
