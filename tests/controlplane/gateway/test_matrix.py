@@ -117,7 +117,7 @@ def routes() -> set[str]:
             if isinstance(node, ast.Constant)
             and isinstance(node.value, str)
             and id(node) not in docs
-            and re.match(r"/[a-z]", node.value)
+            and re.match(r"/(?!api/)[a-z]", node.value)  # /api is another process's: links to it
         }
     return found
 
