@@ -6,8 +6,8 @@ tenant; asks the cell's Redis for running requests, once, and says null where it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 from uuid import UUID
 
 import redis
@@ -28,6 +28,7 @@ from controlplane.api.plans import (
     GrantHit,
     KeyHit,
     MemberHit,
+    NarrowedKey,
     ReplicaHit,
     Written,
 )
@@ -73,6 +74,7 @@ def disruption_of(organization_id: UUID, written: Sequence[Written]) -> Disrupti
         summary=[],
         replicas=_replicas(organization_id, written),
         keys=_keys(organization_id, written),
+        narrowed=_narrowed(organization_id, written),
         tokens=_tokens(organization_id, written),
         members=_members(organization_id, written),
         grants=[
@@ -196,6 +198,34 @@ def _keys(organization_id: UUID, written: Sequence[Written]) -> list[KeyHit]:
     ]
 
 
+def _narrowed(organization_id: UUID, written: Sequence[Written]) -> list[NarrowedKey]:
+    found = []
+    for entry in written:
+        if entry.kind != "api_key" or entry.action != "update":
+            continue
+        loses = [*_scopes_lost(entry.before("scopes") or {}, entry.after("scopes") or {})]
+        aliases = (entry.before("aliases") or {}).keys() - (entry.after("aliases") or {}).keys()
+        loses += [f"the alias {alias}" for alias in sorted(aliases)]
+        row = (
+            ApiKey.objects.filter(organization_id=organization_id, id=entry.thing).first() if loses else None
+        )
+        if row is not None:
+            found.append(NarrowedKey(id=str(row), name=row.name, loses=loses[:MAX_LISTED]))
+    return found[:MAX_LISTED]
+
+
+def _scopes_lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """By routes, models and networks; where nothing was bound before, all but what is named now."""
+    for part, word in (("routes", "routes"), ("models", "models"), ("ip_ranges", "networks")):
+        was, becomes = before.get(part), after.get(part)
+        if becomes is None or was == becomes:
+            continue
+        if was is None:
+            yield f"{word} other than {', '.join(becomes)}" if becomes else f"all {word}"
+        elif gone := sorted(set(was) - set(becomes)):
+            yield f"the {word} {', '.join(gone)}"
+
+
 def _tokens(organization_id: UUID, written: Sequence[Written]) -> list[KeyHit]:
     ended = [each.thing for each in written if each.kind == "management_token" and _ends(each)]
     rows = ManagementToken.objects.filter(organization_id=organization_id, id__in=ended).order_by("id")
@@ -268,6 +298,8 @@ def _sentences(found: Disruption) -> Iterable[str]:
         yield f"{_count(found.n_streams, 'running request')} on them finish or move on"
     for key in found.keys:
         yield f"key {key.name} stops working {f'at {key.ends_at:%Y-%m-%d %H:%M:%S %Z}' if key.ends_at else 'at once'}"
+    for narrowed in found.narrowed:
+        yield f"key {narrowed.name} loses {'; '.join(narrowed.loses)}"
     for token in found.tokens:
         yield f"token {token.name} stops working at once"
     for member in found.members:

@@ -117,6 +117,17 @@ class KeyHit(Schema):
     last_used_at: datetime | None
 
 
+class NarrowedKey(Schema):
+    """A key that would go on with less."""
+
+    id: str
+    name: str
+    loses: list[str] = Field(
+        description="In words: what it may no longer do",
+        examples=[["models other than chat", "the alias gpt-4o"]],
+    )
+
+
 class MemberHit(Schema):
     """A person who would lose rights."""
 
@@ -138,6 +149,7 @@ class Disruption(Schema):
     replicas: list[ReplicaHit]
     n_streams: int | None = Field(description="In flight on those replicas; they end or move on")
     keys: list[KeyHit]
+    narrowed: list[NarrowedKey]
     tokens: list[KeyHit]
     members: list[MemberHit]
     grants: list[GrantHit]

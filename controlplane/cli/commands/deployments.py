@@ -86,18 +86,21 @@ def delete(session: Session, deployment: str, yes: bool) -> None:
 
 
 @deployments.command()
-@click.argument("replica")
+@click.argument("thing")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--wait", is_flag=True, help="Until it has ended.")
 @click.pass_obj
-def drain(session: Session, replica: str, yes: bool, wait: bool) -> None:
-    """Let REPLICA (id) finish what it runs, then end it."""
-    path = f"/replicas/{replica}/drain"
+def drain(session: Session, thing: str, yes: bool, wait: bool) -> None:
+    """Let THING, the id of a replica (rep_…) or machine (mch_…), finish what it runs, then end it."""
+    kind = {"rep": "replicas", "mch": "machines"}.get(thing.partition("_")[0])
+    if kind is None:
+        raise Failure(f"{thing!r}: give the id of a replica (rep_…) or machine (mch_…)")
+    path = f"/{kind}/{thing}/drain"
     confirm(session.api.call("POST", path, plan=True), yes=yes)
     begun = session.api.call("POST", path)
-    click.echo(f"Draining {replica}: {begun['id']}")
+    click.echo(f"Draining {thing}: {begun['id']}")
     if wait:
-        follow(session, replica)
+        follow(session, thing)
 
 
 def follow(session: Session, subject: str, max_s: float = 3600) -> None:

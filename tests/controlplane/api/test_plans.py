@@ -137,6 +137,23 @@ def test_keys_that_stop_working_are_named(api: Api, world: World) -> None:
     assert limits["disrupts"]["keys"] == []
 
 
+def test_what_a_key_may_no_longer_do_is_named(api: Api, world: World) -> None:
+    key, _ = services.create_api_key(
+        organization_id=world.organization.id, project_id=world.project.id, name="program"
+    )
+    path = f"/keys/key_{key.id.hex}"
+    (hit,) = api.call("PUT", f"{path}/scopes?plan=true", {"models": ["chat"]}).body["disrupts"]["narrowed"]
+    assert (hit["name"], hit["loses"]) == ("program", ["models other than chat"])
+    api.call("PUT", f"{path}/scopes", {"models": ["chat", "code"], "routes": []})
+    api.call("PATCH", path, {"aliases": {"gpt-4o": "chat"}})
+    planned = api.call("PUT", f"{path}/scopes?plan=true", {"models": ["chat"], "routes": ["chat"]}).body
+    assert planned["disrupts"]["summary"] == ["key program loses the models code"]
+    (hit,) = api.call("PATCH", f"{path}?plan=true", {"aliases": {}}).body["disrupts"]["narrowed"]
+    assert hit["loses"] == ["the alias gpt-4o"]
+    wider = api.call("PUT", f"{path}/scopes?plan=true", {}).body["disrupts"]
+    assert wider["narrowed"] == wider["keys"] == []
+
+
 def test_people_who_lose_rights_are_named(api: Api, world: World) -> None:
     bob = next(m for m in api.get("/members").body["data"] if m["email"] == "bob@example.org")
     path = f"/members/{bob['id']}?plan=true"

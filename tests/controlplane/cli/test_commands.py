@@ -101,6 +101,9 @@ def test_a_deployment_is_scaled_after_its_plan_was_shown(corral: Corral, world: 
     assert "so already" in corral.run("deployments", "scale", "toy-chat", "--max", "1").output
     assert "0-1" in corral.run("deployments", "list", "--project", "main").stdout
     assert "ready" in corral.run("deployments", "show", "toy-chat").stdout
+    machine = json.loads(corral.run("get", "machines", "-o", "json").stdout)[0]["id"]
+    assert "Draining mch_" in corral.run("deployments", "drain", machine, "-y").stdout
+    assert "give the id" in corral.run("deployments", "drain", "toy-chat", "-y", status=1).stderr
     corral.run("deployments", "delete", "toy-chat", "-y")
     assert "nothing here" in corral.run("deployments", "list").stderr
 
