@@ -13,7 +13,7 @@ from typing import Any, Final
 _DEPTH: Final = 12
 _AT: Final = "2026-11-02T09:30:00Z"
 _ID: Final = "0193f2c47e1a7b3c9d5e6f7081920a1b"
-_ID_SHAPE: Final = re.compile(r"\^([a-z]{3})_\[0-9a-f\]\{32\}\$")
+_ID_SHAPE: Final = re.compile(r"\^([a-z]{2,5})_")
 # By the name of the property, wherever it stands. A value that does not fit the schema there is not taken.
 _NAMED: Final[Mapping[str, Any]] = {
     "id": f"key_{_ID}",

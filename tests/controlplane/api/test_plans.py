@@ -32,8 +32,14 @@ WRITING_COMMANDS = (
     "zadd",
     "incr",
 )
-# Writes that change nothing which the audit log keeps: their plans say whether they would be refused.
-NOT_AUDITED = {"delete_export": "a copy of data, no configuration"}
+# Writes that here change nothing which the audit log keeps: their plans say whether they would be refused. A new write
+# that fails for want of a line here lacks the audit trigger on its table, or belongs here with a reason.
+NO_CHANGES = {
+    "delete_export": "a copy of data, no configuration",
+    "try_webhook": "a message, no configuration",
+    "replay_delivery": "likewise",
+    "clear_quota": "the house's stays in force, Acme has set none",
+}
 
 
 def fields(change: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -70,7 +76,7 @@ def test_every_write_can_be_planned_and_a_plan_changes_nothing(world: World, red
             assert answer.status_code == 200, (name, answer.body)
             assert answer["Content-Type"] == PLAN, name
             assert answer.body["status"] in (200, 201, 202, 204), name
-            assert bool(answer.body["changes"]) is (name not in NOT_AUDITED), (name, answer.body)
+            assert bool(answer.body["changes"]) is (name not in NO_CHANGES), (name, answer.body)
             assert answer.body["n_changes"] == len(answer.body["changes"])
             assert "crl-" not in answer.content.decode(), (name, "a secret")
         assert writes_of(server) == n_writes
