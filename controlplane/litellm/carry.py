@@ -46,7 +46,7 @@ def options(organization: str, shared_by: str) -> Options:
     return Options(
         now=timezone.now(),
         make_id=make_id,
-        lookup=lambda sha256: api_keys.foreign_lookup(pepper, sha256),
+        lookups=lambda sha256: (api_keys.foreign_lookup(pepper, sha256),),
         digest=lambda sha256: api_keys.foreign_digest(pepper, sha256),
         organization=organization,
         shared_by=shared_by,
@@ -54,10 +54,11 @@ def options(organization: str, shared_by: str) -> Options:
 
 
 def make_id(kind: str, name: str, at: datetime) -> UUID:
-    """A UUIDv7 of that time whose other bits are a keyed hash of what it is there: the same each time, and nobody can
-    tell from it what a key's hash was."""
-    secret = api_keys.digest(settings.ENV.key_pepper, f"id of an imported {kind} {name}")
-    bits = int.from_bytes(hashlib.sha256(secret).digest()[:10]) & ((1 << 74) - 1)
+    """A UUIDv7 of that time whose other bits are a hash of what it is there, so that it is the same each time. Of a key
+    `name` is its lookup part, which tells nobody what its hash was."""
+    bits = int.from_bytes(hashlib.sha256(f"corral litellm {kind} {name}".encode()).digest()[:10]) & (
+        (1 << 74) - 1
+    )
     at_ms = max(0, int(at.timestamp() * 1000)) & ((1 << 48) - 1)
     high, low = bits >> 62, bits & ((1 << 62) - 1)
     return UUID(int=at_ms << 80 | 7 << 76 | high << 64 | 2 << 62 | low)
@@ -70,7 +71,7 @@ def existing(organization: str) -> Existing:
     return Existing(
         organizations=frozenset(each for each, _ in organizations),
         projects=frozenset(each for each, _, _ in projects),
-        lookups=frozenset(ApiKey.objects.filter(origin=ORIGIN).values_list("lookup", flat=True)),
+        lookups=dict(ApiKey.objects.filter(origin=ORIGIN).values_list("lookup", "id")),
         slugs=frozenset(slug for _, slug in organizations),
         project_slugs=frozenset((owner, slug) for _, owner, slug in projects),
         default=next((each for each, slug in organizations if slug == organization), None),

@@ -8,7 +8,7 @@ counterpart is noted with a remedy. Ids are made of what they were there, so a s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -35,7 +35,7 @@ class Existing:
 
     organizations: frozenset[UUID] = frozenset()
     projects: frozenset[UUID] = frozenset()
-    lookups: frozenset[str] = frozenset()
+    lookups: Mapping[str, UUID] = field(default_factory=dict)  # of imported keys
     slugs: frozenset[str] = frozenset()  # of organizations
     project_slugs: frozenset[tuple[UUID, str]] = frozenset()
     default: UUID | None = None  # the organization for what has none there, if it is here
@@ -43,12 +43,12 @@ class Existing:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to plan. `make_id(kind, name, at)` gives an id that is the same each time; `lookup` and `digest` are keyed
-    hashes of a key's SHA-256."""
+    """How to plan. `make_id(kind, name, at)` gives an id that is the same each time; `lookups` (under every pepper that
+    counts, the present one first) and `digest` are keyed hashes of a key's SHA-256."""
 
     now: datetime
     make_id: Callable[[str, str, datetime], UUID]
-    lookup: Callable[[str], str]
+    lookups: Callable[[str], tuple[str, ...]]
     digest: Callable[[str], bytes]
     organization: str = "litellm"  # slug of the organization for what has none there
     shared_by: str = ""  # slug of whoever shares the models: aliases lead to OWNER/NAME
@@ -249,7 +249,11 @@ class _Planner:
         listed = [*row.models, *(m for g in row.access_group_ids for m in self._group_by_id(g))]
         models = both(models_of(listed, self._group), home.models)
         expires = min((at for at in (row.expires, until) if at is not None), default=None)
-        lookup = self._options.lookup(token)
+        lookups = self._options.lookups(token)
+        known = next(
+            (self._existing.lookups[each] for each in lookups if each in self._existing.lookups), None
+        )
+        made_id = known or self._options.make_id("key", lookups[0], row.created_at or _LONG_AGO)
         if home.is_blocked or row.blocked:
             tell(
                 "it is blocked there, which can be undone; here it is revoked",
@@ -259,14 +263,14 @@ class _Planner:
             tell(what, remedy)
         self._plan.keys.append(
             PlannedKey(
-                id=self._options.make_id("key", token, row.created_at or _LONG_AGO),
+                id=made_id,
                 organization_id=home.project.organization_id,
                 project_id=home.project.id,
                 name=name if until is None else f"{name[:110]} (old)",
-                lookup=lookup,
+                lookup=lookups[0],
                 digest=self._options.digest(token),
                 last4=row.key_name[-4:] if row.key_name and until is None and len(row.key_name) > 6 else "",
-                fate=Fate.THERE if lookup in self._existing.lookups else Fate.NEW,
+                fate=Fate.NEW if known is None else Fate.THERE,
                 limits=found.limits,
                 budgets=found.budgets,
                 scopes=scopes_of(models, row.allowed_routes, tell),

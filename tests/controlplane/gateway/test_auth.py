@@ -417,3 +417,18 @@ async def test_a_changed_share_is_read_again_when_it_is_announced(
     leased(directory, key, 100_000, 60_000)
     cache.invalidate("lim:" + "e" * 32)
     assert (await cache.authenticate(b"Bearer " + key.encode(), None)).scopes[0][2][0] == 1
+
+
+async def test_a_directory_that_does_not_compare_lets_nobody_in(
+    cache: KeyCache, directory: FakeDirectory
+) -> None:
+    key = directory.add_key()
+    find = directory.find
+
+    async def careless(lookup: str, digests: tuple[bytes, ...]) -> Any:
+        digest = bytes.fromhex(directory.records[lookup].key.digest)
+        return await find(lookup, (digest,))
+
+    directory.find = careless  # type: ignore[method-assign]
+    assert await ask(cache, key[:-2] + "AA") == "invalid_api_key"
+    assert await ask(cache, key) == "ok"
