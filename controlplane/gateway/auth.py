@@ -43,6 +43,7 @@ _UNLEASED_S = 1.0  # how long a cell without a lease does not ask again for the 
 # Without a word of the deployment's owner those are refused early who would notice: they wait for the first word.
 _PREDICTED_TTFT_MS = 5_000
 _PREDICTS = {"predicted": True, "bounded": False}
+_NO_DIGEST = bytes(32)
 _MAX_REFUSED = 4096
 _MAX_REHASHES = 16  # under way
 _MAX_LOOKUPS = 256  # questions to Postgres under way; more at once is an attack or an outage
@@ -314,7 +315,8 @@ class KeyCache:
     async def _entry(self, key: Presented) -> tuple[_Entry | None, bool]:
         """The entry of a key, None for none, read from Postgres unless it is fresh; whether it could not be read."""
         entry = self._entries.get(key.lookup)
-        if entry is not None and not key.is_behind(entry.digest):
+        # Compared in any case, so that it takes as long where there is none.
+        if not key.is_behind(_NO_DIGEST if entry is None else entry.digest):
             entry = None  # of another secret: as if there were none
         now = self._clock()
         if entry is not None and now < entry.fresh_until:
@@ -351,7 +353,7 @@ class KeyCache:
         if record is not None and not key.is_behind(bytes.fromhex(record.key.digest)):
             record = None  # the directory compares already; whoever lets a key in has compared as well
         if record is None:
-            if entry is not None and key.is_behind(entry.digest):  # it was one
+            if key.is_behind(_NO_DIGEST if entry is None else entry.digest):  # it was one
                 self._drop(self._entries.pop(key.lookup))
             if n_changes == self._n_changes:
                 self._refused[key.identity] = now + self._unknown_s

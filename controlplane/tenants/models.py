@@ -214,6 +214,7 @@ class ApiKey(LimitColumns):
         ]
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["organization", "-created_at"], name="apikey_newest"),
+            models.Index(fields=["digest"], name="apikey_digest"),
         ]
 
     def __str__(self) -> str:
@@ -293,6 +294,7 @@ class ManagementToken(models.Model):
         ]
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["organization", "-created_at"], name="managementtoken_newest"),
+            models.Index(fields=["digest"], name="managementtoken_digest"),
         ]
 
     def __str__(self) -> str:
