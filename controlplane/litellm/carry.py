@@ -46,7 +46,9 @@ def options(organization: str, shared_by: str) -> Options:
     return Options(
         now=timezone.now(),
         make_id=make_id,
-        lookups=lambda sha256: (api_keys.foreign_lookup(pepper, sha256),),
+        lookups=lambda sha256: tuple(
+            api_keys.foreign_lookup(each, sha256) for each in settings.ENV.key_peppers.accepted
+        ),
         digest=lambda sha256: api_keys.foreign_digest(pepper, sha256),
         organization=organization,
         shared_by=shared_by,
@@ -156,6 +158,7 @@ def _key_row(planned: PlannedKey, now: datetime) -> ApiKey:
         digest=planned.digest,
         last4=planned.last4,
         origin=ORIGIN,
+        pepper=api_keys.pepper_id(settings.ENV.key_pepper),
         expires_at=planned.expires_at,
         revoked_at=now if planned.is_revoked else None,
         scopes=planned.scopes.as_json(),

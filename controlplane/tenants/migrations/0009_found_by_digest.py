@@ -22,7 +22,7 @@ TOKEN_BY_DIGEST = (
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('tenants', '0007_presented_keys'),
+        ('tenants', '0008_pepper'),
     ]
 
     operations = [
