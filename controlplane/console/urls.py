@@ -10,6 +10,7 @@ from controlplane.console.views import (
     people,
     playground,
     session,
+    slo,
     usage,
 )
 
@@ -38,6 +39,8 @@ urlpatterns = [
     path("people/invitations/<str:invitation>/resend", people.resend, name="resend_invitation"),
     path("people/invitations/<str:invitation>/revoke", people.revoke, name="revoke_invitation"),
     path("invitations/<str:token>", invitation.accept, name="accept_invitation"),
+    path("slo", slo.slo_page, name="slo"),
+    path("requests/<str:request_id>", slo.request_page, name="request"),
     path("usage", usage.usage_page, name="usage"),
     path("usage.csv", usage.usage_csv, name="usage_csv"),
 ]

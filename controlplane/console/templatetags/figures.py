@@ -186,3 +186,9 @@ def bar_chart(chart: charts.Bars, label: str) -> dict[str, Any]:
     last = len(chart.bars) - 1
     shown: Sequence[charts.Bar] = [bar for index, bar in enumerate(chart.bars) if (last - index) % step == 0]
     return {"chart": chart, "labels": shown, "label": label}
+
+
+@register.inclusion_tag("console/_count_bars.html")
+def count_chart(chart: charts.Bars, label: str) -> dict[str, Any]:
+    """The same for counts."""
+    return bar_chart(chart, label)

@@ -62,6 +62,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     "people/invitations/<str:invitation>/resend": (Row("POST", Permission.MEMBERS_WRITE),),
     "people/invitations/<str:invitation>/revoke": (Row("POST", Permission.MEMBERS_WRITE),),
+    "slo": (Row("GET", Permission.USAGE_READ),),
+    "requests/<str:request_id>": (Row("GET", Permission.USAGE_READ),),
     "usage": (Row(),),
     "usage.csv": (Row(),),
 }
@@ -122,6 +124,7 @@ class Acme:
         )
         self.values = {
             "invitation": str(self.invitation),
+            "request_id": str(self.booked),
             "deployment": str(self.deployment),
             "key": str(self.key),
             "organization": organization_id.hex,
