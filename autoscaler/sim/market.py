@@ -58,17 +58,38 @@ def read_zone(path: Path, *, usd_per_h: float, machines_per_unit: int = 1) -> Zo
     one machine cannot tell how many there were; an assumption that every table states."""
     try:
         document = json.loads(path.read_text())
-        gap_s = float(document["metadata"]["gap_seconds"])
-        capacity = tuple(int(float(value)) * machines_per_unit for value in document["data"])
-        prices = document.get("prices")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise MarketError(f"{path.name}: {type(error).__name__}: {error}") from None
-    if gap_s <= 0 or not capacity or min(capacity) < 0:
-        raise MarketError(f"{path.name}: needs metadata.gap_seconds above 0 and a data list of counts")
-    if prices:
-        known = [float(price) for price in prices if price]
-        usd_per_h = sum(known) / len(known) if known else usd_per_h
+    except OSError as error:
+        raise MarketError(f"{path}: {error.strerror or error}") from None
+    except ValueError:
+        raise MarketError(
+            f"{path.name}: is no JSON; a capacity file has metadata.gap_seconds and data"
+        ) from None
+    document = document if isinstance(document, dict) else {}
+    metadata = document.get("metadata")
+    (gap_s,) = _numbers([metadata.get("gap_seconds") if isinstance(metadata, dict) else None]) or (0.0,)
+    counts = _numbers(document.get("data"))
+    if gap_s <= 0 or not counts:
+        raise MarketError(
+            f"{path.name}: needs metadata.gap_seconds (a number above 0) and data (a list of counts, none negative)"
+        )
+    capacity = tuple(int(count) * machines_per_unit for count in counts)
+    if document.get("prices"):
+        known = [price for price in _numbers([p or 0 for p in document["prices"]]) if price]
+        if not known:
+            raise MarketError(f"{path.name}: prices: give a list of USD an hour, or leave it out")
+        usd_per_h = sum(known) / len(known)
     return Zone(path.stem, gap_s, capacity, usd_per_h)
+
+
+def _numbers(values: object) -> tuple[float, ...]:
+    """Finite numbers, none negative; none at all where anything else stands."""
+    if not isinstance(values, list):
+        return ()
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return ()
+    return found if all(math.isfinite(value) and value >= 0 for value in found) else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from autoscaler.sim.workload import Arrival, WorkloadError, open_text
+from autoscaler.sim.workload import Arrival, WorkloadError, number_of, open_text
 
 WINDOW_S: Final = 600.0
 _COLUMNS: Final = ("client", "t_start_s", "rate_rps", "iat_cv")
@@ -29,6 +29,9 @@ _QUANTILES: Final = (
     ("p50", 0.5), ("p60", 0.6), ("p70", 0.7), ("p75", 0.75), ("p80", 0.8), ("p90", 0.9), ("p95", 0.95),
     ("p99", 0.99), ("p99.9", 0.999), ("p100", 1.0),
 )  # fmt: skip
+
+
+_PROMPT_FIELDS: Final = ("input_tokens", "text_tokens", "image_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +49,22 @@ class Lengths:
 
     def __init__(self, rows: dict[tuple[str, str], list[tuple[float, tuple[float, ...]]]]) -> None:
         self._rows = {key: sorted(windows) for key, windows in rows.items()}
-        self._clients = sorted({client for client, _ in rows})
+        # A prompt is what it has of these: of a multimodal service text and images are recorded apart.
+        self._prompts = {
+            client: [field for field in _PROMPT_FIELDS if (client, field) in self._rows]
+            for client, field in self._rows
+            if field == "output_tokens"
+        }
+        self._clients = sorted(client for client, fields in self._prompts.items() if fields)
 
     def draw(self, client: str, at_s: float, chance: random.Random) -> tuple[int, int]:
         """(prompt, answer) tokens. The recording has the two lengths apart, so they are drawn apart."""
-        if (client, "input_tokens") not in self._rows:
+        if not self._prompts.get(client):
             if not self._clients:
                 raise WorkloadError("no lengths are known: give a length file, or lengths for all")
             client = self._clients[hash_of(client) % len(self._clients)]
         return (
-            self._one(client, "input_tokens", at_s, chance.random()),
+            sum(self._one(client, field, at_s, chance.random()) for field in self._prompts[client]),
             self._one(client, "output_tokens", at_s, chance.random()),
         )
 
@@ -82,29 +91,27 @@ def read_rates(path: Path) -> list[Rate]:
     """Rows of a rate file by time; WorkloadError names line and column of what it cannot read."""
     rates = []
     for number, row in _rows(path, _COLUMNS):
-        try:
-            rate = Rate(
-                row["client"], float(row["t_start_s"]), float(row["rate_rps"]), float(row["iat_cv"] or 1)
-            )
-        except (TypeError, ValueError) as error:
-            raise WorkloadError(f"{path.name}, line {number}: {error}") from None
-        if not (math.isfinite(rate.rps) and rate.rps >= 0 and rate.start_s >= 0):
-            raise WorkloadError(
-                f"{path.name}, line {number}: rate_rps and t_start_s must be finite, not negative"
-            )
-        rates.append(rate)
+        start_s, rps = (number_of(row, name, path, number) for name in ("t_start_s", "rate_rps"))
+        gap_cv = number_of(row, "iat_cv", path, number) if row["iat_cv"] else 1.0
+        rates.append(Rate(row["client"], start_s, rps, gap_cv))
+    if not rates:
+        raise WorkloadError(f"{path.name}: has no rows; one for each client and ten minutes is wanted")
     return sorted(rates, key=lambda r: (r.start_s, r.client))
 
 
 def read_lengths(path: Path) -> Lengths:
     found: dict[tuple[str, str], list[tuple[float, tuple[float, ...]]]] = defaultdict(list)
     for number, row in _rows(path, ("client", "t_start_s", "field", *(name for name, _ in _QUANTILES))):
-        try:
-            values = tuple(float(row[name]) for name, _ in _QUANTILES)
-            found[row["client"], row["field"]].append((float(row["t_start_s"]), values))
-        except (TypeError, ValueError) as error:
-            raise WorkloadError(f"{path.name}, line {number}: {error}") from None
-    return Lengths({key: rows for key, rows in found.items() if key[1] in ("input_tokens", "output_tokens")})
+        values = tuple(number_of(row, name, path, number) for name, _ in _QUANTILES)
+        start_s = number_of(row, "t_start_s", path, number)
+        found[row["client"], row["field"]].append((start_s, values))
+    known = {field for _, field in found}
+    if "output_tokens" not in known or not known & {"input_tokens", "text_tokens"}:
+        raise WorkloadError(
+            f"{path.name}: needs rows with field output_tokens and input_tokens (or text_tokens, with image_tokens "
+            f"beside them); has {', '.join(sorted(known)) or 'none'}"
+        )
+    return Lengths(found)
 
 
 def arrivals(
@@ -154,5 +161,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
         reader = csv.DictReader(lines)
         missing = [c for c in columns if c not in (reader.fieldnames or ())]
         if missing:
-            raise WorkloadError(f"{path.name}: lacks the columns {', '.join(missing)}")
+            raise WorkloadError(
+                f"{path.name}: lacks the columns {', '.join(missing)}; has {', '.join(reader.fieldnames or ())[:200]}"
+            )
         yield from enumerate(reader, start=2)

@@ -12,7 +12,9 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -51,11 +53,15 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
     with open_text(path) as lines:
         name = path.name.removesuffix(".gz")
         rows = _jsonl(lines, path) if name.endswith((".jsonl", ".json")) else _csv(lines, path)
+        is_empty = True
         for arrival in rows:
+            is_empty = False
             if arrival.at_s >= until_s:
                 return
             if arrival.at_s >= start_s:
                 yield arrival
+        if is_empty:
+            raise WorkloadError(f"{path.name}: has no request; one line for each is wanted")
 
 
 def thin(arrivals: Iterator[Arrival], keep: float, seed: int) -> Iterator[Arrival]:
@@ -107,21 +113,16 @@ def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
     if "arrival_s" not in columns or prompt is None or output is None:
         raise WorkloadError(
             f"{path.name}: needs columns arrival_s, one of {', '.join(_PROMPT)} and one of {', '.join(_OUTPUT)}; "
-            f"has {', '.join(columns) or 'none'}"
+            f"has {', '.join(columns)[:200] or 'none'}. Rates of clients go to --rates"
         )
     first_s: float | None = None
     for number, row in enumerate(reader, start=2):
-        try:
-            at_s = float(row["arrival_s"])
-            n_prompt, n_output = int(row[prompt]), int(row[output])
-            n_predicted = int(row.get("predicted_tokens") or 0)
-            band = int(row.get("priority") or 0)
-        except (TypeError, ValueError) as error:
-            raise WorkloadError(f"{path.name}, line {number}: {error}") from None
-        if not math.isfinite(at_s) or min(n_prompt, n_output, n_predicted, band) < 0:
-            raise WorkloadError(
-                f"{path.name}, line {number}: instants and lengths must be finite, not negative"
-            )
+        at_s = number_of(row, "arrival_s", path, number)
+        n_prompt, n_output = (int(number_of(row, name, path, number)) for name in (prompt, output))
+        n_predicted, band = (
+            int(number_of(row, name, path, number)) if row.get(name) else 0
+            for name in ("predicted_tokens", "priority")
+        )
         first_s = at_s if first_s is None else first_s
         yield Arrival(
             at_s - first_s,
@@ -133,6 +134,23 @@ def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
         )
 
 
+_FIELDS: Final = ("timestamp", "input_length", "output_length")
+
+
+def number_of(row: Mapping[str, object], name: str, path: Path, line: int) -> float:
+    """A finite number, not negative, of a row; WorkloadError names file, line, field and what stands there."""
+    value = row.get(name)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or isinstance(value, bool):
+        raise WorkloadError(
+            f"{path.name}, line {line}: {name} = {value!r}: give a finite number, not negative"
+        )
+    return number
+
+
 def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
     first_ms: float | None = None
     for number, line in enumerate(lines, start=1):
@@ -140,11 +158,22 @@ def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
             raise WorkloadError(f"{path.name}, line {number}: longer than {_MAX_LINE} characters")
         try:
             row = json.loads(line)
-            at_ms = float(row["timestamp"])
-            n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
-            prefix = tuple(int(block) for block in row.get("hash_ids", ()))
-        except (KeyError, TypeError, ValueError) as error:
-            raise WorkloadError(f"{path.name}, line {number}: {type(error).__name__}: {error}") from None
+        except ValueError as error:
+            raise WorkloadError(f"{path.name}, line {number}: is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise WorkloadError(f"{path.name}, line {number}: needs an object with {', '.join(_FIELDS)}")
+        missing = [name for name in _FIELDS if name not in row]
+        if missing:
+            raise WorkloadError(
+                f"{path.name}, line {number}: lacks {', '.join(missing)}; a request has {', '.join(_FIELDS)} and "
+                "optionally hash_ids"
+            )
+        at_ms = number_of(row, "timestamp", path, number)
+        n_prompt, n_output = (int(number_of(row, name, path, number)) for name in _FIELDS[1:])
+        blocks = row.get("hash_ids", [])
+        if not isinstance(blocks, list) or not all(isinstance(block, int) for block in blocks):
+            raise WorkloadError(f"{path.name}, line {number}: hash_ids: give a list of whole numbers")
+        prefix = tuple(blocks)
         first_ms = at_ms if first_ms is None else first_ms
         yield Arrival((at_ms - first_ms) / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
 
@@ -164,20 +193,28 @@ def read_sizes(path: Path) -> list[tuple[int, int]]:
             )
         found = []
         for number, row in enumerate(reader, start=2):
-            try:
-                found.append((max(int(row[prompt]), 1), max(int(row[output]), 1)))
-            except (TypeError, ValueError) as error:
-                raise WorkloadError(f"{path.name}, line {number}: {error}") from None
+            sizes = (int(number_of(row, name, path, number)) for name in (prompt, output))
+            n_prompt, n_output = sizes
+            found.append((max(n_prompt, 1), max(n_output, 1)))
     if not found:
         raise WorkloadError(f"{path.name}: has no rows")
     return found
 
 
-def open_text(path: Path) -> IO[str]:
-    """A text file, gzipped or not; WorkloadError when it cannot be opened."""
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """A text file, gzipped or not; WorkloadError when it cannot be opened, and for what it turns out not to be while it
+    is read."""
     try:
-        if path.name.endswith(".gz"):
-            return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8", newline="")
-        return path.open(encoding="utf-8", newline="")
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as binary:
+            yield io.TextIOWrapper(binary, encoding="utf-8", newline="")
+    except UnicodeDecodeError:
+        raise WorkloadError(
+            f"{path.name}: is no text in UTF-8; give a CSV or JSON lines, gzipped or not"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise WorkloadError(f"{path.name}: is cut off or not gzipped at all; fetch it again") from None
+    except csv.Error as error:
+        raise WorkloadError(f"{path.name}: {error}; give a CSV with a header line") from None
     except OSError as error:
         raise WorkloadError(f"{path}: {error.strerror or error}") from None

@@ -134,6 +134,7 @@ class Command(BaseCommand):
         if options["idle"]:
             self._idle(options)
             return
+        _check(options)
         names = _policies(options["policy"], has_market=bool(options["spot"]))
         try:
             setting = _setting(options)
@@ -234,6 +235,26 @@ def _policies(text: str, *, has_market: bool) -> list[str]:
     if not names:
         raise CommandError("--policy: names no policy")
     return names
+
+
+# The least of each option, and whether it may be that.
+_LEAST = {
+    "replicas": (1, True), "slots": (0, True), "tp": (1, True), "seeds": (1, True), "max_machines": (1, True),
+    "zone_machines": (1, True), "itl_s": (0, False), "ttft_s": (0, False), "target_ratio": (0, False),
+    "keep": (0, False), "speed": (0, False), "hours": (0, False), "start_h": (0, True), "boot_s": (0, True),
+    "notice_s": (0, True), "spot_usd": (0, True), "on_demand_usd": (0, True), "availability": (0, False),
+}  # fmt: skip
+_MOST = {"keep": 1.0, "target_ratio": 1.0, "availability": 1.0, "boot_s": 3600.0}
+
+
+def _check(options: dict[str, Any]) -> None:
+    """CommandError names the option that is out of range, before anything is read."""
+    for name, (least, may_be) in _LEAST.items():
+        value, most = options[name], _MOST.get(name, math.inf)
+        if math.isnan(value) or value > most or value < least or (value == least and not may_be):
+            lowest = f"at least {least}" if may_be else f"above {least}"
+            highest = f" and at most {most:g}" if most < math.inf else ""
+            raise CommandError(f"--{name.replace('_', '-')} = {value:g}: must be {lowest}{highest}")
 
 
 def _setting(options: dict[str, Any]) -> Setting:

@@ -136,7 +136,18 @@ def test_a_recorded_zone_is_read_and_wrapped(tmp_path: Path) -> None:
     assert (read.at(59.9), read.at(60), read.at(999)) == (4, 0, 0)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"metadata": {"gap_seconds": 0}, "data": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"metadata": {"gap_seconds": 0}, "data": [1]}',
+        '{"metadata": {"gap_seconds": 60}, "data": [1, "x"]}',
+        '{"metadata": {"gap_seconds": 60}, "data": [1e999]}',
+        '{"metadata": {"gap_seconds": 60}, "data": [1], "prices": ["x"]}',
+    ],
+)
 def test_what_is_no_capacity_trace_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "zone.json"
     path.write_text(text)

@@ -51,6 +51,18 @@ def test_lengths_follow_the_recorded_quantiles_and_strangers_borrow() -> None:
     assert FLAT.draw("unknown", 0.0, random.Random(1)) == FLAT.draw("0", 0.0, random.Random(1))
 
 
+def test_prompts_of_a_multimodal_service_are_text_and_images_together(tmp_path: Path) -> None:
+    path, flat = tmp_path / "mm_lengths.csv", ",".join(["10"] * 18)
+    rows = [
+        f"0,0,{field},10,{flat}" for field in ("text_tokens", "image_tokens", "image_count", "output_tokens")
+    ]
+    rows.append(f"1,0,text_tokens,10,{flat}")  # no answers: it borrows
+    path.write_text("\n".join([f"client,t_start_s,field,mean,{QUANTILES}", *rows]) + "\n")
+    lengths = read_lengths(path)
+    for client in ("0", "1"):
+        assert lengths.draw(client, 0.0, random.Random(1)) == (20, 10)
+
+
 def test_files_are_read_and_what_cannot_be_is_named(tmp_path: Path) -> None:
     rates = tmp_path / "rates.csv"
     rates.write_text(
@@ -62,7 +74,7 @@ def test_files_are_read_and_what_cannot_be_is_named(tmp_path: Path) -> None:
         read_rates(rates)
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(f"client,t_start_s,field,mean,{QUANTILES}\n")
-    with pytest.raises(WorkloadError, match="no lengths"):
+    with pytest.raises(WorkloadError, match="needs rows with field output_tokens"):
         read_lengths(lengths).draw("3", 0.0, random.Random(1))
     lengths.write_text("client,field\n")
     with pytest.raises(WorkloadError, match="lacks the columns t_start_s"):

@@ -10,6 +10,7 @@ import pytest
 
 from autoscaler.sim.workload import Arrival, WorkloadError, jobs, read_requests, thin
 
+ROW = '{"timestamp": 1, "input_length": 5, "output_length": 3}'
 CSV = "arrival_s,context_tokens,generated_tokens\n46.5,374,44\n47.0,396,0\n50.25,12,9\n"
 
 
@@ -37,14 +38,23 @@ def test_json_lines_bring_prefix_blocks(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("a.csv", "time,tokens\n1,2\n", "needs columns arrival_s"),
-        ("b.csv", CSV + "51,x,1\n", r"b\.csv, line 5"),
-        ("c.csv", CSV + "nan,1,1\n", "finite"),
-        ("d.jsonl", '{"timestamp": 1}\n', r"d\.jsonl, line 1: KeyError: 'input_length'"),
-        ("e.jsonl", "{\n", r"e\.jsonl, line 1"),
+        ("b.csv", CSV + "51,x,1\n", r"b\.csv, line 5: context_tokens = 'x': give a finite number"),
+        ("c.csv", CSV + "nan,1,1\n", r"line 5: arrival_s = 'nan'"),
+        ("c2.csv", CSV + "51,1\n", r"line 5: generated_tokens = None"),
+        ("c3.csv", CSV + "51,1,-4\n", r"line 5: generated_tokens = '-4'"),
+        ("c4.csv", "arrival_s,context_tokens,generated_tokens\n", r"c4\.csv: has no request"),
+        ("d.jsonl", '{"timestamp": 1}\n', r"d\.jsonl, line 1: lacks input_length, output_length"),
+        ("e.jsonl", "{\n", r"e\.jsonl, line 1: is no JSON"),
+        ("f.jsonl", "[1]\n", r"f\.jsonl, line 1: needs an object"),
+        ("g.jsonl", ROW.replace("5", "-5") + "\n", "input_length = -5"),
+        ("h.jsonl", ROW.replace("}", ', "hash_ids": 7}') + "\n", "hash_ids: give a list"),
+        ("i.csv.gz", "no gzip", r"i\.csv\.gz: is cut off or not gzipped"),
+        ("j.csv.gz", gzip.compress(CSV.encode())[:-12], r"j\.csv\.gz: is cut off or not gzipped"),
+        ("k.csv", b"\xff\xfe\x00", r"k\.csv: is no text in UTF-8"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(WorkloadError, match=said):
         list(read_requests(tmp_path / name))
 
