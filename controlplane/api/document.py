@@ -1,6 +1,6 @@
 """The OpenAPI document: what the operations declare, and what the middleware around them does.
 
-Called each time the document is asked for. The token, problems as problem+json, plans of writes, headers, examples.
+The token, problems as problem+json, plans of writes, headers, examples.
 """
 
 from __future__ import annotations
@@ -45,7 +45,18 @@ _REFUSALS: Final = {
 class Api(NinjaAPI):
     """NinjaAPI with the whole truth in its document."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._documents: dict[str, OpenAPISchema] = {}
+
     def get_openapi_schema(self, *args: Any, **kwargs: Any) -> OpenAPISchema:
+        """Made once in a process (half a second): routes do not change while it lives."""
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self._documents:
+            self._documents[key] = self._make(*args, **kwargs)
+        return self._documents[key]
+
+    def _make(self, *args: Any, **kwargs: Any) -> OpenAPISchema:
         schema = super().get_openapi_schema(*args, **kwargs)
         components = schema["components"]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}

@@ -182,6 +182,34 @@ KINDS: Final[Mapping[str, Kind]] = {
         },
         called=("name",),
     ),
+    "slo-rules": Kind(
+        "/slo-rules",
+        {
+            "ID": "id",
+            "PROJECT": "project_id",
+            "CLASS": "slo_class",
+            "FOR": lambda row: row["key_id"] or row["deployment_id"] or "all of it",
+            "TTFT MS": "ttft_ms",
+            "ITL MS": "itl_ms",
+        },
+        one=False,
+    ),
+    "webhooks": Kind(
+        "/webhooks",
+        {
+            "ID": "id",
+            "URL": "url",
+            "EVENTS": lambda row: ", ".join(row["events"]) or "all",
+            "ENABLED": "enabled",
+            "AGE": _age,
+        },
+    ),
+    "quotas": Kind(
+        "/quotas",
+        {"KIND": "kind", "USED": "used", "LIMIT": "limit", "OWN": "own", "CEILING": "ceiling"},
+        paged=False,
+        one=False,
+    ),
     "requests": Kind(
         "/requests",
         {
