@@ -85,6 +85,8 @@ class DeploymentQuery(PageQuery):
     """Which deployments."""
 
     project_id: ProjectId | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+    phase: Phase | None = None
 
 
 class ModelVersionOut(Schema):
@@ -197,6 +199,10 @@ def list_deployments(request: ApiRequest, query: Query[DeploymentQuery]) -> Page
     ).select_related("price_version", "slo_class")
     if query.project_id is not None:
         rows = rows.filter(project_id=query.project_id)
+    if query.name is not None:
+        rows = rows.filter(name=query.name.replace("\x00", ""))
+    if query.phase is not None:
+        rows = rows.filter(phase=query.phase)
     return page(rows, query, deployment_out)
 
 

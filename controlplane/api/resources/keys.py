@@ -105,6 +105,7 @@ class KeyQuery(PageQuery):
     """Which keys."""
 
     project_id: ProjectId | None = None
+    revoked: bool | None = Field(default=None, description="true: only those; false: only those that are not")
 
 
 def _facts(row: ApiKey) -> dict[str, Any]:
@@ -140,6 +141,8 @@ def list_keys(request: ApiRequest, query: Query[KeyQuery]) -> Page[KeyOut]:
     rows = ApiKey.objects.filter(organization_id=request.caller.organization_id)
     if query.project_id is not None:
         rows = rows.filter(project_id=query.project_id)
+    if query.revoked is not None:
+        rows = rows.filter(revoked_at__isnull=not query.revoked)
     return page(rows, query, key_out)
 
 

@@ -36,6 +36,12 @@ class MemberChange(Body):
     role: Role
 
 
+class MemberQuery(PageQuery):
+    """Which members."""
+
+    role: Role | None = None
+
+
 def member_out(row: Member) -> MemberOut:
     return MemberOut(
         id=row.id,
@@ -53,9 +59,11 @@ def _current(request: ApiRequest, member_id: MemberId, **_: object) -> tuple[Mod
 
 
 @operation(router, "GET", "/members", Permission.MEMBERS_READ, Page[MemberOut])
-def list_members(request: ApiRequest, query: Query[PageQuery]) -> Page[MemberOut]:
+def list_members(request: ApiRequest, query: Query[MemberQuery]) -> Page[MemberOut]:
     """Members, newest first."""
     rows = Member.objects.filter(organization_id=request.caller.organization_id).select_related("user")
+    if query.role is not None:
+        rows = rows.filter(role=query.role)
     return page(rows, query, member_out)
 
 

@@ -49,6 +49,12 @@ class ProjectChange(Body):
     zero_retention: bool | None = None
 
 
+class ProjectQuery(PageQuery):
+    """Which projects."""
+
+    slug: Slug | None = None
+
+
 def project_out(row: Project) -> ProjectOut:
     return ProjectOut(
         id=row.id,
@@ -67,9 +73,11 @@ def _current(request: ApiRequest, project_id: ProjectId, **_: object) -> tuple[M
 
 
 @operation(router, "GET", "/projects", Permission.PROJECTS_READ, Page[ProjectOut])
-def list_projects(request: ApiRequest, query: Query[PageQuery]) -> Page[ProjectOut]:
+def list_projects(request: ApiRequest, query: Query[ProjectQuery]) -> Page[ProjectOut]:
     """Projects, newest first."""
     rows = Project.objects.filter(organization_id=request.caller.organization_id)
+    if query.slug is not None:
+        rows = rows.filter(slug=query.slug)
     return page(rows, query, project_out)
 
 

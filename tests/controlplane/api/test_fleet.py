@@ -56,6 +56,28 @@ def test_lists_are_filtered(api: Api, world: World, cell: Any) -> None:
     assert "of somebody" not in str(api.get(f"/decisions/dec_{decision.id.hex}").body)
 
 
+def test_projects_members_keys_and_deployments_are_filtered_too(api: Api, world: World, cell: Any) -> None:
+    make_deployment(world)
+    ids = [
+        api.post("/keys", {"project_id": f"prj_{world.project.id.hex}", "name": name}).body["id"]
+        for name in ("one", "two")
+    ]
+    api.call("DELETE", f"/keys/{ids[0]}")
+    for path, found in (
+        ("/projects?slug=main", 1),
+        ("/projects?slug=other", 0),
+        ("/members?role=developer", 1),
+        ("/members?role=viewer", 0),
+        ("/keys?revoked=false", 1),
+        ("/keys?revoked=true", 1),
+        ("/keys", 2),
+        ("/deployments?name=toy-chat&phase=pending", 1),
+        ("/deployments?phase=ready", 0),
+    ):
+        assert len(api.get(path).body["data"]) == found, path
+    assert api.get("/deployments?phase=happy").status_code == 400
+
+
 def test_a_tenant_sees_machines_of_its_own_replicas_and_nothing_of_others(
     api: Api, stranger: Api, world: World, cell: Any
 ) -> None:
