@@ -26,16 +26,36 @@ class Script:
     sha: str
 
 
+def _message_function() -> str:
+    """Lua that writes the Celery message: its parts joined, at half the cost of string.format."""
+    parts = "|".join(MESSAGE_TEMPLATE.split("%s")).replace("%d", "|").split("|")
+    fields = ("id", "epoch", "tag", "id", "rid", "tag")
+    joined = " .. ".join(
+        word
+        for part, field in zip(parts, (*fields, ""), strict=True)
+        for word in (f"[==[{part}]==]", field)
+        if word
+    )
+    return f"local function message_of(id, epoch, tag, rid) return {joined} end"
+
+
+_MESSAGE = _message_function()
+
+
 @cache
-def load(name: str, *includes: str, wraps: str = "") -> Script:
+def load(name: str, *includes: str, wraps: tuple[tuple[str, str], ...] = ()) -> Script:
     """Script `lua/<name>.lua` with its includes in front; the same object on every call.
 
-    `wraps`: another script, which it may call as the function `one(ARGV)`.
+    `wraps`: (function, script): other scripts, which it may call as functions of (ARGV, body, body_ms).
     """
-    parts = [f"local MESSAGE_TEMPLATE = [==[{MESSAGE_TEMPLATE}]==]"] if includes else []
+    parts = [_MESSAGE] if includes else []
     parts += [(_LUA / f"{include}.lua").read_text() for include in includes]
-    if wraps:
-        parts += ["local function one(ARGV)", (_LUA / f"{wraps}.lua").read_text(), "end"]
+    for function, script in wraps:
+        parts += [
+            f"local function {function}(ARGV, body, body_ms)",
+            (_LUA / f"{script}.lua").read_text(),
+            "end",
+        ]
     parts.append((_LUA / f"{name}.lua").read_text())
     source = "\n".join(parts)
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
@@ -44,10 +64,9 @@ def load(name: str, *includes: str, wraps: str = "") -> Script:
 _QUEUE = ("lib_record", "lib_bind", "lib_flows", "lib_queue")
 _LIMITS = ("lib_limits", "lib_windows")
 
-ADMIT = load("alone", *_QUEUE, *_LIMITS, wraps="admit")
-SETTLE = load("alone", *_QUEUE, *_LIMITS, wraps="settle")
-ADMIT_SEVERAL = load("admit_several", *_QUEUE, *_LIMITS, wraps="admit")
-SETTLE_SEVERAL = load("settle_several", *_QUEUE, *_LIMITS, wraps="settle")
+ADMIT = load("alone", *_QUEUE, *_LIMITS, wraps=(("one", "admit"),))
+SETTLE = load("alone", *_QUEUE, *_LIMITS, wraps=(("one", "settle"),))
+PASS = load("pass", *_QUEUE, *_LIMITS, wraps=(("settle", "settle"), ("admit", "admit")))
 CHARGE = load("charge", "lib_record", "lib_flows")
 SWEEP = load("sweep")
 TOPUP = load("topup", "lib_record", *_LIMITS)
@@ -70,20 +89,7 @@ POP = load("pop")
 RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
-    *(
-        ADMIT,
-        ADMIT_SEVERAL,
-        SETTLE,
-        SETTLE_SEVERAL,
-        TOPUP,
-        CHARGE,
-        SWEEP,
-        SEED,
-        SEED_WINDOW,
-        TRUE_UP,
-        LATE,
-        CANCEL,
-    ),
+    *(ADMIT, SETTLE, PASS, TOPUP, CHARGE, SWEEP, SEED, SEED_WINDOW, TRUE_UP, LATE, CANCEL),
     *(SHORTEN, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
 )
 MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from controlplane.gateway import ratelimits, windows
 from controlplane.gateway.auth import Deployment, KeyContext
-from controlplane.gateway.batches import Admissions
 from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
 from controlplane.gateway.ends import Ends
@@ -61,7 +60,6 @@ class Dispatcher:
     ) -> None:
         self._redis = redis
         self._lengths = lengths
-        self._admissions = Admissions(redis)
         self._keys = keys
         self._gateway = gateway
         self._directory = directory
@@ -254,7 +252,7 @@ class Dispatcher:
             envelope.n_carried, envelope.n_carried_prompt = origin.n_carried, origin.n_carried_prompt
         now_ms = time.time_ns() // 1_000_000
         try:
-            verdict = await self._admissions.submit(
+            verdict, stream.is_roomy = await self._ends.passes.admit(
                 self._keys.body(stream.request),
                 contract.encode(envelope),
                 self._body_ms,

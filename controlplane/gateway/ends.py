@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from typing import Final
 
 from billing.money import TOKENS_PER_RATE, request_cost
-from controlplane.gateway.batches import Settlements
+from controlplane.gateway.batches import Passes
 from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.inbox import Inbox
 from controlplane.gateway.routes import RouteTable
@@ -33,6 +33,7 @@ _CHARGE_STEP: Final = 32  # output tokens worth a charge of their own before the
 _CHARGES_PER_CALL: Final = 256
 _CHARGES_A_PASS: Final = 4 * _CHARGES_PER_CALL
 _ASK_INTERVAL_S: Final = 0.001  # between top-ups of one stream, so that a mad machine cannot keep Redis busy
+_ROOMY_S: Final = 2.0  # for so long what the cell said of its room is believed
 _TOMBSTONE_S: Final = 120.0  # a cancelled request has ended by then; intake settles what has not
 
 
@@ -45,7 +46,7 @@ class Ends:
         self.inbox = Inbox(redis, keys, self.on_end, self.on_ask)
         self.n_settled = self.n_cancelled = self.n_top_ups = 0
         self._redis = redis
-        self._settlements = Settlements(redis, keys.prefix)
+        self.passes = Passes(redis, keys.prefix)
         self._keys = keys
         self._routes = routes
         self._forecasts = forecasts
@@ -163,7 +164,7 @@ class Ends:
     async def drain(self) -> None:
         """Let cancels under way finish (bounded by the client's own deadline), and settlements leave."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._settlements.send()
+        self.passes.send()
 
     def _start_cancel(self, stream: Stream) -> None:
         task = asyncio.get_running_loop().create_task(self._cancel_abandoned(stream))
@@ -207,7 +208,14 @@ class Ends:
         cost = request_cost(
             stream.deployment.rates, n_prompt=n_prompt, n_cached=n_cached, n_completion=n_completion
         )
-        self._settlements.submit(stream.request, n_prompt, n_completion, cost, n_cached)
+        self.passes.settle(
+            stream.request,
+            n_prompt,
+            n_completion,
+            cost,
+            n_cached,
+            is_roomy=stream.is_roomy and time.monotonic() - stream.admitted_at < _ROOMY_S,
+        )
 
     def _observe(self, stream: Stream, n_prompt: int, n_completion: int) -> None:
         pair = (stream.key.organization, stream.deployment.id)

@@ -98,6 +98,7 @@ class Stream:
         "hold",
         "idempotency",
         "is_greedy",
+        "is_roomy",
         "keep",
         "key",
         "last_at",
@@ -187,6 +188,7 @@ class Stream:
         self.replica = ""
         self.placed: Placed | None = None  # what routing is told of its first token
         self.admitted = False
+        self.is_roomy = False  # where it is, nobody would take its slot or hold at once (batches.py)
         self.is_greedy = False  # made anew, its tokens would be the same
 
         self.limits: Headers = ()  # rate-limit headers of its answer

@@ -23,7 +23,7 @@ def cell(redis_url: str) -> Iterator[Cell]:
 
 def _heads(verdict: list[Any]) -> list[list[int]]:
     """[cap, remaining, ms until full] of requests, input and output tokens."""
-    at = {b"bound": 4, b"queued": 4, b"refused": 6, b"full": 3}[verdict[0]]
+    at = {b"bound": 4, b"queued": 5, b"refused": 6, b"full": 3, b"late": 3}[verdict[0]]
     found = [int(number) for number in verdict[at:]]
     return [found[0:3], found[3:6], found[6:9]] if found else []
 

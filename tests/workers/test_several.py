@@ -67,6 +67,20 @@ def a_history(dice: random.Random) -> list[list[Step]]:
     return groups
 
 
+def a_pass(r: redis.Redis, group: list[Step], *, bodies: dict[str, bytes] | None = None) -> list[Any]:
+    """pass.lua with the settlements and then the admissions of a group."""
+    settled = [args for kind, args in group if kind == "settle"]
+    flat = [arg for args in settled for arg in (*args[2:6], args[7])]
+    given = msgspec.msgpack.encode([*settled[0][:2], settled[0][6], *flat]) if settled else b""
+    admitted = [
+        part
+        for kind, args in group
+        if kind == "admit"
+        for part in (msgspec.msgpack.encode([str(arg) for arg in args]), (bodies or {}).get(args[2], b""))
+    ]
+    return list(r.evalsha(scripts.PASS.sha, 0, given, 60_000, *admitted))
+
+
 def begin(r: redis.Redis, dice: random.Random) -> None:
     r.flushdb()
     for replica in ("r1", "r2"):
@@ -104,12 +118,9 @@ def test_together_is_the_same_as_one_by_one(r: redis.Redis, seed: int) -> None:
         return [r.evalsha(script[kind].sha, 0, *args) for kind, args in group]
 
     def together(group: list[Step]) -> list[Any]:
-        if group[0][0] == "admit":
-            blobs = [msgspec.msgpack.encode([str(arg) for arg in args]) for _, args in group]
-            return list(r.evalsha(scripts.ADMIT_SEVERAL.sha, 0, *blobs))
-        flat = [arg for _, args in group for arg in (*args[2:6], args[7])]
-        n = r.evalsha(scripts.SETTLE_SEVERAL.sha, 0, KEYS.prefix, group[0][1][1], RETENTION_MS, *flat)
-        return [n]
+        faults, _, *answers = a_pass(r, group)
+        assert not faults
+        return answers
 
     seen = []
     for run in (one_by_one, together):
@@ -120,7 +131,7 @@ def test_together_is_the_same_as_one_by_one(r: redis.Redis, seed: int) -> None:
             store_bodies(r, group, dice)
             answers = run(group)
             if group[0][0] == "settle" and run is one_by_one:
-                answers = [sum(answer[0] for answer in answers)]
+                answers = []
             states.append((answers, everything(r)))
         seen.append(states)
     verdicts = {answer[0] for answers, _ in seen[0] for answer in answers if isinstance(answer, list)}
@@ -139,11 +150,61 @@ def test_a_fault_in_one_does_not_reach_the_others(r: redis.Redis) -> None:
         args[43:] = [0, ANY_MS, 0, "r1"]
         r.set(KEYS.body(args[2]), "BODY")
     whole[1][9] = "not a number"
-    blobs = [msgspec.msgpack.encode([str(arg) for arg in args]) for args in whole]
-    answers = r.evalsha(scripts.ADMIT_SEVERAL.sha, 0, *blobs)
+    _, rooms, *answers = a_pass(r, [("admit", args) for args in whole])
     assert [answer[0] for answer in answers] == [b"bound", b"error", b"bound"]
+    assert rooms[1:2] == b"0"
     assert r.hget(KEYS.limits("key", "ka0"), "conc") == b"2"
-    with pytest.raises(redis.ResponseError, match="settle: "):
-        r.evalsha(scripts.SETTLE_SEVERAL.sha, 0, KEYS.prefix, NOW_MS, RETENTION_MS,
-                  "q0", "x", 1, 1, 0, "q2", 1, 1, 1, 0)  # fmt: skip
+    begun = [KEYS.prefix, NOW_MS]
+    wrong, right = [*begun, "q0", "x", 1, 1, RETENTION_MS, 0], [*begun, "q2", 1, 1, 1, RETENTION_MS, 0]
+    with pytest.raises(redis.ResponseError, match=r"settle: .*arithmetic"):
+        a_pass(r, [("settle", wrong), ("settle", right)])
     assert r.hget(KEYS.limits("key", "ka0"), "conc") == b"1", "the other one was settled"
+
+
+def roomy_admission(request: str, **limits: int) -> Step:
+    """One of a tenant with these limits at its key: concurrency, budget; nothing else limits it."""
+    key = ["ka0", -1, -1, -1, limits.get("concurrency", -1), limits.get("budget", -1), 100]
+    scopes = [*key, *[arg for scope in ("pa", "oa") for arg in (scope, -1, -1, -1, -1, -1, 100)]]
+    return "admit", [KEYS.prefix, NOW_MS, request, "d1", "g1", 1, "pv", 10, 10, 100, NOW_MS, 6, 10, 9, "cs:", 0,
+                     *scopes, 0, 10, "", 0, 5_000, 0, 0, ANY_MS, 0, "r1"]  # fmt: skip
+
+
+def test_settlements_go_before_the_admissions_of_their_pass(r: redis.Redis) -> None:
+    begin(r, random.Random(3))
+    body = dict.fromkeys(("q0", "q1"), b"BODY")
+    [_, _, first] = a_pass(r, [roomy_admission("q0", concurrency=1)], bodies=body)
+    assert first[0] == b"bound"
+    settled: Step = ("settle", [KEYS.prefix, NOW_MS, "q0", 10, 5, 50, RETENTION_MS, 0])
+    [_, _, second] = a_pass(r, [settled, roomy_admission("q1", concurrency=1)], bodies=body)
+    assert second[0] == b"bound", "the place that the first one had is free"
+    assert r.hget(KEYS.replica("r1"), "used") == b"1"
+    assert r.smembers(KEYS.replica_live("r1")) == {b"q1"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "is_roomy"),
+    [({}, b"1"), ({"concurrency": 65}, b"1"), ({"concurrency": 63}, b"0"), ({"budget": 6_500}, b"1"),
+     ({"budget": 6_300}, b"0")],
+)  # fmt: skip
+def test_a_pass_tells_where_a_settlement_could_be_missed(
+    r: redis.Redis, limits: dict[str, int], is_roomy: bytes
+) -> None:
+    r.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, NOW_MS, "r1", "m1", "d1", 4)
+    r.evalsha(scripts.SEED.sha, 0, KEYS.prefix, "key", "ka0", 0)
+    answers = a_pass(r, [roomy_admission("q0", **limits)], bodies={"q0": b"BODY"})
+    assert answers[1] == is_roomy
+    [_, rooms, *_] = a_pass(r, [roomy_admission("q1")], bodies={"q1": b"BODY"})
+    assert rooms == b"0", "of four slots one was free"
+
+
+def test_a_body_given_to_the_script_lies_where_one_stored_before_lies(r: redis.Redis) -> None:
+    machine = KEYS.machine("m1")
+    r.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, NOW_MS, "r1", "m1", "d1", 1)
+    group = [roomy_admission(name) for name in ("bound", "queued")] + [roomy_admission("full")]
+    group[2][1][11] = 1  # a queue of one
+    answers = a_pass(r, group, bodies={name: name.encode() for name in ("bound", "queued", "full")})
+    assert [answer[0] for answer in answers[2:]] == [b"bound", b"queued", b"full"]
+    assert r.get(machine.body("bound")) == b"bound"
+    assert r.get(KEYS.body("queued")) == b"queued"
+    assert r.pttl(machine.body("bound")) > 0 < r.pttl(KEYS.body("queued"))
+    assert not r.exists(KEYS.body("bound"), KEYS.body("full"), machine.body("full"))

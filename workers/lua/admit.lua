@@ -1,7 +1,7 @@
 -- Admission in one atomic call: take the holds at key, project and organization, or say which limit refused and
 -- when to retry; then bind to the first candidate with a free slot, else file in the fair queue (bounded).
--- The body was SET under body:<id> in the same pipeline; a refusal deletes it. Whoever calls this as `one` writes the
--- scopes at its end.
+-- A long body was SET under body:<id> in the same pipeline, and a refusal deletes it; a short one comes as `body`, to live
+-- for `body_ms`. Whoever calls this writes replicas and scopes at its end, and may read `is_roomy` then.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 deployment, 5 gateway, 6 stream, 7 price version,
 --       8 prompt tokens (estimate), 9 output tokens to hold, 10 money to hold (nano),
@@ -38,16 +38,22 @@ end
 
 if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 
+local has_body = body and body ~= '' -- else it was SET
+
+local function drop_body()
+  if not has_body then redis.call('DEL', P .. 'body:' .. id) end
+end
+
 -- First pass: would every scope allow it? Nothing is written before all of them do.
 local look = examine(P, now, ARGV, 17, n_in, n_out)
 if look.seed and not look.refusal then
-  redis.call('DEL', P .. 'body:' .. id)
+  drop_body()
   return {'seed', SCOPE[look.seed], ARGV[17 + (look.seed - 1) * 7]}
 end
 if budgets then
   local unseeded = examine_windows(P, budgets, look)
   if unseeded and not look.refusal then
-    redis.call('DEL', P .. 'body:' .. id)
+    drop_body()
     return unseeded
   end
 end
@@ -73,7 +79,7 @@ if left and not look.seed and left < money * math.max(share, 1) then
 end
 if look.refusal then
   local scope, limit, retry_ms, cap, remaining = unpack(look.refusal)
-  redis.call('DEL', P .. 'body:' .. id)
+  drop_body()
   local org = scope_of(P, 3, ARGV[31])
   if org.ms then put(org, 'n', org.n + 1) end
   return {'refused', scope, limit, math.ceil(retry_ms), math.floor(cap), math.floor(remaining),
@@ -82,19 +88,23 @@ end
 
 -- Room: a candidate with a slot, else a place in the queue.
 local q = P .. 'dep:' .. did .. ':q'
-local depth = redis.call('ZCARD', q)
-local rid, mid = nil, nil
+local depth = n_waiting(P, did)
+local rid, mid, n_free = nil, nil, 0
 if depth == 0 then
   for i = 47, n_args do
-    mid = with_slot(P, ARGV[i])
+    mid, n_free = with_slot(P, ARGV[i])
     if mid then rid = ARGV[i]; break end
   end
 end
 if n_carried > 0 and redis.call('EXISTS', P .. 'jrn:' .. id) == 0 then
-  redis.call('DEL', P .. 'body:' .. id)
+  drop_body()
   return {'gone'}
 end
-if rid and not move_body(P, P .. 'm:' .. mid .. ':', id) then return {'gone'} end
+if rid and has_body then
+  redis.call('SET', P .. 'm:' .. mid .. ':body:' .. id, body, 'PX', body_ms)
+elseif rid and not move_body(P, P .. 'm:' .. mid .. ':', id) then
+  return {'gone'}
+end
 if rid and n_carried > 0 then
   local journal = P .. 'm:' .. mid .. ':jrn:' .. id
   redis.call('RENAME', P .. 'jrn:' .. id, journal)
@@ -104,15 +114,16 @@ local before = 0
 if not rid then
   local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
   if whose then
-    redis.call('DEL', P .. 'body:' .. id)
+    drop_body()
     return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
   end
   if depth > 0 then
     local flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
     before = ahead_of(P, did, flow, tonumber(ARGV[46]))
   end
+  write_replicas()
   if before > tonumber(ARGV[45]) and is_taken(P, did) then
-    redis.call('DEL', P .. 'body:' .. id)
+    drop_body()
     return {'late', depth, before, unpack(heads(look, 0, 0, 0))}
   end
 end
@@ -140,11 +151,16 @@ if rid then
   hand_over(P, P .. 'm:' .. mid .. ':', id, rid, '1', '1', ARGV[5], ARGV[6], ARGV[16],
     granted == n_out and ARGV[9] or granted)
   note_prefixes(P, rid, ARGV[40], ARGV[2])
+  is_roomy = n_free >= ROOMY_SLOTS and look.is_roomy and (not left or left > ROOMY * money)
   return {'bound', 1, rid, granted, unpack(heads(look, 1, n_in, n_out))}
 end
 redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
 join(P, did, id, flow_of(adm), ARGV[11], now)
-redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
+if has_body then
+  redis.call('SET', P .. 'body:' .. id, body, 'PX', LEASE_GC_MS)
+else
+  redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
+end
 if n_carried > 0 then redis.call('PEXPIRE', P .. 'jrn:' .. id, LEASE_GC_MS) end
 pump(P, did, now)
 if redis.call('HGET', rec_key, 'state') == 'bound' then

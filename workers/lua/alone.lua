@@ -1,4 +1,5 @@
--- One request by itself: `one` is the script that admit_several.lua or settle_several.lua calls for each of many.
+-- One request by itself: `one` is a script that pass.lua calls for each of many.
 local answer = one(ARGV)
+write_replicas()
 write_scopes()
 return answer

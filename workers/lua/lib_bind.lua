@@ -4,12 +4,69 @@
 
 local LEASE_GC_MS = '21600000' -- text, as are other constants: a number is printed with 17 digits at each call
 
+-- What a call knows of replicas, by id, and what it has to write of them: `come` and `gone` requests, `messages`,
+-- `prefixes` (scores and members), keys to delete. Read once and written together by write_replicas, at the end of the
+-- call and before whatever reads it in Redis (pump, in lib_queue).
+local replicas, scraps = {}, {}
+local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used forgotten first
+
+local function replica_of(P, rid)
+  local rep = replicas[rid]
+  if not rep then
+    rep = {key = P .. 'rep:' .. rid}
+    replicas[rid] = rep
+  end
+  return rep
+end
+
 -- The machine of a replica that takes new work and has a free slot, and how many are free; nil otherwise.
 local function with_slot(P, rid)
-  local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots', 'mid')
-  local n_free = tonumber(r[3] or '0') - tonumber(r[2] or '0')
-  if r[1] == 'ready' and n_free > 0 then return r[4], n_free end
+  local rep = replica_of(P, rid)
+  if not rep.n_free then
+    local r = redis.call('HMGET', rep.key, 'state', 'used', 'slots', 'mid')
+    rep.n_free = r[1] == 'ready' and tonumber(r[3] or '0') - tonumber(r[2] or '0') + (rep.gone and #rep.gone or 0) or 0
+    rep.mid = r[4]
+  end
+  if rep.n_free > 0 then return rep.mid, rep.n_free end
   return nil
+end
+
+local function add(rep, what, value)
+  local list = rep[what]
+  if list then list[#list + 1] = value else rep[what] = {value} end
+end
+
+local function write_prefixes(rep)
+  if rep.prefixes then
+    if redis.call('ZADD', rep.key .. ':px', unpack(rep.prefixes)) > 0 then
+      redis.call('ZREMRANGEBYRANK', rep.key .. ':px', 0, -MAX_PREFIXES - 1)
+    end
+    rep.prefixes = nil
+  end
+end
+
+local function write_replicas()
+  for _, rep in pairs(replicas) do
+    local more = 0
+    if rep.gone then -- those that were there: a slot is freed once, whoever asks
+      more = -redis.call('SREM', rep.key .. ':live', unpack(rep.gone))
+      rep.gone = nil
+    end
+    if rep.come then
+      more = more + #rep.come
+      redis.call('SADD', rep.key .. ':live', unpack(rep.come))
+      redis.call('LPUSH', rep.list, unpack(rep.messages))
+      rep.come, rep.messages = nil, nil
+    end
+    if more ~= 0 and redis.call('HINCRBY', rep.key, 'used', string.format('%d', more)) < 0 then
+      redis.call('HSET', rep.key, 'used', 0)
+    end
+    write_prefixes(rep)
+  end
+  if scraps[1] then
+    redis.call('DEL', unpack(scraps))
+    scraps = {}
+  end
 end
 
 -- Moves the body under the machine's prefix; false when it is gone (expired or deleted: nothing to serve).
@@ -25,10 +82,11 @@ local function hand_over(P, M, id, rid, epoch, attempt, gw, stream, n, hold)
   redis.call('HSET', lease, 'open', '', 'n', n, 'upto', n == '0' and hold or n + hold, 'epoch', epoch, 'state', 'bound', 'gw', gw,
              'stream', stream, 'attempt', attempt)
   redis.call('PEXPIRE', lease, LEASE_GC_MS)
-  redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', '1')
-  redis.call('SADD', P .. 'rep:' .. rid .. ':live', id)
-  local tag = id .. '.' .. epoch
-  redis.call('LPUSH', M .. 'replica.' .. rid, string.format(MESSAGE_TEMPLATE, id, epoch, tag, id, rid, tag))
+  local rep = replica_of(P, rid)
+  if rep.n_free then rep.n_free = rep.n_free - 1 end
+  rep.list = M .. 'replica.' .. rid
+  add(rep, 'come', id)
+  add(rep, 'messages', message_of(id, epoch, id .. '.' .. epoch, rid))
 end
 
 -- Binds a request that waits (record present, body under P body:<id>) to a replica; returns the epoch, or nil when
@@ -53,11 +111,9 @@ end
 -- Takes a request off its replica: the slot is freed once, whoever asks, and journal and body come back to the
 -- trusted side when keep is true, else they are deleted. The lease is deleted, so the old holder is fenced out.
 local function free_slot(P, id, rid)
-  if redis.call('SREM', P .. 'rep:' .. rid .. ':live', id) == 1 then
-    if redis.call('HINCRBY', P .. 'rep:' .. rid, 'used', '-1') < 0 then
-      redis.call('HSET', P .. 'rep:' .. rid, 'used', 0)
-    end
-  end
+  local rep = replica_of(P, rid)
+  if rep.n_free then rep.n_free = rep.n_free + 1 end
+  add(rep, 'gone', id)
 end
 
 local function unbind(P, id, keep)

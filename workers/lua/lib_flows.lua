@@ -14,6 +14,17 @@
 
 local BAND_SPAN = 1e13 -- more than any instant in ms
 
+-- Deployments of which this call knows that nothing waits.
+local idle = {}
+
+-- How many requests wait for a deployment.
+local function n_waiting(P, did)
+  if idle[did] then return 0 end
+  local n = redis.call('ZCARD', P .. 'dep:' .. did .. ':q')
+  idle[did] = n == 0
+  return n
+end
+
 -- A flow's place in each level: {zset, member, counter field, field of the last that left, weight}. `f` is a request's
 -- {band, weight of key, project, organization, key, project, organization, slot time in ms}.
 local function levels_of(P, did, f)
@@ -67,6 +78,7 @@ end
 -- Files a request under its flow. A flow that had nothing waiting is lifted, never lowered: to the least counter
 -- among those that wait beside it, or to that of the last that left.
 local function join(P, did, id, f, order_key, now_ms)
+  idle[did] = nil
   local Q, h = P .. 'dep:' .. did .. ':', P .. 'dep:' .. did .. ':v'
   for _, l in ipairs(levels_of(P, did, f)) do
     if not redis.call('ZSCORE', l[1], l[2]) then

@@ -72,13 +72,16 @@ local EXACT = 2 ^ 52
 local function put_money(scope, field, added)
   local sum = scope[field] + added
   if math.abs(sum) < EXACT and math.abs(scope[field]) < EXACT then
-    put(scope, field, string.format('%.0f', sum))
-    scope[field] = sum
+    put(scope, field, sum) -- Redis prints 17 digits of a number: exact
   else
     write_scopes()
     scope[field] = redis.call('HINCRBY', scope.key, field, string.format('%.0f', added))
   end
 end
+
+-- So many more requests fit before a limit refuses: then the settlement of one may be a moment late.
+local ROOMY, ROOMY_SLOTS = 64, 4
+local is_roomy = false
 
 local function refuse_longest(look, retry_ms, scope, limit, cap, left)
   if look.refusal and retry_ms <= look.refusal[3] then return end
@@ -94,7 +97,7 @@ end
 --   caps, levels: of requests, input and output tokens, each of the scope that has the fewest left
 local function examine(P, now, args, at, n_in, n_out)
   local caps, levels, need = {}, {}, {1, n_in, n_out}
-  local look = {caps = caps, levels = levels}
+  local look = {caps = caps, levels = levels, is_roomy = true}
   for s = 1, 3 do
     local a = at + (s - 1) * 7
     local cap_conc, budget = tonumber(args[a + 4]), tonumber(args[a + 5])
@@ -116,6 +119,7 @@ local function examine(P, now, args, at, n_in, n_out)
         if not levels[i] or level < levels[i] then caps[i], levels[i] = cap, level end
       end
     end
+    if cap_conc >= 0 and conc + ROOMY > cap_conc then look.is_roomy = false end
     if cap_conc >= 0 and conc >= cap_conc then
       -- One of them ends, on average, once per usual duration over their number.
       local usual_ms = (scope.dur or 1000) / math.max(conc, 1)

@@ -3,7 +3,6 @@
 
 local K = 8               -- flows looked at for a cached prefix
 local AGED_TURN = 8       -- every so many dispatches one may go to a lower band that waited long
-local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used forgotten first
 local PREFIX_CHARS = 8
 local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell/routing.py)
 local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
@@ -15,6 +14,7 @@ local WAIT_SHARE = 8      -- one over the weight of the latest wait in the usual
 local function cached_prefixes(P, rid, pfx)
   local n = #pfx / PREFIX_CHARS
   if n == 0 then return 0 end
+  write_prefixes(replica_of(P, rid))
   local ask = {}
   for i = 1, n do ask[i] = string.sub(pfx, (i - 1) * PREFIX_CHARS + 1, i * PREFIX_CHARS) end
   local found = redis.call('ZMSCORE', P .. 'rep:' .. rid .. ':px', unpack(ask))
@@ -24,15 +24,12 @@ local function cached_prefixes(P, rid, pfx)
   return 0
 end
 
--- A replica that is given a request will hold its prefixes.
+-- A replica that is given a request will hold its prefixes. Written by write_replicas.
 local function note_prefixes(P, rid, pfx, now_ms)
-  local px, put = P .. 'rep:' .. rid .. ':px', {}
+  local rep = replica_of(P, rid)
   for i = 1, #pfx, PREFIX_CHARS do
-    put[#put + 1] = now_ms
-    put[#put + 1] = string.sub(pfx, i, i + PREFIX_CHARS - 1)
-  end
-  if put[1] and redis.call('ZADD', px, unpack(put)) > 0 then
-    redis.call('ZREMRANGEBYRANK', px, 0, -MAX_PREFIXES - 1)
+    add(rep, 'prefixes', now_ms)
+    add(rep, 'prefixes', string.sub(pfx, i, i + PREFIX_CHARS - 1))
   end
 end
 
@@ -194,9 +191,7 @@ local function dispatch(P, did, rid, mid, now_ms)
   return 1
 end
 
--- Binds waiting requests while a replica of the deployment has a free slot, one a round and replica by id, so that a
--- burst is spread; returns how many. Bounded per call.
-local function pump(P, did, now_ms)
+local function fill(P, did, now_ms)
   local n_bound, free = 0, redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')
   table.sort(free)
   while #free > 0 do
@@ -213,5 +208,15 @@ local function pump(P, did, now_ms)
     end
     free = still
   end
+  return n_bound
+end
+
+-- Binds waiting requests while a replica of the deployment has a free slot, one a round and replica by id, so that a
+-- burst is spread; returns how many. Bounded per call.
+local function pump(P, did, now_ms)
+  write_replicas()
+  replicas = {} -- what comes now goes by what is written
+  local n_bound = fill(P, did, now_ms)
+  write_replicas()
   return n_bound
 end

@@ -1,6 +1,6 @@
 -- Ends a request once, whoever calls first (gateway at the last frame, intake after booking, reaper for the dead):
 -- holds go back, actual use is charged, the slot is freed and the fair queue pumped. Later calls change nothing.
--- Whoever calls this as `one` writes the scopes at its end.
+-- Whoever calls this writes replicas and scopes at its end.
 --
 -- ARGV: 1 cell prefix, 2 now_ms, 3 request, 4 prompt tokens, 5 output tokens, 6 cost (nano), 7 retention_ms,
 --       8 prompt tokens found cached (optional).
@@ -38,7 +38,7 @@ end
 if r[3] and r[3] ~= '' then
   free_slot(P, id, r[3])
   local M = P .. 'm:' .. r[4] .. ':'
-  redis.call('DEL', M .. 'body:' .. id)
+  scraps[#scraps + 1] = M .. 'body:' .. id
   -- A note without a digest: nothing leads back to it, and its gateway fills a gap within seconds, if at all.
   if string.sub(adm[NOTE], -1) == ':' then redis.call('PEXPIRE', M .. 'jrn:' .. id, UNREACHABLE_JOURNAL_MS) end
   -- was_mid: where the journal of a finished request still lies.
@@ -47,7 +47,7 @@ else
   redis.call('HSET', rec_key, 'state', 'done')
 end
 redis.call('PEXPIRE', rec_key, ARGV[7])
-local waits = redis.call('EXISTS', P .. 'dep:' .. did .. ':q') == 1
+local waits = n_waiting(P, did) > 0
 local charged = tonumber(r[6] or '0')
 if waits or charged > 0 then -- else it took nothing that anybody waited for
   local used = service(n_in, tonumber(ARGV[8] or '0'), n_out)

@@ -64,6 +64,7 @@ if mode ~= 'drain' then
       end
     end
   end
+  write_replicas()
   if mode == 'dead' then redis.call('DEL', rk .. ':px') end
   if mode == 'dead' and redis.call('SCARD', rk .. ':live') == 0 then redis.call('PEXPIRE', rk, 900000) end
   if out[1] > 0 or mode == 'lost' then
