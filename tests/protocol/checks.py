@@ -265,7 +265,7 @@ def _spent(world: World) -> Counter[str]:
 
 
 # What may stay for as long as what it describes does; everything else must expire.
-LASTING = ("lim:", "lock:", "born")
+LASTING = ("lim:", "lock:", "born", "decisions")  # the last a stream of bounded length
 LASTING_OF_DEPLOYMENTS = (":reps", ":v", ":stage")
 LASTING_OF_MACHINES = (":usage", ":desired", ":actual", ":bell")
 
