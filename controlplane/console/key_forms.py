@@ -53,11 +53,21 @@ class ScopesForm(forms.Form):
             }
         )
 
-    def scopes(self) -> KeyScopes:
+    def scopes(self, before: KeyScopes) -> KeyScopes:
+        """As the form says. What allowed nothing before and is left empty goes on to allow nothing: saving must not
+        open a key that was shut."""
         found = self.cleaned_data
-        return KeyScopes(*(tuple(values) or None for values in (
-            found["routes"], found["models"].split(), found["ip_ranges"].replace(",", " ").split(),
-        )))  # fmt: skip
+        given = {
+            "routes": tuple(found["routes"]),
+            "models": tuple(found["models"].split()),
+            "ip_ranges": tuple(found["ip_ranges"].replace(",", " ").split()),
+        }
+        return KeyScopes(
+            **{
+                name: values or (() if getattr(before, name) == () else None)
+                for name, values in given.items()
+            }
+        )
 
 
 class LimitsForm(forms.Form):

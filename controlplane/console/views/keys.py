@@ -69,11 +69,14 @@ def bind_key(request: MemberRequest, key: str) -> HttpResponse:
         if not form.is_valid():
             return _detail(request, found, status=400, scopes_form=form)
         services.set_api_key_scopes(
-            organization_id=request.membership.organization_id, key_id=found.id, scopes=form.scopes()
+            organization_id=request.membership.organization_id,
+            key_id=found.id,
+            scopes=form.scopes(found.bound_to),
         )
     except InvalidInputError as error:
         field = (error.field or "").split(".")[1:2]
-        form.add_error(field[0] if field and field[0] in form.fields else None, error.message)
+        message = error.message.removeprefix(f"{error.field}: ")
+        form.add_error(field[0] if field and field[0] in form.fields else None, message)
         return _detail(request, found, status=error.status, scopes_form=form)
     messages.success(request, "The scope is changed. Every gateway heeds it from the next second on.")
     return redirect("console:key", key)

@@ -74,6 +74,17 @@ def test_a_mistake_is_told_at_its_field_and_changes_nothing(
     assert stored(key, world).scopes == key.scopes
 
 
+def test_saving_does_not_open_a_key_that_was_shut(owner: Client, key: ApiKey, world: World) -> None:
+    services.set_api_key_scopes(
+        organization_id=world.organization.id, key_id=key.id, scopes=KeyScopes(models=())
+    )
+    assert "0 models" in owner.get(f"/keys/{key}").content.decode()
+    assert bind(owner, key, ip_ranges="10.0.0.0/8").status_code == 302
+    assert stored(key, world).scopes == {"models": [], "ip_ranges": ["10.0.0.0/8"]}
+    bind(owner, key, models="toy-chat")
+    assert stored(key, world).scopes == {"models": ["toy-chat"]}
+
+
 def test_limits_are_replaced_and_a_budget_is_exact(owner: Client, key: ApiKey, world: World) -> None:
     assert owner.post(f"/keys/{key}/limits", {"rpm": "7", "budget": "0.000000001"}).status_code == 302
     assert stored(key, world).limits == Limits(rpm=7, budget_nano=1)
