@@ -70,6 +70,11 @@ app.conf.update(
             "options": {"expires": 600.0},
         },
         "webhooks.send": {"task": "webhooks.send", "schedule": 1.0, "options": {"expires": 5.0}},
+        "webhooks.tell_expiring_keys": {
+            "task": "webhooks.tell_expiring_keys",
+            "schedule": 3600.0,
+            "options": {"expires": 3600.0},
+        },
         "webhooks.forget": {
             "task": "webhooks.forget",
             "schedule": 3600.0,

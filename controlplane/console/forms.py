@@ -71,3 +71,35 @@ class OpenAccountForm(forms.Form):
         widget=forms.PasswordInput(attrs={"autocomplete": "new-password"}),
         help_text="At least 10 characters",
     )
+
+
+PERIODS: Final = (
+    ("month", "a month"),
+    ("week", "a week"),
+    ("day", "a day"),
+    ("rolling:24", "any 24 hours"),
+    ("rolling:720", "any 30 days"),
+    ("total", "in all"),
+)
+BUDGET_KINDS: Final = (("hard", "refuse"), ("soft", "only alert"))
+
+
+class BudgetForm(forms.Form):
+    name = forms.CharField(
+        label="Name",
+        max_length=120,
+        widget=forms.TextInput(attrs={"placeholder": "e.g. team chat", "autocomplete": "off"}),
+    )
+    limit = forms.CharField(
+        label="Limit, dollars",
+        max_length=24,
+        widget=forms.TextInput(attrs={"placeholder": "50.00", "inputmode": "decimal", "autocomplete": "off"}),
+    )
+    period = forms.ChoiceField(label="Per", choices=PERIODS)
+    project = forms.TypedChoiceField(label="For", required=False)
+    kind = forms.ChoiceField(label="When spent", choices=BUDGET_KINDS)
+
+    def __init__(self, *args: Any, projects: Sequence[Project], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        field = cast(forms.TypedChoiceField, self.fields["project"])
+        field.choices = [("", "everybody"), *((project.id.hex, project.name) for project in projects)]

@@ -3,6 +3,7 @@
 from django.urls import path
 
 from controlplane.console.views import (
+    budgets,
     deployments,
     invitation,
     keys,
@@ -41,6 +42,9 @@ urlpatterns = [
     path("invitations/<str:token>", invitation.accept, name="accept_invitation"),
     path("slo", slo.slo_page, name="slo"),
     path("requests/<str:request_id>", slo.request_page, name="request"),
+    path("budgets", budgets.budget_list, name="budgets"),
+    path("budgets/create", budgets.create_budget, name="create_budget"),
+    path("budgets/<str:budget>", budgets.change_budget, name="change_budget"),
     path("usage", usage.usage_page, name="usage"),
     path("usage.csv", usage.usage_csv, name="usage_csv"),
 ]

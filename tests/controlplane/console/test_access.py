@@ -10,7 +10,7 @@ from controlplane.tenants.models import ApiKey
 from tests.controlplane.console.conftest import signed_in
 from tests.world import PASSWORD, World
 
-PAGES = ["/", "/live", "/deployments", "/keys", "/playground", "/people", "/usage", "/usage.csv"]
+PAGES = ["/", "/live", "/deployments", "/keys", "/playground", "/people", "/budgets", "/usage", "/usage.csv"]
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from django.db import transaction
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
+from controlplane.budgets import services as budgets
 from controlplane.identity import invitations
+from controlplane.policy.periods import Period
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Role
@@ -64,6 +66,15 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "people/invitations/<str:invitation>/revoke": (Row("POST", Permission.MEMBERS_WRITE),),
     "slo": (Row("GET", Permission.USAGE_READ),),
     "requests/<str:request_id>": (Row("GET", Permission.USAGE_READ),),
+    "budgets": (Row("GET", Permission.USAGE_READ),),
+    "budgets/create": (
+        Row(
+            "POST",
+            Permission.LIMITS_WRITE,
+            {"name": "n", "limit": "5", "period": "month", "project": "", "kind": "hard"},
+        ),
+    ),
+    "budgets/<str:budget>": (Row("POST", Permission.LIMITS_WRITE, {"limit": "7.50"}),),
     "usage": (Row(),),
     "usage.csv": (Row(),),
 }
@@ -122,7 +133,11 @@ class Acme:
         self.invitation = invitations.invite(
             organization_id=organization_id, email="acme-secret-guest@example.com", role=Role.VIEWER
         )
+        self.budget = budgets.create_budget(
+            organization_id=organization_id, name="acme-secret-budget", limit_nano=10**9, period=Period.DAY
+        )
         self.values = {
+            "budget": str(self.budget),
             "invitation": str(self.invitation),
             "request_id": str(self.booked),
             "deployment": str(self.deployment),
@@ -146,6 +161,7 @@ class Acme:
                     self.key.id,
                     self.booked.request_id,
                     self.invitation.id,
+                    self.budget.id,
                 )
             ),
             str(organization_id),

@@ -369,3 +369,21 @@ def test_the_document_describes_every_kind(world: World) -> None:
     assert told.keys() == CATALOGUE.keys()
     body = told["budget.threshold"]["post"]["requestBody"]["content"]["application/json"]
     assert body["schema"]["properties"]["data"]["required"] == list(body["examples"]["one"]["value"]["data"])
+
+
+def test_a_key_that_expires_within_a_week_is_told_of_once(world: World, receiver: Receiver) -> None:
+    from controlplane.tenants.models import ApiKey
+    from controlplane.webhooks.tasks import tell_expiring_keys
+
+    endpoint(world, receiver, "key.expiring")
+    for name, days in (("soon", 5), ("later", 9)):
+        tenants.create_api_key(
+            organization_id=world.organization.id, project_id=world.project.id, name=name,
+            expires_at=timezone.now() + timedelta(days=days),
+        )  # fmt: skip
+    with acting_as("corral_operator"):
+        ApiKey.objects.update(created_at=timezone.now() - timedelta(days=30))
+        for _ in range(2):
+            tell_expiring_keys()
+        (event,) = Event.objects.filter(kind="key.expiring")
+    assert event.data["name"] == "soon"
