@@ -11,6 +11,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from benchmarks import (
     admission,
     autoscaler,
+    budgets,
     cells,
     clients,
     coldstart,
@@ -114,6 +115,9 @@ BENCHES = {
         timing.as_text,
         1,
         strict=True,
+    ),
+    "budgets": Bench(
+        "what window budgets cost a request, in Redis and in the gateway", budgets.measure, budgets.as_text
     ),
     "limits": Bench(
         "each kind of limit at each level lets exactly 10 of 64 through; 32 streams share the last credit",
