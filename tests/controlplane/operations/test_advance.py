@@ -126,6 +126,35 @@ def test_who_lost_the_claim_writes_nothing(world: World, handlers: dict) -> None
     assert (row.state, row.message, row.progress) == (State.RUNNING, "another has it", 20)
 
 
+def test_of_two_workers_that_see_it_due_at_once_one_has_it(
+    world: World, handlers: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = begin(world)
+    seen = Operation.objects.get
+    with acting_as("corral_operator"):
+        stale = seen(pk=row.pk)  # what the slower one read
+        assert advancing._claim(row.id) is not None
+        monkeypatch.setattr(advancing.Operation.objects, "filter", _stale_first(stale))
+        assert advancing._claim(row.id) is None
+
+
+def _stale_first(stale: Operation):
+    """The first read answers what is no longer so; everything after it the truth."""
+    real, reads = Operation.objects.get_queryset, []
+
+    class First:
+        def first(self) -> Operation:
+            return stale
+
+    def found(*args, **values):
+        if not reads:
+            reads.append(1)
+            return First()
+        return real().filter(*args, **values)
+
+    return found
+
+
 def test_the_same_again_is_the_one_that_is_open_and_their_number_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
