@@ -45,6 +45,7 @@ _COLUMNS: Final = (
     ("cost_nano", "bigint"),
     ("witness", "text"),
     ("received_at", "timestamptz"),
+    ("end_customer", "text"),
 )
 _TABLE: Final = UsageEvent._meta.db_table
 _NAMES: Final = ", ".join(name for name, _ in _COLUMNS)
@@ -194,4 +195,5 @@ def _values(rated: Rated, received_at: datetime) -> tuple[object, ...]:
         rated.cost_nano,
         (Witness.SPOOL if usage.delivery.from_spool else Witness.STREAM).value,
         received_at,
+        event.end_customer,
     )

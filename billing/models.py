@@ -90,6 +90,13 @@ class UsageEvent(models.Model):
     duration_ms = models.PositiveIntegerField(help_text="from admission to the end")
     price_version_id = models.UUIDField()
     cost_nano = models.BigIntegerField()
+    end_customer = models.CharField(
+        max_length=24,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="pseudonym of the tenant's own customer",
+    )
     witness = models.CharField(max_length=8, choices=Witness.choices)
     received_at = models.DateTimeField()
 

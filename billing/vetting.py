@@ -16,6 +16,7 @@ from uuid import UUID
 import msgspec
 
 from controlplane import ids
+from controlplane.tenants.end_customers import SHAPE as END_CUSTOMER
 from workers.contract import UsageEvent, decode_usage
 
 # A witness may come late (its machine was cut off) but not from another age; the far end of the window also
@@ -179,4 +180,5 @@ def _in_range(event: UsageEvent) -> bool:
         and 100 <= event.status <= 599
         and 0 < len(event.model) <= _MODEL_LENGTH
         and event.model.isprintable()
+        and END_CUSTOMER.match(event.end_customer) is not None
     )

@@ -42,6 +42,7 @@ class Environment:
     key_pepper: bytes = field(default=b"", repr=False)  # hex in the environment
     key_pepper_previous: bytes = field(default=b"", repr=False)  # accepted, too, while the pepper changes
     key_pepper_next: bytes = field(default=b"", repr=False)
+    digest_secret: bytes = field(default=b"", repr=False)  # empty: the pepper is
     secret_key_previous: str = field(default="", repr=False)  # what it signed and sealed still opens
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
@@ -79,6 +80,7 @@ class Environment:
         if pooler not in POOLERS:
             raise ImproperlyConfigured(f"CORRAL_PG_POOLER={pooler!r}: set transaction, or leave it out")
         try:
+            digest_secret = bytes.fromhex(environ.get("CORRAL_DIGEST_SECRET", ""))
             pepper, previous, upcoming = (
                 bytes.fromhex(environ.get(f"CORRAL_KEY_PEPPER{which}", ""))
                 for which in ("", "_PREVIOUS", "_NEXT")
@@ -105,6 +107,7 @@ class Environment:
             key_pepper=pepper,
             key_pepper_previous=previous,
             key_pepper_next=upcoming,
+            digest_secret=digest_secret or pepper,
             secret_key_previous=environ.get("CORRAL_SECRET_KEY_PREVIOUS", ""),
             gateway_url=environ.get("CORRAL_GATEWAY_URL", cls.gateway_url),
             console_url=console_url,

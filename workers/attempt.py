@@ -179,4 +179,5 @@ def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent
         duration_ms=max(0, now_ms - envelope.admitted_at_ms),
         price_version=envelope.price_version,
         slo=envelope.slo,
+        end_customer=envelope.end_customer,
     )

@@ -112,6 +112,8 @@ class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     n_carried: int = 0
     n_carried_prompt: int = 0
     slo: Slo | None = None
+    # Pseudonym of the tenant's own customer (controlplane/tenants/end_customers.py), empty where none was named.
+    end_customer: str = ""
     v: int = WIRE_VERSION
 
 
@@ -200,6 +202,7 @@ class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
     price_version: str
     # None: admitted by a gateway that did not say.
     slo: Slo | None = None
+    end_customer: str = ""
     v: int = WIRE_VERSION
 
 

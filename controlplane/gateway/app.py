@@ -47,7 +47,8 @@ _MODEL_PREFIX: Final = "/v1/models/"
 _EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
 _CORS_REQUEST_HEADERS: Final = (
-    b"authorization, content-type, x-api-key, last-event-id, idempotency-key, x-corral-slo-class"
+    b"authorization, content-type, x-api-key, last-event-id, idempotency-key, x-corral-slo-class, "
+    b"x-corral-end-customer"
 )
 _CORS_EXPOSED: Final = b", ".join(
     (
@@ -160,6 +161,7 @@ class GatewayApp:
                 outcome,
                 called_before,
                 headers.slo_class,
+                headers.end_customer,
             )
         except ApiError as error:
             outcome.status, outcome.code = error.status, error.code

@@ -237,6 +237,7 @@ class Dispatcher:
             sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,
             slo=deployment.slo,
+            end_customer=self._digests.end_customer(key.organization, request),
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
             priority=band,

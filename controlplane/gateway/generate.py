@@ -23,6 +23,7 @@ from controlplane.gateway.resume import Resumer
 from controlplane.gateway.sse import ChunkWriter, answer
 from controlplane.gateway.stages import StageBoard, comment_of
 from controlplane.gateway.stream import Origin, Stream
+from controlplane.tenants.end_customers import MAX_ID
 from workers.contract import End, Endpoint, FinishReason
 
 _SSE_HEADERS: Headers = (
@@ -67,9 +68,10 @@ class Generator:
         outcome: Outcome,
         asked: Asked | None = None,
         slo_class: bytes | None = None,
+        end_customer: bytes | None = None,
     ) -> None:
-        """Answer one request. `asked`: its headers name an earlier one, or a key for those to come. `slo_class`: they
-        name a service class.
+        """Answer one request. `asked`: its headers name an earlier one, or a key for those to come. `slo_class`,
+        `end_customer`: they name a service class, or the tenant's own customer.
 
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
@@ -78,6 +80,8 @@ class Generator:
         deployment = find_deployment(key, request.model)
         if slo_class is not None:
             request.slo_class = slo_class[:64].decode("latin-1").strip()
+        if end_customer is not None:
+            request.end_customer = end_customer[:MAX_ID].decode("utf-8", "replace").strip()
         if asked is None:
             stream = self._dispatcher.open(request_id, key, deployment, request)
         else:

@@ -27,7 +27,14 @@ class RequestHeaders:
     """The few headers the gateway reads, in one pass. Values are raw bytes; None = absent."""
 
     __slots__ = (
-        "api_key", "authorization", "content_encoding", "content_length", "idempotency_key", "last_event_id", "origin",
+        "api_key",
+        "authorization",
+        "content_encoding",
+        "content_length",
+        "end_customer",
+        "idempotency_key",
+        "last_event_id",
+        "origin",
         "slo_class",
     )  # fmt: skip
 
@@ -40,6 +47,7 @@ class RequestHeaders:
         self.last_event_id: bytes | None = None
         self.idempotency_key: bytes | None = None
         self.slo_class: bytes | None = None
+        self.end_customer: bytes | None = None
         for name, value in headers:
             if name == b"authorization":
                 self.authorization = value
@@ -57,6 +65,8 @@ class RequestHeaders:
                 self.idempotency_key = value
             elif name == b"x-corral-slo-class":
                 self.slo_class = value
+            elif name == b"x-corral-end-customer":
+                self.end_customer = value
 
 
 async def read_body(headers: RequestHeaders, receive: Receive, limit: int) -> bytes:

@@ -12,8 +12,10 @@ import re
 from functools import cache
 from typing import Final, NamedTuple, Self
 
+from controlplane.gateway.bodies import ChatBody
 from controlplane.gateway.errors import bad_request
 from controlplane.gateway.schemas import GenerationRequest
+from controlplane.tenants.end_customers import pseudonym
 from workers.contract import Endpoint
 
 MAX_KEY_BYTES: Final = 255
@@ -129,6 +131,7 @@ class Digests:
         self._of_body = {
             e: hashlib.sha256(b"body\0" + e.value.encode() + b"\0" + secret + b"\0") for e in Endpoint
         }
+        self._secret = secret
         self._of_key = hashlib.sha256(b"idempotency-key\0" + secret + b"\0")
 
     def body(self, endpoint: Endpoint, body: bytes) -> str:
@@ -140,6 +143,16 @@ class Digests:
         digest = self._of_key.copy()
         digest.update(key)
         return digest.hexdigest()[:_HEX_DIGITS]
+
+    def end_customer(self, organization: str, request: GenerationRequest) -> str:
+        """Pseudonym of the customer that the request names, header first; empty where it names none."""
+        body = request.body
+        named = (
+            request.end_customer
+            or (body.safety_identifier if isinstance(body, ChatBody) else None)
+            or body.user
+        )
+        return pseudonym(self._secret, organization, named) if named else ""
 
     def note(self, request: GenerationRequest, body: bytes, *, keyed: bool) -> str:
         """The note of a request of its own."""

@@ -35,6 +35,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
     stop: tuple[str, ...]
     logprobs: int | None  # alternatives per token; 0 = the chosen one only; None = off
     slo_class: str | None = None  # named by a header
+    end_customer: str | None = None  # named by a header, or in OpenAI's words in the body
     tier: str | None = None  # `service_tier`; None, "auto": the default of whoever asks
 
     def prompt_bytes(self) -> bytes:

@@ -43,7 +43,7 @@ MAX_GRACE: Final = timedelta(days=90)
 QUIET: Final = timedelta(minutes=30)
 # Tables whose rows stay, and what their texts become: `erased`, or with `id` behind it where they must differ.
 KEPT: Final[dict[str, dict[str, str]]] = {
-    "billing_usageevent": {"model": "erased"},
+    "billing_usageevent": {"model": "erased", "end_customer": "erased"},
     "billing_priceversion": {"name": "id"},
     "audit_entry": {},
     "audit_seal": {},

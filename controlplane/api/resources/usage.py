@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
+from django.conf import settings
 from django.db.models import Q, QuerySet
 from django.utils import timezone
 from ninja import Field, Query, Router, Schema
@@ -17,6 +18,7 @@ from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.values import DeploymentId, KeyId, ProjectId
 from controlplane.errors import InvalidInputError
+from controlplane.tenants.end_customers import MAX_ID, pseudonym
 from controlplane.tenants.rights import Permission
 
 router = Router(tags=["usage"])
@@ -32,6 +34,7 @@ class GroupBy(StrEnum):
     KEY = "key"
     MODEL = "model"
     DAY = "day"
+    END_CUSTOMER = "end_customer"
 
 
 _COLUMNS: Final = {
@@ -39,6 +42,7 @@ _COLUMNS: Final = {
     GroupBy.KEY: "api_key_id",
     GroupBy.MODEL: "model",
     GroupBy.DAY: "day",
+    GroupBy.END_CUSTOMER: "end_customer",
 }
 _PREFIXES: Final = {GroupBy.PROJECT: ids.Prefix.PROJECT, GroupBy.KEY: ids.Prefix.API_KEY}
 
@@ -51,6 +55,11 @@ class UsageQuery(Schema):
     project_id: ProjectId | None = None
     key_id: KeyId | None = None
     model: str | None = Field(default=None, max_length=64)
+    end_customer: str | None = Field(
+        default=None,
+        max_length=MAX_ID,
+        description="Your own id, as sent in safety_identifier, user or X-Corral-End-Customer",
+    )
 
 
 class SumsQuery(UsageQuery):
@@ -62,7 +71,9 @@ class SumsQuery(UsageQuery):
 class UsageRow(Schema):
     """Sums of one group."""
 
-    group: str = Field(description="Id of a project or key, name of a model, or a UTC day")
+    group: str = Field(
+        description="Id of a project or key, name of a model, pseudonym of an end customer (empty: none), or a UTC day"
+    )
     n_requests: int
     n_failed: int
     n_prompt_tokens: int
@@ -118,7 +129,7 @@ class RequestPage(Schema):
 
 @operation(router, "GET", "/usage", Permission.USAGE_READ, Usage)
 def get_usage(request: ApiRequest, query: Query[SumsQuery]) -> Usage:
-    """Requests, tokens and cost, summed by project, key, model or day. At most 1,000 groups."""
+    """Requests, tokens and cost, summed by project, key, model, end customer or day. At most 1,000 groups."""
     since, until = _span(query)
     column = _COLUMNS[query.group_by]
     sums = (
@@ -186,6 +197,9 @@ def _events(request: ApiRequest, query: UsageQuery, since: datetime, until: date
         rows = rows.filter(api_key_id=query.key_id)
     if query.model is not None:
         rows = rows.filter(model=query.model.replace("\x00", ""))
+    if query.end_customer is not None:
+        whose = pseudonym(settings.ENV.digest_secret, request.caller.organization_id.hex, query.end_customer)
+        rows = rows.filter(end_customer=whose)
     return rows
 
 
