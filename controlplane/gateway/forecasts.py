@@ -13,7 +13,7 @@ from typing import Final
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
-from controlplane.policy.outlook import Gate, Outlook, Terms, Track
+from controlplane.policy.outlook import MIN_JUDGED, Gate, Outlook, Terms, Track
 from controlplane.policy.routing import Ask
 
 _MAX_GATES: Final = 10_000
@@ -107,6 +107,14 @@ class Forecasts:
         elif placed is not None:
             gate.pace.saw_first(placed.n_before + placed.n_fresh, first_s)
         gate.pace.saw_answer(n_prompt, n_completion, stream.last_at - first_at)
+
+    def coverage(self) -> float:
+        """The least share of first words within the quantile for 90 %, over deployments and classes that are judged."""
+        return min((track.p90 for _, _, track in self.tracks() if track.n >= MIN_JUDGED), default=0.9)
+
+    def n_failing(self) -> int:
+        """Deployments and classes whose predictions do not hold, so that nobody is refused by them."""
+        return sum(not track.holds for _, _, track in self.tracks())
 
     def tracks(self) -> Iterator[tuple[str, str, Track]]:
         """(deployment, class, how its predictions did)."""

@@ -247,6 +247,14 @@ class Gateway:
             f"{name}in_flight": ("Generation requests under way.", lambda: self.app.n_in_flight),
             f"{name}streams": ("Streams known, cancelled ones included.", lambda: len(inbox.streams)),
             f"{name}redis_up": ("Whether Redis is connected.", lambda: float(self.redis.connected)),
+            f"{name}prediction_coverage": (
+                "Least share of first tokens within their predicted 90 % quantile.",
+                self.forecasts.coverage,
+            ),
+            f"{name}predictions_failing": (
+                "Deployments and classes whose predictions do not hold: the queue's bound decides there.",
+                self.forecasts.n_failing,
+            ),
             f"{name}postgres_up": ("Whether Postgres answered last.", lambda: float(pg is None or pg.up)),
         }
         self.metrics.counters |= {

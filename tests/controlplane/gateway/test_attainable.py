@@ -11,6 +11,7 @@ import pytest
 from controlplane.gateway.directory import SloBook
 from controlplane.policy.outlook import MIN_SEEN, Gate
 from controlplane.policy.pace import Pace
+from controlplane.policy.perfbias import Bias
 from tests.controlplane.gateway.harness import CHAT, DEPLOYMENT, KEYS, Machine, Running, until
 from tests.controlplane.gateway.test_fair_queue import Held, change_book, occupy, says, send
 
@@ -136,3 +137,9 @@ async def test_a_gateway_learns_from_what_it_serves(gw: Running, held: Held) -> 
     assert gate.classes["interactive"].track.n == 1
     (track,) = gw.gateway.forecasts.tracks()
     assert track[:2] == (DEPLOYMENT, "interactive")
+    shown = (await gw.http.get("/metrics")).text
+    assert "corral_gateway_prediction_coverage" in shown and "corral_gateway_predictions_failing" in shown
+    for _ in range(60):
+        gate.waited(stream.deployment.promise, 0.001, 10.0)  # always later than said, and ever later
+        gate.classes["interactive"].bias = Bias()
+    assert (gw.gateway.forecasts.n_failing(), gw.gateway.forecasts.coverage() < 0.75) == (1, True)
