@@ -7,6 +7,7 @@ replicas have an application of their own (workers/app.py). Results are off: fac
 
 import logging
 import os
+from typing import Final
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
 
@@ -18,6 +19,33 @@ from prometheus_client import start_http_server
 from autoscaler.watch.bootstep import WatcherStep
 
 log = logging.getLogger(__name__)
+
+# Seconds between two turns of each task. A turn that is late by as much (5 s at least) is left out: after an outage one
+# run catches up, not a thousand.
+EVERY_S: Final = {
+    "tenants.prune_changes": 600.0,
+    "audit.seal": 5.0,
+    "tenants.forget_answers": 600.0,
+    "webhooks.send": 1.0,
+    "webhooks.tell_expiring_keys": 3_600.0,
+    "webhooks.forget": 3_600.0,
+    "budgets.watch": 3.0,
+    "operations.advance": 1.0,
+    "operations.forget": 3_600.0,
+    "lifecycle.erase_due": 60.0,
+    "lifecycle.forget_exports": 3_600.0,
+    "tenants.lease_shares": 10.0,
+    "autoscaler.tick_all": 5.0,
+    "autoscaler.reconcile": 15.0,
+    "autoscaler.heed_notices": 5.0,
+    "autoscaler.refresh_market": 300.0,
+    "decisions.intake": 2.0,
+    "decisions.prune": 60.0,
+    "slo.alert": 30.0,
+    "slo.prune": 600.0,
+    "billing.intake": 1.0,
+    "billing.ensure_partitions": 3_600.0,
+}
 
 app = Celery("corral-control", amqp="workers.broker_connection:Amqp")
 app.conf.update(
@@ -56,82 +84,9 @@ app.conf.update(
     worker_hijack_root_logger=False,
     timezone="UTC",
     beat_schedule_filename=str(settings.ENV.var / "beat-schedule"),
-    # Each entry expires before its next turn: after an outage one run catches up, not a thousand.
     beat_schedule={
-        "tenants.prune_changes": {
-            "task": "tenants.prune_changes",
-            "schedule": 600.0,
-            "options": {"expires": 600.0},
-        },
-        "audit.seal": {"task": "audit.seal", "schedule": 5.0, "options": {"expires": 5.0}},
-        "tenants.forget_answers": {
-            "task": "tenants.forget_answers",
-            "schedule": 600.0,
-            "options": {"expires": 600.0},
-        },
-        "webhooks.send": {"task": "webhooks.send", "schedule": 1.0, "options": {"expires": 5.0}},
-        "webhooks.tell_expiring_keys": {
-            "task": "webhooks.tell_expiring_keys",
-            "schedule": 3600.0,
-            "options": {"expires": 3600.0},
-        },
-        "webhooks.forget": {
-            "task": "webhooks.forget",
-            "schedule": 3600.0,
-            "options": {"expires": 3600.0},
-        },
-        "budgets.watch": {"task": "budgets.watch", "schedule": 3.0, "options": {"expires": 5.0}},
-        "operations.advance": {"task": "operations.advance", "schedule": 1.0, "options": {"expires": 5.0}},
-        "operations.forget": {
-            "task": "operations.forget",
-            "schedule": 3600.0,
-            "options": {"expires": 3600.0},
-        },
-        "lifecycle.erase_due": {
-            "task": "lifecycle.erase_due",
-            "schedule": 60.0,
-            "options": {"expires": 60.0},
-        },
-        "lifecycle.forget_exports": {
-            "task": "lifecycle.forget_exports",
-            "schedule": 3600.0,
-            "options": {"expires": 3600.0},
-        },
-        "tenants.lease_shares": {
-            "task": "tenants.lease_shares",
-            "schedule": 10.0,
-            "options": {"expires": 10.0},
-        },
-        "autoscaler.tick_all": {
-            "task": "autoscaler.tick_all",
-            "schedule": 5.0,
-            "options": {"expires": 5.0},
-        },
-        "autoscaler.reconcile": {
-            "task": "autoscaler.reconcile",
-            "schedule": 15.0,
-            "options": {"expires": 15.0},
-        },
-        "autoscaler.heed_notices": {
-            "task": "autoscaler.heed_notices",
-            "schedule": 5.0,
-            "options": {"expires": 5.0},
-        },
-        "autoscaler.refresh_market": {
-            "task": "autoscaler.refresh_market",
-            "schedule": 300.0,
-            "options": {"expires": 300.0},
-        },
-        "decisions.intake": {"task": "decisions.intake", "schedule": 2.0, "options": {"expires": 5.0}},
-        "decisions.prune": {"task": "decisions.prune", "schedule": 60.0, "options": {"expires": 60.0}},
-        "slo.alert": {"task": "slo.alert", "schedule": 30.0, "options": {"expires": 30.0}},
-        "slo.prune": {"task": "slo.prune", "schedule": 600.0, "options": {"expires": 600.0}},
-        "billing.intake": {"task": "billing.intake", "schedule": 1.0, "options": {"expires": 5.0}},
-        "billing.ensure_partitions": {
-            "task": "billing.ensure_partitions",
-            "schedule": 3600.0,
-            "options": {"expires": 3600.0},
-        },
+        name: {"task": name, "schedule": every_s, "options": {"expires": max(every_s, 5.0)}}
+        for name, every_s in EVERY_S.items()
     },
 )
 app.autodiscover_tasks(

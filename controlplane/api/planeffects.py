@@ -21,7 +21,7 @@ from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.selectors import machine_price_nano_per_h
 from autoscaler.specs import engine_digest
 from controlplane import ids
-from controlplane.api.plans import (
+from controlplane.api.plandocument import (
     Cost,
     Disruption,
     FromTo,
