@@ -136,9 +136,9 @@ class ScalerSpec:
     # more, as far as the last usual_s show it (0: not at all), and gives a replica up only when spare_ratio of it is
     # free beyond that. Tuned on the first days of ServeGen m-mid (`manage.py study scaling`).
     usual_s: float = 0.0
-    usual_share: float = 0.75
-    usual_deviations: float = 1.4
-    spare_ratio: float = 0.3
+    usual_share: float = 0.8
+    usual_deviations: float = 1.6
+    spare_ratio: float = 0.6
     # A tick comes every 5 s at the latest, so a beat unchanged between two of them is this old.
     beat_stale_s: float = 4.0
     start_timeout_s: float = 300.0  # weights of some GB from a cold disk

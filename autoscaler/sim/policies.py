@@ -50,9 +50,9 @@ def production(
     target_ratio: float = 0.0,
     stable_window_s: float = 15.0,
     usual_s: float = -1.0,
-    usual_share: float = 0.75,
-    usual_deviations: float = 1.4,
-    spare_ratio: float = 0.3,
+    usual_share: float = 0.8,
+    usual_deviations: float = 1.6,
+    spare_ratio: float = 0.6,
 ) -> Callable[[Setting], Scaler]:
     """The production scaler: looks as far ahead as a machine takes to come, and keeps room for what was usual during
     five such times (`usual_s` below 0). The load of an instant counts: what is averaged away comes too late where a

@@ -46,7 +46,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             until_s=length_s,
             warm_s=_WARM_S,
             begins_at_s=start_s,
-            past=given.past(load, seed, start_s, _BOOT_S, 22.0),
+            past=given.past(load, seed, start_s, _BOOT_S, 43.0),
         )
         for name, policy in ABLATIONS.items():
             label = f"without {name}, seed {seed}"

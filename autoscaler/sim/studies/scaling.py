@@ -97,7 +97,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
     tuned = {kind: choose({name: fitted[name] for name in _KNOBS[kind]}) for kind in ("hpa", "kpa")}
     most_usd = (1 - _SPARED) * min(_cost(fitted[name]) for name in tuned.values())
     tuned["corral"] = choose({name: fitted[name] for name in _KNOBS["corral"]}, most_usd)
-    shown = dict.fromkeys([tuned["corral"], tuned["hpa"], tuned["kpa"], "corral", *_DEFAULTS, _CEILING])
+    shown = dict.fromkeys([tuned["corral"], tuned["hpa"], tuned["kpa"], *_DEFAULTS, _CEILING])
     found = {name: simulate(name, judged) for name in shown}
     model, keep, held_s = _OTHER
     other = given.servegen(options["traces"], model, keep * options["keep"] / 0.001)

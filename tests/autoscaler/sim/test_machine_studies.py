@@ -130,7 +130,7 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
     args = ("--seeds", "2", "--fit-windows", "1", "--hours", "1.1", "--keep", "0.0001")
     found = study("scaling", traces, *args)
     judged, elsewhere, fitted = found["tables"]
-    assert len(judged["rows"]) == 5 and len(fitted["rows"]) == 4  # the tuned, our defaults, the ceiling
+    assert len(judged["rows"]) == 4 and len(fitted["rows"]) == 4  # the tuned and the ceiling
     assert len(elsewhere["rows"]) == 3
     assert judged["rows"][0][1]["n"] == 2
     assert len(found["goals"]) == 4

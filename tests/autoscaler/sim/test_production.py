@@ -16,7 +16,9 @@ from autoscaler.sim.policies import policy
 from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.queues import Fair
 from autoscaler.sim.routers import Affinity
+from autoscaler.sim.scalers import Production
 from autoscaler.sim.scenario import Setting, run
+from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment
 from controlplane.gateway import placements, routes
 from controlplane.policy import prefix
@@ -80,6 +82,22 @@ def test_gateways_find_each_others_conversations_because_they_tell() -> None:
         name = f"affinity:gateways=3:age_s=1:shares={shares}"
         hits[shares] = run(Setting(SPEC, 32, 4, ttft_target_s=1.0), policy(name), jobs).hit_ratio
     assert hits[1] > 1.2 * hits[0]
+
+
+def test_the_scaler_s_knobs_are_the_policy_s_defaults() -> None:
+    """But for the load of an instant, which the simulated tick sees exactly, and the delay that a start takes."""
+    scaler = policies.CORRAL.scaler(SETTING)
+    assert isinstance(scaler, Production)
+    house = ScalerSpec(0, 1, 10, 1e9, 32)
+    for knob in (
+        "n_deviations",
+        "proven_ratio",
+        "usual_share",
+        "usual_deviations",
+        "spare_ratio",
+        "panic_ratio",
+    ):
+        assert getattr(scaler.spec, knob) == getattr(house, knob), knob
 
 
 def test_requests_that_waited_are_bound_past_the_board() -> None:
