@@ -13,6 +13,7 @@ from ninja.openapi.schema import OpenAPISchema
 
 from controlplane.api import plans
 from controlplane.api.examples import example
+from controlplane.api.plandocument import Plan
 from controlplane.api.problems import CONTENT_TYPE
 from controlplane.webhooks.catalogue import CATALOGUE, Kind
 
@@ -154,5 +155,5 @@ def _plan(operation: dict[str, Any]) -> None:
 
 
 def _schemas_of_plans() -> dict[str, Any]:
-    shape = plans.Plan.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    shape = Plan.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
     return {**shape.pop("$defs"), "Plan": shape}
