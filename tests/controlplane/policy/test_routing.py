@@ -130,6 +130,18 @@ def test_adapters_and_prices_count() -> None:
     assert ours.rank(Ask(200))[0] == "b"
 
 
+@pytest.mark.parametrize(("kv_tokens", "first"), [(0, "a"), (2_000, "b")])
+def test_what_a_replica_says_its_memory_holds_bounds_what_is_believed_of_its_cache(
+    kv_tokens: int, first: str
+) -> None:
+    """Two prompts of 2,000 tokens went to one replica: with room for one it forgot the older."""
+    load = ReplicaLoad("a", "m", 0, 8, kv_tokens=kv_tokens)
+    ours = board(load, replica("b", 0, 8))
+    for prefix in ("x", "y"):
+        ours.started(ours.bound("a", prompt(2_000, prefix, prefix * 2), 0.0))
+    assert ours.rank(prompt(2_000, "x", "xx"))[0] == first
+
+
 @pytest.mark.parametrize("kind", ["gone", "back"])
 def test_a_replica_that_left_is_a_stranger_when_it_comes_back(kind: str) -> None:
     a, b = replica("a", 0, 8), replica("b", 0, 8)
