@@ -153,7 +153,7 @@ def test_servers_of_ones_own_are_not_ours_to_change(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.stack
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_all_secrets_of_a_running_stack() -> None:
     """The whole way, twice, then the former ones end. The drill does it under load."""
     directory = Path(tempfile.mkdtemp(prefix="corral-test-rotation-"))

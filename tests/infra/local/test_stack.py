@@ -42,7 +42,7 @@ class Stack:
             env=env,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
 
     def up(self) -> dict[str, Any]:
