@@ -394,3 +394,21 @@ def test_seeding_twice_changes_nothing(client: redis.Redis) -> None:
     world.move(15 * 60_000)
     world.admit("k1", 1, 1)
     assert world.counter(budget)["spent"] == 0  # an hour and the bucket's quarter have passed
+
+
+def test_money_comes_back_when_its_bucket_has_left_the_window_and_not_a_bucket_sooner(
+    client: redis.Redis,
+) -> None:
+    budget = Budget("b1", 1, "k1", 100, Period.ROLLING, "UTC", 1)
+    world = World(client, [budget], at("UTC", 2026, 10, 23, 1, 14))
+    assert world.admit("k1", 98, 1)[0] == b"bound"
+    (it,) = world.live.values()
+    it.n = 1
+    world.settle(it, 100)
+    for minutes in (15, 15, 15, 15):  # an hour later there is still what was spent within it
+        world.move(minutes * 60_000)
+        verdict = world.admit("k1", 1, 1)
+        assert verdict[0] == b"refused", minutes
+    assert int(verdict[3]) == 60_000
+    world.move(60_000)
+    assert world.admit("k1", 1, 1)[0] == b"bound"
