@@ -22,6 +22,8 @@ class Prefix(StrEnum):
     MEMBER = "mem"
     USER = "usr"
     INVITATION = "inv"
+    DOMAIN = "dom"
+    IDENTITY_PROVIDER = "idp"
     API_KEY = "key"
     SERVICE_ACCOUNT = "svc"
     MANAGEMENT_TOKEN = "tok"  # noqa: S105 - names ids, is none

@@ -341,6 +341,10 @@ ACCOUNT_EMAIL_SUBJECT_PREFIX = ""
 ACCOUNT_EMAIL_NOTIFICATIONS = True
 # Django's own: allauth's keeps a table of addresses beside the users', which we do without.
 ACCOUNT_PASSWORD_RESET_TOKEN_GENERATOR = "django.contrib.auth.tokens.PasswordResetTokenGenerator"  # noqa: S105
+SOCIALACCOUNT_ADAPTER = "controlplane.identity.vouching.SocialAdapter"
+SOCIALACCOUNT_EMAIL_VERIFICATION = "none"
+SOCIALACCOUNT_REQUESTS_TIMEOUT = 5
+SOCIALACCOUNT_PROVIDERS = {"openid_connect": {"OAUTH_PKCE_ENABLED": True}}
 MFA_ADAPTER = "controlplane.identity.adapters.MfaAdapter"
 MFA_FORMS = {
     "authenticate": "controlplane.identity.adapters.OnceForm",

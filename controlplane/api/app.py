@@ -17,6 +17,7 @@ from controlplane.api.resources import (
     deployments,
     fleet,
     grants,
+    identity_providers,
     invitations,
     keys,
     limits,  # noqa: F401 - adds to the routers of organization, projects and keys
@@ -55,6 +56,7 @@ for module in (
     projects,
     members,
     invitations,
+    identity_providers,
     service_accounts,
     keys,
     deployments,

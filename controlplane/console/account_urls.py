@@ -7,7 +7,7 @@ from django.urls import path, re_path
 from django.views.generic import RedirectView
 
 from controlplane.console.pages import inactive
-from controlplane.console.views import account, session
+from controlplane.console.views import account, session, sso
 
 urlpatterns = [
     path("login", session.sign_in, name="account_login"),
@@ -33,6 +33,13 @@ urlpatterns = [
         account_views.password_reset_from_key_done,
         name="account_reset_password_from_key_done",
     ),
+    path("sso", sso.choose, name="sso"),
+    path("sso/<str:provider>", sso.start, name="sso_start"),
+    path("sso/<str:provider_id>/callback", sso.oidc_callback, name="openid_connect_callback"),
+    path("sso/<str:organization_slug>/acs", sso.saml_acs, name="saml_acs"),
+    path("sso/<str:organization_slug>/acs/finish", sso.saml_finish, name="saml_finish_acs"),
+    path("sso/<str:organization_slug>/metadata", sso.saml_metadata, name="saml_metadata"),
+    path("sso/<str:organization_slug>/logout", sso.saml_logout, name="saml_sls"),
     path("account/2fa", RedirectView.as_view(pattern_name="account"), name="mfa_index"),
     path("account/2fa/authenticate", mfa_views.authenticate, name="mfa_authenticate"),
     path("account/2fa/reauthenticate", account.own(mfa_views.reauthenticate), name="mfa_reauthenticate"),

@@ -24,6 +24,7 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 
 from controlplane import secretbox
+from controlplane.identity import sessions
 from controlplane.tenants import selectors, signed_in
 from controlplane.tenants.models import User
 
@@ -82,6 +83,9 @@ class AccountAdapter(DefaultAccountAdapter):  # type: ignore[misc]
             return False
         return bool(super().is_reauthentication_required(app=app, **kwargs))
 
+    def get_login_stages(self) -> list[str]:
+        return ["controlplane.identity.vouching.SecondFactorStage"]
+
     def post_login(self, request: HttpRequest, user: User, **kwargs: Any) -> HttpResponse:
         """Bind the session to the organization whose provider vouched for it, if one did."""
         login = (kwargs.get("signal_kwargs") or {}).get("sociallogin")
@@ -89,8 +93,10 @@ class AccountAdapter(DefaultAccountAdapter):  # type: ignore[misc]
             request.session.pop(signed_in.VOUCHED_BY, None)
         else:
             request.session[signed_in.VOUCHED_BY] = login.organization_id.hex
-        log.info("user.signed_in", user=user.id.hex, sso=login is not None)
         response: HttpResponse = super().post_login(request, user, **kwargs)
+        if login is not None:
+            sessions.note_vouched(request.session.session_key or "", login.organization_id)
+        log.info("user.signed_in", user=user.id.hex, sso=login is not None)
         return response
 
 

@@ -1,4 +1,4 @@
-"""How people come into an organization, and what it asks of how they sign in.
+"""How people come into an organization, what it asks of how they sign in, and who vouches for them.
 
 Fields and constraints only; writes are in the module named after each table. Every table has an organization and
 row-level security.
@@ -84,3 +84,61 @@ class SignInPolicy(models.Model):
 
     def __str__(self) -> str:
         return str(self.organization_id)
+
+
+class Domain(models.Model):
+    """A mail domain of an organization, verified by a DNS record. Of those who claim one, at most one holds it."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
+    name = models.CharField(max_length=253)
+    token = models.CharField(max_length=64, editable=False, help_text="what its TXT record must say")
+    created_at = models.DateTimeField(auto_now_add=True)
+    verified_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["organization", "name"], name="domain_claim_unique"),
+            models.UniqueConstraint(
+                fields=["name"], condition=Q(verified_at__isnull=False), name="domain_holder_unique"
+            ),
+            models.CheckConstraint(condition=Q(name=Lower("name")), name="domain_is_lower_case"),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.DOMAIN, self.id)
+
+
+class ProviderKind(models.TextChoices):
+    OIDC = "oidc"
+    SAML = "saml"
+
+
+class IdentityProvider(models.Model):
+    """Who vouches for the people of an organization: an OpenID Connect issuer or a SAML identity provider."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
+    kind = models.CharField(max_length=8, choices=ProviderKind.choices)
+    name = models.CharField(max_length=40)
+    is_enabled = models.BooleanField(default=True)
+    issuer = models.CharField(max_length=500, help_text="OIDC: issuer URL; SAML: entity id")
+    client_id = models.CharField(max_length=191, blank=True, help_text="OIDC only")
+    secret = models.BinaryField(default=b"", editable=False, help_text="OIDC only; sealed (secretbox.py)")
+    sso_url = models.CharField(max_length=500, blank=True, help_text="SAML only: where sign-ins are sent")
+    certificate = models.TextField(blank=True, help_text="SAML only: base64 of what it signs with")
+    groups_claim = models.CharField(
+        max_length=200, default="groups", help_text="claim or attribute with groups"
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=Q(kind__in=ProviderKind.values), name="identityprovider_kind_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return ids.to_text(ids.Prefix.IDENTITY_PROVIDER, self.id)

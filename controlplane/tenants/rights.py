@@ -24,6 +24,8 @@ class Permission(StrEnum):
     MEMBERS_READ = "members:read"
     MEMBERS_WRITE = "members:write"
     OWNERS_WRITE = "owners:write"
+    SIGN_IN_READ = "sign_in:read"
+    SIGN_IN_WRITE = "sign_in:write"
     SERVICE_ACCOUNTS_READ = "service_accounts:read"
     SERVICE_ACCOUNTS_WRITE = "service_accounts:write"
     KEYS_READ = "keys:read"
@@ -57,6 +59,8 @@ _SENTENCES: Final[dict[Permission, str]] = {
     Permission.MEMBERS_READ: "see members",
     Permission.MEMBERS_WRITE: "add, change and remove members",
     Permission.OWNERS_WRITE: "make or remove owners",
+    Permission.SIGN_IN_READ: "see how people sign in",
+    Permission.SIGN_IN_WRITE: "change how people sign in",
     Permission.SERVICE_ACCOUNTS_READ: "see service accounts and their tokens",
     Permission.SERVICE_ACCOUNTS_WRITE: "create and change service accounts and their tokens",
     Permission.KEYS_READ: "see API keys",

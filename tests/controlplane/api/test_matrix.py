@@ -33,6 +33,18 @@ BODIES: dict[str, Any] = {
     "create_invitation": {"email": "new@example.org", "role": "viewer"},
     "resend_invitation": None,
     "revoke_invitation": None,
+    "create_identity_provider": {
+        "kind": "oidc",
+        "name": "Other",
+        "issuer": "https://id.example.org",
+        "client_id": "corral",
+    },
+    "change_identity_provider": {"is_enabled": False},
+    "delete_identity_provider": None,
+    "create_domain": {"name": "example.net"},
+    "verify_domain": None,
+    "delete_domain": None,
+    "change_sign_in_policy": {"require_mfa": True},
     "create_service_account": {"name": "robot", "role": "viewer"},
     "delete_service_account": None,
     "create_token": {"name": "t"},
@@ -76,6 +88,10 @@ READS = {
     "get_member",
     "list_invitations",
     "get_invitation",
+    "list_identity_providers",
+    "get_identity_provider",
+    "list_domains",
+    "get_sign_in_policy",
     "list_service_accounts",
     "get_service_account",
     "list_tokens",
@@ -137,7 +153,8 @@ class Acme:
         from controlplane.budgets import services as budgets
         from controlplane.deployments import services as deployments
         from controlplane.deployments import sharing
-        from controlplane.identity import invitations
+        from controlplane.identity import domains, invitations, providers
+        from controlplane.identity.models import ProviderKind
         from controlplane.operations import services as long_operations
         from controlplane.policy.periods import Period
         from controlplane.slo import services as slo
@@ -178,6 +195,16 @@ class Acme:
             organization_id=organization_id, url="https://acme.example/hook"
         )
         delivery = webhooks.try_endpoint(organization_id=organization_id, endpoint_id=webhook.id)
+        provider = providers.create_provider(
+            organization_id=organization_id,
+            kind=ProviderKind.OIDC,
+            name="Acme sign-in",
+            issuer="https://login.acme.example",
+            client_id="corral",
+            client_secret="acme-client-secret",
+        )
+        domain = domains.claim(organization_id=organization_id, name="acme.example")
+        domains.mark_verified(organization_id=organization_id, domain_id=domain.id)
         booked = book_usage(world, key_id=key.id, model="served")
         annex = services.create_project(organization_id=organization_id, name="Annex", slug="annex")
         with acting_as("corral_operator"):
@@ -199,6 +226,8 @@ class Acme:
             "project_id": f"prj_{world.project.id.hex}",
             "member_id": f"mem_{member.id.hex}",
             "invitation_id": f"inv_{invitation.id.hex}",
+            "provider_id": str(provider),
+            "domain_id": str(domain),
             "account_id": f"svc_{account.id.hex}",
             "token_id": f"tok_{token.id.hex}",
             "key_id": f"key_{key.id.hex}",
@@ -215,6 +244,8 @@ class Acme:
             "served",
             "team money",
             "guest@example.org",
+            "login.acme.example",
+            "acme-client-secret",
             "program",
             "robot zero",
             *(text for name, text in self.ids.items() if name != "kind"),

@@ -80,6 +80,13 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 # For people nobody knows yet, or without a tenant: nothing of any tenant may be in the answer, whoever asks.
 OPEN = {"login", "logout", "internal/enrol", "invitations/<str:token>"}
+# Single sign-on (identity/test_oidc.py, test_saml.py), for people nobody knows yet.
+OPEN |= {
+    "sso",
+    "sso/<str:provider>",
+    "sso/<str:provider_id>/callback",
+    *(f"sso/<str:organization_slug>/{page}" for page in ("acs", "acs/finish", "metadata", "logout")),
+}
 # A person's own account (identity/test_account.py): nothing of a tenant either.
 OPEN |= {
     "account",
