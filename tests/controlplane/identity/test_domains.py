@@ -5,15 +5,19 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from io import StringIO
 from typing import Any
 
 import dns.message
 import dns.resolver
 import dns.rrset
 import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
 
 from controlplane.errors import ConflictError, InvalidInputError
 from controlplane.identity import domains
+from controlplane.tenants.context import tenant
 from tests.world import World
 
 
@@ -89,3 +93,12 @@ def test_a_domain_has_one_holder(world: World, zone: dict[str, list[str]]) -> No
 def test_what_is_no_domain_is_named(world: World, name: str) -> None:
     with pytest.raises(InvalidInputError, match="name"):
         domains.claim(organization_id=world.organization.id, name=name)
+
+
+def test_the_house_may_prove_a_domain_by_other_means(world: World, as_operator: Any) -> None:
+    with as_operator():
+        call_command("verify_domain", "Example.org", organization="acme", stdout=StringIO())
+        with pytest.raises(CommandError, match="another organization"):
+            call_command("verify_domain", "example.org", organization="other")
+    with tenant(world.organization.id):
+        assert domains.is_verified(organization_id=world.organization.id, email="bob@EXAMPLE.org")
