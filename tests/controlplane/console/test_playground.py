@@ -88,7 +88,7 @@ def test_the_list_of_keys_flags_live_ones_and_drops_dead_ones(
     ask(owner, deployment)
     ask(owner, deployment)
     text = owner.get("/keys").content.decode()
-    assert text.count(f">{KEY_NAME} ") == 1
+    assert text.count(f">{KEY_NAME}<") == 1
     assert text.count('class="tag"') == 1
 
 
