@@ -37,6 +37,7 @@ WRITING_COMMANDS = (
 NO_CHANGES = {
     "delete_export": "a copy of data, no configuration",
     "try_webhook": "a message, no configuration",
+    "verify_domain": "the record is not in the DNS of tests, and nothing is changed without it",
     "replay_delivery": "likewise",
     "clear_quota": "the house's stays in force, Acme has set none",
 }
