@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[3]
 SLEEPER = ["/bin/sh", "-c", "sleep 300 & wait"]  # leader and a grandchild
 
 
+def _hear_interrupts() -> None:
+    """Who runs the tests in the background of a shell has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Stack:
     """Starts supervisors over one data directory and looks at what they record."""
 
@@ -33,6 +38,7 @@ class Stack:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
         self.started.append(program)
         return program
