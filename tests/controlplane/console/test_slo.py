@@ -27,7 +27,7 @@ def test_the_page_shows_classes_their_budget_and_what_burns(world: World, page: 
     text = page.get("/slo?days=1").content.decode()
     assert "Class interactive burns its error budget" in text
     assert text.index("interactive") < text.index("batch"), "in the order they are served in"
-    assert "80 %" in text and "-1900 %" in text and "200 failed" in text
+    assert "80 %" in text and "used up" in text and "200 failed" in text
     assert "first token 1 s, then 100 ms each" in text
 
 
