@@ -94,7 +94,11 @@ class _Handle(events.Handle):
 
 
 class _TimerHandle(_Handle, events.TimerHandle):
-    pass
+    """The loop runs timers up to its clock's resolution early; here nothing passes the rest of that time but us."""
+
+    def _run(self) -> None:
+        self._loop.now_s = max(self._loop.now_s, self._when)
+        super()._run()
 
 
 class _JumpingSelector(selectors.SelectSelector):

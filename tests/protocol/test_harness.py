@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 
 import pytest
 
+from tests.protocol.clock import VirtualLoop
 from tests.protocol.conftest import MakeWorld
 from tests.protocol.faults import GENTLE, unfold
 from tests.protocol.world import World
@@ -38,3 +41,21 @@ def test_a_broken_promise_is_noticed_and_names_its_seed(make_world: MakeWorld) -
         answer.text += "!"
         w.run(w.rest())
     assert "CORRAL_PROTOCOL_SEED=5" in caught.value.__notes__[0]
+
+
+def test_a_timer_is_never_early_so_that_nobody_waits_for_a_rest_that_does_not_pass() -> None:
+    loop = VirtualLoop(1)
+
+    async def story() -> int:
+        n_waits, deadline_s = 0, loop.time() + 1.0 + 5e-10
+        await asyncio.sleep(1.0)
+        while (left_s := deadline_s - loop.time()) > 0:
+            n_waits += 1
+            loop.call_soon(lambda: None)  # the loop never waits: it does not jump
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await asyncio.Event().wait()
+        return n_waits
+
+    assert loop.run_until_complete(story()) == 1
+    loop.shut_down()
