@@ -42,6 +42,7 @@ class Found(NamedTuple):
     stream: int
     n_tokens: int
     error: WireError | None  # why nobody served it
+    age_ms: int  # since its admission, by the clock of Redis; while it runs or waits
 
 
 class Records:
@@ -207,6 +208,7 @@ def _found(answer: list[Any]) -> Found:
         int(stream),
         int(n_tokens),
         decode_error(error) if error else None,
+        int(answer[12]),
     )
 
 

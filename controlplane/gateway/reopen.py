@@ -14,7 +14,7 @@ from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, from_wire, unavailable
 from controlplane.gateway.identity import EventId
-from controlplane.gateway.records import Found, now_ms
+from controlplane.gateway.records import Found
 from controlplane.gateway.stream import Origin, Resumed, Stream
 from workers.contract import Notice, WireError, encode
 from workers.keys import CellKeys
@@ -103,7 +103,8 @@ class Reopener:
             raise ApiError(404, "model_not_found", "the model of this request does not exist any more")
         left_s = self._timeout_s
         if how is Resumed.ATTACHED:
-            left_s = max(1.0, left_s - (now_ms() - found.admitted_ms) / 1000)
+            # By the cell's clock: two gateways' may be minutes apart.
+            left_s = max(1.0, left_s - found.age_ms / 1000)
         stream = self._dispatcher.reopen(
             number,
             found.request,

@@ -653,3 +653,24 @@ def test_machines_and_gateways_with_wrong_clocks_lose_nothing(make_world) -> Non
             assert all(a.complete for a in answers)
 
         w.run(story())
+
+
+def test_a_client_that_comes_back_keeps_its_time_although_the_gateways_clocks_differ(make_world) -> None:
+    with make_world() as w:
+        w.set_clock("gateway:0", -300.0)  # a request may take 60 s
+
+        async def story() -> None:
+            await w.ready()
+            first, second = w.doors
+            answers = [
+                w.client.ask("stream", LONG, door=first, returns=True),
+                w.client.ask("plain", LONG, door=first, returns=True, streaming=False, idempotency_key="key"),
+            ]
+            await shown(w, answers[0])
+            first.process.kill()
+            assert second.open
+            await w.rest()
+            assert all(a.complete and a.n_returns for a in answers)
+            assert {attempts(w, a) for a in answers} == {1}
+
+        w.run(story())

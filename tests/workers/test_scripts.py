@@ -241,6 +241,21 @@ def test_several_claims_in_one_call_are_answered_each_for_itself(cell: Cell) -> 
     assert answers[0][1:4] == [b"BODY", b"g1", b"7"]
 
 
+@pytest.mark.parametrize("candidates", [("r1",), ()])
+def test_whoever_comes_back_is_told_the_age_by_the_clock_of_redis(
+    cell: Cell, candidates: tuple[str, ...]
+) -> None:
+    if candidates:
+        cell.enrol("r1")
+    cell.admit("q1", candidates=candidates)
+    record = KEYS.request("q1")
+    cell.r.pexpire(record, cell.r.pttl(record) - 90_000)
+    wrong_ms = cell.now_ms + 3_600_000  # a gateway's
+    attached = cell.run(scripts.ATTACH, KEYS.prefix, wrong_ms, "q1", "p1", "", "g2", 9, 1_000)
+    assert attached[0] == (b"running" if candidates else b"queued")
+    assert 90_000 <= int(attached[12]) < 100_000
+
+
 def test_only_the_holder_appends_and_hears_the_news_with_its_next_flush(cell: Cell) -> None:
     """Each row ends or limits the right to append that a claim gave (`open` in the lease)."""
     cell.enrol("r1", slots=8)

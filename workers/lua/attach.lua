@@ -7,9 +7,11 @@
 --       ('' = every one of the project).
 -- Returns {'unknown'} (also when it is another project's) | {'differs'} (another body) | {'busy'} (a continuation is
 -- being admitted) | {verdict, request, note, admitted_ms, machine, deployment, price version, first admitted_ms, gateway,
--- stream, tokens, error}, where verdict is 'running' or 'queued' (attached; gateway and stream had it before), 'ending'
+-- stream, tokens, error, age}, where verdict is 'running' or 'queued' (attached; gateway and stream had it before), 'ending'
 -- (not over yet), 'done'; machine: where its journal lies, '' = never on one; tokens: in the journal of what is attached;
--- error: why nobody served it, '' = it ended otherwise.
+-- error: why nobody served it, '' = it ended otherwise; age: ms since its admission while it runs or waits, by the clock of
+-- Redis (that of the gateway that admitted it may be wrong).
+local RECORD_LIFE_MS = 21600000 -- from its admission (LEASE_GC_MS) until it is settled
 local P, now, id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local first = redis.call('HMGET', P .. 'req:' .. id, 'adm', 'next', 'next_ms', 'prev')
 local first_adm = admitted(first[1], P .. 'req:' .. id)
@@ -33,8 +35,10 @@ end
 
 local adm, mid = admitted(r[2], P .. 'req:' .. id), r[3] or ''
 local function answer(verdict, machine, n)
+  local left_ms = redis.call('PTTL', P .. 'req:' .. id)
+  local age_ms = left_ms > 0 and math.max(RECORD_LIFE_MS - left_ms, 0) or 0
   return {verdict, id, adm[NOTE], string.format('%.0f', adm[ADM_MS]), machine, adm[DEP], adm[PRICE],
-    string.format('%.0f', first_adm[ADM_MS]), r[5], r[6], n or '0', r[9] or ''}
+    string.format('%.0f', first_adm[ADM_MS]), r[5], r[6], n or '0', r[9] or '', string.format('%.0f', age_ms)}
 end
 
 if r[1] == 'done' or (r[1] == 'bound' and mid == '') then return answer('done', mid ~= '' and mid or r[4] or '') end

@@ -558,6 +558,24 @@ async def test_kept_request_ends_at_its_deadline_and_can_be_continued(redis_url:
         await machine.stop()
 
 
+async def test_whoever_comes_back_waits_for_what_the_time_of_the_request_leaves(
+    gw: Running, other: Running
+) -> None:
+    sending = asyncio.ensure_future(gw.post(CHAT, **{"idempotency-key": "k"}))
+    await until(lambda: gw.redis.zcard(KEYS.queue(DEPLOYMENT)))
+    [request] = await gw.redis.zrange(KEYS.queue(DEPLOYMENT), 0, -1)
+    record = KEYS.request(request.decode())
+    left_ms = await gw.redis.pttl(record)
+    await gw.redis.pexpire(record, left_ms - 15_000)  # as if it had been admitted so long ago
+    again = asyncio.ensure_future(other.post(CHAT, **{"idempotency-key": "k"}))
+    await until(lambda: other.gateway.inbox.streams)
+    [stream] = other.gateway.inbox.streams.values()
+    timeout_s = other.gateway.config.request_timeout_s
+    assert stream.deadline - stream.admitted_at <= timeout_s - 15
+    for call in (sending, again):
+        call.cancel()
+
+
 async def test_waiting_request_whose_client_left_with_a_key_runs_when_a_replica_comes(
     gw: Running, other: Running, redis_url: str
 ) -> None:
