@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -19,6 +19,7 @@ from django.utils import timezone
 
 from autoscaler import launch, market, metrics
 from autoscaler.act import act
+from autoscaler.cell import Cell
 from autoscaler.models import LIVE_PHASES, Decision, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.observe import machine_views
 from autoscaler.policy.machines import to_release
@@ -33,6 +34,7 @@ MAX_PRUNED = 5000
 SETTLED_AFTER = timedelta(seconds=15)
 RESTARTS_FORGIVEN_AFTER = timedelta(minutes=2)
 ENDED_LATELY = timedelta(hours=6)
+MAX_ENDED = 1000  # of those that ended lately, the newest, looked at per pass
 
 
 @dataclass(slots=True)
@@ -172,6 +174,31 @@ def _restore(house: House, report: Report, now: datetime) -> None:
         if cell.restore_desired(mid, {r.id.hex: desired_spec(r) for r in live}, seen):
             report.n_restored += 1
     _unroute(house, report, now)
+    _withdraw(house, report, now)
+
+
+def withdraw_ended(cell: Cell, ended: Sequence[tuple[str, str, str]]) -> int:
+    """Requests bound to replicas that are over go back to the queue; from how many (replica, machine, deployment).
+
+    They were withdrawn when they ended, but a Redis that came back without its last second, or was away just then,
+    does not know: its record says `bound`, and no watcher looks at a replica that ended. Safe to repeat.
+    """
+    readings = cell.read_replicas(ended)
+    trusted = [rid for rid, reading in readings.items() if reading.used > 0 or reading.is_routed]
+    for rid in trusted:
+        n_requeued = cell.withdraw_dead(rid)
+        log.warning("replica.withdrawn_again", replica=rid, n_requeued=n_requeued)
+    return len(trusted)
+
+
+def _withdraw(house: House, report: Report, now: datetime) -> None:
+    over = Replica.objects.filter(
+        phase__in=(ReplicaPhase.STOPPED, ReplicaPhase.FAILED),
+        stopped_at__gte=now - ENDED_LATELY,
+        machine__cell=house.cell.keys.cell,
+    )
+    rows = over.order_by("-stopped_at").values_list("id", "machine_id", "deployment_id")[:MAX_ENDED]
+    report.n_restored += withdraw_ended(house.cell, [(r.hex, m.hex, d.hex) for r, m, d in rows])
 
 
 def _unroute(house: House, report: Report, now: datetime) -> None:

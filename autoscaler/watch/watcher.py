@@ -257,8 +257,11 @@ class Watcher:
         self._agents.forget_all_but(set(table.machines))
         readings = self.cell.read_replicas([(r.id, r.machine, r.deployment) for r in known.values()])
         for replica in known.values():
+            reading = readings[replica.id]
             if replica.id not in self._over:
-                self._judge(replica, readings[replica.id], now_s)
+                self._judge(replica, reading, now_s)
+            elif reading.used > 0 or reading.is_routed:  # Redis came back without its end
+                self._withdraw(replica)
         if now_s >= self._next_slow_scan_s:
             self._next_slow_scan_s = now_s + SLOW_SCAN_EVERY_S
             self._scan_reports(known)

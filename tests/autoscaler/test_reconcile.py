@@ -154,6 +154,17 @@ def test_a_replica_that_ended_while_redis_was_away_loses_its_route(scaling: Scal
     assert cell.redis.zcard(cell.keys.queue(scaling.deployment.id.hex)) == 1
 
 
+def test_requests_of_a_replica_that_ended_are_found_although_redis_forgot_its_end(scaling: Scaling) -> None:
+    replica = scaling.serving()
+    cell, queue = scaling.house.cell, scaling.house.cell.keys.queue(scaling.deployment.id.hex)
+    cell.drain(replica.id.hex)  # the last that Redis knows: it has no route, and still its requests
+    Replica.objects.update(phase=ReplicaPhase.STOPPED, stopped_at=timezone.now())
+    assert (cell.routed(scaling.deployment.id.hex), cell.redis.zcard(queue)) == ([], 0)
+    reconcile.restore(scaling.house)
+    assert cell.redis.zrange(queue, 0, -1) == [b"first"]
+    assert reconcile.restore(scaling.house) == 0
+
+
 def test_old_decisions_are_pruned(scaling: Scaling) -> None:
     scaling.serving()
     n = Decision.objects.count()

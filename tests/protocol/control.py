@@ -1,9 +1,10 @@
 """The control worker on virtual time: the product's watcher and intake, stepping aside at every call to a server.
 
-The product's: Watcher, Cell, Liveness, Intake, vetting, UsageStreams, PriceBook. Thin, and what they stand for:
+The product's: Watcher, Cell, Liveness, withdraw_ended, Intake, vetting, UsageStreams, PriceBook. Thin, and what they
+stand for:
 
-- `Rows`: Postgres as autoscaler/watch/recorder.py and records.py keep it (which replicas live, and a new one ordered
-  for one that ended), with its notes held in memory for a moment and lost with the process;
+- `Rows`: Postgres as autoscaler/watch/recorder.py and records.py keep it (which replicas live, which ended, and a new
+  one ordered for one that ended), with its notes held in memory for a moment and lost with the process;
 - `Ledger`: billing/booking.py (one row per request, committed or not at all), away when Postgres is.
 """
 
@@ -23,6 +24,7 @@ from django.db import OperationalError
 
 from autoscaler.cell import Cell
 from autoscaler.models import MachineState, ReplicaPhase
+from autoscaler.reconcile import withdraw_ended
 from autoscaler.watch.recorder import CellEmptied, Lost, Reported, WatchBegins
 from autoscaler.watch.table import KnownReplica, Table
 from autoscaler.watch.watcher import BACKOFF_FIRST_S, BACKOFF_MAX_S, Watcher
@@ -65,6 +67,7 @@ class Rows:
     def __init__(self, world: World) -> None:
         self.world = world
         self.table = Table(deployments=(world.deployment,))
+        self.ended: list[tuple[str, str, str]] = []  # replica, machine, deployment
 
     def add(
         self, replica: str, machine: str, slots: int, phase: ReplicaPhase = ReplicaPhase.STARTING
@@ -82,6 +85,7 @@ class Rows:
         if replica in self.table.replicas:
             left = dict(self.table.replicas)
             gone = left.pop(replica)
+            self.ended.append((gone.id, gone.machine, gone.deployment))
             self._put(left)
             self.world.drop_desired(gone.machine, replica)
             self.world.order(gone.slots)
@@ -128,9 +132,20 @@ class Notes:
             case Reported(_, status) if status.phase is Phase.DRAINING:
                 rows.advance(status.replica, ReplicaPhase.DRAINING)
             case CellEmptied() | WatchBegins():
-                self._world.restore_cell()
+                await self._restore()
             case _:
                 pass
+
+    async def _restore(self) -> None:
+        """reconcile.restore, tried until it is through: a note stays first in the recorder's queue until then."""
+        rows = self._world.rows
+        while True:
+            try:
+                self._world.restore_cell()
+                await stepping_aside(lambda: withdraw_ended(VirtualCell(self._world), tuple(rows.ended)))
+                return
+            except redis.RedisError:
+                await asyncio.sleep(0.5)
 
 
 class Control:

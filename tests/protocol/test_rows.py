@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
+
 from tests.protocol import checks, faults
 from tests.protocol.clock import Process
 from tests.protocol.fleet import Front
@@ -434,6 +436,34 @@ def test_redis_replaced_by_a_replica_that_lags_shows_no_token_twice(w: World) ->
         await w.rest()
         assert all(a.over for a in answers)
         assert {a.code for a in answers} <= w.allowed_codes | {""}
+
+    w.run(story())
+
+
+@pytest.mark.parametrize("with_postgres", [True, False])
+def test_requests_of_a_dead_replica_move_on_although_redis_forgot_its_end(
+    w: World, with_postgres: bool
+) -> None:
+    async def story() -> None:
+        w.forgot, w.allowed_codes = True, {"cell_unavailable"}
+        answer = w.client.ask("question", LONG)
+        front = await running(w, answer)
+        key = w.keys.replica(front.id)
+        w.drain(front)
+        await w.until(lambda: w.r.hget(key, "state") == b"draining")  # it has no route any more
+        w.postgres_up = with_postgres
+        kept = w.network.snapshot()
+        front.process.kill()
+        await w.until(lambda: w.r.hget(key, "state") == b"dead", within_s=8.0)
+        if with_postgres:
+            await w.until(lambda: front.id not in w.rows.table.replicas)
+        w.network.crash()
+        await asyncio.sleep(0.2)
+        w.network.start(snapshot=kept)
+        await w.until(lambda: answer.over, within_s=20.0)
+        w.postgres_up = True
+        await w.rest()
+        assert answer.complete
 
     w.run(story())
 
