@@ -1,13 +1,14 @@
 """Frozen dataclasses to JSON values and back, exactly: a stored decision must replay to the same commands.
 
 Called where decisions and memories meet the database. Knows str, int, float, bool, None, enums of text,
-tuples, dataclasses, and unions of dataclasses (told apart by the field `kind`). Pure; unknown fields are
-ignored and absent ones take their default, so rows written by the version before and after this one can be
-read.
+tuples, mappings by text, dataclasses, and unions of dataclasses (told apart by the field `kind`). Pure; unknown
+fields are ignored and absent ones take their default, so rows written by the version before and after this one
+can be read.
 """
 
 import enum
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -29,6 +30,8 @@ def to_json(value: object) -> Any:
         return value.value
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
     if value is None or isinstance(value, str | int | float):
         return value
     raise CodecError(f"cannot store a {type(value).__name__}")
@@ -52,6 +55,11 @@ def _read(wanted: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise CodecError(f"{path}: expected a list, got {type(value).__name__}")
         return tuple(_read(get_args(wanted)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise CodecError(f"{path}: expected an object, got {type(value).__name__}")
+        each = get_args(wanted)[1]
+        return {key: _read(each, item, f"{path}.{key}") for key, item in value.items()}
     if is_dataclass(wanted):
         return _read_dataclass(wanted, value, path)
     if issubclass(wanted, enum.Enum):

@@ -194,7 +194,7 @@ def _insert(
     """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
     every offer refuses; whether we made it.
     """
-    plan = market.plan(provider, config, cell_name)
+    plan = market.plan(provider, config, cell_name, command_id=command_id)
     if plan is not None and not plan.names:
         log.warning("machine.no_offer", reasons=plan.reasons, retry_at_s=plan.retry_at_s)
         return None, False

@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import structlog
 from django.db.models import F
 from django.utils import timezone
 
+from autoscaler import pooldecisions
 from autoscaler.config import AutoscalerConfig
-from autoscaler.models import Machine, MachineState, Offer, PoolState
-from autoscaler.policy.market import LaunchPlan, OnDemandOffer, backoff_s, one_more, plan_launch
+from autoscaler.models import Machine, MachineState, Offer, PoolDecisionKind, PoolState
+from autoscaler.policy import alternatives
+from autoscaler.policy.market import LaunchPlan, OnDemandOffer, Purchase, backoff_s, one_more
 from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
 from infra.providers.base import Offering, Provider, Refusal
 
@@ -57,9 +60,16 @@ def refresh(provider: Provider, cell: str, now: datetime | None = None) -> int:
 
 
 def plan(
-    provider: Provider, config: AutoscalerConfig, cell: str, now: datetime | None = None
+    provider: Provider,
+    config: AutoscalerConfig,
+    cell: str,
+    now: datetime | None = None,
+    command_id: UUID | None = None,
 ) -> LaunchPlan | None:
-    """What the next machine of this pool may be; None where the provider has one kind only."""
+    """What the next machine of this pool may be; None where the provider has one kind only.
+
+    With the command that orders it the decision is kept.
+    """
     now = now or timezone.now()
     offers = _fresh(provider, cell, now)
     if not offers and refresh(provider, cell, now):
@@ -76,7 +86,20 @@ def plan(
         for o in offers
         if not o.is_spot
     )
-    chosen, memory = plan_launch(view, on_demand, spec, memory_from(state.memory), spot=config.spot)
+    purchase = Purchase(view, on_demand, spec, memory_from(state.memory), spot=config.spot)
+    chosen, memory = purchase.plan()
+    if command_id is not None:
+        pooldecisions.keep(
+            PoolDecisionKind.PURCHASE,
+            cell=cell,
+            provider=provider.name,
+            inputs=purchase,
+            outcome=chosen,
+            alternatives=alternatives.of_purchase(purchase, chosen),
+            reasons=chosen.reasons,
+            now=now,
+            command_id=command_id,
+        )
     # Somebody else planned meanwhile: they have learned the same.
     PoolState.objects.filter(pk=state.pk, version=state.version).update(
         memory=memory_to(memory), version=F("version") + 1

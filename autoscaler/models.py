@@ -10,9 +10,25 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from autoscaler.poolmodels import PoolDecision, PoolDecisionKind
 from controlplane import ids
 from controlplane.deployments.models import Deployment
 from controlplane.tenants.models import Organization
+
+__all__ = [
+    "LIVE_PHASES",
+    "Decision",
+    "Machine",
+    "MachineState",
+    "Offer",
+    "PoolDecision",
+    "PoolDecisionKind",
+    "PoolState",
+    "Replica",
+    "ReplicaPhase",
+    "ScalerState",
+    "StartTiming",
+]
 
 
 class MachineState(models.TextChoices):
@@ -242,6 +258,18 @@ class Decision(models.Model):
     commands = models.JSONField()
     memory_out = models.JSONField()
     reasons = models.JSONField()
+    # Defaults of the database: a control worker of the version before writes neither.
+    alternatives = models.JSONField(
+        default=list,
+        db_default=models.Value([], models.JSONField()),
+        help_text="what was passed over, and what spoke against it",
+    )
+    policy_version = models.CharField(
+        max_length=32,
+        blank=True,
+        db_default="",
+        help_text="digest of the policies' sources; empty: before it was kept",
+    )
     at = models.DateTimeField(help_text="the now that decide() was given")
 
     class Meta:

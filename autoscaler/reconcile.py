@@ -20,7 +20,15 @@ from django.utils import timezone
 from autoscaler import launch, market, metrics
 from autoscaler.act import act
 from autoscaler.cell import Cell
-from autoscaler.models import LIVE_PHASES, Decision, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.models import (
+    LIVE_PHASES,
+    Decision,
+    Machine,
+    MachineState,
+    PoolDecision,
+    Replica,
+    ReplicaPhase,
+)
 from autoscaler.observe import machine_views
 from autoscaler.policy.machines import to_release
 from autoscaler.specs import desired_spec
@@ -221,6 +229,8 @@ def _prune(house: House, report: Report, now: datetime) -> None:
     oldest = now - timedelta(days=house.config.decision_days)
     old = Decision.objects.filter(at__lt=oldest).order_by("at").values_list("id", flat=True)[:MAX_PRUNED]
     Decision.objects.filter(id__in=list(old)).delete()
+    of_pools = PoolDecision.objects.filter(at__lt=oldest).order_by("at").values_list("id", flat=True)
+    PoolDecision.objects.filter(id__in=list(of_pools[:MAX_PRUNED])).delete()
 
 
 def _guarded(what: str, call: Callable[[], object]) -> None:

@@ -29,8 +29,10 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Decision as DecisionRow
 from autoscaler.models import ScalerState
 from autoscaler.observe import observe
+from autoscaler.policy import alternatives
 from autoscaler.policy.decide import decide
 from autoscaler.policy.eta import eta_ms
+from autoscaler.policyversion import policy_version
 from autoscaler.specs import scaler_spec
 from autoscaler.types import (
     COMMANDS,
@@ -95,13 +97,13 @@ def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> Tick
         lease.release()
 
 
-def replay(row: DecisionRow) -> tuple[Command, ...]:
-    """The commands `decide` gives for what the row says it was given; they equal `stored_commands(row)`."""
+def replay(row: DecisionRow) -> Decision:
+    """What `decide` says today to what the row says it was given. Raises CodecError where that cannot be read."""
     return decide(
         from_json(Observation, row.observation),
         from_json(ScalerSpec, row.spec),
         from_json(ScalerMemory, row.memory_in),
-    ).commands
+    )
 
 
 def stored_commands(row: DecisionRow) -> tuple[Command, ...]:
@@ -159,6 +161,8 @@ def _store(
         commands=[to_json(command) for command in decision.commands],
         memory_out=to_json(decision.memory),
         reasons=list(decision.reasons),
+        alternatives=to_json(alternatives.of_decision(observation, spec, decision)),
+        policy_version=policy_version(),
         at=now,
     )
 

@@ -35,6 +35,20 @@ class LaunchPlan:
     retry_at_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Purchase:
+    """All that `plan_launch` is given, as it is stored with the machine that was ordered."""
+
+    view: FleetView
+    on_demand: tuple[OnDemandOffer, ...]
+    spec: SpotSpec
+    memory: SpotMemory
+    spot: bool = True
+
+    def plan(self) -> tuple[LaunchPlan, SpotMemory]:
+        return plan_launch(self.view, self.on_demand, self.spec, self.memory, spot=self.spot)
+
+
 def plan_launch(
     view: FleetView,
     on_demand: tuple[OnDemandOffer, ...],

@@ -66,7 +66,12 @@ def to_be_replaced(observation: Observation) -> frozenset[str]:
 
 def surplus(live: tuple[ReplicaView, ...], n: int, reason: str) -> tuple[Retirement, ...]:
     """The `n` replicas that are missed least."""
-    return tuple(retire(replica, reason) for replica in sorted(live, key=_value)[: max(n, 0)])
+    return tuple(retire(replica, reason) for replica in missed_least(live)[: max(n, 0)])
+
+
+def missed_least(live: tuple[ReplicaView, ...]) -> list[ReplicaView]:
+    """In the order in which they are given up."""
+    return sorted(live, key=_value)
 
 
 def retire(replica: ReplicaView, reason: str) -> Retirement:

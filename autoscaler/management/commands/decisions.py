@@ -42,7 +42,7 @@ class Command(BaseCommand):
         row = Decision.objects.filter(id=decision_id).first()
         if row is None:
             raise CommandError(f"no decision {text}: they are kept for some days (CORRAL_DECISION_DAYS)")
-        again = replay(row)
+        again = replay(row).commands
         self._show(row.reasons, again)
         if again != stored_commands(row):
             raise CommandError("the present policy orders something else than was ordered then")

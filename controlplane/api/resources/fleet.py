@@ -10,7 +10,7 @@ from uuid import UUID
 import redis
 from ninja import Field, Query, Router, Schema
 
-from autoscaler import selectors
+from autoscaler import explaining, selectors
 from autoscaler.cell.readings import ReplicaReading
 from autoscaler.house import build_cell
 from autoscaler.longoperations import DRAIN_MACHINE, DRAIN_REPLICA, MAX_S
@@ -26,6 +26,8 @@ from controlplane.operations import services as operations
 from controlplane.tenants.rights import Permission
 
 router = Router(tags=["fleet"])
+# Machines and offers that were weighed are the house's, and others' replicas live on them.
+_OWN_QUESTIONS = ("replicas", "retire")
 
 
 class ReplicaOut(Schema):
@@ -78,6 +80,15 @@ class Machines(Schema):
     data: list[MachineOut]
 
 
+class AlternativeOut(Schema):
+    """One thing that a decision could have chosen."""
+
+    question: str = Field(description="replicas: how many there should be; retire: which one goes")
+    subject: str = Field(description="The number or the replica it is about")
+    chosen: bool
+    why: str
+
+
 class DecisionOut(Schema):
     """What the autoscaler decided for one deployment at one moment."""
 
@@ -88,6 +99,19 @@ class DecisionOut(Schema):
     commands: list[dict[str, Any]] = Field(description="What it ordered; none: it only noted a change")
     n_queued: int | None = Field(description="Requests that waited; null where that could not be asked")
     n_replicas: int = Field(description="Live replicas it saw")
+    policy_version: str = Field(description="Digest of the policy that decided; empty before it was kept")
+    alternatives: list[AlternativeOut] = Field(description="What it weighed, what it chose among")
+
+
+class ReplayOut(Schema):
+    """A decision made again: its stored inputs given to the policy of now."""
+
+    decision_id: DecisionId
+    same: bool
+    differences: list[str] = Field(description="Of orders, reasons and memory those that come out otherwise")
+    policy_version_then: str
+    policy_version_now: str
+    words: str
 
 
 class DecisionQuery(PageQuery):
@@ -124,6 +148,12 @@ def decision_out(row: Decision) -> DecisionOut:
         commands=row.commands,
         n_queued=seen.get("n_queued"),
         n_replicas=len(seen.get("replicas") or ()),
+        policy_version=row.policy_version,
+        alternatives=[
+            AlternativeOut(**{name: each[name] for name in AlternativeOut.model_fields})
+            for each in row.alternatives
+            if each.get("question") in _OWN_QUESTIONS
+        ],
     )
 
 
@@ -200,6 +230,21 @@ def get_decision(request: ApiRequest, decision_id: DecisionId) -> DecisionOut:
     """One decision of the autoscaler: what it saw, ordered and why."""
     organization_id = request.caller.organization_id
     return decision_out(selectors.decision(organization_id=organization_id, decision_id=decision_id))
+
+
+@operation(router, "GET", "/decisions/{decision_id}/replay", Permission.DEPLOYMENTS_READ, ReplayOut)
+def replay_decision(request: ApiRequest, decision_id: DecisionId) -> ReplayOut:
+    """The same decision made again on its stored inputs: whether the policy of now gives the same result."""
+    row = selectors.decision(organization_id=request.caller.organization_id, decision_id=decision_id)
+    found = explaining.replay(row)
+    return ReplayOut(
+        decision_id=row.id,
+        same=found.same,
+        differences=list(found.differences),
+        policy_version_then=found.policy_then,
+        policy_version_now=found.policy_now,
+        words=found.words,
+    )
 
 
 def _begin(request: ApiRequest, kind: str, subject: str) -> OperationOut:

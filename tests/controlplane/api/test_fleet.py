@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from autoscaler.house import build_cell
+from autoscaler.models import Decision
+from autoscaler.policyversion import policy_version
 from controlplane.deployments import services as deployments
 from controlplane.deployments import sharing
 from controlplane.operations.advance import advance
@@ -54,6 +56,27 @@ def test_lists_are_filtered(api: Api, world: World, cell: Any) -> None:
     assert first["next_cursor"]
     assert first["data"][0]["reasons"] == ["1 request waits"]
     assert "of somebody" not in str(api.get(f"/decisions/dec_{decision.id.hex}").body)
+
+
+def test_a_decision_tells_what_it_weighed_but_no_machines_of_the_house_and_is_replayed(
+    api: Api, world: World
+) -> None:
+    _, decision = make_replica(make_deployment(world))
+    with acting_as("corral_owner"):
+        Decision.objects.filter(pk=decision.pk).update(
+            policy_version="0" * 16,
+            alternatives=[
+                {"question": "replicas", "subject": "2", "chosen": True, "why": "1 request waits"},
+                {"question": "machine", "subject": "of somebody", "chosen": False, "why": "full"},
+            ],
+        )
+    told = api.get(f"/decisions/dec_{decision.id.hex}").body
+    assert [a["question"] for a in told["alternatives"]] == ["replicas"]
+    assert told["policy_version"] == "0" * 16
+    again = api.get(f"/decisions/dec_{decision.id.hex}/replay").body
+    assert (again["same"], again["policy_version_then"]) == (False, "0" * 16)
+    assert again["policy_version_now"] == policy_version()
+    assert again["words"].startswith("the policy has changed since")
 
 
 def test_projects_members_keys_and_deployments_are_filtered_too(api: Api, world: World, cell: Any) -> None:

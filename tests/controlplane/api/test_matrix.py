@@ -116,6 +116,7 @@ READS = {
     "get_machine",
     "list_decisions",
     "get_decision",
+    "replay_decision",
     "list_grants",
     "list_grants_held",
     "list_operations",
