@@ -87,6 +87,8 @@ def as_table(report: Mapping[str, Any]) -> str:
         *_beside(last["beside"]),
         *_lag(last["spent_lag_nano"]),
         *((name, str(value)) for name, value in last["notes"].items() if name != "n_streams_running"),
+        *([("region", report["region"]["line"])] if "region" in report else []),
+        *([("weather", report["region"]["weather"])] if "region" in report else []),
         ("ran", ", ".join(f"{name} {value}" for name, value in facts.get("running", {}).items())),
         ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
     ]

@@ -45,8 +45,11 @@ class DrillTenant:
     version: ModelVersion
 
 
-def prepare(engine: str, model: str) -> DrillTenant:
-    """The tenant, a fresh key, and the model registered for it. Raises InvalidInputError for a wrong model."""
+def prepare(engine: str, model: str, *, place: str = "") -> DrillTenant:
+    """The tenant, a fresh key, and the model registered for it. Raises InvalidInputError for a wrong model.
+
+    `place`: s3://… where its weights go first; machines fetch them from there, those of the toy engine as well.
+    """
     owner = tenants.ensure_user(email=OWNER_EMAIL, password=secrets.token_urlsafe(24), name="Drills")
     organization = tenants.ensure_organization(name="Drills", slug=SLUG, owner=owner)
     project = tenants.ensure_project(organization_id=organization.id, name="Drills", slug=SLUG)
@@ -54,12 +57,26 @@ def prepare(engine: str, model: str) -> DrillTenant:
     tenants.set_project_limits(organization_id=organization.id, project_id=project.id, limits=LIMITS)
     _sweep(organization.id)
     version = importing.register(
-        organization_id=organization.id, source="toy" if engine == "toy" else model, var=ENV.var
+        organization_id=organization.id,
+        source=model if engine != "toy" else "tiny" if place else "toy",
+        var=ENV.var,
     )
+    if place:
+        version = _published(version, place)
     key, text = tenants.create_api_key(
         organization_id=organization.id, project_id=project.id, name="drill", limits=LIMITS
     )
     return DrillTenant(organization.id, project.id, key.id, text, version)
+
+
+def _published(version: ModelVersion, place: str) -> ModelVersion:
+    from infra.objectstore import Place, publish
+
+    store, where = importing.store(ENV.var), Place.parse(place)
+    publish(store.path(version.digest), store.verify(version.digest), where, lambda name, size: None)
+    return deployments.move_model_version(
+        organization_id=version.organization_id, model_version_id=version.id, source_uri=where.uri
+    )
 
 
 def unseen_key(tenant: DrillTenant) -> tuple[UUID, str]:

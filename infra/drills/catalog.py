@@ -76,6 +76,14 @@ DRILLS: dict[str, Drill] = {
         short_share=0.375,
         limit_s=300.0,
     ),
+    "spot-event": Drill(
+        "the same notice, told only by EventBridge and SQS, not to the machine (with --region)",
+        machine.spot_event,
+        n_tokens=1600,
+        n_tokens_vllm=1500,
+        short_share=0.375,
+        limit_s=300.0,
+    ),
     "duplicate": Drill(
         "delivers every message twice, then cuts the worker off until it is withdrawn and lets it go on: "
         "it must be refused",

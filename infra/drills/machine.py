@@ -7,7 +7,6 @@ import signal
 import time
 
 from infra.drills.scene import DrillError, Scene, ServingReplica, Strike
-from infra.providers.local import give_notice
 from workers.contract import ReplicaPhase, celery_message
 from workers.engine.toy import SIGNAL_DIE, SIGNAL_HANG
 
@@ -146,9 +145,18 @@ def kill_machine(scene: Scene, strike: Strike) -> None:
 
 def spot_notice(scene: Scene, strike: Strike) -> None:
     """The machine's provider says that it will take it away, and does. Its place in the pool goes to another."""
+    _leave(scene, strike, centrally=False)
+
+
+def spot_event(scene: Scene, strike: Strike) -> None:
+    """The same, said only centrally: the machine itself hears nothing of its end."""
+    _leave(scene, strike, centrally=True)
+
+
+def _leave(scene: Scene, strike: Strike, *, centrally: bool) -> None:
     replica = scene.serving()
-    give_notice(scene.machine_dir(replica.machine), NOTICE_S)
-    strike.done(f"notice to machine {replica.machine[:8]}: taken away in {NOTICE_S:g} s")
+    teller = scene.announce(replica.machine, NOTICE_S, centrally=centrally)
+    strike.done(f"notice to machine {replica.machine[:8]} by {teller}: taken away in {NOTICE_S:g} s")
     ends_at_s = time.monotonic() + NOTICE_S
     scene.wait(lambda: scene.replica_state(replica) != "ready", "the replica was told to drain", NOTICE_S)
     drained_at_s = time.monotonic()

@@ -23,11 +23,18 @@ import msgspec
 import redis
 
 from infra.drills.load import Target
+from infra.local.privatefile import read_json
 from infra.local.process import ProcessIdentity, command_line, identity_of, is_alive
 from infra.local.stackstate import StackRecord, read_state
-from infra.providers.local import MARK, read_agent_pid
+from infra.providers.local import MARK, give_notice, read_agent_pid
 from workers.contract import Heartbeat, ReplicaStatus
 from workers.keys import CellKeys
+
+# In the environment of every process of a simulated instance, with its id: its agent's own mark is overwritten by its
+# user data. The file `instance` of a machine's directory says which.
+INSTANCE_MARK = "CORRAL_SIMULATED_INSTANCE"
+REGION_FILE = "region.json"  # {"url"}: where the simulated region that this stack buys from takes orders
+REGION_BUCKET = "s3://models/drills"
 
 _status = msgspec.json.Decoder(ReplicaStatus).decode
 _heartbeat = msgspec.json.Decoder(Heartbeat).decode
@@ -245,6 +252,24 @@ class Scene:
             raise DrillError(f"pid {identity.pid} is gone or not of this stack")
         os.kill(identity.pid, signum)
 
+    def announce(self, machine: str, in_s: float, *, centrally: bool = False) -> str:
+        """Its provider says that it will take this machine away, and does: the machine itself is told, or only the
+        provider's central queue. Answers who told. DrillError where this stack's machines have no such queue.
+        """
+        region = read_json(self.var / REGION_FILE)
+        if region is not None:
+            order = {"machine": machine, "in_s": in_s, "centrally": centrally}
+            url = urlsplit(str(region["url"]))
+            body = json.dumps(order)
+            status = _status_of(url.hostname or "", url.port or 0, "POST", "/notice", body, {})
+            if status != 200:
+                raise DrillError(f"the simulated region did not take the notice: HTTP {status}")
+            return "EventBridge and its queue" if centrally else "its metadata service"
+        if centrally:
+            raise DrillError("machines of this stack have no central notices: run it with --region")
+        give_notice(self.machine_dir(machine), in_s)
+        return "its notice file"
+
     def wait(self, condition: Callable[[], object], what: str, timeout_s: float) -> None:
         """Poll every 20 ms. DrillError names what never came. Redis being away counts as not yet."""
         deadline_s = time.monotonic() + timeout_s
@@ -258,13 +283,16 @@ class Scene:
 
     def _belongs(self, pid: int, machine: str) -> bool:
         """Whether the process carries the mark of that machine, and the machine is of this data directory."""
-        if not self.machine_dir(machine).is_dir():
+        directory = self.machine_dir(machine)
+        if not directory.is_dir():
             return False
+        instance = directory / "instance"
+        mark = f"{INSTANCE_MARK}={instance.read_text()}" if instance.exists() else f"{MARK}={machine}"
         try:
             marks = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
             return False
-        return f"{MARK}={machine}".encode() in marks
+        return mark.encode() in marks
 
 
 def _status_of(

@@ -1,7 +1,8 @@
 """moto's EC2 as a server on loopback, behind a layer that has what moto lacks.
 
 Capacity by offer (spot or on-demand, zone, type), client tokens that are kept, lost answers, delays, throttling, a
-pending state that lasts, spot prices. One account per instance, so that tests do not see each other's machines.
+pending state that lasts, a list that trails, spot prices. One account per instance, so that tests do not see each
+other's machines.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import boto3
@@ -60,6 +62,7 @@ class Ec2:
     """`start()`, then `environ` for boto3; everything else may be changed at any time."""
 
     boot_s: float = 0.0
+    visible_after_s: float = 0.0  # DescribeInstances trails a launch by so much
     faults: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     capacity: dict[str, Sold] = field(default_factory=dict)  # offering name -> what is left
@@ -75,6 +78,7 @@ class Ec2:
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
+        self._born_s: dict[str, float] = {}
         self._replies: dict[tuple[str, str], tuple[dict[str, str], bytes]] = {}
         ec2 = self.client("ec2")
         self.vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
@@ -87,7 +91,8 @@ class Ec2:
 
     def reset(self) -> None:
         """As after `start`: an account with a network in it and nothing else."""
-        self.boot_s = 0.0
+        self.boot_s = self.visible_after_s = 0.0
+        self._born_s.clear()
         backend = get_backend("ec2")[self.account][REGION]
         for kept in (
             *(self.faults, self.capacity, self.calls, self.spot_usd, self._replies),
@@ -178,6 +183,8 @@ class Ec2:
     ) -> tuple[str, list[tuple[str, str]], bytes]:
         if action == "DescribeSpotPriceHistory":
             return _xml(self._price_history(form))
+        if action == "DescribeInstances" and self.visible_after_s:
+            return self._without_newborn(*self._ask_moto(form, environ))
         if action != "CreateFleet":
             return self._ask_moto(form, environ)
         with self._lock:
@@ -225,6 +232,7 @@ class Ec2:
         status, headers, reply = self._ask_moto(kept, environ)
         for instance in self.instances():
             if instance.id not in before:
+                self._born_s[instance.id] = time.monotonic()
                 self._boot(instance)
         text = reply.decode()
         if listed and "<errorSet" in text:
@@ -236,6 +244,19 @@ class Ec2:
                 "</CreateFleetResponse>", f"<errorSet>{listed}</errorSet></CreateFleetResponse>"
             )
         return status, headers, text.encode()
+
+    def _without_newborn(
+        self, status: str, headers: list[tuple[str, str]], reply: bytes
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
+        """A fleet of ours has one instance, so that its reservation is hidden with it."""
+        now_s = time.monotonic()
+        hidden = {ref for ref, at_s in self._born_s.items() if now_s - at_s < self.visible_after_s}
+        root = ElementTree.fromstring(reply)
+        for listed in root.iter(f"{{{_NS}}}reservationSet"):
+            for item in list(listed):
+                if hidden & {found.text for found in item.iter(f"{{{_NS}}}instanceId")}:
+                    listed.remove(item)
+        return status, headers, ElementTree.tostring(root)
 
     def _boot(self, instance: Any) -> None:
         if not self.boot_s:

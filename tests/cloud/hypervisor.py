@@ -1,10 +1,13 @@
 """Boots what was bought: every running instance becomes its user data as a process, with a metadata service of its own.
 
-Ended instances lose their processes at once, as a pulled plug. `notice` announces a spot interruption and pulls it.
+Ended instances lose their processes at once, as a pulled plug. `notice` announces a spot interruption and pulls it. A
+guest's directory is called by the machine id it is tagged with where `by_machine` says so; `instance` in it names the
+instance, whose mark all its processes carry.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -13,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.local.process import find_marked, kill_marked
+from infra.drills.scene import INSTANCE_MARK as MARK
+from infra.local.process import find_marked, identity_of, kill_marked
 from tests.cloud.ec2 import REGION, Ec2
 from tests.cloud.imds import Imds, signed
 
-MARK = "CORRAL_SIMULATED_INSTANCE"
 _ROOT = Path(__file__).resolve().parents[2]
 _PASS = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
 _PASS_PREFIXES = ("VLLM_", "HF_", "OMP_", "MKL_", "TORCH")
@@ -33,8 +36,10 @@ class Guest:
 class Hypervisor:
     """`start()`, `stop()`. `guests` by instance id."""
 
-    def __init__(self, ec2: Ec2, root: Path, environ: dict[str, str] | None = None) -> None:
-        self.ec2, self.root, self.environ = ec2, root, environ or {}
+    def __init__(
+        self, ec2: Ec2, root: Path, environ: dict[str, str] | None = None, *, by_machine: bool = False
+    ) -> None:
+        self.ec2, self.root, self.environ, self.by_machine = ec2, root, environ or {}, by_machine
         self.guests: dict[str, Guest] = {}
         self.booted: list[str] = []
         self._stop = threading.Event()
@@ -49,9 +54,21 @@ class Hypervisor:
         for ref in list(self.guests):
             self._end(ref)
 
+    def ref_of(self, machine_id: str) -> str:
+        """The instance with this tag that runs now. KeyError without one."""
+        for ref in list(self.guests):
+            for instance in self.ec2.instances("running"):
+                if instance.id == ref and _tags(instance).get("corral:machine") == machine_id:
+                    return ref
+        raise KeyError(machine_id)
+
     def notice(self, ref: str, in_s: float) -> None:
-        """A spot interruption: announced now, carried out then."""
+        """A spot interruption: announced now by its metadata service, carried out then."""
         self.guests[ref].imds.interrupt(in_s)
+        self.pull(ref, in_s)
+
+    def pull(self, ref: str, in_s: float) -> None:
+        """The plug, then."""
 
         def pull() -> None:
             for instance in self.ec2.instances():
@@ -73,7 +90,7 @@ class Hypervisor:
 
     def _boot(self, ref: str, instance: Any) -> None:
         self.booted.append(ref)
-        tags = {t["key"]: t["value"] for t in instance.get_tags()}
+        tags = _tags(instance)
         document = {
             "instanceId": ref,
             "instanceType": instance.instance_type,
@@ -89,8 +106,9 @@ class Hypervisor:
         paths["/dynamic/instance-identity/signature"] = identity["signature"]
         paths["/meta-data/instance-id"] = ref
         imds = Imds(paths)
-        var = self.root / ref
+        var = self.root / (tags["corral:machine"] if self.by_machine else ref)
         var.mkdir(parents=True)
+        (var / "instance").write_text(ref)
         script = var / "user-data"
         script.write_text(instance.user_data.decode())
         passed = {k: v for k, v in os.environ.items() if k in _PASS or k.startswith(_PASS_PREFIXES)}
@@ -111,6 +129,10 @@ class Hypervisor:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        agent = identity_of(process.pid)
+        if agent is not None:  # user data ends in the agent, by exec
+            record = {"pid": agent.pid, "start_time": agent.start_ticks}
+            (var / "agent.pid").write_text(json.dumps(record))
         self.guests[ref] = Guest(imds, process, var)
 
     def _end(self, ref: str) -> None:
@@ -122,3 +144,7 @@ class Hypervisor:
             time.sleep(0.02)
         guest.process.wait(10)
         guest.imds.close()
+
+
+def _tags(instance: Any) -> dict[str, str]:
+    return {t["key"]: t["value"] for t in instance.get_tags()}

@@ -240,9 +240,11 @@ class Replicas:
             log.info("forked", extra={"replica": replica, "pid": known.pid})
 
     async def _fetch(self, known: Known) -> Path | None:
-        """The model's directory; None for the toy engine, which has none."""
+        """The model's directory; None for the toy engine, which has none unless it is told to serve a stored version:
+        then it waits for its files as an engine would, and the drills' machines start as real ones do.
+        """
         spec = known.spec
-        if spec.profile.get("engine") == "toy":
+        if spec.profile.get("engine") == "toy" and not spec.model_urls:
             return None
         started_s = time.monotonic()
         try:
