@@ -28,6 +28,9 @@ class AutoscalerConfig:
     # An agent that has imported the engine answers in some 15 s; a cloud machine boots for a minute.
     machine_pending_timeout_s: float = 300.0
     agent_restarts: int = 3  # of one machine, before it is replaced
+    # A machine that its provider calls running and whose agent is silent so long is ended and replaced. Its own init
+    # starts a dead agent again within seconds; replicas that died with it are withdrawn after two.
+    agent_lost_s: float = 60.0
     spot: bool = True  # buy machines that may be taken back where that is cheaper in the end
     machine_boot_s: float = 180.0  # order to first token on a cloud machine: what a loss without notice costs
     spot_notice_s: float = 120.0  # AWS warns so long before; 0 where no warning comes
@@ -53,6 +56,7 @@ class AutoscalerConfig:
             ("machine_keep_warm_s", 0, 7 * 24 * 3600),
             ("machine_pending_timeout_s", 1, 3600),
             ("agent_restarts", 0, 100),
+            ("agent_lost_s", 10, 3600),
             ("machine_boot_s", 1, 3600),
             ("spot_notice_s", 0, 3600),
             ("lease_s", 1, 600),

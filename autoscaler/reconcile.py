@@ -30,7 +30,7 @@ from autoscaler.models import (
     ReplicaPhase,
 )
 from autoscaler.observe import machine_views
-from autoscaler.policy.machines import to_release
+from autoscaler.policy.machines import Silence, lost, to_release
 from autoscaler.specs import desired_spec
 from autoscaler.tick import House
 from infra.providers.base import ProviderError, ProviderMachine, ProviderState
@@ -72,15 +72,39 @@ def restore(house: House) -> int:
     return report.n_restored
 
 
-def check_machine(machine_id: UUID, house: House) -> Report:
-    """The machine's agent is silent: ask the provider about this one."""
+def check_machine(machine_id: UUID, house: House, silence: Silence | None = None) -> Report:
+    """The machine's agent is silent: ask the provider about this one. It calls it running, and nobody has answered for
+    long: the machine is ended, and what it ran moves on.
+    """
     report = Report()
     row = Machine.objects.exclude(state=MachineState.GONE).filter(id=machine_id).first()
     if row is not None:
         listed = house.provider.describe()
         seen = {m.machine_id: m for m in listed if m.state is not ProviderState.GONE}
         _check(row, seen.get(row.id.hex), house, report, timezone.now())
+        if silence is not None and not report.n_gone:
+            _give_up_silent(row, seen.get(row.id.hex), silence, house, report)
     return report
+
+
+def _give_up_silent(
+    row: Machine, seen: ProviderMachine | None, silence: Silence, house: House, report: Report
+) -> None:
+    """Only of machines that did answer once: one that never has is given up by `machine_pending_timeout_s`.
+
+    The instance first: if that fails, replicas that still serve without their agent go on until the next try.
+    """
+    why = lost(silence, house.config.agent_lost_s)
+    if (
+        not why
+        or seen is None
+        or seen.state is not ProviderState.RUNNING
+        or row.state not in (MachineState.READY, MachineState.DRAINING)
+    ):
+        return
+    log.error("machine.lost", machine=row.id.hex, ref=seen.ref, reason=why)
+    house.provider.terminate(seen.ref)
+    _gone(row, why, house, report)
 
 
 def _machines(house: House, report: Report, now: datetime) -> None:

@@ -1,11 +1,36 @@
 """Which machines of the pool are given back: kept warm for a while after their last replica, then not.
 
-A warm machine (agent and zygote alive) is what makes a start from zero a matter of a second. Pure.
+A warm machine (agent and zygote alive) is what makes a start from zero a matter of a second. And which are given up
+for lost, because nobody on them answers although they are paid for. Pure.
 """
+
+from dataclasses import dataclass
+from typing import Final
 
 from autoscaler.policy.ident import command_id
 from autoscaler.policy.placement import empty_for_s
 from autoscaler.types import MachineState, MachineView, TerminateMachine
+
+# When most of the pool falls silent at once the fault is more likely ours (network, Redis): so much more patience.
+ALL_SILENT_PATIENCE: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """An agent that has not beaten for `silent_s`, as have `n_silent` (itself included) of `n_machines`."""
+
+    silent_s: float = 0.0
+    n_silent: int = 1
+    n_machines: int = 1
+
+
+def lost(silence: Silence, lost_after_s: float) -> str:
+    """Why a machine that its provider calls running is given up and replaced; '' while it is waited for."""
+    most_are_silent = silence.n_silent > max(1, silence.n_machines // 2)
+    patience_s = lost_after_s * (ALL_SILENT_PATIENCE if most_are_silent else 1.0)
+    if silence.silent_s < patience_s:
+        return ""
+    return f"its agent was silent for {silence.silent_s:.0f} s, allowed {patience_s:g} s"
 
 
 def to_release(

@@ -17,6 +17,7 @@ class _Seen:
     seq: int | None
     since_s: float
     n_looks: int = 0
+    told_at_s: float | None = None  # when its silence was last acted on
 
 
 class Liveness:
@@ -33,12 +34,24 @@ class Liveness:
             self._seen[subject] = _Seen(seq, now_s)
             return False
         seen.n_looks += 1
-        return seen.n_looks >= MIN_LOOKS and now_s - seen.since_s > self.stale_after_s
+        since_s = seen.since_s if seen.told_at_s is None else seen.told_at_s
+        return seen.n_looks >= MIN_LOOKS and now_s - since_s > self.stale_after_s
+
+    def told(self, subject: str, now_s: float) -> None:
+        """Its silence was acted on: it is stale again after as long again, if it stays silent."""
+        seen = self._seen.get(subject)
+        if seen is not None:
+            seen.told_at_s, seen.n_looks = now_s, 0
+
+    def silent_s(self, subject: str, now_s: float) -> float:
+        """How long its number has not moved; 0 for one never looked at."""
+        seen = self._seen.get(subject)
+        return 0.0 if seen is None else now_s - seen.since_s
 
     def forgive(self, now_s: float) -> None:
         """We could not look for a while: everybody's silence begins now."""
         for seen in self._seen.values():
-            seen.since_s, seen.n_looks = now_s, 0
+            seen.since_s, seen.n_looks, seen.told_at_s = now_s, 0, None
 
     def forget_all_but(self, subjects: set[str]) -> None:
         for subject in self._seen.keys() - subjects:

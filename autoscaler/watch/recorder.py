@@ -16,6 +16,7 @@ import structlog
 from django.db import close_old_connections, connections
 
 from autoscaler import reconcile, records
+from autoscaler.policy.machines import Silence
 from autoscaler.tick import House, tick
 from autoscaler.watch import table as tables
 from autoscaler.watch.table import Table
@@ -66,9 +67,12 @@ class MachineLeaves:
 
 @dataclass(frozen=True, slots=True)
 class MachineSilent:
-    """A machine's agent does not beat any more."""
+    """A machine's agent does not beat any more. `n_silent` of `n_machines` are silent with it."""
 
     machine: str
+    silent_s: float = 0.0
+    n_silent: int = 1
+    n_machines: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +186,10 @@ class Recorder:
                 touched = records.machine_answers(UUID(hex=machine))
             case MachineLeaves(machine, ends_in_ms):
                 touched = records.machine_leaves(UUID(hex=machine), ends_in_ms)
-            case MachineSilent(machine):
-                touched = list(reconcile.check_machine(UUID(hex=machine), self.house).deployments)
+            case MachineSilent(machine, silent_s, n_silent, n_machines):
+                silence = Silence(silent_s, n_silent, n_machines)
+                found = reconcile.check_machine(UUID(hex=machine), self.house, silence)
+                touched = list(found.deployments)
             case WatchBegins():
                 touched = list(reconcile.reconcile(self.house).deployments)
             case CellEmptied():

@@ -306,6 +306,7 @@ class Watcher:
         """A beat of a machine that the table calls pending: it has enrolled since the table was read."""
         for gone in self._ends_at_s.keys() - machines.keys():
             del self._ends_at_s[gone]
+        stale: list[str] = []
         for mid, beat in self.cell.read_agents(list(machines)).items():
             coming_up = machines[mid] in (MachineState.PENDING, MachineState.ENROLLED)
             if coming_up and beat is not None and beat.phase is Phase.READY:
@@ -319,8 +320,14 @@ class Watcher:
             if machines[mid] is not MachineState.PENDING and self._agents.look(
                 mid, None if beat is None else beat.seq, now_s
             ):
-                self.recorder.note(MachineSilent(mid))
-                self._agents.forget_all_but(set(machines) - {mid})  # ask again after as long again
+                stale.append(mid)
+        if stale:
+            enrolled = [mid for mid, state in machines.items() if state is not MachineState.PENDING]
+            silences = {mid: self._agents.silent_s(mid, now_s) for mid in enrolled}
+            n_silent = sum(1 for silent_s in silences.values() if silent_s > AGENT_STALE_S)
+            for mid in stale:
+                self.recorder.note(MachineSilent(mid, silences[mid], n_silent, len(enrolled)))
+                self._agents.told(mid, now_s)
 
     def _scan_queues(
         self,

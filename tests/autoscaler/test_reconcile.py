@@ -9,6 +9,7 @@ from django.utils import timezone
 
 from autoscaler import reconcile
 from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.policy.machines import Silence
 from infra.providers.base import Offering, ProviderState
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
@@ -57,6 +58,18 @@ def test_a_dead_agent_is_restarted_so_often_and_then_its_machine_replaced(scalin
     assert (report.n_restarted, report.n_gone) == (0, 1)
     assert scaling.provider.terminated == [ref]
     assert "restarted 3 times" in scaling.machine().reason
+
+
+def test_a_silent_machine_that_never_answered_is_left_to_its_own_timeout(scaling: Scaling) -> None:
+    scaling.serving()
+    Machine.objects.update(state=MachineState.ENROLLED)
+    silence = Silence(1e4)
+    reconcile.check_machine(scaling.machine().id, scaling.house, silence)
+    assert scaling.provider.terminated == []
+    Machine.objects.update(state=MachineState.READY)
+    report = reconcile.check_machine(scaling.machine().id, scaling.house, silence)
+    assert (report.n_gone, report.deployments) == (1, {scaling.deployment.id})
+    assert scaling.provider.machines == {}
 
 
 def test_an_agent_that_runs_for_long_may_be_restarted_again(scaling: Scaling) -> None:

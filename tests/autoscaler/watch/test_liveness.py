@@ -45,3 +45,17 @@ def test_a_restarted_replica_number_going_back_is_alive() -> None:
     beats = Liveness(2.0)
     beats.look("r", 700, 100.0)
     assert not beats.look("r", 1, 105.0)
+
+
+def test_what_was_acted_on_is_stale_again_after_as_long_again_and_counts_from_the_beginning() -> None:
+    beats = Liveness(2.0)
+    verdicts = []
+    for t in range(10):
+        verdicts.append(beats.look("r", 7, 100.0 + t))
+        if verdicts[-1]:
+            beats.told("r", 100.0 + t)
+    assert [t for t, stale in enumerate(verdicts) if stale] == [3, 6, 9]
+    assert beats.silent_s("r", 109.0) == 9.0
+    beats.look("r", 8, 110.0)
+    assert beats.silent_s("r", 110.0) == 0.0
+    assert beats.silent_s("nobody", 110.0) == 0.0

@@ -466,6 +466,26 @@ def test_a_silent_agent_is_asked_after_and_restarted(watch: Watch, serving: Repl
     assert watch.routed() == [serving.id.hex]  # replicas outlive their agent
 
 
+def test_a_machine_that_runs_but_never_answers_is_ended_and_replaced(watch: Watch, serving: Replica) -> None:
+    machine = watch.scaling.machine()
+    _agent_beats(watch, machine, 1)
+    seq = 2
+    for _ in range(55):  # its replica serves on
+        watch.scaling.beat(serving, seq := seq + 1)
+        watch.turn(1.1)
+    assert watch.scaling.provider.terminated == []
+    assert watch.routed() == [serving.id.hex]
+    for _ in range(12):
+        watch.scaling.beat(serving, seq := seq + 1)
+        watch.turn(1.1)
+    assert watch.scaling.provider.terminated == [machine.provider_ref]
+    lost = Replica.objects.get(id=serving.id)
+    assert (lost.phase, lost.reason_code) == (ReplicaPhase.FAILED, "machine_lost")
+    assert "silent for" in Machine.objects.get(id=machine.id).reason
+    assert watch.queued() == [b"first"], "its request moves on"
+    watch.turn_until(lambda: watch.scaling.machine().id != machine.id, "another machine is bought")
+
+
 def test_a_replica_that_died_unreported_has_its_machine_asked_after_at_once(
     watch: Watch, serving: Replica
 ) -> None:
