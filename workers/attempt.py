@@ -12,7 +12,7 @@ from typing import Any, Final
 from workers.allowance import Allowance
 from workers.config import FrontConfig
 from workers.contract import End, FinishReason, FlushVerdict, RequestEnvelope, UsageEvent
-from workers.engine.base import SamplingSpec
+from workers.engine.base import Counted, SamplingSpec
 from workers.leases import Claim
 from workers.output import Output
 
@@ -80,9 +80,12 @@ class Run:
 
     __slots__ = (
         "claim",
+        "counted",
+        "counted_by",
         "envelope",
         "finish",
         "first_token_ms",
+        "is_foreign",
         "limit",
         "n_cached",
         "n_new",
@@ -102,11 +105,29 @@ class Run:
         self.reason_at_limit = FinishReason.LENGTH
         self.finish: FinishReason | None = None
         self.first_token_ms: int | None = None
+        self.counted: Counted | None = None
+        self.counted_by = ""  # empty where the engine's own tokens are what counts
+        self.is_foreign = False  # made or begun by an endpoint elsewhere: nobody can continue it
 
     @property
     def n_completion(self) -> int:
         """Tokens produced over all attempts."""
         return self.claim.n_done + self.n_new
+
+    def count(self, counted: Counted, n_most_prompt: int) -> None:
+        """The engine says the counts of the whole. The prompt is taken to have no more tokens than its text could have,
+        and, where a budget holds for it, than are paid for."""
+        self.counted, self.counted_by = counted, counted.by
+        if counted.n_prompt >= 0:
+            held = self.envelope.n_prompt_held
+            most = max(self.n_prompt, held) if held else max(self.n_prompt, n_most_prompt)
+            self.n_prompt = min(counted.n_prompt, most)
+            self.n_cached = min(counted.n_cached, self.n_prompt)
+
+    @property
+    def n_billed(self) -> int:
+        """Output tokens over all attempts as they are told and billed."""
+        return self.n_completion if self.counted is None else self.claim.n_done + self.counted.n_completion
 
     def set_limit(self, n_context: int) -> None:
         """Most output tokens over all attempts: what was asked, and what the context has left."""
@@ -180,4 +201,5 @@ def usage_of(run: Run, end: End, config: FrontConfig, now_ms: int) -> UsageEvent
         price_version=envelope.price_version,
         slo=envelope.slo,
         end_customer=envelope.end_customer,
+        counted_by=run.counted_by,
     )

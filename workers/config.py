@@ -136,6 +136,8 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
     # Milliseconds per stage before the fork, e.g. {"fetch": 12}.
     stages_ms: dict[str, int] = {}
     tuning: ServeTuning = ServeTuning()
+    # Opens what was sealed for this machine (workers/sealed.py).
+    box_key: str = ""
 
     @property
     def keys(self) -> MachineKeys:
@@ -180,7 +182,9 @@ class AgentConfig:
         parser.add_argument("--model-cache-gib", default=env.get("CORRAL_MODEL_CACHE_GIB", ""))
         parser.add_argument("--cell", default=env.get("CORRAL_CELL", DEFAULT_CELL))
         parser.add_argument("--redis", default=env.get("CORRAL_MACHINE_REDIS", ""), help="host:port")
-        parser.add_argument("--engine", default=env.get("CORRAL_ENGINE", "vllm"), choices=("vllm", "toy"))
+        parser.add_argument(
+            "--engine", default=env.get("CORRAL_ENGINE", "vllm"), choices=("vllm", "toy", "upstream")
+        )
         options = parser.parse_args(list(argv))
         is_ec2 = options.machine_id == "imds"
         if not options.machine_id or not options.machine_id.isalnum():

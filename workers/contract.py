@@ -203,6 +203,8 @@ class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
     # None: admitted by a gateway that did not say.
     slo: Slo | None = None
     end_customer: str = ""
+    # By whom tokens were counted where no engine of ours did: `upstream`, `tokenizer` or `estimate`.
+    counted_by: str = ""
     v: int = WIRE_VERSION
 
 
@@ -243,6 +245,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     tokenise_cpu_ms: float = 0.0
     # What its KV memory holds, 0 = unknown.
     kv_tokens: int = 0
+    # Of an external endpoint: how it is treated, and why (`open upstream_timeout`); `slots` follows it.
+    note: str = ""
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
@@ -256,6 +260,47 @@ class ServingReport(msgspec.Struct, kw_only=True):
     seq: int
     requests: list[str]
     v: int = WIRE_VERSION
+
+
+class UpstreamRole(enum.StrEnum):
+    """What an external endpoint is to its deployment."""
+
+    REPLICA = "replica"  # takes requests beside the others, or alone
+    OVERFLOW = "overflow"  # takes what would wait too long for the others
+    SHADOW = "shadow"  # is sent copies; what it answers is compared and dropped
+
+
+class UpstreamSecret(msgspec.Struct, omit_defaults=True):
+    """What an endpoint is called with; travels in `UpstreamSpec.sealed` only."""
+
+    api_key: str = ""
+    headers: dict[str, str] = {}
+
+
+class UpstreamSpec(msgspec.Struct, kw_only=True):
+    """An OpenAI-compatible endpoint that a replica stands for (workers/engine/upstream)."""
+
+    upstream: str
+    base_url: str
+    model: str
+    role: UpstreamRole
+    # UpstreamSecret (JSON), sealed for the machine (workers/sealed.py); empty: it is called without.
+    sealed: str = ""
+    # Networks that may be called although they are not public, as the operator lists them.
+    allow: str = ""
+    max_model_len: int = 2048
+    connect_s: float = 5.0
+    first_token_s: float = 30.0
+    between_tokens_s: float = 15.0
+    n_retries: int = 2
+    breaker_failures: int = 5
+    breaker_pause_s: float = 5.0
+    # What it takes: vLLM's extensions of OpenAI's body, `stream_options`, and how it calls the bound of the answer.
+    extensions: bool = False
+    stream_usage: bool = True
+    max_tokens_field: str = "max_tokens"
+    # tokenizer.json files of the deployment's model, the first that is there counts; `toy` for the toy engine's.
+    tokenizers: list[str] = []
 
 
 class ReplicaSpec(msgspec.Struct, kw_only=True):
@@ -274,6 +319,8 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     grace_s: float = 10.0
     # Of a version in an object store: file name -> signed URLs of it, best first. Secrets for as long as they last.
     model_urls: dict[str, list[str]] = {}
+    # Set where it is no engine of ours but an endpoint elsewhere.
+    upstream: UpstreamSpec | None = None
     v: int = WIRE_VERSION
 
 

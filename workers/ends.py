@@ -53,7 +53,7 @@ class Ends:
         """The last entry, with exact counts, once. True when the flush says that it must be tried again."""
         if reason is FinishReason.ERROR and error is None:
             error = internal("the engine could not finish this request; send it again")
-        end = End(reason, run.n_prompt, run.n_cached, run.n_completion, error, run.claim.n_attempt)
+        end = End(reason, run.n_prompt, run.n_cached, run.n_billed, error, run.claim.n_attempt)
         usage = encode(usage_of(run, end, self._config, self._now_ms()))
         self._spool.begin(attempt.request_id, attempt.epoch, usage)
         ended = False
@@ -108,6 +108,8 @@ def blockers_of(run: Run, attempt: Attempt) -> tuple[str, ...]:
     n_shown = max(run.claim.n_done, attempt.n_shown)
     if n_shown == 0:
         return ()
+    if run.is_foreign:
+        return ("upstream",)
     sampling = run.envelope.sampling
     blockers = resume_blockers(sampling)
     if run.n_completion < n_shown and sampling.temperature > 0 and not blockers:

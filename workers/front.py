@@ -24,6 +24,7 @@ from celery import signals
 from workers import logs, runtime
 from workers.app import ConsumerConfig, make_app, run_worker
 from workers.config import EXIT_FAILED, EXIT_OK, FrontConfig
+from workers.contract import UpstreamSecret, UpstreamSpec
 from workers.engine.base import Engine, EngineProfile
 from workers.failure import ReplicaFailure, check_model_dir, classify, write_outcome
 from workers.modelcache.uses import Uses
@@ -53,6 +54,8 @@ def run(argument: dict[str, object]) -> int:
 
 def build_engine(config: FrontConfig) -> Engine:
     """The engine of the profile, constructed but not started. Must be called before any thread exists."""
+    if config.spec.upstream is not None:
+        return _upstream_engine(config, config.spec.upstream)
     profile = EngineProfile.from_json(dict(config.spec.profile))
     if profile.engine == "toy":
         from workers.engine.toy import ToyEngine
@@ -66,6 +69,17 @@ def build_engine(config: FrontConfig) -> Engine:
     from workers.engine.vllm import VllmEngine
 
     return VllmEngine(profile, model_dir)
+
+
+def _upstream_engine(config: FrontConfig, spec: UpstreamSpec) -> Engine:
+    """Raises BoxError where the credentials were sealed for another machine: it must be ordered anew."""
+    from workers.engine.upstream.engine import UpstreamEngine
+    from workers.sealed import open_box
+
+    secret = UpstreamSecret()
+    if spec.sealed:
+        secret = msgspec.json.decode(open_box(config.box_key, spec.sealed), type=UpstreamSecret)
+    return UpstreamEngine(spec, secret)
 
 
 def _serve(config: FrontConfig, engine: Engine, born_at_s: float) -> int:

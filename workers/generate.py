@@ -17,7 +17,16 @@ from workers.attempt import Attempt, Run, Stop, sampling_of
 from workers.config import FrontConfig
 from workers.contract import Ask, ClaimVerdict, FinishReason, RequestEnvelope, WireError, encode_ask
 from workers.ends import Ends, blockers_of, cannot_continue, internal
-from workers.engine.base import Delta, Engine, EngineDead, EngineInputError, EngineRequest
+from workers.engine.base import (
+    BY_ESTIMATE,
+    UNKNOWN_ID,
+    Delta,
+    Engine,
+    EngineDead,
+    EngineFailed,
+    EngineInputError,
+    EngineRequest,
+)
 from workers.journal import JournalBroken, inherit
 from workers.output import Output
 from workers.prompt import Prompts
@@ -76,6 +85,10 @@ class Generations:
         if claim.verdict is ClaimVerdict.CANCELLED or attempt.stop is Stop.CANCELLED:
             run.n_prompt = len(prompt) if claim.n_done else 0
             return await self._ends.end(run, attempt, FinishReason.ABORT)
+        if self._config.spec.upstream is not None:
+            run.is_foreign, run.counted_by = True, BY_ESTIMATE  # until the endpoint says more
+        elif UNKNOWN_ID in prior:
+            run.is_foreign = True
         blockers = blockers_of(run, attempt)
         if blockers:
             return await self._ends.refuse(run, attempt, cannot_continue(run, blockers))
@@ -96,6 +109,8 @@ class Generations:
             cache_salt=envelope.cache_salt or None,
             min_delta_tokens=self._coalesce(envelope) if attempt.allowance is None else 1,
             single_tokens=attempt.allowance is not None,
+            endpoint=envelope.endpoint,
+            body=envelope.payload,
         )
         attempt.generating = attempt.stop is None
         run.n_prefill = len(prompt) + len(prior)
@@ -117,6 +132,10 @@ class Generations:
             return await self._ends.refuse(
                 run, attempt, WireError(400, error.code, error.message, error.param)
             )
+        except EngineFailed as error:
+            attempt.generating = False
+            log.warning("the engine failed it", extra={**attempt.ids, "code": error.code})
+            return await self._ends.refuse(run, attempt, WireError(error.status, error.code, error.message))
         except EngineDead as error:
             attempt.stop = attempt.stop or Stop.ENGINE_DEAD
             self._on_engine_dead(error)
@@ -166,6 +185,8 @@ class Generations:
                     run.n_cached = delta.n_cached_prompt_tokens
                 held.append(delta)
                 n_held += n
+                if delta.counted is not None:
+                    run.count(delta.counted, len(run.envelope.payload))
                 if delta.finish is not None:
                     run.finish = run.reason_at_limit if delta.finish is FinishReason.LENGTH else delta.finish
                     return  # the end leaves with the last tokens

@@ -16,7 +16,7 @@ import msgspec
 from workers.beat import BeatFile
 from workers.config import FrontConfig
 from workers.contract import Heartbeat, ReplicaPhase, ReplicaStatus, ServingReport
-from workers.engine.base import Engine
+from workers.engine.base import Engine, Offering
 from workers.engine.steps import gaps_of, quantile_ms
 from workers.redis_client import Client
 from workers.serve import Server
@@ -81,8 +81,9 @@ class Reporter:
             deployment=spec.deployment,
             phase=self.phase,
             reason=self.reason,
-            slots=spec.slots,
-            n_running=stats.n_running,
+            slots=self._offered(),
+            note=self._engine.note if isinstance(self._engine, Offering) else "",
+            n_running=stats.n_running or (self._server.n_running if spec.upstream is not None else 0),
             n_waiting=stats.n_waiting,
             kv_used_ratio=round(stats.kv_used_ratio, 4),
             step_ms=round(stats.step_ms, 3),
@@ -103,6 +104,11 @@ class Reporter:
         )
         key = self._keys.heartbeat(spec.replica)
         self._client.fire("SET", key, _json.encode(heartbeat), "PX", self._config.tuning.heartbeat_life_ms)
+
+    def _offered(self) -> int:
+        """How many requests it should be given at once; an endpoint that fails is given none for a while."""
+        slots = self._config.spec.slots
+        return self._engine.offered(slots) if isinstance(self._engine, Offering) else slots
 
     def _say_what_is_served(self) -> None:
         report = ServingReport(seq=self._seq, requests=self._server.running)

@@ -25,6 +25,8 @@ from workers.contract import (
     ReplicaSpec,
     RequestEnvelope,
     Sampling,
+    UpstreamSecret,
+    UpstreamSpec,
     UsageEvent,
     decode_frame,
     decode_journal_entry,
@@ -34,6 +36,7 @@ from workers.contract import (
 from workers.control import ControlChannel
 from workers.engine.base import EngineDead, EngineProfile
 from workers.engine.toy import ToyEngine
+from workers.engine.upstream.engine import UpstreamEngine
 from workers.keys import CellKeys
 from workers.publisher import Publisher
 from workers.redis_client import Client
@@ -208,6 +211,7 @@ async def serving(
     tuning: ServeTuning | None = None,
     enrol: bool = True,
     redis_port: int | None = None,
+    upstream: UpstreamSpec | None = None,
 ) -> AsyncIterator[Serving]:
     """A replica whose user is its machine's, enrolled, until the block ends. `redis_port`: of a proxy on loopback."""
     redis_url = cell.add_machine(machine)
@@ -225,12 +229,15 @@ async def serving(
             model_source="",
             profile=profile.to_json(),
             slots=64,
+            upstream=upstream,
         ),
         tuning=tuning or ServeTuning(),
     )
     config.dirs.create()
     client = Client(config.redis_url, name=replica, may_load_scripts=False)
-    engine = ToyEngine(profile)
+    engine: Any = (
+        ToyEngine(profile) if upstream is None else UpstreamEngine(upstream, UpstreamSecret("sk-test"))
+    )
     spool = Spool(config.dirs.spool_file(replica), max_bytes=config.tuning.spool_max_bytes)
     await client.connect()
     publisher = Publisher(client, config.keys, config.tuning)

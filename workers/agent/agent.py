@@ -42,6 +42,8 @@ _ORPHAN_S: Final = 120.0
 _ZYGOTE_STOP_S: Final = 3.0
 _STOP_GRACE_S: Final = 4.0  # the local provider kills what is left 10 s after its SIGTERM
 
+_PREIMPORT: Final = {"upstream": ("workers.engine.upstream.engine",)}
+
 _json = msgspec.json.Encoder()
 _spec_decoder = msgspec.json.Decoder(ReplicaSpec)
 
@@ -93,6 +95,7 @@ class Agent:
             await self._client.connect()
         replicas = self._replicas = Replicas(
             self._config, credentials.cell, credentials.redis_url, lambda: self._zygote, self._report,
+            box_key=credentials.box_key,
             limits=self._limits, tuning=self._tuning,
         )  # fmt: skip
         spools = DeadSpools(self._config.dirs, self._client, self._keys, self._tuning)
@@ -167,7 +170,7 @@ class Agent:
             dirs.run / "zygote.sock",
             log=dirs.root / "zygote.log",
             engines=("vllm", "toy") if self._config.engine == "vllm" else ("toy",),
-            preimport=("workers.front",),
+            preimport=("workers.front", *_PREIMPORT.get(self._config.engine, ())),
             orphan_s=_ORPHAN_S,
         )
         log.info("zygote ready", extra={"pid": zygote.pid})

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from workers import sealed
 from workers.agent.imds import Metadata, MetadataError
 from workers.config import AgentConfig
 from workers.keys import DEFAULT_CELL
@@ -41,6 +42,8 @@ class Credentials(msgspec.Struct, kw_only=True):
     redis_url: str
     cell: str = DEFAULT_CELL
     heartbeat_ms: int = 1000
+    # Ours alone: opens what the control plane seals for this machine.
+    box_key: str = ""
 
 
 async def credentials_of(config: AgentConfig) -> Credentials:
@@ -65,6 +68,9 @@ async def _enrol(config: AgentConfig) -> Credentials:
             asked["identity"] = await asyncio.to_thread(lambda: Metadata().identity())
         except MetadataError as error:
             raise EnrolRefused(f"cannot prove which machine this is: {error}") from None
+    box_key = sealed.new_key() if config.engine == "upstream" else ""
+    if box_key:
+        asked["capabilities"] = {**capabilities(config), "box_public": sealed.public_of(box_key)}
     question = msgspec.json.encode(asked)
     deadline_s = asyncio.get_running_loop().time() + _GIVE_UP_S
     wait_s = 0.1
@@ -84,6 +90,7 @@ async def _enrol(config: AgentConfig) -> Credentials:
         if found.machine_id != config.machine:
             raise EnrolRefused(f"enrolled as {found.machine_id!r}, expected {config.machine!r}")
         log.info("enrolled")
+        found.box_key = box_key
         return found
 
 

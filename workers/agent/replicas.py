@@ -79,6 +79,7 @@ class Replicas:
         *,
         limits: Limits,
         tuning: ServeTuning,
+        box_key: str = "",
     ) -> None:
         self._config = config
         self._dirs = config.dirs
@@ -88,6 +89,7 @@ class Replicas:
         self._report = report
         self._limits = limits
         self._tuning = tuning
+        self._box_key = box_key
         self._records = Records(self._dirs)
         self._store = ModelStore(config.model_cache, budget_bytes=config.model_cache_bytes)
         self._known: dict[str, Known] = {}
@@ -244,7 +246,8 @@ class Replicas:
         then it waits for its files as an engine would, and the drills' machines start as real ones do.
         """
         spec = known.spec
-        if spec.profile.get("engine") == "toy" and not spec.model_urls:
+        is_toy = spec.profile.get("engine") == "toy" and not spec.model_urls
+        if is_toy or spec.upstream is not None:
             return None
         started_s = time.monotonic()
         try:
@@ -267,6 +270,7 @@ class Replicas:
             model_dir=str(model_dir) if model_dir else "",
             stages_ms=known.stages_ms,
             tuning=self._tuning,
+            box_key=self._box_key,
         )
         argument: dict[str, Any] = msgspec.to_builtins(front)
         return ForkSpec(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 
-from workers.contract import FinishReason, Sampling
+from workers.contract import Endpoint, FinishReason, Sampling
 from workers.engine.steps import Steps
 
 
@@ -36,6 +36,19 @@ def context_exceeded(n_prompt: int, max_model_len: int) -> EngineInputError:
         f"the prompt has {n_prompt} tokens; the context of this model holds {max_model_len}, "
         "and at least one must remain for the answer: shorten the prompt",
     )
+
+
+class EngineFailed(RuntimeError):  # noqa: N818 - a state of one request
+    """This request failed in an engine that goes on: it ends with this error (HTTP status, code, sentence)."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+BY_ESTIMATE: Final = "estimate"  # of `Counted.by`: about four bytes a token
+# Of a token whose text is known and whose id is not: nobody can continue an answer from it.
+UNKNOWN_ID: Final = -1
 
 
 class EngineDead(RuntimeError):  # noqa: N818 - a state, spoken of as "engine dead" everywhere
@@ -73,6 +86,7 @@ class EngineRequest:
     = shared. min_delta_tokens: deltas between the first and the last need not come sooner than with so many
     tokens: a hint that saves the wake-up per token where nobody watches. An engine may ignore it.
     single_tokens: no delta may hold more than one, because the answer may have to end after any of them.
+    endpoint, body: what the client sent, verbatim, for an engine that does not take token ids.
     """
 
     id: str
@@ -83,6 +97,8 @@ class EngineRequest:
     cache_salt: str | None = None
     min_delta_tokens: int = 1
     single_tokens: bool = False
+    endpoint: Endpoint = Endpoint.CHAT
+    body: bytes = b""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
@@ -92,6 +108,17 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     text: str
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()
+
+
+class Counted(msgspec.Struct, frozen=True, gc=False):
+    """Counts of a whole request that the engine knows better than its deltas tell, and by whom they were counted.
+    n_prompt -1: as counted before.
+    """
+
+    n_prompt: int
+    n_cached: int
+    n_completion: int
+    by: str
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
@@ -108,6 +135,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     finish: FinishReason | None = None
     n_cached_prompt_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
+    # With the last delta, from an engine of which token ids are not known.
+    counted: Counted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +186,9 @@ class Engine(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         """Deltas until one carries `finish`.
 
-        Raises EngineInputError before the first delta, EngineDead at any time. Cancelling the consuming task
-        or `aclose()` aborts the sequence in the engine within one step; consume inside `contextlib.aclosing`.
+        Raises EngineInputError before the first delta, EngineDead and EngineFailed at any time. Cancelling the
+        consuming task or `aclose()` aborts the sequence in the engine within one step; consume inside
+        `contextlib.aclosing`.
         """
 
     def stats(self) -> EngineStats:
@@ -175,6 +205,18 @@ class Engine(Protocol):
 
     async def check_health(self) -> None:
         """Raises EngineDead. A hung engine passes: the watchdog reads `stats().last_step_at_s` for that."""
+
+
+@runtime_checkable
+class Offering(Protocol):
+    """An engine that cannot always take what its replica has slots for."""
+
+    @property
+    def note(self) -> str:
+        """How it stands, in a word or two; empty while all is well."""
+
+    def offered(self, slots: int) -> int:
+        """How many of these to use now."""
 
 
 class ProfileError(ValueError):
