@@ -118,6 +118,9 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     # An answer whose money is used up waits so long for more (others may return what they hold, or the gateway has
     # died and nobody answers); then it ends with `budget`. It keeps its slot meanwhile.
     budget_patience_s: float = 5.0
+    # A request for an adapter that the machine was not told of yet (it was registered a moment ago), or that waits for
+    # a place in the engine's memory, waits so long for it.
+    adapter_patience_s: float = 30.0
     journal_life_ms: int = RETENTION_MS
     # Of a project that keeps nothing: only as long as its gateway may need to fill a gap of the running answer.
     zero_retention_journal_life_ms: int = 30_000
@@ -133,6 +136,8 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
     var_dir: str
     spec: ReplicaSpec
     model_dir: str = ""
+    # The machine's model store, which adapters come from and go to.
+    model_cache: str = ""
     # Milliseconds per stage before the fork, e.g. {"fetch": 12}.
     stages_ms: dict[str, int] = {}
     tuning: ServeTuning = ServeTuning()

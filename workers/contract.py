@@ -114,6 +114,9 @@ class RequestEnvelope(msgspec.Struct, kw_only=True, omit_defaults=True):
     slo: Slo | None = None
     # Pseudonym of the tenant's own customer (controlplane/tenants/end_customers.py), empty where none was named.
     end_customer: str = ""
+    # Id of the LoRA adapter that answers, empty for the model as it is. What it is stands under the machine's
+    # `adapters` (AdapterSpec), where only the trusted side writes.
+    adapter: str = ""
     v: int = WIRE_VERSION
 
 
@@ -247,6 +250,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     kv_tokens: int = 0
     # Of an external endpoint: how it is treated, and why (`open upstream_timeout`); `slots` follows it.
     note: str = ""
+    # Ids of the adapters in its memory.
+    adapters: tuple[str, ...] = ()
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
@@ -321,6 +326,20 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     model_urls: dict[str, list[str]] = {}
     # Set where it is no engine of ours but an endpoint elsewhere.
     upstream: UpstreamSpec | None = None
+    v: int = WIRE_VERSION
+
+
+class AdapterSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Field of `adapters`, by the adapter's id: a LoRA adapter that replicas of this machine may be asked for. Absent
+    from the hash = it was retired, or nothing here serves its deployment."""
+
+    deployment: str
+    # Names its files in the model cache, as a model version's digest does.
+    digest: str
+    # As `model_source` and `model_urls` of a replica.
+    source: str
+    n_bytes: int = 0
+    urls: dict[str, list[str]] = {}
     v: int = WIRE_VERSION
 
 

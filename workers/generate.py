@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Final
 
+from workers.adapters import Adapters, AdapterUnavailable
 from workers.allowance import Allowance
 from workers.attempt import Attempt, Run, Stop, sampling_of
 from workers.config import FrontConfig
@@ -62,6 +63,7 @@ class Generations:
         self._ends = ends
         self._on_engine_dead = on_engine_dead
         self._now_ms = now_ms
+        self.adapters = Adapters(config, engine, client)
 
     async def serve(self, run: Run, attempt: Attempt) -> bool:
         """Serve one claim to its end. True: the attempt must be claimed again."""
@@ -111,6 +113,7 @@ class Generations:
             single_tokens=attempt.allowance is not None,
             endpoint=envelope.endpoint,
             body=envelope.payload,
+            adapter=envelope.adapter,
         )
         attempt.generating = attempt.stop is None
         run.n_prefill = len(prompt) + len(prior)
@@ -120,9 +123,12 @@ class Generations:
             if attempt.generating:
                 if not await self._paid(run, attempt.allowance, run.n_completion + 1):
                     run.n_prompt = run.n_prompt if run.n_completion else 0  # never served, not billed
+                elif envelope.adapter:
+                    async with self.adapters.use(envelope.adapter, envelope.deployment):
+                        run.prefill_at_s = time.monotonic()
+                        await self._produce(run, attempt, request)
                 else:
-                    async with aclosing(self._engine.generate(request)) as deltas:
-                        await self._publish(run, deltas, attempt.allowance)
+                    await self._produce(run, attempt, request)
         except asyncio.CancelledError:
             if attempt.stop is None:
                 raise  # the pool's: stopping or revoked
@@ -136,6 +142,11 @@ class Generations:
             attempt.generating = False
             log.warning("the engine failed it", extra={**attempt.ids, "code": error.code})
             return await self._ends.refuse(run, attempt, WireError(error.status, error.code, error.message))
+        except AdapterUnavailable as error:
+            attempt.generating = False
+            return await self._ends.refuse(
+                run, attempt, WireError(503, "adapter_unavailable", str(error), "model")
+            )
         except EngineDead as error:
             attempt.stop = attempt.stop or Stop.ENGINE_DEAD
             self._on_engine_dead(error)
@@ -151,6 +162,10 @@ class Generations:
                 return await self._ends.release(attempt, run.output)
             case _:
                 return False
+
+    async def _produce(self, run: Run, attempt: Attempt, request: EngineRequest) -> None:
+        async with aclosing(self._engine.generate(request)) as deltas:
+            await self._publish(run, deltas, attempt.allowance)
 
     async def _publish(
         self, run: Run, deltas: AsyncGenerator[Delta, None], allowance: Allowance | None

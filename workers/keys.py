@@ -34,6 +34,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:hb:<rid>` | string | machine | heartbeat (JSON) of a replica; `m:<mid>:hb` of the agent |
 | `m:<mid>:run:<rid>` | string | machine | ids of the requests a replica serves now (`ServingReport`, JSON) |
 | `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
+| `m:<mid>:adapters` | hash | machine | LoRA adapters that replicas here may be asked for (`AdapterSpec`, JSON) |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
 """
 
@@ -60,7 +61,7 @@ MACHINE_COMMANDS: Final = (
     "+ping +hello +auth +client|setname +client|setinfo +client|id +select +info +time +command "
     "+evalsha +script|exists +multi +exec +discard +watch +unwatch "
     "+get +set +mget +del +unlink +exists +expire +pexpire +rename +type "
-    "+hget +hset +hsetnx +hmget +hgetall +hdel +hincrby +hlen +hexists "
+    "+hget +hset +hsetnx +hmget +hgetall +hkeys +hdel +hincrby +hlen +hexists "
     "+lpush +rpush +lpop +rpop +brpop +blpop +blmove +lmove +lrange +llen +ltrim +lrem "
     "+sadd +srem +smembers +scard +sismember "
     "+zadd +zrem +zrevrangebyscore +zrangebyscore +zrange +zscore +zcard "
@@ -251,6 +252,10 @@ class MachineKeys:
     @property
     def desired(self) -> str:
         return f"{self.prefix}desired"
+
+    @property
+    def adapters(self) -> str:
+        return f"{self.prefix}adapters"
 
     @property
     def bell(self) -> str:

@@ -24,7 +24,7 @@ from workers.engine.base import Engine, EngineDead
 from workers.failure import ReplicaFailure, classify, write_outcome
 from workers.heartbeat import Reporter
 from workers.publisher import Publisher
-from workers.redis_client import Client
+from workers.redis_client import Client, RedisError
 from workers.serve import Server
 from workers.spool import Spool
 from workers.watchdog import Glance
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _CONNECT_S: Final = 10.0
 _HEALTH_S: Final = 1.0
 _LAST_WORDS_S: Final = 0.3
+_RETIRED_S: Final = 10.0
 
 
 class Replica:
@@ -97,6 +98,8 @@ class Replica:
             self.reporter.enter(ReplicaPhase.READY)
             log.info("ready", extra={"phase": "ready"})
         self._spawn(self.accounting.tick_forever(), self.accounting.sync_forever(), self._check_health())
+        if self.server.adapters.limit:
+            self._spawn(self._forget_adapters())
 
     async def _connect(self) -> None:
         await self.client.connect(_CONNECT_S)
@@ -164,6 +167,20 @@ class Replica:
             await asyncio.sleep(_HEALTH_S)
             try:
                 await self.engine.check_health()
+            except EngineDead as error:
+                self._on_engine_dead(error)
+                return
+
+    async def _forget_adapters(self) -> None:
+        """A retired adapter is its tenant's secret no longer needed here."""
+        adapters = self.server.adapters
+        while True:
+            await asyncio.sleep(_RETIRED_S)
+            try:
+                if adapters.resident:
+                    await adapters.retire(await adapters.known())
+            except RedisError:
+                continue
             except EngineDead as error:
                 self._on_engine_dead(error)
                 return

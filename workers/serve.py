@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from workers.adapters import Adapters
 from workers.attempt import STOP_OF, Attempt, Run, Stop
 from workers.config import FrontConfig
 from workers.contract import ClaimVerdict, FlushVerdict, decode_envelope
@@ -79,6 +80,11 @@ class Server:
     def n_requests_total(self) -> int:
         """Requests ended since the start."""
         return self._ends.n_requests_total
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA adapters in the engine's memory."""
+        return self._generations.adapters
 
     @property
     def n_prefill_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 Stands between the world and its engines: a request whose adapter is not there waits, bound to its replica, until it is.
 Loads of a replica run beside its batch and beside each other; an adapter in use is never evicted, so a request may also
-wait for a place. The eviction rules are pure (controlplane/policy/adapters.py).
+wait for a place. The eviction rules are pure (workers/residency.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from autoscaler.sim.job import Job
 from autoscaler.sim.kernel import Kernel
-from controlplane.policy.adapters import Popularity, Resident, least_recent, least_worth
+from workers.residency import Popularity, Resident, least_recent, least_worth
 
 
 class Holder(Protocol):

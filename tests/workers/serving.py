@@ -231,6 +231,7 @@ async def serving(
             slots=64,
             upstream=upstream,
         ),
+        model_cache=str(var / machine / "models"),
         tuning=tuning or ServeTuning(),
     )
     config.dirs.create()

@@ -268,6 +268,7 @@ class Replicas:
             var_dir=str(self._dirs.root),
             spec=without_urls(known.spec),
             model_dir=str(model_dir) if model_dir else "",
+            model_cache=str(self._config.model_cache),
             stages_ms=known.stages_ms,
             tuning=self._tuning,
             box_key=self._box_key,

@@ -7,8 +7,9 @@ an engine knows tokens, never tenants.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
@@ -51,6 +52,10 @@ BY_ESTIMATE: Final = "estimate"  # of `Counted.by`: about four bytes a token
 UNKNOWN_ID: Final = -1
 
 
+class AdapterRefused(ValueError):  # noqa: N818 - as ImportRefused
+    """The engine cannot load this adapter; it lives on. The message is the engine's, without paths."""
+
+
 class EngineDead(RuntimeError):  # noqa: N818 - a state, spoken of as "engine dead" everywhere
     """The engine process is gone. The replica must exit; its requests resume elsewhere from the journal."""
 
@@ -87,6 +92,7 @@ class EngineRequest:
     tokens: a hint that saves the wake-up per token where nobody watches. An engine may ignore it.
     single_tokens: no delta may hold more than one, because the answer may have to end after any of them.
     endpoint, body: what the client sent, verbatim, for an engine that does not take token ids.
+    adapter: id of a loaded adapter that answers; empty: the model as it is. Cached prefixes are kept apart by it.
     """
 
     id: str
@@ -99,6 +105,7 @@ class EngineRequest:
     single_tokens: bool = False
     endpoint: Endpoint = Endpoint.CHAT
     body: bytes = b""
+    adapter: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
@@ -191,6 +198,12 @@ class Engine(Protocol):
         `contextlib.aclosing`.
         """
 
+    async def load_adapter(self, adapter: str, directory: Path) -> None:
+        """Have it ready for requests. Raises AdapterRefused, also when `max_loras` are loaded; EngineDead."""
+
+    async def unload_adapter(self, adapter: str) -> None:
+        """Forget it; nothing happens where it is not loaded. No request may run with it. Raises EngineDead."""
+
     def stats(self) -> EngineStats:
         """Never blocks and never asks the engine process: the last known figures."""
 
@@ -223,6 +236,9 @@ class ProfileError(ValueError):
     """An engine profile holds a value the engine cannot run with; the message names knob, value and range."""
 
 
+LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 has kernels for
+
+
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
     """How to run a model on a machine. Travels as JSON in the desired state; unknown knobs are refused."""
@@ -238,6 +254,8 @@ class EngineProfile:
     enforce_eager: bool = True  # skips compilation: seconds of start for some speed; on a GPU choose False
     tensor_parallel_size: int = 1
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
+    max_loras: int = 0  # adapters in memory at once, all usable in one batch; 0: none are served
+    max_lora_rank: int = 16  # of any of them: memory is set aside for max_loras of this rank
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
     toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
     toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that it computes
@@ -254,6 +272,8 @@ class EngineProfile:
         _within("tensor_parallel_size", self.tensor_parallel_size, 1, 64)
         if self.block_size is not None:
             _within("block_size", self.block_size, 1, 4096)
+        _within("max_loras", self.max_loras, 0, 256)
+        _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
         _within("toy_step_ms", self.toy_step_ms, 0, 60_000)
         _within("toy_seq_ms", self.toy_seq_ms, 0, 1_000)
         _within("toy_prefill_ms", self.toy_prefill_ms, 0, 60_000)
@@ -287,9 +307,10 @@ def _within(knob: str, value: float, low: float, high: float) -> None:
         raise ProfileError(f"engine profile: {knob} = {value} is out of range; allowed: {low} to {high}")
 
 
-def _one_of(knob: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(knob: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
-        raise ProfileError(f"engine profile: {knob} = {value!r} is not known; allowed: {', '.join(allowed)}")
+        listed = ", ".join(map(str, allowed))
+        raise ProfileError(f"engine profile: {knob} = {value!r} is not known; allowed: {listed}")
 
 
 _PROFILE_TYPES = _profile_types()

@@ -19,12 +19,15 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 from workers.contract import FinishReason
 from workers.engine import toy_text
 from workers.engine.base import (
+    AdapterRefused,
     Delta,
     EngineDead,
     EngineInputError,
@@ -75,6 +78,7 @@ class ToyEngine:
         self._seated = False  # the step under way has taken in who waited when it began
         self._n_left = 0  # who waited all the same, for want of a slot or of blocks
         self._steps = StepWindow()
+        self._adapters: dict[str, int] = {}  # adapter -> what it adds to a prompt's seed
 
     # -- the Engine interface
 
@@ -102,6 +106,23 @@ class ToyEngine:
     async def check_health(self) -> None:
         if self._dead is not None:
             raise EngineDead(f"toy engine: {self._dead}")
+
+    async def load_adapter(self, adapter: str, directory: Path) -> None:
+        """Its weights' checksum is all that matters of it: equal weights give equal answers."""
+        await self.check_health()
+        if adapter in self._adapters:
+            return
+        if len(self._adapters) >= self.profile.max_loras:
+            raise AdapterRefused(f"{self.profile.max_loras} adapters are loaded: that is max_loras")
+        try:
+            weights = await asyncio.to_thread((directory / "adapter_model.safetensors").read_bytes)
+        except OSError as error:
+            raise AdapterRefused(f"adapter_model.safetensors: {error.strerror}") from None
+        self._adapters[adapter] = zlib.crc32(weights) or 1
+
+    async def unload_adapter(self, adapter: str) -> None:
+        await self.check_health()
+        self._adapters.pop(adapter, None)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -150,7 +171,12 @@ class ToyEngine:
         if n_prompt >= n_context:
             raise context_exceeded(n_prompt, n_context)
         self._n_arrived += 1
-        seq = Sequence(request, (request.priority, self._n_arrived), n_context - n_prompt)
+        seq = Sequence(
+            request,
+            (request.priority, self._n_arrived),
+            n_context - n_prompt,
+            self._adapters[request.adapter] if request.adapter else 0,
+        )
         seq.replay()
         if seq.finish is None:
             if not self._running and not self._waiting:

@@ -39,7 +39,9 @@ class Sequence:
         "waiter",
     )
 
-    def __init__(self, request: EngineRequest, key: tuple[int, int], n_context_left: int) -> None:
+    def __init__(
+        self, request: EngineRequest, key: tuple[int, int], n_context_left: int, adapter_seed: int = 0
+    ) -> None:
         sampling = request.sampling
         self.request = request
         self.key = key
@@ -50,6 +52,8 @@ class Sequence:
         self.seed = toy_text.seed_of(
             request.prompt_token_ids, sampling.seed if sampling.temperature else None
         )
+        if adapter_seed:
+            self.seed ^= adapter_seed
         natural = MIN_NATURAL_TOKENS + self.seed % (MAX_NATURAL_TOKENS - MIN_NATURAL_TOKENS + 1)
         limit = min(sampling.max_tokens, n_context_left)
         # Position at which the end-of-sequence token comes; beyond the limit it never does.

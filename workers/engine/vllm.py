@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Final
 from workers.contract import FinishReason
 from workers.engine import forking
 from workers.engine.base import (
+    AdapterRefused,
     Delta,
     EngineDead,
     EngineInputError,
@@ -148,6 +149,7 @@ class VllmEngine:
             scheduling_policy="priority",
             enable_prefix_caching=True,
             trust_remote_code=False,
+            **_lora_args(profile),
             logits_processors=[ResumePenalties],
             disable_log_stats=True,  # our own logger below; vLLM's would keep a Prometheus registry
         )
@@ -167,6 +169,8 @@ class VllmEngine:
         self._tokenizer: Tokenizer = self._hf._tokenizer  # the Rust one; only "fast" tokenizers have it
         self._eos = _eos_ids(self._llm)
         self._stopped = False
+        self._loras: dict[str, Any] = {}  # adapter -> vLLM's LoRARequest
+        self._n_loaded = 0  # ever: a number is never used again, whatever vLLM may remember of it
 
     # -- the Engine interface
 
@@ -220,6 +224,38 @@ class VllmEngine:
     async def check_health(self) -> None:
         if self._stopped or self._llm.errored:
             raise EngineDead("the engine core has ended")
+
+    async def load_adapter(self, adapter: str, directory: Path) -> None:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if adapter in self._loras:
+            return
+        if len(self._loras) >= self.profile.max_loras:
+            # vLLM would put another one out, maybe one in use.
+            raise AdapterRefused(f"{self.profile.max_loras} adapters are loaded: that is max_loras")
+        self._n_loaded += 1
+        request = LoRARequest(adapter, self._n_loaded, str(directory))
+        try:
+            is_loaded = await self._llm.add_lora(request)
+        except EngineDeadError as error:
+            raise EngineDead("the engine core has ended") from error
+        except Exception as error:  # the core's own error, by its text only
+            raise AdapterRefused(str(error).replace(str(directory), "the adapter")[:300]) from None
+        if not is_loaded:
+            raise AdapterRefused("the engine did not take it")
+        self._loras[adapter] = request
+
+    async def unload_adapter(self, adapter: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        request = self._loras.pop(adapter, None)
+        if request is None:
+            return
+        try:
+            await self._llm.remove_lora(request.lora_int_id)
+        except EngineDeadError as error:
+            raise EngineDead("the engine core has ended") from error
 
     def stats(self) -> EngineStats:
         return self._board.read()
@@ -281,10 +317,11 @@ class VllmEngine:
         prompt = tokens_input(
             request.prompt_token_ids + request.prior_token_ids, cache_salt=request.cache_salt or None
         )
+        lora = self._loras[request.adapter] if request.adapter else None
         try:
             params = _sampling_params(request.sampling, n_left, request.prior_token_ids)
             async with aclosing(
-                self._llm.generate(prompt, params, request.id, priority=request.priority)
+                self._llm.generate(prompt, params, request.id, lora_request=lora, priority=request.priority)
             ) as outputs:
                 async for output in outputs:
                     yield output
@@ -314,6 +351,19 @@ class VllmEngine:
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _lora_args(profile: EngineProfile) -> dict[str, Any]:
+    """Nothing where the profile has no adapters: then the engine is what it was without them."""
+    if not profile.max_loras:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": profile.max_loras,
+        "max_lora_rank": profile.max_lora_rank,
+        # Who is in memory is decided by workers/adapters.py: vLLM keeps those and no others.
+        "max_cpu_loras": profile.max_loras,
+    }
 
 
 def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:

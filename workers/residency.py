@@ -1,8 +1,8 @@
 """Which adapter makes room for another in a replica's memory: pure.
 
 A replica holds a few LoRA adapters beside its model; one that is asked for and not there must be loaded first. The
-rule here keeps what is asked for often and takes long to load; plain LRU stands beside it. Called by the simulator's
-replicas (autoscaler/sim/adapters.py); vLLM's own cache is LRU, so production needs its load and unload endpoints.
+rule here keeps what is asked for often and takes long to load; plain LRU stands beside it. Called by replicas
+(workers/adapters.py) and by the simulator's (autoscaler/sim/adapters.py), which are the same to it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.policy.adapters import Popularity, Resident, least_recent, least_worth
+from workers.residency import Popularity, Resident, least_recent, least_worth
 
 
 def test_the_longest_unused_goes_and_never_one_in_use() -> None:
