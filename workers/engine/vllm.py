@@ -357,12 +357,16 @@ def _lora_args(profile: EngineProfile) -> dict[str, Any]:
     """Nothing where the profile has no adapters: then the engine is what it was without them."""
     if not profile.max_loras:
         return {}
+    # vLLM 0.32 on CPU takes the slot of a request without an adapter for the last one (index -1; vllm-project/vllm
+    # #48421): beside others it is answered with the adapter that lies there, somebody else's maybe. So there is one slot
+    # more than is ever used. Slots are taken from the first, so the last stays as it was made: zero.
+    n_slots = profile.max_loras + is_cpu_build()
     return {
         "enable_lora": True,
-        "max_loras": profile.max_loras,
+        "max_loras": n_slots,
         "max_lora_rank": profile.max_lora_rank,
         # Who is in memory is decided by workers/adapters.py: vLLM keeps those and no others.
-        "max_cpu_loras": profile.max_loras,
+        "max_cpu_loras": n_slots,
     }
 
 

@@ -67,6 +67,11 @@ def test_all_at_once_answer_as_each_alone(told: dict[str, Any]) -> None:
         assert lora["at_once"][name] == lora[name]
 
 
+def test_loading_one_changes_nothing_for_those_that_run(told: dict[str, Any]) -> None:
+    lora = told["adapters"]
+    assert lora["loaded_beside"] == [lora["base"][0], lora["one"][0]]
+
+
 def test_cached_prefixes_are_kept_apart(told: dict[str, Any]) -> None:
     counts = told["adapters"]["cached"]
     assert [name for name, n in counts if n] == ["one", "two", ""]  # each at its own second time
