@@ -202,7 +202,7 @@ class Recorder:
         self.loaded.discard(adapter)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 async def test_random_histories_keep_the_limit_and_end(
     cell: Cell, shelf: Shelf, tmp_path: Path, seed: int
 ) -> None:

@@ -358,8 +358,8 @@ def _lora_args(profile: EngineProfile) -> dict[str, Any]:
     if not profile.max_loras:
         return {}
     # vLLM 0.32 on CPU takes the slot of a request without an adapter for the last one (index -1; vllm-project/vllm
-    # #48421): beside others it is answered with the adapter that lies there, somebody else's maybe. So there is one slot
-    # more than is ever used. Slots are taken from the first, so the last stays as it was made: zero.
+    # #48421): beside others it is answered with the adapter that lies there, somebody else's maybe. So there is one
+    # slot more than is ever used. Slots are taken from the first, so the last stays as it was made: zero.
     n_slots = profile.max_loras + is_cpu_build()
     return {
         "enable_lora": True,

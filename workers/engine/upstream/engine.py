@@ -13,12 +13,14 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Final
 
 from workers.contract import FinishReason, UpstreamSecret, UpstreamSpec
 from workers.engine.base import (
     BY_ESTIMATE,
     UNKNOWN_ID,
+    AdapterRefused,
     Counted,
     Delta,
     EngineFailed,
@@ -79,6 +81,12 @@ class UpstreamEngine:
 
     async def check_health(self) -> None:
         """It does not die: an endpoint that fails is left alone for a while."""
+
+    async def load_adapter(self, adapter: str, directory: Path) -> None:
+        raise AdapterRefused("an endpoint elsewhere loads its own adapters")
+
+    async def unload_adapter(self, adapter: str) -> None:
+        """None is ever loaded."""
 
     def stats(self) -> EngineStats:
         # Time limits are its own: the watchdog, which looks for engines that hang, finds nothing to do.
