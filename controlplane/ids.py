@@ -24,6 +24,9 @@ class Prefix(StrEnum):
     INVITATION = "inv"
     DOMAIN = "dom"
     IDENTITY_PROVIDER = "idp"
+    SCIM_TOKEN = "sct"  # noqa: S105 - names ids, is none
+    SCIM_USER = "scu"
+    SCIM_GROUP = "scg"
     API_KEY = "key"
     SERVICE_ACCOUNT = "svc"
     MANAGEMENT_TOKEN = "tok"  # noqa: S105 - names ids, is none

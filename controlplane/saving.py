@@ -25,10 +25,19 @@ def check_fields(instance: models.Model) -> None:
 
 def insert(instance: models.Model, *, taken: Mapping[str, tuple[str, str]]) -> None:
     """Check and insert. `taken` maps a uniqueness constraint to the (field, sentence) of the conflict."""
+    _save(instance, taken, is_new=True)
+
+
+def update(instance: models.Model, *, taken: Mapping[str, tuple[str, str]]) -> None:
+    """Check and write all fields of a row that exists; conflicts as `insert` has them."""
+    _save(instance, taken, is_new=False)
+
+
+def _save(instance: models.Model, taken: Mapping[str, tuple[str, str]], *, is_new: bool) -> None:
     check_fields(instance)
     try:
         with transaction.atomic():  # a savepoint: the caller's transaction survives the conflict
-            instance.save(force_insert=True)
+            instance.save(force_insert=is_new, force_update=not is_new)
     except IntegrityError as error:
         diagnosis = getattr(error.__cause__, "diag", None)
         conflict = taken.get(getattr(diagnosis, "constraint_name", None) or "")

@@ -1,4 +1,4 @@
-"""Routes of the web process: the REST API under /api/v1, enrolment of machines, the console everywhere else.
+"""Routes of the web process: REST under /api/v1, SCIM under /scim/v2, enrolment of machines, the console elsewhere.
 
 `/v1` is not here: inference has its own processes (controlplane.gateway). Health is a middleware (health.py).
 """
@@ -10,6 +10,7 @@ from controlplane.api.internal import enrol
 urlpatterns = [
     path("internal/enrol", enrol),
     path("api/v1/", include("controlplane.api.urls")),
+    path("scim/v2", include("controlplane.api.scim.urls")),
     path("", include("controlplane.console.account_urls")),
     path("", include("controlplane.console.urls")),
 ]

@@ -17,6 +17,7 @@ from controlplane.errors import InvalidInputError, NotPermittedError
 from controlplane.identity import domains, invitations, policies
 from controlplane.identity.models import IdentityProvider, SignInPolicy
 from controlplane.saving import insert
+from controlplane.scim import selectors as directory
 from controlplane.tenants import services
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
@@ -56,6 +57,10 @@ def admit(provider: IdentityProvider, claims: Claims) -> User:
         user = known.user if known is not None else _by_address(email, claims.name)
         if not user.is_active:
             raise NotPermittedError("this account is disabled")
+        if directory.is_deactivated(organization_id=organization_id, user_id=user.id):
+            raise NotPermittedError(
+                "your organization's directory has deactivated you: ask its administrators"
+            )
         act_as(str(user))
         _be_member(provider, user, claims)
         if known is None:

@@ -75,6 +75,11 @@ class SignInPolicy(models.Model):
     group_roles = models.JSONField(
         default=dict, blank=True, help_text="name of a group at the provider -> role; the highest counts"
     )
+    revoke_keys_of_leavers = models.BooleanField(
+        default=False,
+        db_default=False,
+        help_text="API keys of who is deactivated by SCIM are revoked with their place",
+    )
     updated_at = models.DateTimeField(auto_now=True)
 
     class Meta:

@@ -34,6 +34,7 @@ def set_policy(
     just_in_time: bool | None = None,
     default_role: Role | None = None,
     group_roles: Mapping[str, Role] | None = None,
+    revoke_keys_of_leavers: bool | None = None,
 ) -> SignInPolicy:
     """Change what is given. Raises InvalidInputError (too many groups, names too long)."""
     if group_roles is not None and (
@@ -51,6 +52,7 @@ def set_policy(
         "group_roles": None
         if group_roles is None
         else {name: str(role) for name, role in group_roles.items()},
+        "revoke_keys_of_leavers": revoke_keys_of_leavers,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     with tenant(organization_id):

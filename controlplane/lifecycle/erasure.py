@@ -12,6 +12,7 @@ Kept: usage and prices (the law wants them), the chain, and the erasure itself. 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -29,6 +30,7 @@ from controlplane.deployments.models import Deployment
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.lifecycle.models import Erasure, ErasureState
 from controlplane.lifecycle.scrub import scrub
+from controlplane.scim.models import ScimUser
 from controlplane.tenants import selectors, services
 from controlplane.tenants.actor import act_as
 from controlplane.tenants.context import tenant
@@ -140,16 +142,24 @@ def _names(organization_id: UUID) -> list[str]:
 def _delete_rows(organization_id: UUID) -> None:
     with transaction.atomic():
         act_as("erasure")
-        mine = Member.objects.filter(organization_id=organization_id).values("user_id")
-        elsewhere = Member.objects.exclude(organization_id=organization_id).values("user_id")
-        people = list(User.objects.filter(id__in=mine).exclude(id__in=elsewhere).values_list("id", flat=True))
+        people: set[UUID] = set()
+        elsewhere: set[UUID] = set()
+        for model in (Member, ScimUser):  # whom a directory has deactivated has an entry, and no place
+            mine = model._default_manager.filter(organization_id=organization_id)
+            people |= set(mine.values_list("user_id", flat=True))
+        for model in (Member, ScimUser):
+            others = model._default_manager.exclude(organization_id=organization_id).filter(
+                user_id__in=people
+            )
+            elsewhere |= set(others.values_list("user_id", flat=True))
+        people -= elsewhere
         with connection.cursor() as cursor:
             cursor.execute("SELECT corral_erase(%s, %s)", [organization_id, json.dumps(KEPT)])
         _end_sessions(people)
         User.objects.filter(id__in=people).delete()
 
 
-def _end_sessions(people: list[UUID]) -> None:
+def _end_sessions(people: Iterable[UUID]) -> None:
     wanted = {str(each) for each in people}
     gone = [
         session.pk

@@ -1,7 +1,7 @@
 """The text of a key, `sk-crl-<12 lookup characters>-<43 secret characters>`, and its digest.
 
-Keys of inference begin with `sk-crl`, tokens of the management API with `mt-crl`, so that neither is taken for the
-other, by people or by scanners of leaked secrets.
+Keys of inference begin with `sk-crl`, tokens of the management API with `mt-crl`, those of directories with `sc-crl`,
+so that none is taken for another, by people or by scanners of leaked secrets.
 
 The lookup part finds the row by a unique index; the whole key is then compared through HMAC-SHA256 under a
 pepper that only trusted processes hold. The secret has 256 random bits, so a fast keyed hash is the right
@@ -27,9 +27,10 @@ _ALPHABET = string.ascii_letters + string.digits
 _FOREIGN: Final = re.compile(r"sk-[\x21-\x7e]{1,252}\Z")
 INFERENCE: Final = "sk-crl"
 MANAGEMENT: Final = "mt-crl"
+SCIM: Final = "sc-crl"
 _SHAPES: Final = {
     kind: re.compile(rf"{kind}-([0-9A-Za-z]{{{LOOKUP_LENGTH}}})-[0-9A-Za-z_-]{{{SECRET_LENGTH}}}\Z")
-    for kind in (INFERENCE, MANAGEMENT)
+    for kind in (INFERENCE, MANAGEMENT, SCIM)
 }
 
 
@@ -107,7 +108,7 @@ def presented(peppers: bytes | Peppers, text: str) -> tuple[Presented, ...]:
     """
     if isinstance(peppers, bytes):
         peppers = Peppers(peppers)
-    lookup = lookup_of(text) or lookup_of(text, MANAGEMENT)
+    lookup = lookup_of(text) or lookup_of(text, MANAGEMENT) or lookup_of(text, SCIM)
     if lookup is None and not _FOREIGN.match(text):
         return ()
     own = {pepper: digest(pepper, text) for pepper in peppers.accepted}

@@ -24,7 +24,8 @@ from infra.local.redis import EmbeddedRedis
 from infra.local.rolling import restart_all
 
 KINDS: Final = ("pepper", "secret-key", "database", "redis")
-_HASHED: Final = (sql.Identifier("tenants_apikey"), sql.Identifier("tenants_managementtoken"))
+_KEYS: Final = (sql.Identifier("tenants_apikey"),)
+_TOKENS: Final = (sql.Identifier("tenants_managementtoken"), sql.Identifier("scim_scimtoken"))
 _OLD: Final = sql.SQL(
     "SELECT count(*) FROM {} WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) AND pepper <> %s"
 )
@@ -109,9 +110,12 @@ class Rotation:
         present = hashlib.sha256(b"pepper id\0" + pepper).hexdigest()[:8]
         dsn = environment.load(self._var)["CORRAL_PG_DSN_OPERATOR"]
         with psycopg.connect(dsn, connect_timeout=5) as operator:
-            counts = [operator.execute(_OLD.format(table), (present,)).fetchone() for table in _HASHED]
-        n_keys, n_tokens = (int(row[0]) for row in counts if row)
-        return Left(n_keys, n_tokens)
+
+            def count(tables: Iterable[sql.Identifier]) -> int:
+                found = (operator.execute(_OLD.format(table), (present,)).fetchone() for table in tables)
+                return sum(int(row[0]) for row in found if row)
+
+            return Left(n_keys=count(_KEYS), n_tokens=count(_TOKENS))
 
     def _spread(self, kept: dict[str, str]) -> None:
         """Into the files that processes are started from, and into the processes."""

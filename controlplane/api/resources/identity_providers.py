@@ -16,6 +16,7 @@ from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, DomainId, IdentityProviderId
 from controlplane.identity import domains, policies, providers, vouching
 from controlplane.identity.models import Domain, IdentityProvider, ProviderKind, SignInPolicy
+from controlplane.scim import places
 from controlplane.tenants.models import Role
 from controlplane.tenants.rights import PERMISSIONS, Permission, cover
 
@@ -99,6 +100,9 @@ class SignInPolicyOut(Schema):
     just_in_time: bool = Field(description="Who is vouched for and no member yet becomes one")
     default_role: Role
     group_roles: dict[str, Role] = Field(description="Group at the provider to role; the highest counts")
+    revoke_keys_of_leavers: bool = Field(
+        description="API keys of whom SCIM deactivates or deletes are revoked at once"
+    )
 
 
 class SignInPolicyChange(Body):
@@ -109,6 +113,7 @@ class SignInPolicyChange(Body):
     just_in_time: bool | None = None
     default_role: Role | None = None
     group_roles: Annotated[dict[str, Role], Field(max_length=policies.MAX_GROUPS)] | None = None
+    revoke_keys_of_leavers: bool | None = None
 
 
 def provider_out(row: IdentityProvider) -> IdentityProviderOut:
@@ -149,6 +154,7 @@ def policy_out(row: SignInPolicy) -> SignInPolicyOut:
         just_in_time=row.just_in_time,
         default_role=Role(row.default_role),
         group_roles={name: Role(role) for name, role in row.group_roles.items()},
+        revoke_keys_of_leavers=row.revoke_keys_of_leavers,
     )
 
 
@@ -244,7 +250,8 @@ def get_sign_in_policy(request: ApiRequest) -> SignInPolicyOut:
 
 @operation(router, "PATCH", "/sign-in-policy", Permission.SIGN_IN_WRITE, SignInPolicyOut)
 def change_sign_in_policy(request: ApiRequest, body: SignInPolicyChange) -> SignInPolicyOut:
-    """Change what a sign-in must bring. Roles given to groups may not exceed the caller's rights."""
+    """Change what a sign-in must bring. Roles given to groups may not exceed the caller's rights; whom SCIM knows gets
+    the role of their groups at once, everybody else when they sign in next."""
     given = {*(body.group_roles or {}).values(), *([body.default_role] if body.default_role else [])}
     for role in given:
         cover(
@@ -255,6 +262,7 @@ def change_sign_in_policy(request: ApiRequest, body: SignInPolicyChange) -> Sign
             field="default_role" if role == body.default_role else "group_roles",
         )
     organization_id = request.caller.organization_id
-    return policy_out(
-        policies.set_policy(organization_id=organization_id, **body.model_dump(exclude_unset=True))
-    )
+    row = policies.set_policy(organization_id=organization_id, **body.model_dump(exclude_unset=True))
+    if body.group_roles is not None or body.default_role is not None:
+        places.apply_roles(organization_id=organization_id)
+    return policy_out(row)

@@ -45,6 +45,8 @@ BODIES: dict[str, Any] = {
     "verify_domain": None,
     "delete_domain": None,
     "change_sign_in_policy": {"require_mfa": True},
+    "create_scim_token": {"name": "Entra"},
+    "revoke_scim_token": None,
     "create_service_account": {"name": "robot", "role": "viewer"},
     "delete_service_account": None,
     "create_token": {"name": "t"},
@@ -92,6 +94,7 @@ READS = {
     "get_identity_provider",
     "list_domains",
     "get_sign_in_policy",
+    "list_scim_tokens",
     "list_service_accounts",
     "get_service_account",
     "list_tokens",
@@ -158,6 +161,7 @@ class Acme:
         from controlplane.identity.models import ProviderKind
         from controlplane.operations import services as long_operations
         from controlplane.policy.periods import Period
+        from controlplane.scim import tokens as scim_tokens
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
@@ -204,6 +208,7 @@ class Acme:
             client_id="corral",
             client_secret="acme-client-secret",
         )
+        scim_token, _ = scim_tokens.create_token(organization_id=organization_id, name="acme-directory")
         domain = domains.claim(organization_id=organization_id, name="acme.example")
         domains.mark_verified(organization_id=organization_id, domain_id=domain.id)
         booked = book_usage(world, key_id=key.id, model="served")
@@ -229,6 +234,7 @@ class Acme:
             "invitation_id": f"inv_{invitation.id.hex}",
             "provider_id": str(provider),
             "domain_id": str(domain),
+            "scim_token_id": str(scim_token),
             "account_id": f"svc_{account.id.hex}",
             "token_id": f"tok_{token.id.hex}",
             "key_id": f"key_{key.id.hex}",
@@ -247,6 +253,7 @@ class Acme:
             "guest@example.org",
             "login.acme.example",
             "acme-client-secret",
+            "acme-directory",
             "program",
             "robot zero",
             *(text for name, text in self.ids.items() if name != "kind"),

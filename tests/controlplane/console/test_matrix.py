@@ -1,6 +1,7 @@
 """Who sees what in the web process: every URL pattern with every kind of visitor. A new one without a row fails.
 
-The REST API has a matrix of its own (../api/test_matrix.py), and so has /v1 (../gateway/test_matrix.py).
+The REST API has a matrix of its own (../api/test_matrix.py), and so have SCIM (../scim/test_matrix.py) and /v1
+(../gateway/test_matrix.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ OPEN |= {
 
 
 def patterns() -> list[str]:
-    """Every pattern of the web process, but the REST API's."""
+    """Every pattern of the web process, but the REST API's and SCIM's."""
 
     def walk(resolver: URLResolver, prefix: str) -> Iterator[str]:
         for entry in resolver.url_patterns:
@@ -121,7 +122,8 @@ def patterns() -> list[str]:
             else:
                 yield from walk(entry, route)
 
-    return [route for route in walk(get_resolver(), "") if not route.startswith("api/v1/")]
+    elsewhere = ("api/v1/", "scim/v2")
+    return [route for route in walk(get_resolver(), "") if not route.startswith(elsewhere)]
 
 
 class Acme:
