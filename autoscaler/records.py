@@ -68,8 +68,10 @@ def replica_lost(replica_id: UUID, code: str, message: str, cell: Cell) -> UUID 
     return replica.deployment_id if changed else None
 
 
-def machine_leaves(machine_id: UUID, ends_in_ms: int) -> list[UUID]:
-    """Its provider takes it away: nothing new is placed on it, and its place in the pool is free for another.
+def machine_leaves(
+    machine_id: UUID, ends_in_ms: int, reason: str = "its provider takes it away"
+) -> list[UUID]:
+    """Its provider takes it away, or it is replaced: nothing new is placed on it, and its place in the pool is free.
 
     Answers the deployments that have replicas on it. A machine can only say so of itself.
     """
@@ -77,9 +79,7 @@ def machine_leaves(machine_id: UUID, ends_in_ms: int) -> list[UUID]:
     ends_at = now + timedelta(milliseconds=min(max(ends_in_ms, 0), MAX_NOTICE_MS))
     changed = Machine.objects.filter(
         id=machine_id, state__in=(MachineState.ENROLLED, MachineState.READY)
-    ).update(
-        state=MachineState.DRAINING, ends_at=ends_at, pool_slot=None, reason="its provider takes it away"
-    )
+    ).update(state=MachineState.DRAINING, ends_at=ends_at, pool_slot=None, reason=reason)
     if not changed:  # a recommendation to leave has become a notice: the end is nearer than was said
         changed = Machine.objects.filter(
             id=machine_id, state=MachineState.DRAINING, ends_at__gt=ends_at + timedelta(seconds=1)

@@ -51,6 +51,7 @@ class BenchStack:
     env: Mapping[str, str]
     facts: Quickstart
     printed: str
+    root: Path = ROOT  # of the code that it runs
 
     @property
     def port(self) -> int:
@@ -72,7 +73,7 @@ class BenchStack:
         """Output of a management command run against this stack; RuntimeError with its errors if it fails."""
         done = subprocess.run(
             [sys.executable, "manage.py", *args],
-            cwd=ROOT, env=dict(self.env), capture_output=True, text=True, timeout=timeout_s, check=False,
+            cwd=self.root, env=dict(self.env), capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"manage.py {' '.join(args)}: {done.stderr.strip()[-2000:]}")
@@ -124,12 +125,13 @@ def bench_stack(
     *,
     demo: str | None = None,
     env_of: Callable[[Path], Mapping[str, str]] = lambda var: {},
+    root: Path = ROOT,
 ) -> Iterator[BenchStack]:
     """Starts a stack in a temporary directory, yields it, stops it and removes its data.
 
     `engine` is what its machines preload. `demo` names another engine for the demo deployment, which is then set up
     without a first question. `env_of` adds to its environment (not to that
-    of commands, which take it from the data directory it is told).
+    of commands, which take it from the data directory it is told). `root`: of other code than this.
     """
     var = Path(tempfile.mkdtemp(prefix="corral-bench-"))
     var.chmod(0o711)  # else PostgreSQL, another user under root, would keep its data elsewhere
@@ -140,17 +142,17 @@ def bench_stack(
     try:
         up = subprocess.run(
             [sys.executable, "manage.py", "up", "--detach", *(["--no-question"] if demo else [])],
-            cwd=ROOT, env=env | dict(env_of(var)), capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
+            cwd=root, env=env | dict(env_of(var)), capture_output=True, text=True, timeout=UP_TIMEOUT_S, check=False,
         )  # fmt: skip
         if up.returncode:
             raise RuntimeError(f"the stack did not start:\n{up.stdout[-3000:]}\n{up.stderr[-2000:]}")
         if demo:
             argv = [sys.executable, "manage.py", "quickstart", "--no-question", "--engine", demo]
-            subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=UP_TIMEOUT_S, check=True)
-        yield BenchStack(var, env, quickstart_file.read(var), up.stdout)
+            subprocess.run(argv, cwd=root, env=env, capture_output=True, timeout=UP_TIMEOUT_S, check=True)
+        yield BenchStack(var, env, quickstart_file.read(var), up.stdout, root)
     finally:
         subprocess.run(
             [sys.executable, "manage.py", "down"],
-            cwd=ROOT, env=env, capture_output=True, timeout=60, check=False,
+            cwd=root, env=env, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
         shutil.rmtree(var, ignore_errors=True)

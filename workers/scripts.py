@@ -92,4 +92,7 @@ TRUSTED_SCRIPTS = (
     *(ADMIT, SETTLE, PASS, TOPUP, CHARGE, SWEEP, SEED, SEED_WINDOW, TRUE_UP, LATE, CANCEL),
     *(SHORTEN, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
 )
-MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP)
+# Machines of the version before call theirs by name, and may not load them: lua/former/ keeps each that was changed
+# since, as it was, until that version is gone. So they find it in a Redis that restarts half-way through an upgrade.
+FORMER = tuple(load(f"former/{path.stem}") for path in sorted((_LUA / "former").glob("*.lua")))
+MACHINE_SCRIPTS = (CLAIM, FLUSH, RELEASE, POP, *FORMER)

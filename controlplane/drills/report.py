@@ -89,7 +89,11 @@ def as_table(report: Mapping[str, Any]) -> str:
         *((name, str(value)) for name, value in last["notes"].items() if name != "n_streams_running"),
         *([("region", report["region"]["line"])] if "region" in report else []),
         *([("weather", report["region"]["weather"])] if "region" in report else []),
-        ("ran", ", ".join(f"{name} {value}" for name, value in facts.get("running", {}).items())),
+        *(
+            [("ran", ", ".join(f"{k} {v}" for k, v in facts["running"].items()))]
+            if "running" in facts
+            else []
+        ),
         ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
     ]
     width = max(len(name) for name, _ in rows)

@@ -107,6 +107,17 @@ DRILLS: dict[str, Drill] = {
         probes=True,
         limit_s=400.0,
     ),
+    "rolling-upgrade": Drill(
+        "a private stack of an earlier commit goes over to this one by `manage.py upgrade`: database, gateways, "
+        "control and machines, one by one (--from REV)",
+        servers.upgrade,
+        MOVED,
+        n_tokens=2400,
+        n_tokens_vllm=1500,
+        reconnects=True,
+        probes=True,
+        limit_s=400.0,
+    ),
     "kill-gateway": Drill(
         "SIGKILL to one gateway: its requests run on, its clients come back to the other and get the rest",
         servers.kill_gateway,

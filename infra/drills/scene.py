@@ -97,6 +97,8 @@ class Scene:
         self.redis = redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0)
         # Of a key of the drill's that no gateway has seen; given by whoever makes the keys.
         self.unseen: Target | None = None
+        # Takes the stack over to another version; answers notes. Given by whoever has that version.
+        self.upgrade: Callable[[], dict[str, str]] = _no_upgrade
         # After secrets were changed: the addresses that count now. Set by whoever has connections of its own.
         self.on_renewal: Callable[[], None] = lambda: None
 
@@ -293,6 +295,10 @@ class Scene:
         except OSError:
             return False
         return mark.encode() in marks
+
+
+def _no_upgrade() -> dict[str, str]:
+    raise DrillError("this drill makes a stack of its own: `manage.py drill rolling-upgrade`")
 
 
 def _status_of(

@@ -28,6 +28,7 @@ POSTGRES_AWAY_S: Final = 10.0
 LOST_LOG_S: Final = 1.0
 KEPT_FOR_S: Final = 6.0  # a consumer that cannot come back ends within a second or two
 _BACK_WITHIN_S: Final = 60.0
+_ALL: Final = ("gateway-", "web", "control", "beat")
 _ASK_EVERY_S: Final = 0.5
 
 
@@ -57,6 +58,22 @@ def rotate_secrets(scene: Scene, strike: Strike) -> None:
     strike.notes["started again"] = ", ".join(restarted)
     strike.require("gateway-1" in restarted and "web" in restarted, "nothing was started again")
     strike.notes["keys of the former pepper"] = rotation.left().n_keys
+
+
+def upgrade(scene: Scene, strike: Strike) -> None:
+    """Every process of the stack goes over to another version, its machine by being replaced."""
+    before = {p.name: p.pid for p in scene.record().processes}
+    replica = scene.serving()
+    strike.done("the other version's code in place, `manage.py upgrade`")
+    strike.notes.update(scene.upgrade())
+    strike.notes["took_s"] = round(_since(strike), 1)
+    after = {p.name: p.pid for p in scene.record().processes}
+    stayed = sorted(
+        name for name in _ALL if any(p.startswith(name) and after[p] == before.get(p) for p in after)
+    )
+    strike.require(not stayed, f"not started again: {', '.join(stayed)}")
+    strike.require(scene.serving().machine != replica.machine, "the machine was not replaced")
+    strike.require(scene.is_gone(replica), "the replica of the other version still runs")
 
 
 def kill_redis(scene: Scene, strike: Strike) -> None:

@@ -82,3 +82,20 @@ def test_the_real_engine_goes_on_with_the_same_text(stack: BenchStack, name: str
         pytest.skip(f"the engine cannot run on this machine: {why}")
     report = drill(stack, name, "--engine", "vllm", "--model", "tiny", "--tokens", "300")
     assert_nothing_lost(report, 64)
+
+
+@pytest.mark.full
+def test_an_earlier_version_is_upgraded_under_sixty_four_streams() -> None:
+    inside = subprocess.run(
+        ["git", "rev-parse", "--verify", "HEAD~1"], cwd=ROOT, capture_output=True, check=False
+    )
+    if inside.returncode:
+        pytest.skip("no history here to check an earlier version out of")
+    done = subprocess.run(
+        [sys.executable, "manage.py", "drill", "rolling-upgrade", "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    report = json.loads(done.stdout)
+    assert_nothing_lost(report, 64)
+    assert report["runs"][0]["beside"]["n_refused"] == 0

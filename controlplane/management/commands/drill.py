@@ -72,6 +72,12 @@ class Command(BaseCommand):
             action="store_true",
             help="in a private stack that buys its machines in a simulated EC2 region (development packages)",
         )
+        parser.add_argument(
+            "--from",
+            dest="revision",
+            metavar="REV",
+            help="rolling-upgrade: the commit that runs first (default: the one before the last migration)",
+        )
         parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -87,7 +93,9 @@ class Command(BaseCommand):
             if not 1 <= value <= high:
                 raise CommandError(f"{name} {value}: give 1 to {high}", returncode=2)
         try:
-            if options["region"]:
+            if options["name"] == "rolling-upgrade":
+                report = self._upgrade(drill, options, n_tokens)
+            elif options["region"]:
                 report = self._in_region(options)
             else:
                 with only_drill(settings.ENV.var):
@@ -98,6 +106,21 @@ class Command(BaseCommand):
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else as_table(report))
         if not report["passed"]:
             sys.exit(1)
+
+    def _upgrade(self, drill: Drill, options: dict[str, Any], n_tokens: int) -> dict[str, Any]:
+        """On a stack of its own, since the running one has this version already."""
+        from benchmarks.upgrade import before_last_migration, drill_upgrade
+
+        results, facts = [], dict[str, Any]()
+        for _ in range(options["repeats"]):
+            revision = options["revision"] or before_last_migration()
+            result, facts = drill_upgrade(
+                drill, revision, n_streams=options["streams"], n_tokens=n_tokens, say=self._step
+            )
+            results.append(result)
+            self._step(_line(result))
+        facts["versions"] = _versions() | {"corral": f"{facts['from']} to {facts['to']}"}
+        return over(options["name"], drill, "toy", results, facts)
 
     def _in_region(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same command against a private stack in a simulated region, and the region's own account after it."""
