@@ -324,6 +324,8 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     grace_s: float = 10.0
     # Of a version in an object store: file name -> signed URLs of it, best first. Secrets for as long as they last.
     model_urls: dict[str, list[str]] = {}
+    # The version on other machines of this cell, `{name}` for the file's: asked before the object store. Secrets, too.
+    model_siblings: list[str] = []
     # Set where it is no engine of ours but an endpoint elsewhere.
     upstream: UpstreamSpec | None = None
     v: int = WIRE_VERSION

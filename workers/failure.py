@@ -91,10 +91,11 @@ def classify(error: BaseException, log_path: Path | None = None) -> ReplicaFailu
     return ReplicaFailure("start_failed", reason)
 
 
-def check_model_dir(model_dir: Path) -> None:
+def check_model_dir(model_dir: Path, *, arriving: bool = False) -> None:
     """A second's glance that saves a slow and obscure failure: are the files of a model there, and whole?
 
-    ReplicaFailure `bad_weights` names the file at fault. Reads headers only.
+    ReplicaFailure `bad_weights` names the file at fault. Reads headers only; of weights that are `arriving`, nothing:
+    who loads them looks at each when its header is there.
     """
     for name in ("config.json", "tokenizer.json"):
         _check_json(model_dir / name)
@@ -103,8 +104,9 @@ def check_model_dir(model_dir: Path) -> None:
         raise ReplicaFailure(
             "bad_weights", "the model has no .safetensors file: push one and create a version"
         )
-    for shard in shards:
-        _check_safetensors(shard)
+    if not arriving:
+        for shard in shards:
+            check_safetensors(shard)
 
 
 def _check_json(path: Path) -> None:
@@ -116,8 +118,11 @@ def _check_json(path: Path) -> None:
         raise ReplicaFailure("bad_weights", f"{path.name} cannot be read: {type(error).__name__}") from None
 
 
-def _check_safetensors(path: Path) -> None:
-    """Eight bytes of header length, a JSON header, and exactly as many bytes as its offsets say."""
+def check_safetensors(path: Path) -> dict[str, int]:
+    """Eight bytes of header length, a JSON header, and exactly as many bytes as its offsets say.
+
+    Where each tensor ends in the file, by name; ReplicaFailure `bad_weights`.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
@@ -132,6 +137,7 @@ def _check_safetensors(path: Path) -> None:
         raise ReplicaFailure(
             "bad_weights", f"{path.name} is damaged: {size} bytes, its header speaks of {8 + n_header + end}"
         )
+    return {n: 8 + n_header + t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"}
 
 
 def _last_cause(log_path: Path | None) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from workers.config import EXIT_FAILED, EXIT_OK, FrontConfig
 from workers.contract import UpstreamSecret, UpstreamSpec
 from workers.engine.base import Engine, EngineProfile
 from workers.failure import ReplicaFailure, check_model_dir, classify, write_outcome
+from workers.modelcache.arrival import Arrival, ArrivalFailed
 from workers.modelcache.uses import Uses
 from workers.replica import Replica
 from workers.watchdog import Watchdog
@@ -62,13 +63,31 @@ def build_engine(config: FrontConfig) -> Engine:
 
         return ToyEngine(profile)
     model_dir = Path(config.model_dir)
-    check_model_dir(model_dir)
+    check_model_dir(model_dir, arriving=config.arriving)
     # For as long as this process lives nobody evicts its weights, also while its machine has no agent.
     with contextlib.suppress(OSError):  # a directory that is no store is evicted by nobody
         Uses(model_dir.parent / ".uses").claim(model_dir.name, counts=False)
     from workers.engine.vllm import VllmEngine
 
-    return VllmEngine(profile, model_dir)
+    if not config.arriving:
+        return VllmEngine(profile, model_dir)
+    arrival: Arrival | None = None
+    try:
+        arrival = Arrival(model_dir)
+        engine = VllmEngine(profile, model_dir, arriving=True)
+        arrival.verified()  # its loader has asked that too: no engine serves what is not the model
+    except Exception as error:
+        raise _failure_of(arrival, error) from error
+    finally:
+        if arrival is not None:
+            arrival.close()
+    return engine
+
+
+def _failure_of(arrival: Arrival | None, error: Exception) -> Exception:
+    """Why it could not start: the fetch, if that failed, and only else what the engine says of it."""
+    told = error if isinstance(error, ArrivalFailed) else arrival and arrival.failure()
+    return ReplicaFailure(told.code, told.message) if told else error
 
 
 def _upstream_engine(config: FrontConfig, spec: UpstreamSpec) -> Engine:

@@ -39,7 +39,7 @@ _HAND_BACK_S: Final = 5.0  # from "stop now" to the kill: time to journal and re
 
 def without_urls(spec: ReplicaSpec) -> ReplicaSpec:
     """For disk and process: signed URLs are secrets, and of no use once the files are here."""
-    return msgspec.structs.replace(spec, model_urls={})
+    return msgspec.structs.replace(spec, model_urls={}, model_siblings=[])
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class Known:
     failure: ReplicaFailure | None = None  # why we ended it, if we did
     task: asyncio.Task[None] | None = None
     claim: Claim | None = None  # keeps its model version on the disk
+    arriving: bool = False  # forked, and its weights are still being fetched
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -192,6 +193,8 @@ class Replicas:
         now_s = time.monotonic()
         for replica, known in list(self._known.items()):
             if known.life is Life.RUNNING and known.pid and known.failure is None:
+                if known.arriving:
+                    continue  # the fetch has limits of its own
                 beat = read_beat(self._dirs.beat(replica))
                 known.failure = _judge(
                     known, beat.at_s if beat else None, bool(beat and beat.ready), now_s, self._limits
@@ -218,13 +221,17 @@ class Replicas:
 
     async def _bring_up(self, known: Known) -> None:
         replica = known.spec.replica
+        fetch = asyncio.create_task(self._fetch(known, opened := asyncio.Event()))
         try:
-            model_dir = await self._fetch(known)
+            model_dir = await self._loadable(fetch, opened, known)
             async with asyncio.timeout(self._limits.start_s):
                 zygote = await asyncio.shield(self._zygote())
+            if fetch.done() or not zygote.loads_arriving:
+                model_dir = await fetch
             if known.life is not Life.STARTING:
                 self._end(replica, ReplicaPhase.STOPPED)
                 return
+            known.arriving = not fetch.done()
             known.pid = await zygote.fork(self._fork_spec(known, model_dir))
         except ModelStoreError as error:
             self._end(replica, ReplicaPhase.FAILED, error.code, str(error))
@@ -240,23 +247,67 @@ class Replicas:
             if known.life is Life.STARTING:  # else it was told to stop meanwhile
                 known.life = Life.RUNNING
             log.info("forked", extra={"replica": replica, "pid": known.pid})
+        finally:
+            if known.arriving or not fetch.done():
+                self._tasks.add(rest := asyncio.create_task(self._await_rest(known, fetch)))
+                rest.add_done_callback(self._tasks.discard)
 
-    async def _fetch(self, known: Known) -> Path | None:
+    async def _loadable(
+        self, fetch: asyncio.Task[Path | None], opened: asyncio.Event, known: Known
+    ) -> Path | None:
+        """The model's directory once it is there, or its weights are coming and all else is there."""
+        early = asyncio.create_task(opened.wait())
+        await asyncio.wait({fetch, early}, return_when=asyncio.FIRST_COMPLETED)
+        early.cancel()
+        return self._store.path(known.spec.model_digest) if not fetch.done() else fetch.result()
+
+    async def _await_rest(self, known: Known, fetch: asyncio.Task[Path | None]) -> None:
+        """The front loads meanwhile. If what comes is not the model, it ends before it serves."""
+        try:
+            await fetch
+        except ModelStoreError as error:
+            known.failure = known.failure or ReplicaFailure(error.code, str(error))
+        except OSError as error:
+            known.failure = known.failure or ReplicaFailure(
+                "fetch_failed", f"{type(error).__name__}: {error}"
+            )
+        known.arriving = False
+        known.started_at_s = time.monotonic()  # from here on it has no excuse to wait
+        if known.life is Life.ENDED and known.claim is not None:
+            known.claim.close()
+        elif known.failure is not None and known.life is not Life.ENDED:
+            log.error("killed: %s", known.failure.message, extra={"replica": known.spec.replica})
+            await self._signal(known, signal.SIGKILL, group=True)
+
+    async def _fetch(self, known: Known, opened: asyncio.Event) -> Path | None:
         """The model's directory; None for the toy engine, which has none unless it is told to serve a stored version:
         then it waits for its files as an engine would, and the drills' machines start as real ones do.
+
+        `opened`: loading may begin.
         """
         spec = known.spec
         is_toy = spec.profile.get("engine") == "toy" and not spec.model_urls
         if is_toy or spec.upstream is not None:
             return None
-        started_s = time.monotonic()
+        started_s, loop = time.monotonic(), asyncio.get_running_loop()
+
+        def on_open(_: Path) -> None:
+            loop.call_soon_threadsafe(opened.set)
+
         try:
             path, known.claim = await asyncio.to_thread(
-                self._store.acquire, spec.model_digest, spec.model_source, None, spec.model_urls
+                self._store.acquire,
+                spec.model_digest,
+                spec.model_source,
+                None,
+                spec.model_urls,
+                spec.model_siblings,
+                None if spec.profile.get("engine") == "toy" else on_open,  # it has nothing to load
             )
         except ValueError as error:
             raise ModelStoreError("bad_digest", str(error)) from None
-        known.stages_ms["fetch"] = _ms_since(started_s)
+        if not known.pid:  # else it went on beside the load
+            known.stages_ms["fetch"] = _ms_since(started_s)
         return path
 
     def _fork_spec(self, known: Known, model_dir: Path | None) -> ForkSpec:
@@ -269,6 +320,7 @@ class Replicas:
             spec=without_urls(known.spec),
             model_dir=str(model_dir) if model_dir else "",
             model_cache=str(self._config.model_cache),
+            arriving=known.arriving,
             stages_ms=known.stages_ms,
             tuning=self._tuning,
             box_key=self._box_key,

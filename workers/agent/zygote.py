@@ -69,7 +69,9 @@ class ZygoteServer:
 
     def __init__(self, listener: socket.socket, engines: tuple[str, ...], missing: dict[str, str]) -> None:
         self._listener = listener
-        self._hello = Event(kind="hello", pid=os.getpid(), engines=engines, missing=missing)
+        self._hello = Event(
+            kind="hello", pid=os.getpid(), engines=engines, missing=missing, loads_arriving=True
+        )
         self._children: dict[int, ChildInfo] = {}
         self._exits: deque[ChildExit] = deque(maxlen=MAX_REMEMBERED_EXITS)
         self._agent: socket.socket | None = None

@@ -44,6 +44,7 @@ class Zygote:
         self.pid = hello.pid
         self.engines = hello.engines
         self.missing = hello.missing
+        self.loads_arriving = hello.loads_arriving
         self.adopted: tuple[ChildInfo, ...] = hello.children
         self._reader, self._writer = reader, writer
         self._seq = 0

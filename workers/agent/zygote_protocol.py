@@ -78,6 +78,8 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
     engines: tuple[str, ...] = ()
     # Why an engine that was asked for could not be imported, by engine.
     missing: dict[str, str] = {}
+    # Its fronts can load weights that are still being fetched. A zygote outlives the agent that started it.
+    loads_arriving: bool = False
     children: tuple[ChildInfo, ...] = ()
     exit: ChildExit | None = None
 

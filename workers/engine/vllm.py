@@ -65,6 +65,7 @@ _ENVIRONMENT: Final = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",  # its thread pool would not survive the fork
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "7200",  # weights may be arriving; the agent's patience is what counts
 }
 _CPU_ENVIRONMENT: Final = {
     # vLLM's own binding would put every replica of a small machine on core 0.
@@ -82,6 +83,7 @@ _PREIMPORTED: Final = (
     "vllm.model_executor.models.llama",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.tokenizers.hf",
+    "workers.engine.arriving",
     "workers.engine.resume_penalties",
 )
 _PREIMPORTED_CPU: Final = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
@@ -127,7 +129,8 @@ class VllmEngine:
     traceback is in the log, the exception is vLLM's), UnsafeForkError beside another thread.
     """
 
-    def __init__(self, profile: EngineProfile, model_dir: Path) -> None:
+    def __init__(self, profile: EngineProfile, model_dir: Path, *, arriving: bool = False) -> None:
+        """arriving: the weights are still being fetched, see arriving.py."""
         prepare_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -151,6 +154,7 @@ class VllmEngine:
             trust_remote_code=False,
             **_lora_args(profile),
             logits_processors=[ResumePenalties],
+            load_format=_load_format(arriving),
             disable_log_stats=True,  # our own logger below; vLLM's would keep a Prometheus registry
         )
         config = args.create_engine_config()
@@ -368,6 +372,15 @@ def _lora_args(profile: EngineProfile) -> dict[str, Any]:
         # Who is in memory is decided by workers/adapters.py: vLLM keeps those and no others.
         "max_cpu_loras": n_slots,
     }
+
+
+def _load_format(arriving: bool) -> str:
+    if not arriving:
+        return "auto"
+    from workers.engine import arriving as loader
+
+    loader.register()
+    return loader.FORMAT
 
 
 def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from workers.modelcache.manifest import FileEntry, Manifest, hash_file, is_digest
+from workers.modelcache.pieces import PIECES_NAME, pieces_of
 from workers.modelcache.store import ModelStore
 
 Report = Callable[[str], None]
@@ -211,8 +212,14 @@ def _import_files(
             shutil.copyfile(directory / name, target)
             # Hashed at its new place: what the digest vouches for is what lies there.
             entries.append(FileEntry(name=name, size_bytes=target.stat().st_size, sha256=hash_file(target)))
+        if (pieces := pieces_of(staging / name for name in names)) is not None:
+            target = staging / PIECES_NAME
+            target.write_bytes(pieces.to_bytes())
+            entries.append(
+                FileEntry(name=PIECES_NAME, size_bytes=target.stat().st_size, sha256=hash_file(target))
+            )
         manifest = Manifest(
-            files=tuple(entries),
+            files=tuple(sorted(entries, key=lambda e: e.name)),
             architecture=str(architectures[0]),
             licence=licence or _licence_of(directory),
             n_params=n_params,

@@ -1,9 +1,8 @@
-"""Model versions on this machine's disk, by digest: `<root>/<digest>/`, complete and verified or not there at
-all.
+"""Model versions on this machine's disk, by digest: `<root>/<digest>/`. A version is there when its manifest is.
 
-The agent calls `ensure` before it starts a replica; importers add versions with `adopt`. Blocking I/O: call
-from a thread. Several processes may share a root; nothing here may leave a half-written version under its
-final name.
+The agent calls `acquire` before it starts a replica; importers add versions with `adopt`. Blocking I/O: call from a
+thread. Several processes may share a root. What comes over HTTP arrives at its final place, so that an engine may
+load it meanwhile (arrival.py); its manifest is written last, when every byte is verified and on the disk.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from workers.modelcache.arrival import Board
 from workers.modelcache.eviction import Held, victims
 from workers.modelcache.manifest import (
     MANIFEST_NAME,
@@ -89,13 +89,20 @@ class ModelStore:
         return manifest
 
     def ensure(
-        self, digest: str, source: str, progress: Progress | None = None, urls: Urls | None = None
+        self,
+        digest: str,
+        source: str,
+        progress: Progress | None = None,
+        urls: Urls | None = None,
+        siblings: Sequence[str] = (),
+        on_open: Callable[[Path], None] | None = None,
     ) -> Path:
         """The version's directory, fetched if it is not here yet.
 
         `source` is a `file://` URL of a directory with a manifest, or of a store that holds the digest; with `urls`,
-        its files come over HTTP instead, and an attempt that fails leaves what it got to the next. Verified before
-        the version appears. Concurrent calls for one digest fetch once. Raises ModelStoreError.
+        its files come over HTTP instead (from `siblings` first, remote.py), and an attempt that fails leaves what it
+        got to the next. Verified before the version appears; `on_open` hears when a loader may begin with what has
+        arrived (arrival.Arrival). Concurrent calls for one digest fetch once. Raises ModelStoreError.
         """
         target = self.path(digest)
         if self.has(digest):
@@ -106,7 +113,7 @@ class ModelStore:
                 return target
             began_s = time.monotonic()
             if origin is None:
-                self._ensure_remote(digest, urls or {}, progress)
+                self._ensure_remote(digest, urls or {}, siblings, progress, on_open)
             else:
                 manifest = _read_manifest(origin, digest)
                 self._make_room(manifest.size_bytes)
@@ -116,24 +123,53 @@ class ModelStore:
             self._uses.fetched(digest, time.monotonic() - began_s)
         return target
 
-    def _ensure_remote(self, digest: str, urls: Urls, progress: Progress | None) -> None:
-        staging = self._incoming / f"{digest}.remote"  # kept when it fails: the next attempt goes on from it
+    def _ensure_remote(
+        self,
+        digest: str,
+        urls: Urls,
+        siblings: Sequence[str],
+        progress: Progress | None,
+        on_open: Callable[[Path], None] | None,
+    ) -> None:
+        target = self.path(digest)  # no version until its manifest is in it; kept for the next attempt
+        board: Board | None = None
         try:
             manifest = fetch_manifest(urls, digest)
-            staging.mkdir(exist_ok=True)
-            n_there = sum(p.stat().st_blocks * 512 for p in staging.iterdir())
+            target.mkdir(exist_ok=True)
+            n_there = sum(p.stat().st_blocks * 512 for p in target.iterdir())
             self._make_room(max(manifest.size_bytes - n_there, 0))
-            fetch_files(urls, manifest, staging, progress=progress)
+            board = Board(target, [entry.name for entry in manifest.files])
+            fetch_files(
+                urls,
+                manifest,
+                target,
+                siblings=siblings,
+                progress=progress,
+                on_ready=board.ready,
+                on_open=lambda: on_open(target) if on_open is not None else None,
+            )
+            board.verified()
+            self._install(target, manifest)
         except TransferError as error:
+            if board is not None:
+                board.failed(error.code, str(error))
             raise ModelStoreError(error.code, str(error)) from None
-        self._install(staging, manifest)
+        finally:
+            if board is not None:
+                board.close()
 
     def acquire(
-        self, digest: str, source: str, progress: Progress | None = None, urls: Urls | None = None
+        self,
+        digest: str,
+        source: str,
+        progress: Progress | None = None,
+        urls: Urls | None = None,
+        siblings: Sequence[str] = (),
+        on_open: Callable[[Path], None] | None = None,
     ) -> tuple[Path, Claim]:
         """As `ensure`, and the version stays until the claim is closed or this process ends."""
         for _ in range(MAX_ACQUIRES):
-            path = self.ensure(digest, source, progress, urls)
+            path = self.ensure(digest, source, progress, urls, siblings, on_open)
             claim = self._uses.claim(digest)
             if self.has(digest):
                 return path, claim
@@ -154,8 +190,15 @@ class ModelStore:
             manifest = self.path(digest) / MANIFEST_NAME
             with contextlib.suppress(FileNotFoundError):
                 manifest.unlink()  # from here on it is not there, whatever becomes of us
-            shutil.rmtree(self.path(digest), ignore_errors=True)
+            self._remove(digest)
         return True
+
+    def _remove(self, digest: str) -> None:
+        """Out of the way at once: who fetches it again begins with an empty directory."""
+        grave = self._incoming / f"{digest[:16]}.{os.getpid()}.{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(digest).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
 
     def held(self) -> list[Held]:
         """What is on the disk, with its use."""
@@ -185,11 +228,18 @@ class ModelStore:
 
     def _install(self, staging: Path, manifest: Manifest) -> None:
         target = self.path(manifest.digest)
-        (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-        for name in (*(f.name for f in manifest.files), MANIFEST_NAME):
-            (staging / name).chmod(0o444)
-            _sync(staging / name)
+        for entry in manifest.files:
+            (staging / entry.name).chmod(0o444)
+            _sync(staging / entry.name)
+        draft = staging / f"{MANIFEST_NAME}.new"
+        draft.write_bytes(manifest.to_bytes())
+        draft.chmod(0o444)
+        _sync(draft)
+        draft.rename(staging / MANIFEST_NAME)
         _sync(staging)
+        if staging == target:
+            _sync(self.root)
+            return
         if target.exists():  # without a manifest: what a crash left behind
             shutil.rmtree(target)
         staging.rename(target)
@@ -212,9 +262,20 @@ class ModelStore:
                 time.sleep(0.05)
             yield
 
+    def _clear_leftovers(self) -> None:
+        """What fetches that nobody goes on with have left: at most their room is lost, the bytes come again."""
+        for path in self.root.iterdir():
+            if not is_digest(path.name) or self.has(path.name):
+                continue
+            with contextlib.suppress(ModelStoreError), self._lock(path.name, timeout_s=0.0):
+                if not self.has(path.name):
+                    self._remove(path.name)
+
     def _make_room(self, n_bytes: int) -> None:
         """Evict until `n_bytes` fit the budget and the disk. Raises ModelStoreError when what runs fills it."""
-        for _ in range(MAX_EVICTIONS):
+        for n in range(MAX_EVICTIONS):
+            if n == 1:
+                self._clear_leftovers()
             held = self.held()
             free = shutil.disk_usage(self.root).free - _SPARE_BYTES
             if self.budget_bytes is not None:

@@ -1,42 +1,33 @@
 """One file over HTTP: ranges fetched side by side, resumed where a process before us stopped, hashed on the way.
 
 Used by remote.py. The file's bytes land at their place in a file of full size; a journal beside it says which parts
-are there. SHA-256 follows the unbroken beginning, so that the file is verified moments after its last byte. Standard
-library only: URLs are signed by whoever sent them, and are never logged.
+are there. With the digests of its pieces (pieces.py) each part is verified by the thread that fetches it, and a source
+that gives a wrong one is asked no more; without them SHA-256 follows the unbroken beginning. Standard library only:
+URLs are signed by whoever sent them, and are never logged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import os
 import queue
 import random
-import ssl
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
+from workers.modelcache.line import FAR, NEAR, Line, TransferError
 from workers.modelcache.manifest import FileEntry
 
-CONNECT_S: Final = 5.0
-READ_S: Final = 30.0
-ATTEMPTS: Final = 5  # of one part, each at the next source
+__all__ = ["Transfer", "TransferError", "Tuning"]
+
+ATTEMPTS: Final = 5  # of one part, each at the source with the fewest faults
 PAUSE_S: Final = 0.2
+_POISONED: Final = 1000  # faults of a source that gave wrong bytes: any other is better
 _BLOCK_BYTES: Final = 1 << 20
-
-
-class TransferError(RuntimeError):
-    """`code` is stable: `source_missing`, `source_expired`, `source_unreachable`, `bad_weights`, `disk_full`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +39,7 @@ class Tuning:
 
 
 class Transfer:
-    """`run()` once. `ready(n)` waits until the first n bytes are there, for readers that begin before the end."""
+    """`prepare()`, then `run()` once. `on_ready` hears how many bytes from the beginning are there and may be read."""
 
     def __init__(
         self,
@@ -57,33 +48,71 @@ class Transfer:
         entry: FileEntry,
         *,
         tuning: Tuning = Tuning(),
+        pieces: Sequence[str] | None = None,
         on_bytes: Callable[[int], None] = lambda n: None,
+        on_ready: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """urls: the same file at several places, best first. on_bytes: hears of every part, from any thread."""
+        """urls: the same file at several places, best first. pieces: SHA-256 of each part of `tuning.part_bytes`.
+
+        on_bytes: hears of every part, from any thread; on_ready: in order, from one thread at a time.
+        """
         if not urls:
             raise TransferError("source_missing", f"{entry.name}: no source has it")
         self._urls, self._target, self._entry, self._tuning = tuple(urls), target, entry, tuning
-        self._on_bytes = on_bytes
+        self._on_bytes, self._on_ready = on_bytes, on_ready
         self._journal = target.with_name(target.name + ".parts")
         n = -(-entry.size_bytes // tuning.part_bytes)
+        if pieces is not None and len(pieces) != n:
+            raise TransferError("bad_weights", f"{entry.name}: its pieces are not those of its size")
+        self._pieces = pieces
         self._there = [False] * n
         self._changed = threading.Condition()
         self._n_ready = 0
+        self._n_parts_ready = 0
         self._error: BaseException | None = None
         self._stop = threading.Event()
+        self._is_prepared = False
+        self._faults = [0] * len(self._urls)
         self.n_fetched_bytes = 0
+
+    def prepare(self) -> None:
+        """Take over what an earlier run wrote with parts of the same size, or lay out the file at its full size."""
+        self._is_prepared = True
+        head = f"{self._entry.sha256} {self._tuning.part_bytes}"
+        lines: list[str] = []
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = self._journal.read_text(encoding="ascii").split("\n")
+        with contextlib.suppress(FileNotFoundError):
+            self._target.chmod(0o600)  # a run that died at its very end may have made it read-only
+        descriptor = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if lines and lines[0] == head and os.fstat(descriptor).st_size == self._entry.size_bytes:
+                for line in lines[1:-1]:  # the last one may be cut off
+                    if line.isdigit() and int(line) < len(self._there):
+                        self._there[int(line)] = True
+                return
+            os.truncate(descriptor, 0)
+            if self._entry.size_bytes:
+                os.posix_fallocate(descriptor, 0, self._entry.size_bytes)
+        except OSError as error:
+            raise TransferError("disk_full", f"no space for {self._entry.name}: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+        self._journal.write_text(head + "\n", encoding="ascii")
 
     def run(self) -> None:
         """Raises TransferError; what has come stays for the next attempt, unless it was wrong."""
-        descriptor = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = -1
         try:
-            self._resume(descriptor)
+            if not self._is_prepared:
+                self.prepare()
+            descriptor = os.open(self._target, os.O_RDWR | os.O_CLOEXEC)
             with self._journal.open("a", encoding="ascii") as journal:
                 self._fetch(descriptor, journal)
             self._journal.unlink(missing_ok=True)
         except TransferError as error:
             self._fail(error)
-            if error.code == "bad_weights":  # nobody can say which part is wrong
+            if error.code == "bad_weights" and self._pieces is None:  # nobody can say which part is wrong
                 self._target.unlink(missing_ok=True)
                 self._journal.unlink(missing_ok=True)
             raise
@@ -92,7 +121,8 @@ class Transfer:
             raise
         finally:
             self._stop.set()
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def ready(self, n_bytes: int, timeout_s: float) -> None:
         """Return when the first `n_bytes` are in the file. Raises TransferError when the transfer failed or stalls."""
@@ -109,59 +139,70 @@ class Transfer:
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
-            self._error = error
+            self._error = self._error or error
             self._changed.notify_all()
-
-    def _resume(self, descriptor: int) -> None:
-        """Take over what an earlier run wrote with parts of the same size; begin anew otherwise."""
-        head = f"{self._entry.sha256} {self._tuning.part_bytes}"
-        lines: list[str] = []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            lines = self._journal.read_text(encoding="ascii").split("\n")
-        if lines and lines[0] == head and os.fstat(descriptor).st_size == self._entry.size_bytes:
-            for line in lines[1:-1]:  # the last one may be cut off
-                if line.isdigit() and int(line) < len(self._there):
-                    self._there[int(line)] = True
-            return
-        try:
-            os.truncate(descriptor, 0)
-            if self._entry.size_bytes:
-                os.posix_fallocate(descriptor, 0, self._entry.size_bytes)
-        except OSError as error:
-            raise TransferError("disk_full", f"no space for {self._entry.name}: {error.strerror}") from None
-        self._journal.write_text(head + "\n", encoding="ascii")
 
     def _fetch(self, descriptor: int, journal: object) -> None:
         parts: queue.SimpleQueue[int] = queue.SimpleQueue()
-        missing = [n for n, there in enumerate(self._there) if not there]
-        for n in missing:
-            parts.put(n)
+        here = list(self._there)
+        if self._pieces is not None:
+            self._there = [False] * len(
+                here
+            )  # looked at again: a journal may have survived what it speaks of
+        n_queued = 0
+        for part, there in enumerate(self._there):
+            if not there:
+                parts.put(part)
+                n_queued += 1
         lock = threading.Lock()
 
-        def done(part: int, n_bytes: int) -> None:
+        def done(part: int, n_bytes: int, *, fetched: bool) -> None:
             with lock:
-                journal.write(f"{part}\n")  # type: ignore[attr-defined]
-                journal.flush()  # type: ignore[attr-defined]
-                self.n_fetched_bytes += n_bytes
+                if fetched:
+                    self.n_fetched_bytes += n_bytes
+                    if not here[part]:
+                        journal.write(f"{part}\n")  # type: ignore[attr-defined]
+                        journal.flush()  # type: ignore[attr-defined]
             self._on_bytes(n_bytes)
-            with self._changed:
-                self._there[part] = True
-                self._changed.notify_all()
+            self._arrived(part)
 
         threads = [
-            threading.Thread(target=self._stream, args=(descriptor, parts, done, n), daemon=True)
-            for n in range(min(self._tuning.n_streams, len(missing)))
+            threading.Thread(target=self._stream, args=(descriptor, parts, here, done), daemon=True)
+            for _ in range(min(self._tuning.n_streams, n_queued))
         ]
         for thread in threads:
             thread.start()
         try:
-            digest = self._hash(descriptor)
+            digest = self._hash(descriptor) if self._pieces is None else self._await_all()
         finally:
             self._stop.set()
             for thread in threads:
-                thread.join(READ_S + CONNECT_S)
+                thread.join(FAR.read_s + FAR.connect_s)
         if digest != self._entry.sha256:
             raise TransferError("bad_weights", f"{self._entry.name}: its SHA-256 is not the manifest's")
+
+    def _arrived(self, part: int) -> None:
+        with self._changed:
+            self._there[part] = True
+            if self._pieces is not None:
+                while self._n_parts_ready < len(self._there) and self._there[self._n_parts_ready]:
+                    self._n_parts_ready += 1
+                self._tell_ready(min(self._n_parts_ready * self._tuning.part_bytes, self._entry.size_bytes))
+            self._changed.notify_all()
+
+    def _tell_ready(self, n_bytes: int) -> None:
+        """Under the lock."""
+        if n_bytes > self._n_ready:
+            self._n_ready = n_bytes
+            self._on_ready(n_bytes)
+
+    def _await_all(self) -> str:
+        """The file's SHA-256, once all its pieces are verified: the manifest vouches for their list as for the file."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(self._there) or self._error is not None)
+            if self._error is not None:
+                raise self._error
+        return self._entry.sha256
 
     def _hash(self, descriptor: int) -> str:
         """SHA-256 of the file, following the parts as they come."""
@@ -181,15 +222,19 @@ class Transfer:
                 digest.update(block)
                 at += len(block)
             with self._changed:
-                self._n_ready = at
+                self._tell_ready(at)
                 self._changed.notify_all()
         return digest.hexdigest()
 
     def _stream(
-        self, descriptor: int, parts: queue.SimpleQueue[int], done: Callable[[int, int], None], number: int
+        self,
+        descriptor: int,
+        parts: queue.SimpleQueue[int],
+        here: Sequence[bool],
+        done: Callable[..., None],
     ) -> None:
         """One connection: parts until there are none. The first thing that cannot be mended ends the transfer."""
-        line = _Line()
+        line = Line()
         try:
             while not self._stop.is_set():
                 try:
@@ -198,105 +243,48 @@ class Transfer:
                     return
                 start = part * self._tuning.part_bytes
                 end = min(start + self._tuning.part_bytes, self._entry.size_bytes)
-                self._part(line, descriptor, start, end, number)
-                done(part, end - start)
+                if here[part] and self._is_right(descriptor, part, start, end):
+                    done(part, end - start, fetched=False)
+                    continue
+                self._part(line, descriptor, part, start, end)
+                done(part, end - start, fetched=True)
         except BaseException as error:
             self._fail(error)
         finally:
             line.close()
 
-    def _part(self, line: _Line, descriptor: int, start: int, end: int, number: int) -> None:
-        """Bytes [start, end) at their place; the next source where one fails, with a growing pause."""
+    def _is_right(self, descriptor: int, part: int, start: int, end: int) -> bool:
+        """Whether a part that an earlier run fetched is still what it should be."""
+        assert self._pieces is not None
+        digest = hashlib.sha256()
+        while start < end and (block := os.pread(descriptor, min(_BLOCK_BYTES, end - start), start)):
+            digest.update(block)
+            start += len(block)
+        return digest.hexdigest() == self._pieces[part]
+
+    def _part(self, line: Line, descriptor: int, part: int, start: int, end: int) -> None:
+        """Bytes [start, end) at their place; another source where one fails, with a growing pause."""
         last: TransferError | None = None
         for attempt in range(ATTEMPTS):
             if self._stop.is_set():
                 raise TransferError("source_unreachable", "stopped")
-            url = self._urls[attempt % len(self._urls)]
+            source = min(range(len(self._urls)), key=lambda n: (self._faults[n], n))
+            patience = FAR if source == len(self._urls) - 1 else NEAR
+            digest = None if self._pieces is None else hashlib.sha256()
             try:
-                line.fetch(url, start, end, descriptor, self._entry.name)
-                return
+                line.fetch(self._urls[source], start, end, descriptor, self._entry.name, digest, patience)
+                if digest is None or digest.hexdigest() == self._pieces[part]:  # type: ignore[index]
+                    return
+                self._faults[source] += _POISONED
+                last = TransferError(
+                    "bad_weights", f"{self._entry.name}: a source gave bytes that are not the model's"
+                )
             except TransferError as error:
                 if error.code == "disk_full":
                     raise
+                self._faults[source] += 1
                 last = error
-                line.close()
-                if attempt + 1 >= len(self._urls):
-                    self._stop.wait(PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
+            if attempt + 1 >= len(self._urls):
+                self._stop.wait(PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
         assert last is not None
         raise last
-
-
-class _Line:
-    """One kept connection to one host."""
-
-    def __init__(self) -> None:
-        self._key: tuple[str, str] | None = None
-        self._connection: http.client.HTTPConnection | None = None
-
-    def fetch(self, url: str, start: int, end: int, descriptor: int, name: str) -> None:
-        """Raises TransferError, and leaves a connection that may not be used again."""
-        where = urlsplit(url)
-        path = f"{where.path}?{where.query}" if where.query else where.path
-        deadline_s = time.monotonic() + max(
-            READ_S, (end - start) / 200_000
-        )  # a stream below 200 kB/s is given up
-        try:
-            connection = self._connect(where.scheme, where.netloc)
-            connection.request("GET", path, headers={"Range": f"bytes={start}-{end - 1}"})
-            answer = connection.getresponse()
-            if answer.status != 206 and not (answer.status == 200 and start == 0):
-                _refuse(answer.status, name)
-            at = start
-            while at < end:
-                block = answer.read(min(_BLOCK_BYTES, end - at))
-                if not block or time.monotonic() > deadline_s:
-                    raise TransferError("source_unreachable", f"{name}: the source stopped in the middle")
-                _write(descriptor, block, at, name)
-                at += len(block)
-            if answer.status == 200 or answer.read(1):
-                self.close()  # more comes than was asked for
-        except (OSError, http.client.HTTPException) as error:
-            raise TransferError("source_unreachable", f"{name}: {type(error).__name__}") from None
-
-    def _connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
-        if self._connection is not None and self._key == (scheme, netloc):
-            return self._connection
-        self.close()
-        if scheme == "https":
-            self._connection = http.client.HTTPSConnection(
-                netloc, timeout=CONNECT_S, context=ssl.create_default_context()
-            )
-        elif scheme == "http":
-            self._connection = http.client.HTTPConnection(netloc, timeout=CONNECT_S)
-        else:
-            raise TransferError(
-                "source_missing", f"{scheme}:// is no source of model files: give http or https"
-            )
-        self._connection.connect()
-        self._connection.sock.settimeout(READ_S)
-        self._key = (scheme, netloc)
-        return self._connection
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._key = None
-
-
-def _write(descriptor: int, block: bytes, at: int, name: str) -> None:
-    try:
-        while block:
-            n = os.pwrite(descriptor, block, at)
-            block, at = block[n:], at + n
-    except OSError as error:
-        raise TransferError("disk_full", f"no space left for {name}: {error.strerror}") from None
-
-
-def _refuse(status: int, name: str) -> None:
-    if status in (401, 403):
-        raise TransferError(
-            "source_expired", f"{name}: the source refused us ({status}): its URL may have expired"
-        )
-    if status in (404, 410):
-        raise TransferError("source_missing", f"{name}: the source does not have it ({status})")
-    raise TransferError("source_unreachable", f"{name}: the source answered {status}")
