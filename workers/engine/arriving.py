@@ -87,7 +87,7 @@ def _loader_class() -> type[Any]:
                 source.fall_back_to_pt,
                 source.allow_patterns_overrides,
             )
-            if self.counter_before_loading_weights == 0.0:
+            if not self.counter_before_loading_weights:  # type: ignore[has-type]
                 self.counter_before_loading_weights = time.perf_counter()
             paths = [Path(file) for file in sorted(files, key=_natural_sort_key)]
             for name, tensor in tensors(
