@@ -35,6 +35,7 @@ class AutoscalerConfig:
     machine_boot_s: float = 180.0  # order to first token on a cloud machine: what a loss without notice costs
     spot_notice_s: float = 120.0  # AWS warns so long before; 0 where no warning comes
     engine: str = "vllm"  # what the agent preloads
+    accelerator: str = "cpu"  # what one replica runs on, for its engine profile: cpu, l4, 4xl4, …
     model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
     enrol_url: str = ""  # empty: <console_url>/internal/enrol
     machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do

@@ -6,8 +6,6 @@ organization loaded; only the file names of a version in an object store are loo
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,6 +16,7 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
+from controlplane.rollouts.profiles import digest_of
 from infra.objectstore import Place, signed_urls
 from workers.contract import ReplicaSpec
 
@@ -49,9 +48,8 @@ def slots(deployment: Deployment) -> int:
 
 
 def engine_digest(deployment: Deployment) -> str:
-    """SHA-256 of what a replica of this deployment runs; scale, price and class are no part of it."""
-    what = {"model": deployment.model_version.digest, "profile": deployment.engine_profile}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    """Of what a replica of this deployment runs, and of its row in rollouts.EngineProfile."""
+    return digest_of(deployment.model_version.digest, deployment.engine_profile)
 
 
 def replica_spec(deployment: Deployment, replica_id: UUID) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Prefix(StrEnum):
     EVENT = "evt"
     DELIVERY = "dlv"
     QUOTA = "quo"
+    ENGINE_PROFILE = "epr"
+    ROLLOUT = "rlo"
 
 
 class InvalidIdError(ValueError):

@@ -263,6 +263,7 @@ INSTALLED_APPS = [
     "controlplane.budgets.apps.BudgetsConfig",
     "controlplane.webhooks.apps.WebhooksConfig",
     "controlplane.quotas.apps.QuotasConfig",
+    "controlplane.rollouts.apps.RolloutsConfig",
     "controlplane.api.apps.ApiConfig",
     "controlplane.console.apps.ConsoleConfig",
     "autoscaler.apps.AutoscalerConfig",

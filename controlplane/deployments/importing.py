@@ -83,4 +83,11 @@ def register(
         n_params=manifest.n_params,
         licence=manifest.licence,
         manifest=msgspec.to_builtins(manifest),
+        config=_config(store(var), imported.digest),
     )
+
+
+def _config(where: ModelStore, digest: str) -> dict[str, object]:
+    """The version's own config.json: what engine profiles are compiled from."""
+    found: dict[str, object] = msgspec.json.decode((where.path(digest) / "config.json").read_bytes())
+    return found

@@ -52,6 +52,7 @@ class ModelVersion(models.Model):
     max_model_len = models.PositiveIntegerField(help_text="longest prompt plus completion, tokens")
     licence = models.CharField(max_length=64, blank=True, help_text="SPDX identifier")
     manifest = models.JSONField(default=dict, blank=True, help_text="file name -> {sha256, size_bytes}")
+    config = models.JSONField(null=True, blank=True, help_text="its config.json: layers, heads, context")
     created_at = models.DateTimeField(auto_now_add=True)
     retired_at = models.DateTimeField(null=True, blank=True, help_text="nothing new is served from it")
 

@@ -4,7 +4,7 @@ Every change of what is wanted raises `generation`, leaves one log line, and tel
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import structlog
@@ -12,7 +12,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from billing.prices import DEFAULT_PRICE, price_in_force
-from controlplane.deployments import selectors, sharing
+from controlplane.deployments import profiles, selectors, sharing
 from controlplane.deployments.models import (
     MAX_WINDOW_TOKENS,
     Admission,
@@ -25,11 +25,11 @@ from controlplane.deployments.models import (
 )
 from controlplane.errors import ConflictError, InvalidInputError
 from controlplane.policy.ordering import QueueOrder
+from controlplane.rollouts.profiles import overrides, record
 from controlplane.saving import check_fields, insert
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
 from controlplane.tenants.context import tenant
-from workers.engine.base import EngineProfile, ProfileError
 
 log = structlog.get_logger("corral.deployments")
 
@@ -48,7 +48,8 @@ class Change:
     queue_order: str | None = None
     locality_window_tokens: int | None = None
     admission: str | None = None
-    engine_profile: Mapping[str, object] | None = None  # replaces the whole profile
+    engine_profile: Mapping[str, object] | None = None  # replaces all overrides; the rest is compiled
+    profile_reasons: Mapping[str, str] = field(default_factory=dict)  # knob -> why it is overridden
     model_version_id: UUID | None = None
     price: str | None = None  # name of a price; its version now in force is taken
 
@@ -65,6 +66,7 @@ def create_model_version(
     n_params: int | None = None,
     licence: str = "",
     manifest: Mapping[str, object] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> ModelVersion:
     """Register weights by their digest. The same digest again returns the version that is there, no longer retired."""
     wanted = ModelVersion(
@@ -78,6 +80,7 @@ def create_model_version(
         n_params=n_params,
         licence=licence,
         manifest=dict(manifest or {}),
+        config=dict(config or {}),
     )
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise InvalidInputError("digest: must be a SHA-256 as 64 lower-case hex digits", field="digest")
@@ -89,9 +92,10 @@ def create_model_version(
         versions = ModelVersion.objects.filter(organization_id=organization_id, digest=digest)
         known = versions.first()
         if known is not None:
-            if known.retired_at is not None:  # somebody wants it served again
-                known.retired_at = None
-                known.save(update_fields=["retired_at"])
+            if known.retired_at is not None or wanted.config != known.config:
+                known.retired_at = None  # somebody wants it served again
+                known.config = wanted.config or known.config  # registered before its shape was kept
+                known.save(update_fields=["retired_at", "config"])
             return known
         try:
             insert(wanted, taken={"modelversion_digest_unique": ("digest", "registered just now")})
@@ -143,6 +147,7 @@ def create_deployment(
     name: str,
     model_version_id: UUID,
     engine_profile: Mapping[str, object] | None = None,
+    profile_reasons: Mapping[str, str] | None = None,
     min_replicas: int = 0,
     max_replicas: int = 1,
     idle_timeout_s: int = 300,
@@ -159,16 +164,18 @@ def create_deployment(
     with tenant(organization_id):
         tenants.project(organization_id=organization_id, project_id=project_id)
         version = _servable(organization_id, model_version_id)
+        slo = _slo_class(slo_class)
+        chosen = profiles.choose(version, slo, engine_profile or {}, profile_reasons)
         deployment = Deployment(
             organization_id=organization_id,
             project_id=project_id,
             name=name,
             model_version=version,
-            engine_profile=_profile(engine_profile or {}, version),
+            engine_profile=chosen.profile,
             min_replicas=min_replicas,
             max_replicas=max_replicas,
             idle_timeout_s=idle_timeout_s,
-            slo_class=_slo_class(slo_class),
+            slo_class=slo,
             queue_order=_queue_order(queue_order),
             locality_window_tokens=locality_window_tokens,
             admission=_admission(admission),
@@ -179,6 +186,7 @@ def create_deployment(
             deployment,
             taken={"deployment_name_unique": ("name", f"the project has a deployment {name!r} already")},
         )
+        record(deployment, chosen)
         _publish(deployment)
     log.info("deployment.created", organization=organization_id.hex, deployment=deployment.id.hex)
     return deployment
@@ -255,7 +263,7 @@ def update_deployment(
         deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
         seen = deployment.generation if expected_generation is None else expected_generation
         before = _wanted(deployment)
-        _apply(deployment, change)
+        chosen = _apply(deployment, change)
         after = _wanted(deployment)
         if before == after and seen == deployment.generation:
             return deployment
@@ -266,6 +274,8 @@ def update_deployment(
         ).update(**after, generation=F("generation") + 1, updated_at=timezone.now())
         if not changed:
             raise ConflictError("the deployment was changed meanwhile: read it again", field="generation")
+        if chosen is not None:
+            record(deployment, chosen)
         _publish(deployment)
         deployment = selectors.deployment(organization_id=organization_id, deployment_id=deployment_id)
     log.info(
@@ -291,8 +301,13 @@ def delete_deployment(*, organization_id: UUID, deployment_id: UUID) -> None:
     log.info("deployment.deleted", organization=organization_id.hex, deployment=deployment_id.hex)
 
 
-def _apply(deployment: Deployment, change: Change) -> None:
+def _apply(deployment: Deployment, change: Change) -> profiles.Chosen | None:
+    """The changes made on the row in memory; what was compiled, where that was necessary."""
     organization_id = deployment.organization_id
+    is_compiled = any(
+        v is not None for v in (change.engine_profile, change.model_version_id, change.slo_class)
+    )
+    given, reasons = overrides(deployment) if is_compiled else ({}, {})  # before what names them changes
     for name in ("min_replicas", "max_replicas", "idle_timeout_s", "locality_window_tokens"):
         value = getattr(change, name)
         if value is not None:
@@ -305,13 +320,23 @@ def _apply(deployment: Deployment, change: Change) -> None:
         deployment.slo_class = _slo_class(change.slo_class)
     if change.model_version_id is not None and change.model_version_id != deployment.model_version_id:
         deployment.model_version = _servable(organization_id, change.model_version_id)
-    if change.engine_profile is not None or change.model_version_id is not None:
-        profile = deployment.engine_profile if change.engine_profile is None else change.engine_profile
-        deployment.engine_profile = _profile(profile, deployment.model_version)
+    chosen = None
+    if (
+        change.engine_profile is not None
+        or change.model_version_id is not None
+        or change.slo_class is not None
+    ):
+        given, reasons = overrides(deployment)
+        given = given if change.engine_profile is None else dict(change.engine_profile)
+        chosen = profiles.choose(
+            deployment.model_version, deployment.slo_class, given, {**reasons, **change.profile_reasons}
+        )
+        deployment.engine_profile = chosen.profile
     if change.price is not None:
         deployment.price_version = price_in_force(
             organization_id=organization_id, at=timezone.now(), name=change.price
         )
+    return chosen
 
 
 def _wanted(deployment: Deployment) -> dict[str, object]:
@@ -328,27 +353,6 @@ def _wanted(deployment: Deployment) -> dict[str, object]:
         "price_version_id",
     )
     return {name: getattr(deployment, name) for name in names}
-
-
-def _profile(given: Mapping[str, object], version: ModelVersion) -> dict[str, object]:
-    """The whole profile, every knob filled in, checked against the engine's ranges and the model."""
-    try:
-        default_len = min(EngineProfile().max_model_len, version.max_model_len)
-        profile = EngineProfile.from_json({"max_model_len": default_len, **given})
-    except ProfileError as error:
-        raise InvalidInputError(str(error), field="engine_profile") from error
-    if profile.max_model_len > version.max_model_len:
-        raise InvalidInputError(
-            f"engine profile: max_model_len = {profile.max_model_len} is out of range; "
-            f"this model holds at most {version.max_model_len} tokens",
-            field="engine_profile",
-        )
-    if profile.engine != "toy" and version.source_kind == ModelSource.TOY:
-        raise InvalidInputError(
-            f"engine profile: engine = {profile.engine!r} needs weights; this version runs on 'toy' only",
-            field="engine_profile",
-        )
-    return asdict(profile)
 
 
 def _slo_class(name: str) -> SloClass:

@@ -86,6 +86,20 @@ def gpu(name: str) -> Gpu:
     return found
 
 
+# NVIDIA's compute capability, times ten: which arithmetic and which kernels a card has.
+CAPABILITIES: Final = MappingProxyType(
+    {
+        "t4": 75, "v100": 70, "a10g": 86, "l4": 89, "l40s": 89, "a100_40gb": 80, "a100_sxm": 80, "a30": 80,
+        "h100_pcie": 90, "h100_sxm": 90, "h200_sxm": 90, "b200_sxm": 100, "b300_sxm": 103,
+    }
+)  # fmt: skip
+
+
+def capability(found: Gpu) -> int:
+    """Compute capability times ten; 0 for a card that is not in the catalogue."""
+    return CAPABILITIES.get(found.name, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """USD per GPU hour on demand, and where that was read."""

@@ -256,6 +256,18 @@ class EngineProfile:
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
     max_loras: int = 0  # adapters in memory at once, all usable in one batch; 0: none are served
     max_lora_rank: int = 16  # of any of them: memory is set aside for max_loras of this rank
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    gpu_memory_utilization: float | None = None  # share of a GPU's memory; then kv_cache_bytes does not count
+    kv_cache_dtype: str = "auto"
+    quantization: str | None = None  # as the weights are; None: the checkpoint says
+    enable_prefix_caching: bool = True
+    attention_backend: str | None = None  # None: the engine chooses
+    load_format: str = "auto"
+    speculative_method: str = ""  # ngram or eagle; empty: off
+    num_speculative_tokens: int = 0
+    speculative_model: str = ""  # eagle: directory of the drafting head
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
     toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
     toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that it computes
@@ -270,6 +282,16 @@ class EngineProfile:
         if self.max_num_batched_tokens is not None:
             _within("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs, 1_000_000)
         _within("tensor_parallel_size", self.tensor_parallel_size, 1, 64)
+        _within("pipeline_parallel_size", self.pipeline_parallel_size, 1, 64)
+        _within("data_parallel_size", self.data_parallel_size, 1, 64)
+        if self.gpu_memory_utilization is not None:
+            _within("gpu_memory_utilization", self.gpu_memory_utilization, 0.1, 0.99)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"))
+        _one_of("load_format", self.load_format, ("auto", "safetensors", "runai_streamer", "dummy"))
+        _one_of("speculative_method", self.speculative_method, ("", "ngram", "eagle"))
+        _within(
+            "num_speculative_tokens", self.num_speculative_tokens, 1 if self.speculative_method else 0, 16
+        )
         if self.block_size is not None:
             _within("block_size", self.block_size, 1, 4096)
         _within("max_loras", self.max_loras, 0, 256)

@@ -54,6 +54,7 @@ from workers.engine.chat import check_messages
 from workers.engine.stats_board import StatsBoard
 from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
+from workers.engine.vllm_args import engine_args
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -141,20 +142,9 @@ class VllmEngine:
         self._board = StatsBoard()
         args = AsyncEngineArgs(
             model=str(model_dir),
-            dtype=profile.dtype,
-            max_model_len=profile.max_model_len,
-            max_num_seqs=profile.max_num_seqs,
-            max_num_batched_tokens=profile.max_num_batched_tokens,
-            kv_cache_memory_bytes=profile.kv_cache_bytes,
-            block_size=profile.block_size,
-            enforce_eager=profile.enforce_eager,
-            tensor_parallel_size=profile.tensor_parallel_size,
-            scheduling_policy="priority",
-            enable_prefix_caching=True,
-            trust_remote_code=False,
-            **_lora_args(profile),
-            logits_processors=[ResumePenalties],
-            load_format=_load_format(arriving),
+            **(engine_args(profile) | _lora_args(profile) | _load_format(profile, arriving)),
+            # Nothing of ours runs in the core beside speculation: vLLM refuses it.
+            logits_processors=None if profile.speculative_method else [ResumePenalties],
             disable_log_stats=True,  # our own logger below; vLLM's would keep a Prometheus registry
         )
         config = args.create_engine_config()
@@ -274,6 +264,17 @@ class VllmEngine:
             raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
         if n_prompt >= self._max_model_len:
             raise context_exceeded(n_prompt, self._max_model_len)
+        if (
+            prior
+            and self.profile.speculative_method
+            and (sampling.presence_penalty or sampling.frequency_penalty)
+        ):
+            raise EngineInputError(
+                "cannot_continue",
+                "presence_penalty",
+                "the answer was interrupted and cannot go on with penalties "
+                "beside speculative decoding: send it again",
+            )
         text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop)
         n_left = min(sampling.max_tokens, self._max_model_len - n_prompt) - len(prior)
         if prior:
@@ -374,13 +375,14 @@ def _lora_args(profile: EngineProfile) -> dict[str, Any]:
     }
 
 
-def _load_format(arriving: bool) -> str:
+def _load_format(profile: EngineProfile, arriving: bool) -> dict[str, Any]:
+    """As the profile says, unless the files are still being fetched."""
     if not arriving:
-        return "auto"
+        return {"load_format": profile.load_format}
     from workers.engine import arriving as loader
 
     loader.register()
-    return loader.FORMAT
+    return {"load_format": loader.FORMAT}
 
 
 def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:

@@ -1,0 +1,8 @@
+"""Django registration of controlplane.rollouts."""
+
+from django.apps import AppConfig
+
+
+class RolloutsConfig(AppConfig):
+    name = "controlplane.rollouts"
+    label = "rollouts"
