@@ -321,12 +321,7 @@ def _apply(deployment: Deployment, change: Change) -> profiles.Chosen | None:
     if change.model_version_id is not None and change.model_version_id != deployment.model_version_id:
         deployment.model_version = _servable(organization_id, change.model_version_id)
     chosen = None
-    if (
-        change.engine_profile is not None
-        or change.model_version_id is not None
-        or change.slo_class is not None
-    ):
-        given, reasons = overrides(deployment)
+    if is_compiled:
         given = given if change.engine_profile is None else dict(change.engine_profile)
         chosen = profiles.choose(
             deployment.model_version, deployment.slo_class, given, {**reasons, **change.profile_reasons}

@@ -118,10 +118,15 @@ def test_a_bad_change_changes_nothing(world: World, deployment: Deployment) -> N
     assert read(world, deployment).generation == 1
 
 
-def test_a_shorter_model_must_fit_the_profile(world: World, deployment: Deployment) -> None:
+def test_a_shorter_model_is_compiled_for_and_an_override_must_fit_it(
+    world: World, deployment: Deployment
+) -> None:
     short = make_version(world.organization.id, digest="b" * 64, max_model_len=512)
+    changed = change(world, deployment, model_version_id=short.id)
+    assert changed.engine_profile["max_model_len"] == 512
+    insists = make_deployment(world, "long", engine_profile={"engine": "toy", "max_model_len": 1024})
     with pytest.raises(InvalidInputError, match="at most 512"):
-        change(world, deployment, model_version_id=short.id)
+        change(world, insists, model_version_id=short.id)
 
 
 def test_a_stranger_cannot_change_delete_or_use_it(world: World, deployment: Deployment) -> None:
