@@ -288,7 +288,7 @@ class Dispatcher:
                     hold.share,
                     terms.slot_ms,
                     terms.most_ahead_ms,
-                    terms.window_ms,
+                    terms.most_own_ms,
                     *candidates,
                     *(windows.argument(key.budgets, deployment.name) if key.budgets else ()),
                 ),
@@ -320,10 +320,11 @@ class Dispatcher:
         """What routing wants to know; hashes of the prompt's beginnings where locality may decide and it is long
         enough."""
         if not stream.deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
-            return Ask(stream.hold.n_prompt)
+            return Ask(stream.hold.n_prompt, flow=stream.key.organization)
         text = request.prompt_bytes()
-        found = prefix.fine_hashes(stream.key.organization, text)
-        return Ask(stream.hold.n_prompt, found, prefix.ends(found, len(text), stream.hold.n_prompt))
+        organization, n_prompt = stream.key.organization, stream.hold.n_prompt
+        found = prefix.fine_hashes(organization, text)
+        return Ask(n_prompt, found, prefix.ends(found, len(text), n_prompt), flow=organization)
 
     async def _seed(self, key: KeyContext, verdict: list[Any]) -> None:
         """Give the cell the money already booked, from the ledger: of the window budget that the verdict names, or of

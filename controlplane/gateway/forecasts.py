@@ -1,8 +1,8 @@
 """What this gateway predicts of each deployment: the terms of an admission, and what came of it.
 
 Called by admission for each request and by the end of each; the arithmetic is pure (controlplane/policy/outlook.py).
-Holds a few numbers per deployment and class, never a request. What it needs it has: the routes as last seen, and the
-slot time that waits, which the admission script answers.
+Holds a few numbers per deployment, organization and class, never a request. What it needs it has: the routes as last
+seen, and the slot time that waits, which the admission script answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
-from controlplane.policy.outlook import MIN_JUDGED, Gate, Outlook, Terms, Track
+from controlplane.policy.outlook import MIN_JUDGED, Gate, Outlook, Record, Terms, Track
 from controlplane.policy.routing import Ask
 
 _MAX_GATES: Final = 10_000
@@ -28,23 +28,26 @@ class Forecasts:
         self._gates: dict[str, Gate] = {}
 
     def terms(self, stream: Stream, ask: Ask, candidates: Sequence[str]) -> Terms:
-        """What the script goes by. ApiError where so much prefill waits already at the best replica that the target
-        will be missed there, free slot or not."""
-        deployment = stream.deployment
+        """What the script goes by. ApiError where so much prefill of its own waits already at the best replica that the
+        target will be missed there, free slot or not. Another's prompts refuse nobody: who waits in the queue is what
+        holds them back."""
+        deployment, organization = stream.deployment, stream.key.organization
         gate = self._gates.get(deployment.id)
         if gate is None:
             if len(self._gates) >= _MAX_GATES:
                 self._gates.clear()
             gate = self._gates[deployment.id] = Gate()
-        slots, n_prefill = self._routes.standing(deployment.id, candidates[0] if candidates else "")
+        slots, n_prefill = self._routes.standing(
+            deployment.id, candidates[0] if candidates else "", organization
+        )
         stream.slots = slots
         terms = stream.terms = gate.terms(
+            organization,
             deployment.promise,
             ask.n_prompt,
             stream.expected,
             slots=slots,
             n_prefill=n_prefill,
-            window=deployment.window,
             predicts=deployment.predicts,
         )
         if terms.is_hopeless:
@@ -58,7 +61,7 @@ class Forecasts:
         if gate is not None:
             stream.ahead_ms = ahead_ms
             stream.total_s = gate.total_s(stream.terms, ahead_ms, stream.slots)
-            gate.let_in(stream.deployment.promise, stream.terms)
+            _record(gate, stream).let_in(stream.terms)
 
     def refusal(self, stream: Stream, ahead_ms: int) -> ApiError:
         """Its first word would come too late, with so much slot time before it."""
@@ -67,8 +70,9 @@ class Forecasts:
         self.n_refused += 1
         stream.ahead_ms = ahead_ms
         stream.total_s = terms.first_s if terms.is_hopeless else gate.total_s(terms, ahead_ms, stream.slots)
-        seen = gate.outlook(promise, stream.total_s)
-        retry_after_s = gate.late(promise, terms, ahead_ms, stream.slots)
+        record = _record(gate, stream)
+        seen = record.outlook(promise, stream.total_s)
+        retry_after_s = record.late(terms, ahead_ms, stream.slots)
         if terms.is_hopeless:
             retry_after_s = max(retry_after_s, min(terms.first_s, 60.0))
         return ApiError(
@@ -92,7 +96,9 @@ class Forecasts:
         gate = self._gates.get(stream.deployment.id)
         if gate is None or stream.terms is None:
             return None
-        return gate.outlook(stream.deployment.promise, stream.total_s or stream.terms.first_s)
+        return _record(gate, stream).outlook(
+            stream.deployment.promise, stream.total_s or stream.terms.first_s
+        )
 
     def ended(self, stream: Stream, n_prompt: int, n_completion: int) -> None:
         """A request of this process ended in order, by its first attempt."""
@@ -103,21 +109,25 @@ class Forecasts:
         placed = stream.placed
         if stream.queued:
             if not stream.waited_for_replica:  # else it waited for a machine, which this is not about
-                gate.waited(stream.deployment.promise, stream.total_s, first_s)
+                _record(gate, stream).waited(stream.total_s, first_s)
         elif placed is not None:
             gate.pace.saw_first(placed.n_before + placed.n_fresh, first_s)
         gate.pace.saw_answer(n_prompt, n_completion, stream.last_at - first_at)
 
     def coverage(self) -> float:
-        """The least share of first words within the quantile for 90 %, over deployments and classes that are judged."""
-        return min((track.p90 for _, _, track in self.tracks() if track.n >= MIN_JUDGED), default=0.9)
+        """The least share of first words within the quantile for 90 %, over those that are judged."""
+        return min((track.p90 for track in self.tracks() if track.n >= MIN_JUDGED), default=0.9)
 
     def n_failing(self) -> int:
-        """Deployments and classes whose predictions do not hold, so that nobody is refused by them."""
-        return sum(not track.holds for _, _, track in self.tracks())
+        """Organizations, by class and deployment, whose predictions do not hold, so that they are not refused."""
+        return sum(not track.holds for track in self.tracks())
 
-    def tracks(self) -> Iterator[tuple[str, str, Track]]:
-        """(deployment, class, how its predictions did)."""
-        for deployment, gate in self._gates.items():
-            for name, known in gate.classes.items():
-                yield deployment, name, known.track
+    def tracks(self) -> Iterator[Track]:
+        """How predictions did, of each organization in each class at each deployment."""
+        for gate in self._gates.values():
+            for _, record in gate.records():
+                yield record.track
+
+
+def _record(gate: Gate, stream: Stream) -> Record:
+    return gate.record(stream.key.organization, stream.deployment.promise)

@@ -70,10 +70,10 @@ class RouteTable:
         view.used_at = time.monotonic()
         return view.board.rank(ask, turn=turn)
 
-    def standing(self, deployment: str, replica: str) -> tuple[int, int]:
-        """Slots of all ready replicas, as last seen, and prompt tokens that wait at this one."""
+    def standing(self, deployment: str, replica: str, flow: str) -> tuple[int, int]:
+        """Slots of all ready replicas, as last seen, and prompt tokens of this flow that wait at this one."""
         view = self._views.get(deployment)
-        return (0, 0) if view is None else (view.slots, view.board.n_prefill(replica))
+        return (0, 0) if view is None else (view.slots, view.board.n_own_prefill(replica, flow))
 
     def scores(self, deployment: str, ask: Ask) -> list[tuple[ReplicaLoad, float, int, int]]:
         """What each replica would cost, as `candidates` ranks them; see Board.scores."""

@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from controlplane.policy.prefix import PrefixIndex, cached_tokens
 from controlplane.policy.ranking import Ranking
 
 # The same numbers as in lib_queue.lua.
 CANDIDATES: Final = 8
+BESIDE: Final = 8  # flows of a level that a prediction looks at; the others are taken like the last of these
 AGED_TURN: Final = 8
 AGE_FOLLOWS: Final = 4
 AGE_MOST: Final = 16
@@ -103,6 +104,7 @@ class Replica:
 # A place of a flow: (level, band, parent). Its members are organizations, projects or keys.
 _Place = tuple[int, int, str]
 Binding = tuple[str, str]  # request, replica
+_K = TypeVar("_K")
 
 
 class FairQueue:
@@ -125,6 +127,7 @@ class FairQueue:
         self._left: dict[_Place, int] = {}  # counter of the last flow that left
         self._n_waiting: dict[str, int] = {}  # by organization
         self._slot_ms: dict[tuple[_Place, str], int] = {}  # predicted slot time that waits, by flow
+        self._cost: dict[tuple[_Place, str], int] = {}  # what that will add to its counter
         self._band_ms: dict[int, int] = {}  # and by band
 
     # -- what happens
@@ -136,11 +139,12 @@ class FairQueue:
         candidates: Sequence[str] = (),
         *,
         most_ahead_ms: int = ANY_MS,
-        window_ms: int = 0,
+        most_own_ms: int = -1,
     ) -> tuple[str, list[Binding]]:
         """('bound' | 'queued' | 'full' | 'late', bindings). It never overtakes: with anything waiting it waits, too.
 
-        Late: no slot is free, and more than `most_ahead_ms` of slot time waits before it.
+        Late: no slot is free, more than `most_ahead_ms` of slot time waits before it, and that is not because of
+        others alone: see `within_share` for `most_own_ms`.
         """
         request.admitted_at_ms = now_ms
         if not len(self):
@@ -152,8 +156,8 @@ class FairQueue:
                     return "bound", [(request.id, replica)]
         if not self._has_room(request.flow.organization):
             return "full", []
-        ahead_ms = self.ahead_ms(request.flow, window_ms) if len(self) else 0
-        if ahead_ms > most_ahead_ms and self._is_taken():
+        ahead_ms = self.ahead_ms(request.flow) if len(self) else 0
+        if ahead_ms > most_ahead_ms and self._is_taken() and not self.within_share(request.flow, most_own_ms):
             return "late", []
         self.requests[request.id] = request
         self._join(request, now_ms)
@@ -269,22 +273,52 @@ class FairQueue:
         """The same by band."""
         return dict(self._band_ms)
 
-    def ahead_ms(self, flow: Flow, window_ms: int = 0) -> int:
-        """Slot time of the waiting requests that will probably go before one that joins this flow now: what waits in
-        its own key, and of each flow beside it, at each level, as much by weight, and what the window lets it get
-        ahead; never more than waits there; and all of the bands before."""
-        (organization, project, key) = self._places(flow)
-        ahead = self._slot_ms.get((key[0], key[1]), 0)
-        for (place, name, weight), total in (
-            (key, self._slot_ms.get((project[0], project[1]), 0)),
-            (project, self._slot_ms.get((organization[0], organization[1]), 0)),
-            (organization, self._band_ms.get(flow.band, 0)),
-        ):
+    def waiting_cost(self) -> dict[tuple[int, int, str, str], int]:
+        """(level, band, parent, name) -> what the requests that wait there will add to its counter."""
+        return {(*place, name): value for (place, name), value in self._cost.items()}
+
+    def ahead_ms(self, flow: Flow) -> int:
+        """Slot time of the waiting requests that will probably go before one that joins this flow now.
+
+        What waits in its own key; of each flow beside it, at each level, what will be served until its counter is where
+        ours will be then, and the window beyond; and all of the bands before. Who waits now counts, not who will come.
+        """
+        levels = self._places(flow)
+        ahead = self._slot_ms.get((levels[_KEY][0], flow.key), 0)
+        for level in (_KEY, _PROJECT, _ORG):
+            place, name, _ = levels[level]
             active = self._active.get(place)
-            n_others = len(active) - (name in active) if active else 0
-            if n_others > 0:
-                ahead = min(total, ahead + n_others * (ahead * ORDINARY_WEIGHT // weight + window_ms))
+            if not active:
+                continue
+            lowest = active.lowest(BESIDE + 1)
+            beside = [other for other in lowest if other != name][:BESIDE]
+            own_ms = self._slot_ms.get((place, name), 0)
+            reach = max(self._counters.get((place, name), 0), active.score(lowest[0])) + self.window
+            if own_ms:
+                reach += int(float(self._cost.get((place, name), 0)) * ahead / own_ms)
+            above = levels[level - 1]
+            total = self._slot_ms.get((above[0], above[1]), 0) if level else self._band_ms.get(flow.band, 0)
+            rest, share = total - own_ms, 0.0
+            for other in beside:
+                ms, cost = self._slot_ms.get((place, other), 0), self._cost.get((place, other), 0)
+                share = min(max(reach - active.score(other), 0) / cost, 1.0) if cost else 1.0
+                rest -= ms
+                ahead += int(ms * share)
+            if rest > 0 and len(beside) == BESIDE:
+                ahead += int(rest * share)
         return ahead + sum(ms for band, ms in self._band_ms.items() if band < flow.band)
+
+    def within_share(self, flow: Flow, most_ms: int) -> bool:
+        """Whether others wait beside this organization in its band, and it has no more slot time waiting than `most_ms`
+        of its share of the slots by weight: then it is late because of them, and to refuse it would give them its share
+        as well."""
+        place, name, weight = self._places(flow)[_ORG]
+        active = self._active.get(place)
+        n_others = len(active) - (name in active) if active else 0
+        if not n_others:
+            return False
+        own_ms = self._slot_ms.get((place, name), 0)
+        return own_ms + own_ms * n_others * ORDINARY_WEIGHT // weight <= most_ms
 
     # -- slots
 
@@ -457,10 +491,7 @@ class FairQueue:
         self._keys.setdefault((flow.band, flow.key), Ranking()).put(request.id, request.order_key)
         self._bands.setdefault(flow.band, Ranking()).put(request.id, now_ms)
         self._n_waiting[flow.organization] = self._n_waiting.get(flow.organization, 0) + 1
-        if request.slot_ms:
-            for place, name, _ in self._places(flow):
-                self._slot_ms[place, name] = self._slot_ms.get((place, name), 0) + request.slot_ms
-            self._band_ms[flow.band] = self._band_ms.get(flow.band, 0) + request.slot_ms
+        self._waits(request, 1)
 
     def _leave(self, request: Request) -> None:
         """Out of the queue; flows that have nothing left leave, and note at which counter."""
@@ -473,10 +504,7 @@ class FairQueue:
         self._n_waiting[flow.organization] -= 1
         if not self._n_waiting[flow.organization]:
             del self._n_waiting[flow.organization]
-        if request.slot_ms:
-            for place, name, _ in self._places(flow):
-                self._slot_ms[place, name] -= request.slot_ms
-            self._band_ms[flow.band] -= request.slot_ms
+        self._waits(request, -1)
         under = waiting
         if not under:
             del self._keys[flow.band, flow.key]
@@ -484,11 +512,25 @@ class FairQueue:
             if under:
                 return
             active = self._active[place]
-            self._slot_ms.pop((place, name), None)
             self._left[place] = self._counters[place, name]
             active.drop(name)
             if not active:
                 del self._active[place]
             under = active
-        if not under:
-            self._band_ms.pop(flow.band, None)
+
+    def _waits(self, request: Request, by: int) -> None:
+        """Adds to what waits, or takes from it; what is 0 is forgotten."""
+        flow, ms = request.flow, by * request.slot_ms
+        tenths = service(request.n_prompt, 0, request.n_expected)
+        for place, name, weight in self._places(flow):
+            _add(self._slot_ms, (place, name), ms)
+            _add(self._cost, (place, name), by * virtual(tenths, weight))
+        _add(self._band_ms, flow.band, ms)
+
+
+def _add(sums: dict[_K, int], key: _K, more: int) -> None:
+    now = sums.get(key, 0) + more
+    if now:
+        sums[key] = now
+    else:
+        sums.pop(key, None)

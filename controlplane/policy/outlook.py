@@ -8,17 +8,22 @@ refused: nothing would be gained.
 
     first word = (slot time before it + one mean request) / slots + its own prefill
 
-times a factor that is learned as quantiles of observed over predicted (perfbias.py), per class. Between the two
-quantiles errors are taken as log-normal, which gives the probability of meeting any target. What is predicted is
-compared with what came: where the quantiles do not hold, nobody is refused by them until they do.
+times a factor that is learned as quantiles of observed over predicted (perfbias.py), per organization and class.
+Between the two quantiles errors are taken as log-normal, which gives the probability of meeting any target. What is
+predicted is compared with what came: where the quantiles do not hold, nobody is refused by them until they do.
+
+An organization that is late because others wait beside it, while it has no more waiting than its share of the slots
+would serve in time, is let in. Refused, it would leave its share to them, and they would make it later still.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from controlplane.policy.fairness import ANY_MS, TOKEN
+from controlplane.policy.fairness import ANY_MS
 from controlplane.policy.pace import Pace
 from controlplane.policy.perfbias import Bias
 from controlplane.policy.promises import Promise
@@ -40,18 +45,19 @@ _SLOWEST_WEIGHT: Final = 0.02
 # Of those that would be refused one in so many is let in, so that a wrong prediction cannot feed on itself.
 PROBE_EVERY: Final = 50
 _MAX_RETRY_S: Final = 300.0
+MAX_RECORDS: Final = 1_000  # organizations and classes, of one gate
 # The queue stands at its bound as long as the overload lasts: who comes back at once finds it there.
 _MIN_RETRY_S: Final = 1.0
 
 
 class Terms(NamedTuple):
     """What admission goes by: slot time that the request takes, the most that may wait before it (ANY_MS: any; below 0:
-    it may not wait at all), what another flow may get ahead in the fairness window; and its own prefill in seconds,
-    uncorrected."""
+    it may not wait at all); the most that its organization, if all slots were its own, may have waiting to be let in
+    all the same where others wait, too; and its own prefill in seconds, uncorrected."""
 
     slot_ms: int
     most_ahead_ms: int
-    window_ms: int
+    most_own_ms: int
     first_s: float
     is_hopeless: bool = (
         False  # what waits for its first word there already makes it late, wherever a slot is free
@@ -86,8 +92,9 @@ class Track(NamedTuple):
         )
 
 
-class _Class:
-    """Of one service class: the correction, its record, and the share of a target that a prediction may take."""
+class Record:
+    """Of one organization in one service class: the correction, how it did, and the share of a target that a prediction
+    may take."""
 
     __slots__ = ("bias", "n_late", "share", "track")
 
@@ -97,81 +104,97 @@ class _Class:
         self.n_late = 0
         self.share = share_of_target(self.bias)
 
+    @property
+    def judges(self) -> bool:
+        """Whether anybody is refused by it: where predictions hold, but for one in so many that would be."""
+        return self.n_late < PROBE_EVERY and self.track.holds
+
+    def outlook(self, promise: Promise, total_s: float) -> Outlook:
+        """What an uncorrected prediction means."""
+        bias = self.bias
+        return Outlook(
+            total_s * bias.p50, total_s * bias.p90, attainment(promise.ttft_ms / 1000, total_s, bias)
+        )
+
+    def late(self, terms: Terms, ahead_ms: int, slots: int) -> float:
+        """A request was refused: seconds after which as much has drained as was too much."""
+        self.n_late += 1
+        too_much_s = (ahead_ms - max(terms.most_ahead_ms, 0)) / 1000 / max(slots, 1)
+        return min(max(too_much_s, _MIN_RETRY_S), _MAX_RETRY_S)
+
+    def let_in(self, terms: Terms) -> None:
+        """A request was admitted: if it was the one in so many, the next are judged again."""
+        if terms.most_ahead_ms == ANY_MS and self.n_late >= PROBE_EVERY:
+            self.n_late = 0
+
+    def waited(self, total_s: float, observed_s: float) -> None:
+        """A request that had to wait got its first word after `observed_s`; `total_s` was said, uncorrected."""
+        if total_s <= 0 or observed_s <= 0:
+            return
+        bias = self.bias
+        self.track = self.track.seen(observed_s <= total_s * bias.p50, observed_s <= total_s * bias.p90)
+        self.bias = bias.seen(observed_s / total_s)
+        self.share = share_of_target(self.bias)
+
 
 class Gate:
     """Predictions for one deployment, for one gateway or simulated queue. Everything is O(1)."""
 
     def __init__(self, pace: Pace | None = None) -> None:
         self.pace = pace or Pace()
-        self.classes: dict[str, _Class] = {}  # a handful
+        self._records: OrderedDict[tuple[str, str], Record] = (
+            OrderedDict()
+        )  # the one not used for longest goes
+
+    def records(self) -> Iterable[tuple[tuple[str, str], Record]]:
+        """(organization, class) and its record, of those seen here lately."""
+        return self._records.items()
+
+    def record(self, organization: str, promise: Promise) -> Record:
+        """How predictions did for this organization in this class, to be written in place."""
+        at = (organization, promise.name)
+        known = self._records.get(at)
+        if known is None:
+            known = self._records[at] = Record()
+            if len(self._records) > MAX_RECORDS:
+                self._records.popitem(last=False)
+        else:
+            self._records.move_to_end(at)
+        return known
 
     def terms(
         self,
+        organization: str,
         promise: Promise,
         n_prompt: int,
         n_output: int,
         *,
         slots: int,
         n_prefill: int = 0,
-        window: int = 0,
         predicts: bool = True,
     ) -> Terms:
         """For a request of `n_prompt` tokens and an answer of probably `n_output`. `slots`: of all ready replicas (0:
-        none is known); `n_prefill`: prompt tokens that wait for their first word where it would go; `window`: of
-        fairness, in counter units. Without `predicts` nothing is refused, and all is predicted all the same."""
+        none is known); `n_prefill`: prompt tokens that wait for their first word where it would go. Without
+        `predicts` nothing is refused, and all is predicted all the same."""
         pace = self.pace
         slot_s = pace.slot_s(n_prompt, n_output)
         first_s = pace.first_s(n_prompt + n_prefill)
-        window_ms = int(window / TOKEN * pace.slot_s_per_cost * 1000) if window else 0
-        most, is_hopeless = ANY_MS, False
-        if predicts and slots > 0 and pace.n >= MIN_SEEN:
-            known = self.classes.get(promise.name)
-            if known is None:
-                known = self.classes[promise.name] = _Class()
-            if known.track.holds and known.n_late < PROBE_EVERY:
-                longest_s = longest(promise, slot_s) * known.share
-                most = int(((longest_s - first_s) * slots - pace.mean_slot_s) * 1000)
-                most = max(-1, min(most, ANY_MS))
-                is_hopeless = n_prefill > 0 and first_s > longest_s
-        return Terms(max(1, int(slot_s * 1000)), most, window_ms, first_s, is_hopeless)
+        most, own, is_hopeless = ANY_MS, ANY_MS, False
+        record = self.record(organization, promise)
+        if predicts and slots > 0 and pace.n >= MIN_SEEN and record.judges:
+            longest_s = longest(promise, slot_s)
+            most = self._most_ms(longest_s * record.share - first_s, slots)
+            own = self._most_ms(longest_s * _SHARE - first_s, slots)
+            is_hopeless = n_prefill > 0 and first_s > longest_s * _SHARE
+        return Terms(max(1, int(slot_s * 1000)), most, own, first_s, is_hopeless)
+
+    def _most_ms(self, wait_s: float, slots: int) -> int:
+        """Slot time that drains in `wait_s`, less a request's own wait for a slot; at least -1."""
+        return max(-1, min(int((wait_s * slots - self.pace.mean_slot_s) * 1000), ANY_MS))
 
     def total_s(self, terms: Terms, ahead_ms: int, slots: int) -> float:
         """Seconds to the first word of a request that must wait, uncorrected."""
         return (ahead_ms / 1000 + self.pace.mean_slot_s) / max(slots, 1) + terms.first_s
-
-    def outlook(self, promise: Promise, total_s: float) -> Outlook:
-        """What that means, by what was seen of this class."""
-        known = self.classes.get(promise.name)
-        bias = Bias() if known is None else known.bias
-        return Outlook(
-            total_s * bias.p50, total_s * bias.p90, attainment(promise.ttft_ms / 1000, total_s, bias)
-        )
-
-    def late(self, promise: Promise, terms: Terms, ahead_ms: int, slots: int) -> float:
-        """A request was refused: seconds after which as much has drained as was too much."""
-        known = self.classes.get(promise.name)
-        if known is not None:
-            known.n_late += 1
-        too_much_s = (ahead_ms - max(terms.most_ahead_ms, 0)) / 1000 / max(slots, 1)
-        return min(max(too_much_s, _MIN_RETRY_S), _MAX_RETRY_S)
-
-    def waited(self, promise: Promise, total_s: float, observed_s: float) -> None:
-        """A request that had to wait got its first word after `observed_s`; `total_s` was said, uncorrected."""
-        known = self.classes.get(promise.name)
-        if known is None:
-            known = self.classes[promise.name] = _Class()
-        if total_s <= 0 or observed_s <= 0:
-            return
-        bias = known.bias
-        known.track = known.track.seen(observed_s <= total_s * bias.p50, observed_s <= total_s * bias.p90)
-        known.bias = bias.seen(observed_s / total_s)
-        known.share = share_of_target(known.bias)
-
-    def let_in(self, promise: Promise, terms: Terms) -> None:
-        """A request was admitted: if it was the one in so many, the next are judged again."""
-        known = self.classes.get(promise.name)
-        if known is not None and terms.most_ahead_ms == ANY_MS and known.n_late >= PROBE_EVERY:
-            known.n_late = 0
 
 
 def longest(promise: Promise, slot_s: float) -> float:
@@ -196,3 +219,6 @@ def attainment(target_s: float, predicted_s: float, bias: Bias) -> float:
 def share_of_target(bias: Bias) -> float:
     """The share of a target that an uncorrected prediction may take, so that FLOOR of such cases meet it."""
     return math.exp(-(bias.log_p50 + _Z_FLOOR / _Z90 * (bias.log_p90 - bias.log_p50)))
+
+
+_SHARE: Final = share_of_target(Bias())  # before anything was seen

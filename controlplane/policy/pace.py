@@ -21,7 +21,6 @@ class Pace:
     """`first_s(n) = base_s + token_s * n` for prompts, `step_s` per further token of an answer."""
 
     __slots__ = (
-        "_cost",
         "_slot_s",
         "_steps",
         "_steps_s",
@@ -34,7 +33,6 @@ class Pace:
         "base_s",
         "mean_slot_s",
         "n",
-        "slot_s_per_cost",
         "step_s",
         "token_s",
     )
@@ -47,11 +45,9 @@ class Pace:
         self._w, self._x, self._xx = 2 * w, w * x, w * x * x
         self._y, self._xy = w * (2 * base_s + token_s * x), w * x * (base_s + token_s * x)
         self._steps, self._steps_s = 1.0, step_s
-        self._slot_s, self._cost, self._weight = 0.0, 0.0, 0.0
-        # Slot time of the requests seen, of one and per prompt token as fairness counts them (an output token is two);
-        # that of a short answer until there were any.
+        self._slot_s, self._weight = 0.0, 0.0
+        # Slot time of the requests seen; that of a short answer until there were any.
         self.mean_slot_s = self.slot_s(100, 64)
-        self.slot_s_per_cost = self.mean_slot_s / (100 + 2 * 64)
 
     @classmethod
     def of(cls, step: StepModel, n_running: int = 16) -> Pace:
@@ -91,9 +87,6 @@ class Pace:
             self._steps_s = self._steps_s * _KEEP + after_first_s
             self.step_s = self._steps_s / self._steps
         self._slot_s = self._slot_s * _KEEP + self.first_s(n_prompt) + max(after_first_s, 0.0)
-        self._cost = self._cost * _KEEP + n_prompt + 2 * n_output
         self._weight = self._weight * _KEEP + 1
         self.mean_slot_s = self._slot_s / self._weight
-        if self._cost:
-            self.slot_s_per_cost = self._slot_s / self._cost
         self.n += 1

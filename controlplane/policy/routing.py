@@ -63,12 +63,13 @@ class ReplicaLoad:
 @dataclass(slots=True)
 class Ask:
     """What routing wants to know of a request. `prefixes`: its beginnings, shortest first, each known to end after so
-    many tokens (`ends`); empty for a short prompt."""
+    many tokens (`ends`); empty for a short prompt. `flow`: whose it is."""
 
     n_prompt: int
     prefixes: Sequence[object] = ()
     ends: Sequence[int] = ()
     adapter: str = ""
+    flow: str = ""
 
 
 @dataclass(slots=True)
@@ -79,15 +80,18 @@ class Placed:
     n_fresh: int
     is_waiting: bool = True
     n_before: int = 0  # prompt tokens that waited there for their first token
+    flow: str = ""
 
 
 @dataclass(slots=True)
 class _Book:
-    """What this gateway gave a replica: prompt tokens without a first token yet, and recent work (scaled)."""
+    """What this gateway gave a replica: prompt tokens without a first token yet, in all and of each flow, and recent
+    work (scaled)."""
 
     n_prefill: int = 0
     recent: float = 0.0
     placed: deque[Placed] = field(default_factory=deque)
+    flows: dict[str, int] = field(default_factory=dict)
 
 
 class Board:
@@ -174,14 +178,20 @@ class Board:
         book = self._books.get(replica)
         return 0 if book is None else book.n_prefill
 
+    def n_own_prefill(self, replica: str, flow: str) -> int:
+        """Those of this flow."""
+        book = self._books.get(replica)
+        return 0 if book is None else book.flows.get(flow, 0)
+
     def bound(self, replica: str, ask: Ask, now_s: float) -> Placed:
         """The request took a slot there. What comes back is told of the first token by `started`."""
         book = self._books.get(replica)
         if book is None:
             book = self._books[replica] = _Book()
         n_fresh = self._known(replica, ask)
-        placed = Placed(replica, n_fresh, True, book.n_prefill)
+        placed = Placed(replica, n_fresh, True, book.n_prefill, ask.flow)
         book.n_prefill += n_fresh
+        book.flows[ask.flow] = book.flows.get(ask.flow, 0) + n_fresh
         book.recent += n_fresh * self._grow(now_s)
         book.placed.append(placed)
         return placed
@@ -222,6 +232,12 @@ class Board:
 
 def _settle(book: _Book) -> None:
     """Prompts are computed in order, so what has begun stands at the front."""
-    placed = book.placed
+    placed, flows = book.placed, book.flows
     while placed and not placed[0].is_waiting:
-        book.n_prefill -= placed.popleft().n_fresh
+        done = placed.popleft()
+        book.n_prefill -= done.n_fresh
+        left = flows[done.flow] - done.n_fresh
+        if left > 0:
+            flows[done.flow] = left
+        else:
+            del flows[done.flow]

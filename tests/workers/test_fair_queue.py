@@ -86,11 +86,12 @@ class History:
             self.now_ms + rng.randrange(3000), rng.randrange(1, 400), rng.randrange(1, 200), prefixes,
             rng.choice([0, 1, 40, 900]),
         )  # fmt: skip
-        most_ms, window_ms = rng.choice([ANY_MS, ANY_MS, 2_000, 300, 0, -1]), rng.choice([0, 25])
+        most_ms = rng.choice([ANY_MS, ANY_MS, 2_000, 300, 0, -1])
         candidates = tuple(name for name in sorted(twin.replicas) if rng.random() < 0.7)
-        ahead_ms = twin.ahead_ms(request.flow, window_ms)
+        ahead_ms = twin.ahead_ms(request.flow)
+        own_ms = rng.choice([-1, 0, 500, 3_000])
         verdict, bindings = twin.admit(
-            request, self.now_ms, candidates, most_ahead_ms=most_ms, window_ms=window_ms
+            request, self.now_ms, candidates, most_ahead_ms=most_ms, most_own_ms=own_ms
         )
         scopes: list[Any] = []
         for scope_id, weight in zip((key, project, org), reversed(weights), strict=True):
@@ -99,7 +100,7 @@ class History:
             request.id, "d1", "g1", 7, "pv1", request.n_prompt, 10_000, 0, request.order_key, twin.bound, 0,
             0, "", 0, *scopes,
             request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, 0,
-            request.slot_ms, most_ms, window_ms, *candidates,
+            request.slot_ms, most_ms, own_ms, *candidates,
         ]  # fmt: skip
         text = f"arrive {request} {candidates} {ahead_ms} of {most_ms}"
         self._note(text, scripts.ADMIT, args, (verdict, ahead_ms), bindings)
@@ -202,10 +203,11 @@ def twin_state(twin: FairQueue) -> dict[str, Any]:
         f"{band}{levels[level].upper()}{parent}": v for (level, band, parent), v in twin.last_left().items()
     }
     counters |= {f"n{org}": n for org, n in twin.n_waiting().items()}
-    counters |= {
-        f"m{band}{levels[level]}{parent}{':' if parent else ''}{name}": value
-        for (level, band, parent, name), value in twin.slot_ms().items()
-    }
+    for letter, sums in (("m", twin.slot_ms()), ("c", twin.waiting_cost())):
+        counters |= {
+            f"{letter}{band}{levels[level]}{parent}{':' if parent else ''}{name}": value
+            for (level, band, parent, name), value in sums.items()
+        }
     counters |= {f"m{band}": value for band, value in twin.band_ms().items()}
     if twin.turn:
         counters["t"] = twin.turn

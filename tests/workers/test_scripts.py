@@ -66,7 +66,7 @@ class Cell:
         return self.run(
             scripts.ADMIT, KEYS.prefix, self.now_ms, request, "d1", "g1", 7, "pv1", n_in, n_out, money,
             order or self.now_ms, queue_bound, money - n_out * out_rate, out_rate, "cs:", 0, *scopes,
-            band, expected, prefixes, window, age_ms, share, slot_ms, most_ms, 0, *candidates,
+            band, expected, prefixes, window, age_ms, share, slot_ms, most_ms, -1, *candidates,
         )  # fmt: skip
 
     def enrol(self, replica: str, machine: str = "m1", slots: int = 4) -> int:

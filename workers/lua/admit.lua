@@ -13,8 +13,8 @@
 --       38 band, 39 output tokens expected, 40 prefix hashes, 41 fairness window (counter units), 42 age_ms,
 --       43 share: with money for fewer than so many worst cases left, hold only 1/share of it (0: all of it),
 --       44 predicted ms that it keeps a slot busy, 45 most such ms that may wait before it (refused beyond, where there
---       are replicas and none has a free slot), 46 such ms that another flow may get ahead within the fairness window,
---       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
+--       are replicas and none has a free slot), 46 most such ms that its organization may have waiting, if the slots
+--       were its own, to be let in all the same where others wait, too (its share by weight), 47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
 -- Returns {'bound', epoch, rid, hold_out, heads...}
 --       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
 --       | {'late', depth, ms before it, heads...} | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
@@ -117,12 +117,13 @@ if not rid then
     drop_body()
     return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
   end
+  local flow
   if depth > 0 then
-    local flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
-    before = ahead_of(P, did, flow, tonumber(ARGV[46]))
+    flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
+    before = ahead_of(P, did, flow, tonumber(ARGV[41]))
   end
   write_replicas()
-  if before > tonumber(ARGV[45]) and is_taken(P, did) then
+  if before > tonumber(ARGV[45]) and is_taken(P, did) and not (flow and within_share(P, did, flow, tonumber(ARGV[46]))) then
     drop_body()
     return {'late', depth, before, unpack(heads(look, 0, 0, 0))}
   end

@@ -40,7 +40,7 @@ def learn(gw: Running, slot_s: float) -> Gate:
 async def known_slots(gw: Running) -> None:
     """The route table has looked."""
     gw.gateway.routes.candidates(DEPLOYMENT)
-    await until(lambda: gw.gateway.routes.standing(DEPLOYMENT, "")[0])
+    await until(lambda: gw.gateway.routes.standing(DEPLOYMENT, "", "")[0])
 
 
 async def test_what_would_come_too_late_is_refused_with_its_prediction(gw: Running, held: Held) -> None:
@@ -102,10 +102,9 @@ async def test_prompts_that_wait_at_the_only_replica_refuse_what_they_would_dela
         long = {**CHAT, "messages": [{"role": "user", "content": "word " * 400}]}
         first = asyncio.ensure_future(gw.post(long))
         await until(lambda: machine.jobs)
+        stream = next(iter(gw.gateway.inbox.streams.values()))
         assert (
-            gate.terms(
-                next(iter(gw.gateway.inbox.streams.values())).deployment.promise, 400, 1, slots=8
-            ).most_ahead_ms
+            gate.terms(stream.key.organization, stream.deployment.promise, 400, 1, slots=8).most_ahead_ms
             == -1
         )
         refused = await gw.post(long)
@@ -134,12 +133,12 @@ async def test_a_gateway_learns_from_what_it_serves(gw: Running, held: Held) -> 
     assert stream.total_s > 0
     held.release_all()
     assert {(await task).status_code for task in (busy, waiting)} == {200}
-    assert gate.classes["interactive"].track.n == 1
+    record = gate.record(stream.key.organization, stream.deployment.promise)
     (track,) = gw.gateway.forecasts.tracks()
-    assert track[:2] == (DEPLOYMENT, "interactive")
+    assert track is record.track and track.n == 1
     shown = (await gw.http.get("/metrics")).text
     assert "corral_gateway_prediction_coverage" in shown and "corral_gateway_predictions_failing" in shown
     for _ in range(60):
-        gate.waited(stream.deployment.promise, 0.001, 10.0)  # always later than said, and ever later
-        gate.classes["interactive"].bias = Bias()
+        record.waited(0.001, 10.0)  # always later than said, and ever later
+        record.bias = Bias()
     assert (gw.gateway.forecasts.n_failing(), gw.gateway.forecasts.coverage() < 0.75) == (1, True)

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.policy.fairness import ANY_MS, TOKEN, FairQueue, Flow, Request
+from controlplane.policy.fairness import ANY_MS, BESIDE, TOKEN, FairQueue, Flow, Request
 from controlplane.policy.gpus import GPUS
 from controlplane.policy.models import MODELS
 from controlplane.policy.outlook import (
     FLOOR,
+    MAX_RECORDS,
     MIN_SEEN,
     PROBE_EVERY,
     Gate,
@@ -64,8 +65,8 @@ def test_attainment_falls_with_what_is_predicted(bias: Bias, target_s: float, a:
 def test_a_longer_prompt_or_more_before_it_never_helps(n: int, m: int, p: int, q: int) -> None:
     gate = warm()
     (short, long), (less, more) = sorted((n, m)), sorted((p, q))
-    one = gate.terms(INTERACTIVE, short, 50, slots=8, n_prefill=less)
-    other = gate.terms(INTERACTIVE, long, 50, slots=8, n_prefill=more)
+    one = gate.terms("o", INTERACTIVE, short, 50, slots=8, n_prefill=less)
+    other = gate.terms("o", INTERACTIVE, long, 50, slots=8, n_prefill=more)
     assert other.most_ahead_ms <= one.most_ahead_ms
     assert other.is_hopeless >= one.is_hopeless
     total_s = [gate.total_s(one, ahead_ms, 8) for ahead_ms in (p, q)]
@@ -76,10 +77,10 @@ def test_a_longer_prompt_or_more_before_it_never_helps(n: int, m: int, p: int, q
 def test_an_idle_warm_replica_refuses_nothing(n_prompt: int, bias: Bias) -> None:
     """Nothing waits for its first word there, and a free slot is taken before anything is compared."""
     gate = warm()
-    gate.terms(INTERACTIVE, 10, 10, slots=1)
-    gate.classes["interactive"].bias = bias
-    gate.classes["interactive"].share = share_of_target(bias)
-    terms = gate.terms(INTERACTIVE, n_prompt, 100, slots=1, n_prefill=0)
+    gate.terms("o", INTERACTIVE, 10, 10, slots=1)
+    gate.record("o", INTERACTIVE).bias = bias
+    gate.record("o", INTERACTIVE).share = share_of_target(bias)
+    terms = gate.terms("o", INTERACTIVE, n_prompt, 100, slots=1, n_prefill=0)
     assert not terms.is_hopeless
     queue = FairQueue()
     queue.enrol("r", 1, 0)
@@ -92,35 +93,37 @@ def test_an_idle_warm_replica_refuses_nothing(n_prompt: int, bias: Bias) -> None
 
 def test_a_long_queue_of_little_work_refuses_nothing_and_a_short_one_of_much_does() -> None:
     gate = warm()
-    small = gate.terms(INTERACTIVE, 10, 1, slots=64)
+    small = gate.terms("o", INTERACTIVE, 10, 1, slots=64)
     n = small.most_ahead_ms // small.slot_ms
     assert n > 100, "hundreds of them may wait"
-    large = gate.terms(INTERACTIVE, 10_000, 4_000, slots=1)
+    large = gate.terms("o", INTERACTIVE, 10_000, 4_000, slots=1)
     assert large.slot_ms > 50_000
     for work_ms, n_waiting, verdict in ((small.slot_ms, 150, "queued"), (large.slot_ms, 1, "late")):
         queue = FairQueue()
         queue.enrol("r", 1, 0)
         for i in range(n_waiting + 1):
             queue.admit(Request(f"q{i}", Flow(0, "o", "p", "k"), i, 1, 1, slot_ms=work_ms), 0, ["r"])
-        asks = gate.terms(INTERACTIVE, 100, 50, slots=64)
+        asks = gate.terms("o", INTERACTIVE, 100, 50, slots=64)
         asked = Request("asked", Flow(0, "o", "p", "k"), 999, 100, 50, slot_ms=asks.slot_ms)
         got = queue.admit(asked, 0, ["r"], most_ahead_ms=asks.most_ahead_ms)[0]
         assert got == verdict, (n_waiting, work_ms, asks)
 
 
 def test_nobody_is_refused_before_there_is_a_pace_or_where_nobody_knows_the_slots() -> None:
-    assert Gate().terms(INTERACTIVE, 10, 10, slots=8).most_ahead_ms == ANY_MS
-    assert warm().terms(INTERACTIVE, 10, 10, slots=0).most_ahead_ms == ANY_MS
-    assert warm().terms(INTERACTIVE, 10, 10, slots=8, predicts=False).most_ahead_ms == ANY_MS
-    assert warm().terms(INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
+    assert Gate().terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms == ANY_MS
+    assert warm().terms("o", INTERACTIVE, 10, 10, slots=0).most_ahead_ms == ANY_MS
+    assert warm().terms("o", INTERACTIVE, 10, 10, slots=8, predicts=False).most_ahead_ms == ANY_MS
+    assert warm().terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
 
 
 def test_who_can_wait_may_until_the_answer_would_miss_its_deadline() -> None:
     gate = warm()
-    interactive, batch = (gate.terms(each, 100, 50, slots=1).most_ahead_ms for each in (INTERACTIVE, BATCH))
+    interactive, batch = (
+        gate.terms("o", each, 100, 50, slots=1).most_ahead_ms for each in (INTERACTIVE, BATCH)
+    )
     assert interactive < 1_000 < 10 * 3600 * 1000 < batch < BATCH.deadline_s * 1000
     hurried = Promise("batch", 2, 600_000, 2_000, 5)
-    assert warm().terms(hurried, 100, 1_000, slots=1).most_ahead_ms == -1
+    assert warm().terms("o", hurried, 100, 1_000, slots=1).most_ahead_ms == -1
 
 
 # -- learning
@@ -154,15 +157,15 @@ def test_the_performance_model_says_it_beforehand() -> None:
 
 def test_quantiles_that_do_not_hold_refuse_nobody_until_they_do() -> None:
     gate = warm()
-    assert gate.terms(INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
+    assert gate.terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
     for i in range(60):  # now in time, now ten times as late: no quantile holds for long
-        gate.waited(INTERACTIVE, 1.0, 0.01 * (1.25 ** min(i, 40)))
-    assert not gate.classes["interactive"].track.holds
-    assert gate.terms(INTERACTIVE, 10, 10, slots=8).most_ahead_ms == ANY_MS
+        gate.record("o", INTERACTIVE).waited(1.0, 0.01 * (1.25 ** min(i, 40)))
+    assert not gate.record("o", INTERACTIVE).track.holds
+    assert gate.terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms == ANY_MS
     for _ in range(300):
-        gate.waited(INTERACTIVE, 1.0, random.Random(_).lognormvariate(0, 0.3))
-    assert gate.classes["interactive"].track.holds
-    assert gate.terms(INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
+        gate.record("o", INTERACTIVE).waited(1.0, random.Random(_).lognormvariate(0, 0.3))
+    assert gate.record("o", INTERACTIVE).track.holds
+    assert gate.terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms < ANY_MS
 
 
 def test_coverage_counts_both_ways() -> None:
@@ -174,19 +177,100 @@ def test_coverage_counts_both_ways() -> None:
 
 def test_one_in_so_many_that_would_be_refused_is_let_in() -> None:
     gate = warm()
-    terms = gate.terms(INTERACTIVE, 10, 10, slots=1)
+    terms = gate.terms("o", INTERACTIVE, 10, 10, slots=1)
     for _ in range(PROBE_EVERY):
-        assert gate.late(INTERACTIVE, terms, 10_000_000, 1) == 300
-    probe = gate.terms(INTERACTIVE, 10, 10, slots=1)
+        assert gate.record("o", INTERACTIVE).late(terms, 10_000_000, 1) == 300
+    probe = gate.terms("o", INTERACTIVE, 10, 10, slots=1)
     assert probe.most_ahead_ms == ANY_MS
-    gate.let_in(INTERACTIVE, probe)
-    assert gate.terms(INTERACTIVE, 10, 10, slots=1).most_ahead_ms < ANY_MS
+    gate.record("o", INTERACTIVE).let_in(probe)
+    assert gate.terms("o", INTERACTIVE, 10, 10, slots=1).most_ahead_ms < ANY_MS
 
 
 def test_when_to_come_back_is_when_the_surplus_has_drained() -> None:
     gate = warm()
-    terms = gate.terms(INTERACTIVE, 10, 10, slots=4)
-    assert gate.late(INTERACTIVE, terms, terms.most_ahead_ms + 8_000, 4) == pytest.approx(2)
+    terms = gate.terms("o", INTERACTIVE, 10, 10, slots=4)
+    assert gate.record("o", INTERACTIVE).late(terms, terms.most_ahead_ms + 8_000, 4) == pytest.approx(2)
+
+
+def test_what_one_organization_does_to_itself_refuses_no_other() -> None:
+    gate = warm()
+    before = gate.terms("other", INTERACTIVE, 10, 10, slots=8)
+    rng = random.Random(3)
+    for _ in range(200):
+        gate.record("o", INTERACTIVE).waited(0.1, rng.lognormvariate(-1, 0.3))  # four times as late as said
+    assert gate.terms("o", INTERACTIVE, 10, 10, slots=8).most_ahead_ms < before.most_ahead_ms
+    assert gate.terms("other", INTERACTIVE, 10, 10, slots=8) == before
+
+
+def test_records_are_bounded_and_the_one_not_used_for_longest_goes() -> None:
+    gate = warm()
+    kept = gate.record("kept", INTERACTIVE)
+    for i in range(2 * MAX_RECORDS):
+        gate.record(f"o{i}", INTERACTIVE)
+        assert gate.record("kept", INTERACTIVE) is kept
+    assert len(list(gate.records())) == MAX_RECORDS
+
+
+def queued(
+    queue: FairQueue, organization: str, n: int, n_prompt: int, slot_ms: int, weight: int = 100
+) -> list[str]:
+    """`n` requests of it wait."""
+    flow = Flow(0, organization, "p" + organization, "k" + organization, (weight, 100, 100))
+    return [
+        queue.admit(Request(f"{organization}{i}", flow, i, n_prompt, 0, slot_ms=slot_ms), i)[0]
+        for i in range(n)
+    ]
+
+
+def test_what_goes_before_follows_the_counters() -> None:
+    """A request that costs as much service as ten of another's waits for ten of them, not for one as long as itself."""
+    queue = FairQueue()
+    queued(queue, "long", 1, 1_000, 500)
+    queued(queue, "short", 30, 100, 200)
+    assert queue.ahead_ms(Flow(0, "long", "plong", "klong")) == 500 + 10 * 200
+    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 0, "it starts at the least counter"
+    queue.enrol("r", 1, 100)
+    assert queue.requests["long0"].replica == "r"  # the first to come; 1,000 tokens ahead now
+    queue.settle("long0", 200, n_prompt=1_000, n_cached=0, n_output=0)
+    assert queue.ahead_ms(Flow(0, "long", "plong", "klong")) == 9 * 200
+
+
+def test_the_window_counts_for_those_beside() -> None:
+    queue = FairQueue(window=500 * TOKEN)
+    queued(queue, "short", 30, 100, 200)
+    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 5 * 200
+
+
+def test_many_flows_beside_are_taken_like_the_last_of_those_looked_at() -> None:
+    queue = FairQueue(window=50 * TOKEN)
+    for i in range(3 * BESIDE):
+        queued(queue, f"o{i:02d}", 1, 100, 200)
+    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 3 * BESIDE * 100
+
+
+@pytest.mark.parametrize(
+    ("others", "n_own", "weight", "verdict"),
+    [
+        (0, 3, 100, "late"),  # nobody else: it is late by its own doing
+        (1, 3, 100, "queued"),  # 3 x 200 ms at half of the slots are 1,200
+        (1, 6, 100, "late"),
+        (1, 6, 300, "queued"),  # at three quarters of them 1,600
+        (2, 3, 100, "queued"),
+        (3, 4, 100, "late"),
+    ],
+)
+def test_who_is_within_its_share_is_not_refused_because_of_others(
+    others: int, n_own: int, weight: int, verdict: str
+) -> None:
+    queue = FairQueue()
+    queue.enrol("r", 1, 0)
+    queue.admit(Request("running", Flow(0, "x", "px", "kx"), 0, 1, 1, slot_ms=1), 0, ["r"])
+    queued(queue, "own", n_own, 100, 200, weight)
+    for i in range(others):
+        queued(queue, f"o{i}", 50, 100, 1_000)
+    flow = Flow(0, "own", "pown", "kown", (weight, 100, 100))
+    asked = Request("asked", flow, 99, 100, 0, slot_ms=200)
+    assert queue.admit(asked, 99, most_ahead_ms=100, most_own_ms=2_000)[0] == verdict
 
 
 # -- an overloaded deployment
@@ -206,7 +290,7 @@ class Served:
     n_refused: int = 0
 
     def run(self) -> Served:
-        rng, gate, queue = random.Random(self.seed), Gate(), FairQueue(bound=2_000)
+        rng, gate, queue = random.Random(self.seed), Gate(), FairQueue(bound=2_000, window=2_000 * TOKEN)
         queue.enrol("r", self.slots, 0)
         mean_s = 0.1 + 40 * 0.02
         gap_s = mean_s / self.slots / self.load
@@ -224,22 +308,18 @@ class Served:
                 self._learn(gate, n_prompt, n_output, started_s - arrived_s, total_s)
             else:
                 n_prompt, n_output = rng.randrange(50, 500), max(2, int(rng.expovariate(1 / 40)))
-                terms = gate.terms(
-                    self.target, n_prompt, 40, slots=self.slots, window=2_000 * TOKEN, predicts=self.predicts
-                )
+                terms = gate.terms("o", self.target, n_prompt, 40, slots=self.slots, predicts=self.predicts)
                 flow = Flow(0, "o", "p", f"k{rng.randrange(3)}")
-                ahead_ms = queue.ahead_ms(flow, terms.window_ms)
+                ahead_ms = queue.ahead_ms(flow)
                 request = Request(name, flow, now_ms, n_prompt, 40, slot_ms=terms.slot_ms)
-                verdict, bound = queue.admit(
-                    request, now_ms, ["r"], most_ahead_ms=terms.most_ahead_ms, window_ms=terms.window_ms
-                )
+                verdict, bound = queue.admit(request, now_ms, ["r"], most_ahead_ms=terms.most_ahead_ms)
                 if verdict in ("late", "full"):
                     self.n_refused += 1
-                    gate.late(self.target, terms, ahead_ms, self.slots)
+                    gate.record("o", self.target).late(terms, ahead_ms, self.slots)
                 else:
                     waits = verdict == "queued"
                     total_s = gate.total_s(terms, ahead_ms, self.slots) if waits else 0.0
-                    gate.let_in(self.target, terms)
+                    gate.record("o", self.target).let_in(terms)
                     known[name] = (n_prompt, n_output, 0.0, now_s, total_s)
             for request_id, _ in bound:
                 n_prompt, n_output, _, arrived_s, total_s = known[request_id]
@@ -254,7 +334,7 @@ class Served:
     def _learn(gate: Gate, n_prompt: int, n_output: int, wait_s: float, total_s: float) -> None:
         prefill_s = 0.05 + 2e-4 * n_prompt
         if total_s:
-            gate.waited(INTERACTIVE, total_s, wait_s + prefill_s)
+            gate.record("o", INTERACTIVE).waited(total_s, wait_s + prefill_s)
         else:
             gate.pace.saw_first(n_prompt, prefill_s)
         gate.pace.saw_answer(n_prompt, n_output, (n_output - 1) * 0.02)
