@@ -8,7 +8,10 @@ on with. Secrets are never printed.
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,12 @@ from infra.local.postgres import EmbeddedPostgres
 from infra.local.privatefile import read_json, write_private_json
 from infra.local.redis import EmbeddedRedis
 from infra.local.rolling import restart_all
+from infra.local.stackconfig import ROOT
 
 KINDS: Final = ("pepper", "secret-key", "database", "redis")
 _KEYS: Final = (sql.Identifier("tenants_apikey"),)
 _TOKENS: Final = (sql.Identifier("tenants_managementtoken"), sql.Identifier("scim_scimtoken"))
+RESEAL_TIMEOUT_S: Final = 300.0
 _OLD: Final = sql.SQL(
     "SELECT count(*) FROM {} WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) AND pepper <> %s"
 )
@@ -74,6 +79,8 @@ class Rotation:
             self._say("redis: a second password works")
         kept = environment.stack_secrets(self._var)
         if "secret-key" in kinds:
+            if "secret_key_previous" in kept:
+                self._reseal()  # what lies under the one before would be lost
             kept |= {"secret_key_previous": kept["secret_key"], "secret_key": secrets.token_urlsafe(48)}
         if "pepper" in kinds:
             kept.setdefault("digest_secret", kept["key_pepper"])  # where the two were one
@@ -82,6 +89,8 @@ class Rotation:
         if "pepper" in kinds:  # everybody accepts it: now it may be written
             kept |= {"key_pepper_previous": kept["key_pepper"], "key_pepper": kept.pop("key_pepper_next")}
             self._spread(kept)
+        if "secret-key" in kinds:
+            self._reseal()
         if "database" in kinds and self._postgres:
             self._postgres.retire_logins()
             self._say("database: the former logins have ended")
@@ -99,6 +108,8 @@ class Rotation:
                 f"{left.n_keys} keys and {left.n_tokens} tokens were not used since the pepper changed and would be "
                 "worthless: wait, revoke them, or end them with --force"
             )
+        if "secret-key" in kinds and "secret_key_previous" in kept:
+            self._reseal()
         for kind, name in (("pepper", "key_pepper_previous"), ("secret-key", "secret_key_previous")):
             if kind in kinds:
                 kept.pop(name, None)
@@ -116,6 +127,23 @@ class Rotation:
                 return sum(int(row[0]) for row in found if row)
 
             return Left(n_keys=count(_KEYS), n_tokens=count(_TOKENS))
+
+    def _reseal(self) -> None:
+        """Secrets that must be read again are sealed under the present key. RotationError where that did not work."""
+        stack = environment.load(self._var)
+        done = subprocess.run(
+            [sys.executable, "manage.py", "reseal"],
+            cwd=ROOT,
+            env=environment.process_environment("control", stack, os.environ)
+            | {"CORRAL_LOG_LEVEL": "WARNING"},
+            capture_output=True,
+            text=True,
+            timeout=RESEAL_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise RotationError(f"reseal: {done.stderr.strip().rpartition(chr(10))[2]}; run it again")
+        self._say(f"secret-key: {done.stdout.strip()}")
 
     def _spread(self, kept: dict[str, str]) -> None:
         """Into the files that processes are started from, and into the processes."""
