@@ -109,6 +109,9 @@ class Member(ComplexAttribute):
     value: Annotated[str | None, Mutability.immutable, CaseExact.true] = None
     """The id of the user."""
 
+    ref: Annotated[Reference[User] | None, Mutability.immutable] = Field(None, serialization_alias="$ref")
+    """Where the user is."""
+
     display: Annotated[str | None, Mutability.read_only] = None
     """The name of the user."""
 
@@ -180,7 +183,14 @@ def group_out(row: ScimGroup, members: Collection[ScimUser] | None) -> Group:
         external_id=row.external_id or None,
         meta=_meta(row, "Group"),
         display_name=row.display_name,
-        members=[Member(value=str(each), display=each.display_name or each.user_name) for each in members]
+        members=[
+            Member(
+                value=str(each),
+                ref=Reference(location(f"Users/{each}")),
+                display=each.display_name or each.user_name,
+            )
+            for each in members
+        ]
         if members
         else None,
     )
