@@ -88,6 +88,7 @@ def _context(request: MemberRequest) -> dict[str, Any]:
         ],
         "form": InviteForm(roles=_roles(request)),
         "may_invite": may(request.membership.role, Permission.MEMBERS_WRITE),
+        "may_see_sign_in": may(request.membership.role, Permission.SIGN_IN_READ),
     }
 
 

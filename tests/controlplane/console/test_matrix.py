@@ -16,8 +16,10 @@ from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
 from controlplane.budgets import services as budgets
-from controlplane.identity import invitations
+from controlplane.identity import domains, invitations, providers
+from controlplane.identity.models import ProviderKind
 from controlplane.policy.periods import Period
+from controlplane.scim import tokens as scim_tokens
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Role
@@ -65,6 +67,26 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     "people/invitations/<str:invitation>/resend": (Row("POST", Permission.MEMBERS_WRITE),),
     "people/invitations/<str:invitation>/revoke": (Row("POST", Permission.MEMBERS_WRITE),),
+    "sign-in": (Row("GET", Permission.SIGN_IN_READ),),
+    "sign-in/domains": (Row("POST", Permission.SIGN_IN_WRITE, {"name": "example.net"}),),
+    "sign-in/domains/<str:domain>": (Row("POST", Permission.SIGN_IN_WRITE, {"remove": "1"}),),
+    "sign-in/providers": (
+        Row(
+            "POST",
+            Permission.SIGN_IN_WRITE,
+            {
+                "kind": "oidc",
+                "oidc-name": "n",
+                "oidc-issuer": "https://id.example.net",
+                "oidc-client_id": "c",
+                "oidc-groups_claim": "groups",
+            },
+        ),
+    ),
+    "sign-in/providers/<str:provider>": (Row("POST", Permission.SIGN_IN_WRITE),),
+    "sign-in/policy": (Row("POST", Permission.SIGN_IN_WRITE, {"default_role": "viewer", "group_roles": ""}),),
+    "sign-in/scim-tokens": (Row("POST", Permission.SIGN_IN_WRITE, {"scim-name": "new", "scim-expires": ""}),),
+    "sign-in/scim-tokens/<str:scim_token>": (Row("POST", Permission.SIGN_IN_WRITE),),
     "slo": (Row("GET", Permission.USAGE_READ),),
     "requests/<str:request_id>": (Row("GET", Permission.USAGE_READ),),
     "budgets": (Row("GET", Permission.USAGE_READ),),
@@ -145,7 +167,21 @@ class Acme:
         self.budget = budgets.create_budget(
             organization_id=organization_id, name="acme-secret-budget", limit_nano=10**9, period=Period.DAY
         )
+        self.domain = domains.claim(organization_id=organization_id, name="acme-secret.example")
+        self.provider = providers.create_provider(
+            organization_id=organization_id,
+            kind=ProviderKind.OIDC,
+            name="acme-secret-provider",
+            issuer="https://acme-secret.example",
+            client_id="c",
+        )
+        self.scim_token, scim_plaintext = scim_tokens.create_token(
+            organization_id=organization_id, name="acme-secret-directory"
+        )
         self.values = {
+            "domain": str(self.domain),
+            "provider": str(self.provider),
+            "scim_token": str(self.scim_token),
             "budget": str(self.budget),
             "invitation": str(self.invitation),
             "request_id": str(self.booked),
@@ -159,6 +195,8 @@ class Acme:
             "Acme Secret Works",
             self.key.lookup,
             self.plaintext,
+            scim_plaintext,
+            self.domain.token,
             "alice@example.org",
             "bob@example.org",
             *(
@@ -171,6 +209,9 @@ class Acme:
                     self.booked.request_id,
                     self.invitation.id,
                     self.budget.id,
+                    self.domain.id,
+                    self.provider.id,
+                    self.scim_token.id,
                 )
             ),
             str(organization_id),
