@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -210,10 +209,11 @@ def memory_to(memory: SpotMemory) -> dict[str, object]:
     return {
         "at_s": memory.at_s,
         "offers": {
-            name: [learned.n_losses, learned.held_h, learned.up_since_s]
+            name: [learned.n_losses, learned.held_h, learned.up_since_s, learned.n_usual]
             for name, learned in memory.offers.items()
         },
         "leaving": dict(memory.leaving),
+        "ready": dict(memory.ready),
     }
 
 
@@ -221,7 +221,7 @@ def memory_from(stored: Mapping[str, object]) -> SpotMemory:
     """Of `memory_to`; an empty memory for what is not one, since a forgotten hazard costs little."""
     try:
         offers = {name: Learned(*values) for name, values in dict(stored["offers"]).items()}  # type: ignore[call-overload]
-        return replace(SpotMemory(), at_s=stored["at_s"], offers=offers, leaving=dict(stored["leaving"]))  # type: ignore[arg-type,call-overload]
+        return SpotMemory(stored["at_s"], offers, dict(stored["leaving"]), dict(stored.get("ready") or {}))  # type: ignore[arg-type,call-overload]
     except (KeyError, TypeError, ValueError):
         return SpotMemory()
 

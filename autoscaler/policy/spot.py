@@ -12,12 +12,23 @@ Called per tick and on every notice or loss, by the autoscaler and by the simula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-PRIOR_LOSSES: Final = 1.0
-PRIOR_HELD_H: Final = 2.0  # with the loss above: one in two hours, what V100 zones show at their median
+from autoscaler.policy.cover import Choice, shape
+
+# Maximum likelihood over the recorded zones of 2022 and of preemption files (15 zones; those of 2023-02, which the
+# tables report, give 1.24 and 1.0 h). Zones differ from it by factors of 0.6 to 1.8.
+USUAL_LOSSES: Final = 1.25
+USUAL_YOUNG_H: Final = 0.85
+# How far ahead an offer is judged: by the next minutes alone, every offer is too young to be used at first.
+AHEAD_H: Final = 6.0
+# The least that kept 99.9 % on 50 windows of the V100 zones that no table reports, at gaps of one to three minutes
+# (`manage.py study spot-cover`).
+SHORTAGE_WORTH: Final = 100.0
+PRIOR_LOSSES: Final = 4.0  # so many losses weigh as much as what is usual
 FORGET_H: Final = 72.0  # half-life of what was learned: zones change by the day
 
 
@@ -53,7 +64,8 @@ class SpotSpec:
     boot_s: float
     notice_s: float
     availability: float = 0.999
-    max_spares: int = 4
+    # An hour in shortage, in hours of the whole fleet on-demand; None: what keeps the availability (`shortage_worth`).
+    worth: float | None = None
     retry_s: float = 60.0  # an offer that refused is asked again after this long
     max_orders: int = 64  # per call
 
@@ -63,18 +75,45 @@ class SpotSpec:
         if self.boot_s < 0 or self.notice_s < 0:
             raise ValueError("boot_s and notice_s must not be negative")
 
+    @property
+    def gap_s(self) -> float:
+        """How long a loss is felt: from when a machine goes until its replacement, ordered at the notice, serves."""
+        return max(self.boot_s - self.notice_s, 0.0)
+
+    @property
+    def shortage_worth(self) -> float:
+        """What an hour in shortage is charged, in hours of the whole fleet on-demand. Longer gaps want more, since what
+        replaces a loss may itself be refused or lost. SHORTAGE_WORTH at a gap of a minute and 99.9 %."""
+        if self.worth is not None:
+            return self.worth
+        return SHORTAGE_WORTH * math.sqrt(self.gap_s / 60) * 0.001 / (1 - self.availability)
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What one offer taught: losses (all machines that go together count once) and hours held, both fading."""
+    """What one offer taught: losses (all machines that go together count once) and hours held, both fading, and how
+    many losses an offer of the usual kind would have had in that time."""
 
     n_losses: float = 0.0
     held_h: float = 0.0
     up_since_s: float | None = None
+    n_usual: float = 0.0
 
-    @property
-    def losses_per_h(self) -> float:
-        return (self.n_losses + PRIOR_LOSSES) / (self.held_h + PRIOR_HELD_H)
+    def losses_per_h(self, now_s: float) -> float:
+        """Over the next hours: the usual hazard of an offer that has held for so long, times how much worse than usual
+        this one was."""
+        up_h = 0.0 if self.up_since_s is None else max(now_s - self.up_since_s, 0.0) / 3600
+        return (
+            usual_losses_per_h(up_h, AHEAD_H) * (self.n_losses + PRIOR_LOSSES) / (self.n_usual + PRIOR_LOSSES)
+        )
+
+
+def usual_losses_per_h(up_h: float, ahead_h: float = 0.0) -> float:
+    """Hazard of an offer that has given machines for so long, or its mean over the hours ahead: what has held goes on
+    holding."""
+    if ahead_h:
+        return USUAL_LOSSES * math.log1p(ahead_h / (up_h + USUAL_YOUNG_H)) / ahead_h
+    return USUAL_LOSSES / (up_h + USUAL_YOUNG_H)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +121,7 @@ class SpotMemory:
     at_s: float | None = None
     offers: Mapping[str, Learned] = field(default_factory=dict)
     leaving: Mapping[str, int] = field(default_factory=dict)
+    ready: Mapping[str, int] = field(default_factory=dict)  # and not leaving, less what was given back since
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,74 +142,67 @@ class Orders:
 def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, SpotMemory]:
     """Orders for this instant, and what to remember."""
     memory = learn(view, memory)
-    now_s = view.now_s
+    n_wanted = view.n_wanted
     held = {o.name: o.n_pending + o.n_ready - o.n_leaving for o in view.offers}
-    n_ready = sum(o.n_ready for o in view.offers)
-    n_staying_ready = sum(o.n_ready - o.n_leaving for o in view.offers)
-    n_spot = sum(held.values())
+    ready = {o.name: o.n_ready - o.n_leaving for o in view.offers}
+    n_staying_ready = sum(ready.values())
     ranked = sorted(view.offers, key=lambda o: (effective_usd_per_h(o, view, spec, memory), o.name))
-    usable = [o for o in ranked if _may_ask(o, now_s, spec)]
-    worth = [o for o in usable if effective_usd_per_h(o, view, spec, memory) < view.on_demand_usd_per_h]
-    n_spares = spares(held, spec, memory) if view.n_wanted else 0
-    if worth:  # spares that cost more than spot saves would make on-demand the cheaper house
-        saved = view.on_demand_usd_per_h / max(worth[0].usd_per_h, 1e-9) - 1
-        n_spares = min(n_spares, int(view.n_wanted * saved))
-    reasons = [f"{view.n_wanted} wanted, {n_spares} spare"]
+    goal = shape(
+        n_wanted,
+        [_choice(o, view, spec, memory) for o in ranked if _may_hold(o, held[o.name], view, spec, memory)],
+        view.on_demand_usd_per_h,
+        n_wanted * view.on_demand_usd_per_h * spec.shortage_worth,
+        spec.boot_s / 3600,
+    )
+    wanted = dict(goal.held)
+    n_spares = max(sum(wanted.values()) + goal.n_on_demand - n_wanted, 0)
+    reasons = [f"{n_wanted} wanted, {n_spares} spare"]
 
-    # 1. Spot up to what is wanted and spare, best offer first, spread so far as the spares need it.
-    n_missing = view.n_wanted + n_spares - n_spot
-    launch: dict[str, int] = {}
-    if n_missing > 0 and worth:
-        share = _share_limit(view.n_wanted, n_spares, spec)
-        for offer in worth:
-            if n_missing <= 0:
-                break
-            n = min(n_missing, max(share - held[offer.name], 0), spec.max_orders)
-            if n:
-                launch[offer.name] = n
-                n_missing -= n
-        if n_missing > 0:  # fewer offers than the spread would like
-            launch[worth[0].name] = launch.get(worth[0].name, 0) + n_missing
+    # 1. Spot: what the shape has and is not there.
+    launch = {
+        o.name: min(wanted[o.name] - held[o.name], spec.max_orders)
+        for o in ranked
+        if wanted.get(o.name, 0) > held[o.name]
+    }
+    if launch:
         reasons.append("spot: " + ", ".join(f"{name} +{n}" for name, n in launch.items()))
 
-    # 2. On-demand for what will not be ready in time: nothing to buy, or starting and not there.
+    # 2. On-demand: what the shape has of it, and for what will not be ready in time: nothing to buy, or starting and
+    #    not there.
     n_will_be = n_staying_ready + sum(o.n_pending for o in view.offers)
     n_on_demand = view.n_on_demand_ready + view.n_on_demand_pending
-    n_uncovered = view.n_wanted - n_will_be - n_on_demand - sum(launch.values())
-    launch_on_demand = min(max(n_uncovered, 0), spec.max_orders)
+    n_uncovered = n_wanted - n_will_be - n_on_demand - sum(launch.values())
+    launch_on_demand = min(max(n_uncovered, goal.n_on_demand - n_on_demand, 0), spec.max_orders)
     if launch_on_demand:
-        reasons.append(f"on-demand +{launch_on_demand}: no spot offer to be had")
-
-    # 3. Give back what is more than wanted once it is ready: on-demand first, then the worst offer.
-    n_over = n_staying_ready + view.n_on_demand_ready - view.n_wanted - n_spares
-    release_on_demand = 0
-    if view.n_on_demand_ready:
-        release_on_demand = min(
-            view.n_on_demand_ready, max(n_staying_ready + view.n_on_demand_ready - view.n_wanted, 0)
+        reasons.append(
+            f"on-demand +{launch_on_demand}: no spot offer to be had"
+            if n_uncovered > 0
+            else f"on-demand +{launch_on_demand}: cover that no spot offer gives"
         )
-        n_over -= release_on_demand
-    # What is ready suffices: cover that still starts would come too late to be of use.
-    n_spare_ready = n_staying_ready + view.n_on_demand_ready - release_on_demand - view.n_wanted
-    cancel_on_demand = view.n_on_demand_pending if n_spare_ready >= 0 and not launch_on_demand else 0
-    cancel: dict[str, int] = {}
+
+    # 3. Give back what the shape does without once all that it has is ready: what an offer still may refuse stands in
+    #    for nothing. On-demand first, then the worst offer.
+    release_on_demand = cancel_on_demand = 0
     release: dict[str, int] = {}
-    n_surplus = n_spot - view.n_wanted - n_spares
-    for offer in reversed(ranked):
-        n = min(offer.n_pending, n_surplus)
-        if n > 0 and n_staying_ready >= view.n_wanted:
-            cancel[offer.name] = n
-            n_surplus -= n
-    for offer in reversed(ranked):
-        if n_surplus <= 0 or n_over <= 0:
-            break
-        n = min(offer.n_ready - offer.n_leaving, n_surplus, n_over)
-        if n > 0:
-            release[offer.name] = n
-            n_surplus -= n
-            n_over -= n
+    cancel: dict[str, int] = {}
+    n_over = n_staying_ready + view.n_on_demand_ready - n_wanted
+    is_there = (
+        all(ready[name] >= n for name, n in wanted.items()) and view.n_on_demand_ready >= goal.n_on_demand
+    )
+    if is_there and n_over >= 0:
+        release_on_demand = min(view.n_on_demand_ready - goal.n_on_demand, n_over)
+        n_over -= release_on_demand
+        cancel_on_demand = view.n_on_demand_pending
+        for offer in reversed(ranked):
+            if offer.n_pending:
+                cancel[offer.name] = offer.n_pending
+            n = min(ready[offer.name] - wanted.get(offer.name, 0), n_over)
+            if n > 0:
+                release[offer.name] = n
+                n_over -= n
     if release:
         reasons.append("released: " + ", ".join(f"{name} -{n}" for name, n in release.items()))
-    assert n_ready >= 0
+    left = {name: n - release.get(name, 0) for name, n in ready.items()}
     return (
         Orders(
             tuple(launch.items()),
@@ -180,65 +213,67 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
             cancel_on_demand,
             tuple(reasons),
         ),
-        memory,
+        replace(memory, ready=left),
     )
 
 
 def learn(view: FleetView, memory: SpotMemory) -> SpotMemory:
-    """Fade, then add the time held since the last look and the losses announced since."""
+    """Fade, then add the time held since the last look and the losses announced, or not announced, since."""
     passed_h = 0.0 if memory.at_s is None else max(view.now_s - memory.at_s, 0.0) / 3600
     keep = 0.5 ** (passed_h / FORGET_H)
     offers: dict[str, Learned] = {}
     for offer in view.offers:
         known = memory.offers.get(offer.name, Learned())
-        n_losses, held_h = known.n_losses * keep, known.held_h * keep
-        if offer.n_ready + offer.n_pending:
+        n_losses, held_h, n_usual = known.n_losses * keep, known.held_h * keep, known.n_usual * keep
+        n_held = offer.n_ready + offer.n_pending
+        if n_held:
+            up_h = 0.0 if known.up_since_s is None else max(view.now_s - known.up_since_s, 0.0) / 3600
             held_h += passed_h
-        was_leaving = memory.leaving.get(offer.name, 0)
-        is_lost = offer.n_leaving > was_leaving
-        if is_lost and not was_leaving:
-            n_losses += 1
-        gives = offer.n_ready - offer.n_leaving > 0
+            n_usual += passed_h * usual_losses_per_h(up_h)
+        is_told = offer.n_leaving > 0 and not memory.leaving.get(offer.name, 0)
+        is_lost = is_told or _took_back(offer, memory)
+        n_losses += is_lost
+        gives = n_held > offer.n_leaving and not is_lost
         up_since_s = (known.up_since_s if known.up_since_s is not None else view.now_s) if gives else None
-        offers[offer.name] = Learned(n_losses, held_h, up_since_s)
+        offers[offer.name] = Learned(n_losses, held_h, up_since_s, n_usual)
     leaving = {o.name: o.n_leaving for o in view.offers}
-    return replace(memory, at_s=view.now_s, offers=offers, leaving=leaving)
+    ready = {o.name: o.n_ready - o.n_leaving for o in view.offers}
+    return replace(memory, at_s=view.now_s, offers=offers, leaving=leaving, ready=ready)
+
+
+def _took_back(offer: OfferView, memory: SpotMemory) -> bool:
+    """Without a word: fewer are ready than at the last look, and it refused or took back since."""
+    if memory.at_s is None or offer.refused_at_s is None or offer.refused_at_s < memory.at_s:
+        return False
+    return offer.n_ready - offer.n_leaving < memory.ready.get(offer.name, 0)
 
 
 def effective_usd_per_h(offer: OfferView, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> float:
     """Price of a machine hour that serves: each loss pays a start twice, and the time without notice on-demand."""
-    losses_per_h = memory.offers.get(offer.name, Learned()).losses_per_h
-    boot_h = spec.boot_s / 3600
-    uncovered_h = max(spec.boot_s - spec.notice_s, 0.0) / 3600
+    losses_per_h = memory.offers.get(offer.name, Learned()).losses_per_h(view.now_s)
     return (
-        offer.usd_per_h * (1 + losses_per_h * boot_h) + view.on_demand_usd_per_h * losses_per_h * uncovered_h
+        offer.usd_per_h * (1 + losses_per_h * spec.boot_s / 3600)
+        + view.on_demand_usd_per_h * losses_per_h * spec.gap_s / 3600
     )
 
 
-def spares(held: Mapping[str, int], spec: SpotSpec, memory: SpotMemory) -> int:
-    """Machines more than wanted, so that the expected time in shortage stays within the availability target.
+def _may_hold(offer: OfferView, n_held: int, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> bool:
+    """Whether it may be part of the shape: cheaper than on-demand, and holding or ready to give."""
+    if effective_usd_per_h(offer, view, spec, memory) >= view.on_demand_usd_per_h:
+        return False
+    return n_held > 0 or _may_ask(offer, view.now_s, spec)
 
-    A loss leaves a gap of boot_s - notice_s, as large as what the offer held. Notice that comes in time needs none.
-    """
-    gap_h = max(spec.boot_s - spec.notice_s, 0.0) / 3600
-    if gap_h == 0:
-        return 0
-    gaps = sorted(
-        ((n, memory.offers.get(name, Learned()).losses_per_h * gap_h) for name, n in held.items() if n),
-        reverse=True,
+
+def _choice(offer: OfferView, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> Choice:
+    n_held = offer.n_pending + offer.n_ready - offer.n_leaving
+    losses_per_h = memory.offers.get(offer.name, Learned()).losses_per_h(view.now_s)
+    return Choice(
+        offer.name,
+        effective_usd_per_h(offer, view, spec, memory),
+        losses_per_h * spec.gap_s / 3600,
+        n_held,
+        max(n_held, 2 * view.n_wanted) if _may_ask(offer, view.now_s, spec) else n_held,
     )
-    for n_spares in range(spec.max_spares):
-        shortage = sum(share for n, share in gaps if n > n_spares)
-        if shortage <= 1 - spec.availability:
-            return n_spares
-    return spec.max_spares
-
-
-def _share_limit(n_wanted: int, n_spares: int, spec: SpotSpec) -> int:
-    """Most machines of one offer: what the spares can stand in for, or everything where notice suffices."""
-    if spec.notice_s >= spec.boot_s:
-        return n_wanted + n_spares
-    return max(n_spares, -(-n_wanted // 3))
 
 
 def _may_ask(offer: OfferView, now_s: float, spec: SpotSpec) -> bool:

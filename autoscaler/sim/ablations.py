@@ -13,7 +13,7 @@ from autoscaler.policy.spot import FleetView, Orders, SpotSpec
 from autoscaler.sim.buyers import Corral
 from autoscaler.sim.fleet import Buyer
 from autoscaler.sim.policies import CORRAL, policy
-from autoscaler.sim.scenario import Policy, Setting
+from autoscaler.sim.scenario import Policy
 
 
 class Unlearning(Corral):
@@ -49,12 +49,18 @@ class Deaf(Corral):
         return super().buy(replace(view, offers=tuple(replace(o, n_leaving=0) for o in view.offers)))
 
 
-def _spec(setting: Setting, max_spares: int = 4) -> SpotSpec:
-    return SpotSpec(setting.terms.boot_s, setting.terms.notice_s, max_spares=max_spares)
+class Ageless(Corral):
+    """An offer that has held for a day is taken for one that came up a minute ago."""
+
+    def buy(self, view: FleetView) -> Orders:
+        orders = super().buy(view)
+        young = {name: replace(learned, up_since_s=None) for name, learned in self.memory.offers.items()}
+        self.memory = replace(self.memory, offers=young)
+        return orders
 
 
-def _buyer(make: Callable[[SpotSpec], Buyer], max_spares: int = 4) -> Policy:
-    return replace(CORRAL, buyer=lambda s: make(_spec(s, max_spares)))
+def _buyer(make: Callable[[SpotSpec], Buyer], worth: float | None = None) -> Policy:
+    return replace(CORRAL, buyer=lambda s: make(SpotSpec(s.terms.boot_s, s.terms.notice_s, worth=worth)))
 
 
 # What is off, and the bundle without it.
@@ -69,7 +75,8 @@ ABLATIONS: dict[str, Policy] = {
     "hazard learning": _buyer(Unlearning),
     "on-demand cover": _buyer(Uncovered),
     "diversification": _buyer(Together),
-    "spares": _buyer(Corral, max_spares=0),
+    "hazard by age": _buyer(Ageless),
+    "cover for losses": _buyer(Corral, worth=0.0),
     "heeding notices": _buyer(Deaf),
     "spot machines at all": policy("on-demand"),
 }

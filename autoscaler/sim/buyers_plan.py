@@ -83,7 +83,7 @@ class Planned:
             # Two digits: what was learned in the last minute is no reason for another plan.
             usd = float(f"{effective_usd_per_h(o, view, self.spec, self.memory):.2g}")
             n_most = 2 * view.n_wanted + 1 if o.name in open_ else max(held[o.name], 0)
-            offers.append(Offer(o.name, o.name, usd, n_most, float(f"{known.losses_per_h:.2g}")))
+            offers.append(Offer(o.name, o.name, usd, n_most, float(f"{known.losses_per_h(view.now_s):.2g}")))
         need = Need("fleet", view.n_wanted, {o.name: 1 for o in offers}, self.spec.availability)
         asked = (need, tuple(offers))
         if self._known is None or self._known[0] != asked:

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import statistics
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
-from autoscaler.policy.spot import SpotSpec
 from autoscaler.sim import scenario
-from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge
-from autoscaler.sim.buyers_plan import Planned
-from autoscaler.sim.fleet import Buyer, Fleet, Terms
-from autoscaler.sim.kernel import Kernel
-from autoscaler.sim.market import Steps, Zone
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, OnDemandOnly, SpotHedge
+from autoscaler.sim.fleet import Buyer, Terms
+from autoscaler.sim.market import Steps
 from autoscaler.sim.oracle import bound_of
 from autoscaler.sim.policies import CORRAL
 from autoscaler.sim.scalers import Replay
 from autoscaler.sim.scenario import Policy, Result, Setting
-from autoscaler.sim.statistics import Interval, interval
+from autoscaler.sim.statistics import interval
 from autoscaler.sim.studies import _given as given
+from autoscaler.sim.studies._spot import (
+    AVAILABILITY,
+    COLUMNS,
+    MAIN,
+    RATIO_GOAL,
+    RIVALS,
+    Paid,
+    cheaper,
+    equal,
+    machines_alone,
+    market_row,
+    mean,
+    terms,
+)
 from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Table
 
 HELP = "spot markets: cost and availability against the oracle, SpotHedge and any-zone-else-on-demand"
-AVAILABILITY: Final = 0.999
-_RATIO_GOAL: Final = 1.15
-_MAIN: Final = "availability 1-node aws-02-15-2023, v100_1"
 _BASE: Final = (120.0, 120.0, 16)  # notice_s, boot_s, machines per zone
-_RIVALS: Final[dict[str, dict[str, Callable[[], Buyer]]]] = {
-    "any-zone": {
-        f"any-zone:n_extra={n}": lambda n=n: AnyZoneElseOnDemand(n)  # type: ignore[misc]
-        for n in (0, 1, 2, 4)
-    },
-    "spothedge": {f"spothedge:n_extra={n}": lambda n=n: SpotHedge(n) for n in (1, 2, 4)},  # type: ignore[misc]
-}
 _WARM_S: Final = 1950.0  # whole ticks of the recording
 _FINE_S: Final = (
     39.0  # the oracle's tick where demand moves by the quarter minute: a fifth of the recording's
 )
-_HEEDING: Final = "any-zone:heeds_notice=1"
+_MARGIN_S: Final = 1.0  # a fifth of the promised first token: what may count as no worse
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -53,44 +53,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-_COVERED: Final = "covered"
-_SPARES: Final = (1, 2, 3, 4)
-_MARGIN_S: Final = 1.0  # a fifth of the promised first token: what may count as no worse
-
-
-@dataclass(frozen=True, slots=True)
-class Paid:
-    """One window under one buyer: cost over the oracle's, and the share of time with enough machines."""
-
-    ratio: float
-    availability: float
-
-
 def run(options: dict[str, Any], progress: Progress) -> Study:
     seeds = range(options["seeds"])
     total = given.total_rates(given.servegen(options["traces"], "m-mid", 1.0).rates)
     length_s = options["days"] * 86400
 
     def windows(market: given.Market, notice_s: float, boot_s: float) -> dict[str, list[Paid]]:
-        terms = Terms(boot_s, notice_s, given.ON_DEMAND_USD_PER_H, tick_s=60)
         found: dict[str, list[Paid]] = defaultdict(list)
         for seed in seeds:
             wanted = given.demand(total, seed, length_s, options["machines"])
-            for name, paid in machines_alone(market.window(seed, length_s), terms, wanted, length_s).items():
+            at = market.window(seed, length_s), terms(notice_s, boot_s), wanted, length_s
+            for name, paid in machines_alone(*at).items():
                 found[name].append(paid)
         progress(f"{market.name}: notice {notice_s:g} s, boot {boot_s:g} s")
-        return found
-
-    def covers(market: given.Market, notice_s: float, boot_s: float) -> dict[str, list[Paid]]:
-        terms = Terms(boot_s, notice_s, given.ON_DEMAND_USD_PER_H, tick_s=60)
-        found: dict[str, list[Paid]] = defaultdict(list)
-        for seed in seeds:
-            wanted = given.demand(total, seed, length_s, options["machines"])
-            for name, paid in _covers(
-                market.window(seed, length_s), terms, wanted, length_s, with_plan=notice_s > 0
-            ).items():
-                found[name].append(paid)
-        progress(f"cover: notice {notice_s:g} s, boot {boot_s:g} s")
         return found
 
     notice_s, boot_s, zone_machines = _BASE
@@ -98,83 +73,21 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         m.name: windows(m, notice_s, boot_s) for m in given.markets(options["traces"], zone_machines)
     }
     main = {
-        n: next(m for m in given.markets(options["traces"], n) if m.name == _MAIN) for n in (zone_machines, 4)
+        n: next(m for m in given.markets(options["traces"], n) if m.name == MAIN) for n in (zone_machines, 4)
     }
     assumed = {
-        (notice, boot, n): everywhere[_MAIN] if (notice, boot, n) == _BASE else windows(main[n], notice, boot)
+        (notice, boot, n): everywhere[MAIN] if (notice, boot, n) == _BASE else windows(main[n], notice, boot)
         for notice in (120.0, 0.0)
         for boot in (120.0, 180.0)
         for n in (16, 4)
     }
     served = {
         load.name: _served(
-            load, main[zone_machines], everywhere[_MAIN], options["hours"] * 3600, seeds, progress
+            load, main[zone_machines], everywhere[MAIN], options["hours"] * 3600, seeds, progress
         )
         for load in (given.servegen(options["traces"], "m-mid", 0.0005), given.azure(options["traces"], 0.25))
     }
-    cover = {
-        (notice, boot, n): covers(main[n], notice, boot)
-        for notice, boot, n in ((120.0, 180.0, zone_machines), (0.0, 120.0, 4), (0.0, 180.0, 4))
-    }
-    return _study(options, everywhere, assumed, served, cover)
-
-
-def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float) -> dict[str, Paid]:
-    """Every buyer on one window and demand, by name."""
-    setting = Setting(given.engine(), given.SLOTS, 0, given.TTFT_S, zones, terms, until_s=length_s)
-    least_usd = bound_of(setting, wanted, AVAILABILITY).usd
-    buyers: dict[str, Buyer] = {
-        "corral": Corral(SpotSpec(terms.boot_s, terms.notice_s, AVAILABILITY)),
-        "on-demand": OnDemandOnly(),
-        _HEEDING: Heeding(AnyZoneElseOnDemand()),
-    }
-    for rival in _RIVALS.values():
-        buyers |= {name: make() for name, make in rival.items()}
-    found = {}
-    for name, buyer in buyers.items():
-        kernel = Kernel()
-        fleet = Fleet(kernel, zones, terms, buyer, wanted, length_s)
-        kernel.run(until_s=length_s)
-        fleet.close()
-        found[name] = Paid(fleet.usd / least_usd, fleet.availability)
-    return found
-
-
-def _covers(
-    zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float, *, with_plan: bool
-) -> dict[str, Paid]:
-    """What knowing everything but the next loss would cost, and our buyer with fewer spares than it asks for."""
-    setting = Setting(given.engine(), given.SLOTS, 0, given.TTFT_S, zones, terms, until_s=length_s)
-    least_usd = bound_of(setting, wanted, AVAILABILITY).usd
-    found = {
-        _COVERED: Paid(bound_of(setting, wanted, AVAILABILITY, covered=True).usd / least_usd, AVAILABILITY)
-    }
-    spec = SpotSpec(terms.boot_s, terms.notice_s, AVAILABILITY)
-    buyers: dict[str, Buyer] = {f"at most {n} spares": Corral(replace(spec, max_spares=n)) for n in _SPARES}
-    if with_plan:
-        buyers["purchase plan"] = Planned(spec)
-    for name, buyer in buyers.items():
-        kernel = Kernel()
-        fleet = Fleet(kernel, zones, terms, buyer, wanted, length_s)
-        kernel.run(until_s=length_s)
-        fleet.close()
-        found[name] = Paid(fleet.usd / least_usd, fleet.availability)
-    return found
-
-
-def equal(found: dict[str, list[Paid]], rival: str) -> tuple[str, bool]:
-    """(the rival's setting to compare with, whether it reaches): the cheapest that is as available as asked, or, if
-    ours is less, as ours; where none is, the most available one."""
-    asked = min(AVAILABILITY, _mean(found["corral"], "availability"))
-    names = [name for name in _RIVALS[rival] if name in found]
-    reaching = [name for name in names if _mean(found[name], "availability") >= asked]
-    if reaching:
-        return min(reaching, key=lambda name: _mean(found[name], "ratio")), True
-    return max(names, key=lambda name: _mean(found[name], "availability")), False
-
-
-def _mean(paid: Sequence[Paid], figure: str) -> float:
-    return statistics.fmean(getattr(p, figure) for p in paid)
+    return _study(options, everywhere, assumed, served)
 
 
 def _served(
@@ -194,7 +107,7 @@ def _served(
         "any-zone:n_extra=0": lambda s: AnyZoneElseOnDemand(),
         "spothedge:n_extra=1": lambda s: SpotHedge(1),
     }
-    for rival, makers in _RIVALS.items():
+    for rival, makers in RIVALS.items():
         chosen, _ = equal(alone, rival)
         buyers[chosen] = lambda s, make=makers[chosen]: make()  # type: ignore[misc]
     found: dict[str, list[tuple[Result, float]]] = defaultdict(list)
@@ -242,20 +155,7 @@ def _study(
     everywhere: dict[str, dict[str, list[Paid]]],
     assumed: dict[tuple[float, float, int], dict[str, list[Paid]]],
     served: dict[str, dict[str, list[tuple[Result, float]]]],
-    cover: dict[tuple[float, float, int], dict[str, list[Paid]]],
 ) -> Study:
-    columns = [
-        Column("corral × oracle", "{:.3f}"),
-        Column("available", "{:.3%}"),
-        Column("any-zone × oracle", "{:.3f}"),
-        Column("available", "{:.2%}"),
-        Column("any-zone as available"),
-        Column("SpotHedge × oracle", "{:.3f}"),
-        Column("available", "{:.2%}"),
-        Column("SpotHedge as available"),
-        Column("any-zone that heeds notices"),
-        Column("on-demand × oracle", "{:.2f}"),
-    ]
     in_service = Table(
         "With requests, queue and engines: the recorded six V100 zones",
         [
@@ -286,10 +186,8 @@ def _study(
             "available": "share of time with as many machines ready as have been wanted for a start's duration",
             "as available": "the cheapest setting of n_extra (any-zone 0, 1, 2, 4; SpotHedge 1, 2, 4) that is as "
             "available as asked; none: the most available one, with what it reaches",
-            "where notice is shorter than a start": "a zone that goes leaves a gap of boot less notice, so 99.9 % "
-            "takes machines that stand in for any one zone. The oracle knows which goes and pays for none; the same "
-            "programme made to hold enough without any one zone, at every tick, is the least that such cover costs. "
-            "The goals are for the first assumption, the others are told",
+            "where notice is shorter than a start": "a zone that goes leaves a gap of boot less notice; what that "
+            "costs, and why, is study spot-cover. The goals here are for the first assumption, the others are told",
             "any-zone that heeds notices": "not in its three lines; it shows that with a notice in time, heeding it "
             "makes spot as available as on-demand, and that what is learned counts where it comes too late",
             "runs": f"{options['seeds']} windows of market and load, the same for all; ± is the 95 % interval",
@@ -297,58 +195,18 @@ def _study(
         [
             Table(
                 "Every recorded market, machines alone",
-                [Column("market"), *columns],
-                [[name, *_market_row(found)] for name, found in everywhere.items()],
+                [Column("market"), *COLUMNS],
+                [[name, *market_row(found)] for name, found in everywhere.items()],
             ),
             Table(
                 "Other assumptions, the six V100 zones",
-                [Column("notice, boot, machines per zone"), *columns],
-                [[f"{n:g} s, {b:g} s, {m}", *_market_row(found)] for (n, b, m), found in assumed.items()],
-            ),
-            Table(
-                "What cover costs where a notice is shorter than a start: × oracle, and available",
-                [
-                    Column("notice, boot, machines per zone"),
-                    Column("knows all but which zone goes next", "{:.2f}"),
-                    *[
-                        Column(title, form)
-                        for name in (*(f"at most {n} spares" for n in _SPARES), "purchase plan")
-                        for title, form in ((name, "{:.3f}"), ("available", "{:.2%}"))
-                    ],
-                ],
-                [[f"{n:g} s, {b:g} s, {m}", *_cover_row(found)] for (n, b, m), found in cover.items()],
+                [Column("notice, boot, machines per zone"), *COLUMNS],
+                [[f"{n:g} s, {b:g} s, {m}", *market_row(found)] for (n, b, m), found in assumed.items()],
             ),
             in_service,
         ],
         _goals(everywhere, served),
     )
-
-
-def _market_row(found: dict[str, list[Paid]]) -> list[Cell]:
-    def of(name: str, figure: str) -> Interval:
-        return interval([getattr(paid, figure) for paid in found[name]])
-
-    cells: list[Cell] = [of("corral", "ratio"), of("corral", "availability")]
-    for rival, plain in (("any-zone", "any-zone:n_extra=0"), ("spothedge", "spothedge:n_extra=1")):
-        name, reaches = equal(found, rival)
-        knob = name.rpartition("=")[2]
-        ratio, available = of(name, "ratio").mean, of(name, "availability").mean
-        cells += [of(plain, "ratio"), of(plain, "availability").mean]
-        cells.append(
-            f"{ratio:.2f} (+{knob})" if reaches else f"none ({available:.2%} at {ratio:.2f}, +{knob})"
-        )
-    heeding = of(_HEEDING, "ratio").mean, of(_HEEDING, "availability").mean
-    cells.append(f"{heeding[0]:.3f} at {heeding[1]:.3%}")
-    cells.append(of("on-demand", "ratio").mean)
-    return cells
-
-
-def _cover_row(found: dict[str, list[Paid]]) -> list[Cell]:
-    cells: list[Cell] = [interval([paid.ratio for paid in found[_COVERED]])]
-    for name in (*(f"at most {n} spares" for n in _SPARES), "purchase plan"):
-        paid = found.get(name)
-        cells += [interval([p.ratio for p in paid]), _mean(paid, "availability")] if paid else [None, None]
-    return cells
 
 
 def _service_row(load: str, name: str, runs: dict[str, list[tuple[Result, float]]]) -> list[Cell]:
@@ -370,7 +228,7 @@ def _goals(
     everywhere: dict[str, dict[str, list[Paid]]], served: dict[str, dict[str, list[tuple[Result, float]]]]
 ) -> list[Goal]:
     goals = []
-    lowest = {name: _mean(found["corral"], "availability") for name, found in everywhere.items()}
+    lowest = {name: mean(found["corral"], "availability") for name, found in everywhere.items()}
     least = min(lowest, key=lambda name: lowest[name])
     goals.append(
         Goal(
@@ -383,13 +241,13 @@ def _goals(
     most = max(highest, key=lambda name: highest[name])
     goals.append(
         Goal(
-            f"cost at most {_RATIO_GOAL:g} times the oracle's on every market, upper end",
+            f"cost at most {RATIO_GOAL:g} times the oracle's on every market, upper end",
             f"{highest[most]:.3f} on {most}",
-            highest[most] <= _RATIO_GOAL,
+            highest[most] <= RATIO_GOAL,
         )
     )
-    for rival in _RIVALS:
-        goals.append(_cheaper(rival, everywhere))
+    for rival in RIVALS:
+        goals.append(cheaper(rival, everywhere))
     for load, runs in served.items():
         available = interval([r.availability for r, _ in runs["corral"]])
         ratio = interval([ratio for _, ratio in runs["corral"]])
@@ -402,9 +260,9 @@ def _goals(
                 available.mean >= AVAILABILITY,
             ),
             Goal(
-                f"{load}: cost at most {_RATIO_GOAL:g} times the oracle's",
+                f"{load}: cost at most {RATIO_GOAL:g} times the oracle's",
                 f"{ratio.mean:.3f} ± {ratio.half:.3f}",
-                ratio.high <= _RATIO_GOAL,
+                ratio.high <= RATIO_GOAL,
             ),
             Goal(
                 f"{load}: P99 to the first token no worse than on-demand's (paired, non-inferior by the upper end of "
@@ -417,28 +275,3 @@ def _goals(
             ),
         ]
     return goals
-
-
-def _cheaper(rival: str, everywhere: dict[str, dict[str, list[Paid]]]) -> Goal:
-    """Saved against the rival's setting that is as available, per window the mean over all markets."""
-    saved: dict[str, list[float]] = {}
-    n_reaching = 0
-    for market, found in everywhere.items():
-        chosen, reaches = equal(found, rival)
-        n_reaching += reaches
-        saved[market] = [r.ratio - own.ratio for r, own in zip(found[chosen], found["corral"], strict=True)]
-    overall = interval([statistics.fmean(window) for window in zip(*saved.values(), strict=True)])
-    not_there = [
-        f"{market} ({statistics.fmean(values):+.3f})"
-        for market, values in saved.items()
-        if statistics.fmean(values) <= 0
-    ]
-    return Goal(
-        f"cheaper than {rival} at equal availability (paired, in the oracle's cost, mean over all markets)",
-        f"{overall.mean:+.3f} ± {overall.half:.3f}; as available on {n_reaching} of {len(saved)} markets, elsewhere "
-        "against its most available setting",
-        overall.low > 0,
-        f"not on {', '.join(not_there)}: there the rival is less available or hardly anything is lost"
-        if not_there
-        else "",
-    )

@@ -17,8 +17,8 @@ from django.core.management import call_command
 from autoscaler.sim.ablations import ABLATIONS
 from autoscaler.sim.rates import _QUANTILES
 from autoscaler.sim.studies import _given as given
+from autoscaler.sim.studies._spot import Paid, equal
 from autoscaler.sim.studies.scaling import choose
-from autoscaler.sim.studies.spot import Paid, equal
 
 V100 = "spot/skypilot_spot_traces/availability/1-node/aws-02-15-2023"
 COUNTED = "spot/skypilot_spot_traces/preemption/4-node/aws-08-03-2023"
@@ -102,16 +102,25 @@ def test_equal_availability_takes_the_cheapest_that_reaches_and_says_when_none_d
 
 def test_study_spot_compares_all_on_the_same_demand(traces: Path) -> None:
     found = study("spot", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--hours", "0.7")
-    everywhere, assumed, cover, served = found["tables"]
-    assert len(cover["rows"]) == 3
-    assert all(row[1]["mean"] >= 1 for row in cover["rows"]), "cover is never cheaper than none"
-    assert [row[-1] is None for row in cover["rows"]] == [False, True, True]
+    everywhere, assumed, served = found["tables"]
     assert len(everywhere["rows"]) == 2 and len(assumed["rows"]) == 8
     policies = {row[0].split(": ")[1] for row in served["rows"]}
     assert {"on-demand", "corral", "any-zone:n_extra=0", "spothedge:n_extra=1"} <= policies
     on_demand = next(row for row in served["rows"] if row[0].endswith(": on-demand"))
     assert on_demand[1]["mean"] > 2  # spot costs less than a third
     assert any("SpotHedge".lower() in goal["claim"] for goal in found["goals"])
+
+
+def test_study_of_cover_tunes_on_other_windows_than_it_judges_and_shows_the_bounds(traces: Path) -> None:
+    found = study(
+        "spot-cover", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--fit-windows", "1"
+    )
+    judged, elsewhere, fitted = found["tables"]
+    assert len(judged["rows"]) == len(fitted["rows"]) == 4 and len(elsewhere["rows"]) == 1
+    assert all(row[-3]["mean"] >= 1 for row in judged["rows"]), "cover is never cheaper than none"
+    by_worth = [cell["mean"] for cell in fitted["rows"][0][1::2]]
+    assert by_worth == sorted(by_worth), "what is worth more is covered better"
+    assert sum("times the oracle" in goal["claim"] for goal in found["goals"]) == 4
 
 
 def test_study_scaling_tunes_on_one_span_and_judges_on_another(

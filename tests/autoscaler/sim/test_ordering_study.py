@@ -73,7 +73,7 @@ def test_the_study_prints_every_order_and_both_goals(traces: Path, monkeypatch: 
     assert [row[0] for row in by_load] == ["1.1"]
     means = {row[0]: row[2]["mean"] for row in orders}
     assert means["first come, first served"] == 0.0
-    assert means["shortest predicted, one line"] < means["ours, promoted after the default 30 s"] <= 0.05
+    assert means["shortest predicted, one line"] < means["ours, queue age 30 s (the default)"] <= 0.05
     assert len(other) == 2
     assert [row[:2] for row in tuning] == [["0.02", "0.95"]]
     assert len(study["goals"]) == 2
