@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 # run catches up, not a thousand.
 EVERY_S: Final = {
     "tenants.prune_changes": 600.0,
+    "adapters.clean_up": 600.0,
     "audit.seal": 5.0,
     "tenants.forget_answers": 600.0,
     "webhooks.send": 1.0,
@@ -93,6 +94,7 @@ app.autodiscover_tasks(
     [
         "autoscaler",
         "billing",
+        "controlplane.adapters",
         "controlplane.audit",
         "controlplane.budgets",
         "controlplane.decisions",

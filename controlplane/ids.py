@@ -31,6 +31,7 @@ class Prefix(StrEnum):
     SERVICE_ACCOUNT = "svc"
     MANAGEMENT_TOKEN = "tok"  # noqa: S105 - names ids, is none
     MODEL_VERSION = "mdl"
+    ADAPTER = "ada"
     DEPLOYMENT = "dep"
     REPLICA = "rep"
     MACHINE = "mch"

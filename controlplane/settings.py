@@ -7,6 +7,7 @@ message.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ class Environment:
     # smtp://user:password@host:587 (STARTTLS), smtps://…:465, console:, or empty for files under var/mail
     email_url: str = field(default="", repr=False)
     email_from: str = "Corral <corral@localhost>"
+    adapter_store: str = ""  # s3://bucket/prefix that tenants upload LoRA adapters to; empty: there is none
     outbound_allow: tuple[Network, ...] = ()  # private networks that tenants' webhooks may call
     # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
     pg_pool_size: int = 12
@@ -93,6 +95,11 @@ class Environment:
             networks = allowed_networks(environ.get("CORRAL_OUTBOUND_ALLOW", ""))
         except ValueError as error:
             raise ImproperlyConfigured(f"CORRAL_OUTBOUND_ALLOW: {error}") from error
+        adapter_store = environ.get("CORRAL_ADAPTER_STORE", "")
+        if adapter_store and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", adapter_store):
+            raise ImproperlyConfigured(
+                f"CORRAL_ADAPTER_STORE={adapter_store!r}: set s3://bucket or s3://bucket/prefix"
+            )
         console_url = environ.get("CORRAL_CONSOLE_URL", cls.console_url)
         hosts = [host for host in environ.get("CORRAL_ALLOWED_HOSTS", "").split(",") if host]
         console_host = urlsplit(console_url).hostname
@@ -120,6 +127,7 @@ class Environment:
             log_level=environ.get("CORRAL_LOG_LEVEL", cls.log_level).upper(),
             email_url=environ.get("CORRAL_EMAIL_URL", ""),
             email_from=environ.get("CORRAL_EMAIL_FROM", cls.email_from),
+            adapter_store=adapter_store,
             outbound_allow=networks,
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
             allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
@@ -256,6 +264,7 @@ INSTALLED_APPS = [
     "controlplane.identity.apps.IdentityConfig",
     "controlplane.scim.apps.ScimConfig",
     "controlplane.deployments.apps.DeploymentsConfig",
+    "controlplane.adapters.apps.AdaptersConfig",
     "controlplane.slo.apps.SloConfig",
     "controlplane.decisions.apps.DecisionsConfig",
     "controlplane.operations.apps.OperationsConfig",

@@ -19,6 +19,7 @@ from workers.modelcache.manifest import MANIFEST_NAME, Manifest
 EXPIRES_S: Final = 6 * 3600  # a cold start of hundreds of gigabytes ends within
 PART_BYTES: Final = 64 << 20
 CONNECT_S, READ_S = 5.0, 60.0
+_BLOCK_BYTES: Final = 1 << 20
 
 
 class ObjectStoreError(RuntimeError):
@@ -40,8 +41,8 @@ class Place:
             raise ObjectStoreError(f"{uri!r}: give s3://bucket or s3://bucket/prefix")
         return cls(parts.netloc, parts.path.strip("/"))
 
-    def key(self, digest: str, name: str) -> str:
-        return "/".join(filter(None, (self.prefix, digest, name)))
+    def key(self, *names: str) -> str:
+        return "/".join(filter(None, (self.prefix, *names)))
 
     @property
     def uri(self) -> str:
@@ -73,6 +74,50 @@ def signed_urls(place: Place, digest: str, names: Iterable[str]) -> dict[str, li
         ]
         for name in (MANIFEST_NAME, *names)
     }
+
+
+def upload_url(place: Place, name: str, expires_s: int) -> str:
+    """A URL that takes a PUT of one file below the place. Asks nobody."""
+    found: str = _client().generate_presigned_url(
+        "put_object", Params={"Bucket": place.bucket, "Key": place.key(name)}, ExpiresIn=expires_s
+    )
+    return found
+
+
+def download(place: Place, name: str, target: Path, max_bytes: int) -> None:
+    """One file below the place. Raises ObjectStoreError: it is not there, or larger than `max_bytes`."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    s3, key = _client(), place.key(name)
+    try:
+        answer = s3.get_object(Bucket=place.bucket, Key=key)
+        if answer["ContentLength"] > max_bytes:
+            raise ObjectStoreError(f"{target.name} has {answer['ContentLength']} bytes; at most {max_bytes}")
+        with target.open("wb") as file:
+            for block in answer["Body"].iter_chunks(_BLOCK_BYTES):
+                file.write(block)
+    except (ClientError, BotoCoreError) as error:
+        code = _code(error)
+        if code in ("404", "NoSuchKey", "NotFound"):
+            raise ObjectStoreError(f"{target.name} was not uploaded: PUT it to the URL given for it") from None
+        raise ObjectStoreError(f"{target.name} could not be read from the object store: {code}") from None
+
+
+def remove(place: Place, names: Iterable[str]) -> None:
+    """Delete files below the place; those that are not there are as good as deleted. Raises ObjectStoreError."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    s3 = _client()
+    try:
+        for name in names:
+            s3.delete_object(Bucket=place.bucket, Key=place.key(name))
+    except (ClientError, BotoCoreError) as error:
+        raise ObjectStoreError(f"files could not be deleted from {place.uri}: {_code(error)}") from None
+
+
+def _code(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    return str(response["Error"]["Code"]) if response else type(error).__name__
 
 
 def _put(
