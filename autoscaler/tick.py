@@ -21,7 +21,7 @@ from django.db import transaction
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import quotas, timings
+from autoscaler import adapters, quotas, timings
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.codec import from_json, to_json, union_from_json
@@ -92,6 +92,7 @@ def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> Tick
             decision = _round(deployment, house, lease, now or timezone.now())
             if not any(c.KIND == "launch_machine" for c in decision.commands):
                 break
+        adapters.deliver(deployment, house.cell, now or timezone.now())
         return TickResult(decision=decision)
     finally:
         lease.release()

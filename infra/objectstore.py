@@ -99,7 +99,9 @@ def download(place: Place, name: str, target: Path, max_bytes: int) -> None:
     except (ClientError, BotoCoreError) as error:
         code = _code(error)
         if code in ("404", "NoSuchKey", "NotFound"):
-            raise ObjectStoreError(f"{target.name} was not uploaded: PUT it to the URL given for it") from None
+            raise ObjectStoreError(
+                f"{target.name} was not uploaded: PUT it to the URL given for it"
+            ) from None
         raise ObjectStoreError(f"{target.name} could not be read from the object store: {code}") from None
 
 

@@ -250,8 +250,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     kv_tokens: int = 0
     # Of an external endpoint: how it is treated, and why (`open upstream_timeout`); `slots` follows it.
     note: str = ""
-    # Ids of the adapters in its memory.
-    adapters: tuple[str, ...] = ()
+    # Ids of the adapters in its memory; None: it takes none.
+    adapters: tuple[str, ...] | None = None
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
@@ -342,6 +342,8 @@ class AdapterSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
     source: str
     n_bytes: int = 0
     urls: dict[str, list[str]] = {}
+    # When that was written: URLs are signed anew long before they end.
+    at_ms: int = 0
     v: int = WIRE_VERSION
 
 

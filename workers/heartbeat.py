@@ -91,7 +91,7 @@ class Reporter:
             n_requests_total=self._server.n_requests_total,
             max_model_len=self._engine.max_model_len,
             kv_tokens=self._engine.kv_tokens,
-            adapters=self._server.adapters.resident,
+            adapters=self._server.adapters.resident if self._server.adapters.limit else None,
             spool_full=self._spool.full,
             n_steps=steps.n_steps,
             itl_p50_ms=round(quantile_ms(gaps, 0.5), 3),

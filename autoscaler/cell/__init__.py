@@ -5,6 +5,7 @@ most and is not retried here (redis.RedisError passes through). Postgres has the
 be written again from them. Must never be given a machine's credentials.
 """
 
+from autoscaler.cell.adapters import CellAdapters
 from autoscaler.cell.desired import Desired
 from autoscaler.cell.readings import DeploymentReading, Readings, ReplicaReading, parse_status
 from autoscaler.cell.routing import Routing
@@ -13,7 +14,7 @@ from autoscaler.cell.users import Users
 from autoscaler.cell.watching import Watching
 
 
-class Cell(Readings, Routing, Desired, Stages, Users, Watching):
+class Cell(Readings, Routing, Desired, CellAdapters, Stages, Users, Watching):
     """One cell, whole."""
 
 

@@ -97,6 +97,7 @@ class Watcher:
         self._next_abandoned_scan_s = 0.0
         self._abandoned: set[str] = set()
         self._told: dict[str, tuple[str, str]] = {}  # replica -> (phase, code) as last passed on
+        self._adapters: dict[str, tuple[str, ...]] = {}  # replica -> those in its memory, as last noted
         self._over: set[str] = set()  # replicas withdrawn, until the table forgets them
         self._unmatched: dict[str, tuple[float, str, ReplicaStatus]] = {}
         self._matched_version = 0
@@ -166,6 +167,7 @@ class Watcher:
         self._beats.forgive(now_s)
         self._agents.forgive(now_s)
         self._told.clear()
+        self._adapters.clear()
         self._next_scan_s = self._next_slow_scan_s = now_s
         if run_id != self._run_id:
             self._restore_users()
@@ -253,6 +255,7 @@ class Watcher:
         known = table.replicas
         self._over &= known.keys()
         self._told = {rid: told for rid, told in self._told.items() if rid in known}
+        self._adapters = {rid: held for rid, held in self._adapters.items() if rid in known}
         self._beats.forget_all_but(set(known))
         self._agents.forget_all_but(set(table.machines))
         readings = self.cell.read_replicas([(r.id, r.machine, r.deployment) for r in known.values()])
@@ -295,6 +298,10 @@ class Watcher:
             and replica.phase is not ReplicaPhase.DRAINING
         ):
             self._enrol(replica, beat.slots, beat.kv_tokens)  # its event was lost, or the cell was
+        held = None if beat is None else beat.adapters
+        if held is not None and reading.state and held != self._adapters.get(replica.id):
+            self._adapters[replica.id] = held
+            self.cell.note_adapters(replica.id, held)
 
     def _scan_reports(self, known: dict[str, KnownReplica]) -> None:
         """Events are heard at most once; the hashes say the same again."""

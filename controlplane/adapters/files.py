@@ -1,4 +1,4 @@
-"""Where adapters' files lie: in the object store named by CORRAL_ADAPTER_STORE, else in the control plane's model store.
+"""Where adapters' files lie: in the object store that CORRAL_ADAPTER_STORE names, else in our own model store.
 
 Uploads come to `uploads/<adapter>/` by signed URLs that open one file each; what was checked lies under its digest, as
 model versions do. Called by receiving.py, the API and tasks.py.

@@ -73,7 +73,8 @@ def register(*, organization_id: UUID, deployment_id: UUID, name: str) -> Adapte
         if held.count() >= MAX_PER_DEPLOYMENT:
             raise ConflictError(f"{deployment.name} has {MAX_PER_DEPLOYMENT} adapters: retire one first")
         insert(
-            made, taken={"adapter_name_unique": ("name", f"{deployment.name} has an adapter {name!r} already")}
+            made,
+            taken={"adapter_name_unique": ("name", f"{deployment.name} has an adapter {name!r} already")},
         )
     log.info("adapter.registered", organization=organization_id.hex, adapter=made.id.hex)
     return made
@@ -87,9 +88,7 @@ def begin_receiving(*, organization_id: UUID, adapter_id: UUID) -> Operation:
     with tenant(organization_id):
         row = selectors.adapter(organization_id=organization_id, adapter_id=adapter_id)
         if row.state not in (State.AWAITING, State.CHECKING):
-            raise ConflictError(
-                f"the adapter is {row.state}: register another one", field="state"
-            )
+            raise ConflictError(f"the adapter is {row.state}: register another one", field="state")
         Adapter.objects.filter(id=adapter_id, state=State.AWAITING).update(state=State.CHECKING)
         return operations.begin(
             organization_id=organization_id, kind=RECEIVE, subject=str(row), max_s=MAX_RECEIVE_S

@@ -10,6 +10,7 @@ from ninja.errors import HttpError, ValidationError
 from controlplane.api.document import Api
 from controlplane.api.problems import database_away, problem
 from controlplane.api.resources import (
+    adapters,
     audit,
     budgets,
     data,
@@ -62,6 +63,7 @@ for module in (
     service_accounts,
     keys,
     deployments,
+    adapters,
     grants,
     fleet,
     operations,

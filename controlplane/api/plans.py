@@ -37,6 +37,7 @@ _PREFIXES: Final = {
     "management_token": ids.Prefix.MANAGEMENT_TOKEN,
     "model_version": ids.Prefix.MODEL_VERSION,
     "deployment": ids.Prefix.DEPLOYMENT,
+    "adapter": ids.Prefix.ADAPTER,
     "grantee": ids.Prefix.ORGANIZATION,
     "price_version": ids.Prefix.PRICE_VERSION,
     "budget": ids.Prefix.BUDGET,

@@ -105,6 +105,19 @@ KINDS: Final[Mapping[str, Kind]] = {
         },
         called=("name", "digest"),
     ),
+    "adapters": Kind(
+        "/adapters",
+        {
+            "ID": "id",
+            "MODEL": "model",
+            "STATE": "state",
+            "RANK": "rank",
+            "SIZE": lambda row: f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "",
+            "WHY NOT": "not_served_because",
+            "AGE": _age,
+        },
+        called=("model", "name"),
+    ),
     "replicas": Kind(
         "/replicas",
         {

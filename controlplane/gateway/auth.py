@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from billing.money import Rates
 from controlplane.gateway import windows
 from controlplane.gateway.directory import (
+    AdapterRow,
     DeploymentRow,
     DirectoryUnavailable,
     KeyDirectory,
@@ -65,6 +66,9 @@ class Deployment:
     queue_order: QueueOrder
     window: int  # of fairness, in counter units: within it a request may go where its prompt is cached
     created_at_s: int
+    # The LoRA adapter that answers, and the name of the deployment it is one of; empty for the model as it is.
+    adapter: str = ""
+    base: str = ""
     # The same for each service class that a request may name, with its promise and price.
     classes: dict[str, Deployment] = field(default_factory=dict, repr=False, compare=False)
 
@@ -116,6 +120,8 @@ def context_of(record: KeyRecord) -> KeyContext:
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
     served = {row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments}
+    if record.adapters:
+        served |= _adapted(record.adapters, served)
     scopes_row = key.scopes
     bound_models = None if scopes_row is None else scopes_row.models
     deployments = served
@@ -172,6 +178,25 @@ def _deployment(
     for one in each.values():
         one.classes.update(each)
     return each[promise.name]
+
+
+def _adapted(rows: Iterable[AdapterRow], served: Mapping[str, Deployment]) -> dict[str, Deployment]:
+    """Deployments once more for each of their adapters, under its name."""
+    bases = {deployment.id: deployment for deployment in served.values()}
+    found = {}
+    for row in rows:
+        base = bases.get(row.deployment)
+        if base is None:
+            continue
+        at_s = row.created_at_ms // 1000
+        each = {
+            name: replace(one, name=row.name, adapter=row.id, base=base.name, created_at_s=at_s, classes={})
+            for name, one in base.classes.items()
+        }
+        for one in each.values():
+            one.classes.update(each)
+        found[row.name] = each[base.promise.name]
+    return found
 
 
 def _part(limits: Limits, scope: str, lease: LeaseRow | None) -> Limits:

@@ -144,6 +144,15 @@ class DeploymentRow(msgspec.Struct, frozen=True):
     locality_window_tokens: int = 2_000
 
 
+class AdapterRow(msgspec.Struct, frozen=True):
+    """A LoRA adapter of the key's project that can answer in this cell; `name` is the model that programs send."""
+
+    id: str
+    deployment: str
+    name: str
+    created_at_ms: int = 0
+
+
 class LeaseRow(msgspec.Struct, frozen=True):
     """This cell's part of a tenant's limits, while there are several cells. `budgets`: by scope, nano-dollars that may
     be spent here; what is not named is not leased (yet)."""
@@ -167,7 +176,7 @@ class BudgetRow(msgspec.Struct, frozen=True):
 
 
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup_slo, with its budgets: one key with everything a request under it needs."""
+    """Answer of corral_key_lookup_slo, with budgets and adapters: one key with all that a request under it needs."""
 
     key: KeyRow
     project: ProjectRow
@@ -177,6 +186,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     lease: LeaseRow | None = None
     slo: SloBook = SloBook()
     budgets: tuple[BudgetRow, ...] = ()
+    adapters: tuple[AdapterRow, ...] = ()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -257,10 +267,11 @@ class PgDirectory:
             raise DirectoryUnavailable
         found = await self._ask(
             "SELECT CASE WHEN corral_key_known(%s, %s) "
-            "THEN corral_with_budgets(corral_key_lookup_slo(%s, %s), %s) END",
+            "THEN corral_with_adapters(corral_with_budgets(corral_key_lookup_slo(%s, %s), %s), %s) END",
             lookup,
             [digest.hex() for digest in digests],
             lookup,
+            self._cell,
             self._cell,
             self._cell,
         )

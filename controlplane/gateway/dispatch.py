@@ -241,7 +241,8 @@ class Dispatcher:
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
             priority=band,
-            cache_salt=key.organization,
+            cache_salt=_salt(key, deployment),
+            adapter=deployment.adapter,
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
             n_prompt_held=max(1, hold.n_prompt) if key.budgeted else 0,
@@ -290,7 +291,7 @@ class Dispatcher:
                     terms.most_ahead_ms,
                     terms.most_own_ms,
                     *candidates,
-                    *(windows.argument(key.budgets, deployment.name) if key.budgets else ()),
+                    *(windows.argument(key.budgets, deployment.name, deployment.base) if key.budgets else ()),
                 ),
             )
         except asyncio.CancelledError:
@@ -319,12 +320,13 @@ class Dispatcher:
     def _ask(stream: Stream, request: GenerationRequest) -> Ask:
         """What routing wants to know; hashes of the prompt's beginnings where locality may decide and it is long
         enough."""
-        if not stream.deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
-            return Ask(stream.hold.n_prompt, flow=stream.key.organization)
+        n_prompt, deployment, organization = stream.hold.n_prompt, stream.deployment, stream.key.organization
+        if not deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
+            return Ask(n_prompt, adapter=deployment.adapter, flow=organization)
         text = request.prompt_bytes()
-        organization, n_prompt = stream.key.organization, stream.hold.n_prompt
-        found = prefix.fine_hashes(organization, text)
-        return Ask(n_prompt, found, prefix.ends(found, len(text), n_prompt), flow=organization)
+        found = prefix.fine_hashes(_salt(stream.key, deployment), text)
+        ends = prefix.ends(found, len(text), n_prompt)
+        return Ask(n_prompt, found, ends, deployment.adapter, organization)
 
     async def _seed(self, key: KeyContext, verdict: list[Any]) -> None:
         """Give the cell the money already booked, from the ledger: of the window budget that the verdict names, or of
@@ -352,6 +354,11 @@ class Dispatcher:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
             ) from error
+
+
+def _salt(key: KeyContext, deployment: Deployment) -> str:
+    """Tenants share no cached prompts, and neither do the adapters of one: the same words mean another cache."""
+    return f"{key.organization}.{deployment.adapter}" if deployment.adapter else key.organization
 
 
 def _chosen(deployment: Deployment, request: GenerationRequest) -> Deployment:

@@ -88,6 +88,8 @@ class RouteTable:
         if view is None or load is None:
             return None, None
         load.used += 1
+        if ask.adapter and load.adapters is not None:
+            load.adapters.add(ask.adapter)  # it is being loaded there; the next look tells what went for it
         return load.machine, view.board.bound(replica, ask, time.monotonic())
 
     def heard(self, deployment: str, replica: str, ask: Ask) -> None:
@@ -127,15 +129,20 @@ class RouteTable:
                 ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
                 rows = await asyncio.gather(
                     *(
-                        self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots", "kv")
+                        self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots", "kv", "ad")
                         for r in ids
                     )
                 )
                 view.replicas = {
                     replica: ReplicaLoad(
-                        replica, mid.decode(), int(used or 0), int(slots or 0), kv_tokens=int(kv or 0)
+                        replica,
+                        mid.decode(),
+                        int(used or 0),
+                        int(slots or 0),
+                        adapters=None if held is None else set(held.decode().split()),
+                        kv_tokens=int(kv or 0),
                     )
-                    for replica, (mid, used, slots, kv) in zip(ids, rows, strict=True)
+                    for replica, (mid, used, slots, kv, held) in zip(ids, rows, strict=True)
                     if mid
                 }
                 view.board.see(view.replicas)

@@ -108,9 +108,10 @@ def of(rows: Iterable[BudgetRow]) -> tuple[WindowBudget, ...]:
     return tuple(_made(row, time.time_ns() // 1_000_000) for row in rows)
 
 
-def argument(budgets: tuple[WindowBudget, ...], model: str) -> tuple[list[msgspec.Raw], ...]:
-    """The script's last argument, or none where no budget concerns this model."""
-    packed = [budget.packed for budget in budgets if not budget.model or budget.model == model]
+def argument(budgets: tuple[WindowBudget, ...], model: str, base: str = "") -> tuple[list[msgspec.Raw], ...]:
+    """The script's last argument, or none where no budget concerns this model. What an adapter of `base` uses counts
+    under the budgets of both."""
+    packed = [budget.packed for budget in budgets if not budget.model or budget.model in (model, base)]
     return (packed,) if packed else ()
 
 

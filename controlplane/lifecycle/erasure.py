@@ -1,8 +1,8 @@
 """Erasing an organization: asked for by an owner, done by the control worker after a time in which it can be cancelled.
 
-In this order, each step safe to repeat: suspended, and quiet until nothing of it can run; its Redis scrubbed; every row
-of it deleted, its bills left as facts without names, people who belong nowhere else deleted (corral_erase, one
-transaction); its audit log sealed and then redacted: each entry keeps who, when and what kind of change, and the digest
+In this order, each step safe to repeat: suspended, and quiet until nothing of it can run; the files of its adapters
+deleted; its Redis scrubbed; every row of it deleted, its bills left as facts without names, people who belong nowhere
+else deleted (corral_erase, one transaction); its audit log sealed and then redacted: each entry keeps who, when and what kind of change, and the digest
 that its link was made from, so that the chain still verifies; what was in it is gone, and so is the salt without
 which nobody can check a guess against that digest.
 
@@ -25,6 +25,7 @@ from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
 from autoscaler.models import LIVE_PHASES, Replica
+from controlplane.adapters import purging
 from controlplane.audit import sealing
 from controlplane.deployments.models import Deployment
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
@@ -108,7 +109,10 @@ def due(now: datetime) -> list[UUID]:
 
 
 def advance(organization_id: UUID, *, quiet: timedelta = QUIET) -> bool:
-    """Go on as far as possible now, as operator; whether it is done. Raises what Postgres and Redis raise when away."""
+    """Go on as far as possible now, as operator; whether it is done.
+
+    Raises what Postgres and Redis raise when away, and ObjectStoreError.
+    """
     row = current(organization_id=organization_id)
     if row.state == ErasureState.REQUESTED:
         with transaction.atomic():
@@ -123,6 +127,7 @@ def advance(organization_id: UUID, *, quiet: timedelta = QUIET) -> bool:
         return False
     if Replica.objects.filter(organization_id=organization_id, phase__in=LIVE_PHASES).exists():
         return False  # its replicas drain since the suspension; the autoscaler must see their end first
+    purging.purge_organization(organization_id, timezone.now())
     _scrub(organization_id)  # first: what lies there is found by the rows' ids
     _delete_rows(organization_id)
     if not _redact(organization_id):

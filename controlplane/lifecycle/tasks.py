@@ -9,6 +9,7 @@ from celery import shared_task
 from django.utils import timezone
 
 from controlplane.lifecycle import erasure, exports
+from infra.objectstore import ObjectStoreError
 
 log = structlog.get_logger("corral.lifecycle")
 
@@ -23,6 +24,8 @@ def erase_due() -> None:
             log.warning(
                 "erasure.waits_for_redis", organization=organization_id.hex, error=type(error).__name__
             )
+        except ObjectStoreError as error:
+            log.warning("erasure.waits_for_files", organization=organization_id.hex, error=str(error))
 
 
 @shared_task(name="lifecycle.forget_exports")  # type: ignore[untyped-decorator]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -56,7 +55,7 @@ class ReplicaLoad:
     slots: int
     kv_used_ratio: float = 0.0
     price: float = 1.0
-    adapters: AbstractSet[str] | None = None
+    adapters: set[str] | None = None
     kv_tokens: int = 0
 
 

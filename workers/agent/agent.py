@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from workers.agent import bell
+from workers.agent.adapters import AdapterFiles
 from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 # A field of `desired` beside the replica ids. Without it the hash was lost (a new Redis) and says nothing.
 GENERATION: Final = b"generation"
 _POLL_S: Final = 1.0
+_ADAPTERS_S: Final = 2.0
 _NOTICE_POLL_S: Final = 0.25
 _METADATA_POLL_S: Final = 1.0  # AWS advises 5 s; two minutes are short, and a call costs it nothing
 _METADATA_PAUSE_S: Final = 5.0
@@ -109,6 +111,7 @@ class Agent:
                 self._reconcile(replicas),
                 bell.listen(credentials.redis_url, self._keys.bell, self._changed.set),
                 self._watch(replicas, spools),
+                self._prefetch(),
                 self._heed(replicas),
                 self._until_stopped(),
             )
@@ -294,6 +297,13 @@ class Agent:
             await replicas.check()
             await spools.tick(replicas.alive)
             await asyncio.sleep(_POLL_S)
+
+    async def _prefetch(self) -> None:
+        """Adapters that were announced come to the disk before they are asked for; retired ones go."""
+        adapters = AdapterFiles(self._config, self._client, self._keys)
+        while True:
+            await adapters.tick()
+            await asyncio.sleep(_ADAPTERS_S)
 
     def _report(self, status: ReplicaStatus) -> None:
         payload = _json.encode(status)

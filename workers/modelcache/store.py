@@ -271,15 +271,23 @@ class ModelStore:
                 if not self.has(path.name):
                     self._remove(path.name)
 
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so much would come without anything leaving."""
+        return self._free(self.held()) >= n_bytes
+
+    def _free(self, held: list[Held]) -> int:
+        free = shutil.disk_usage(self.root).free - _SPARE_BYTES
+        if self.budget_bytes is None:
+            return free
+        return min(free, self.budget_bytes - sum(h.size_bytes for h in held))
+
     def _make_room(self, n_bytes: int) -> None:
         """Evict until `n_bytes` fit the budget and the disk. Raises ModelStoreError when what runs fills it."""
         for n in range(MAX_EVICTIONS):
             if n == 1:
                 self._clear_leftovers()
             held = self.held()
-            free = shutil.disk_usage(self.root).free - _SPARE_BYTES
-            if self.budget_bytes is not None:
-                free = min(free, self.budget_bytes - sum(h.size_bytes for h in held))
+            free = self._free(held)
             if free >= n_bytes:
                 return
             leaving = victims(held, n_bytes - free, time.time())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
+from controlplane.adapters import services as adapters
 from controlplane.api.app import api as rest
 from controlplane.lifecycle import erasure, exports
 from controlplane.lifecycle.models import Export
@@ -61,6 +62,9 @@ BODIES: dict[str, Any] = {
     "change_deployment": {"max_replicas": 2},
     "delete_deployment": None,
     "retire_model_version": None,
+    "create_adapter": {"name": "casual"},
+    "complete_adapter": None,
+    "retire_adapter": None,
     "drain_replica": None,
     "drain_machine": None,
     "withdraw_grant": None,
@@ -103,6 +107,8 @@ READS = {
     "list_deployments",
     "get_deployment",
     "list_model_versions",
+    "list_adapters",
+    "get_adapter",
     "get_model_version",
     "list_slo_classes",
     "list_slo_rules",
@@ -181,7 +187,10 @@ class Acme:
             project_id=world.project.id,
             name="served",
             model_version_id=version.id,
-            engine_profile={"engine": "toy"},
+            engine_profile={"engine": "toy", "max_loras": 2},
+        )
+        adapter = adapters.register(
+            organization_id=organization_id, deployment_id=deployment.id, name="formal"
         )
         with tenant(organization_id):
             member = next(
@@ -240,6 +249,7 @@ class Acme:
             "key_id": f"key_{key.id.hex}",
             "deployment_id": f"dep_{deployment.id.hex}",
             "version_id": f"mdl_{version.id.hex}",
+            "adapter_id": str(adapter),
             "rule_id": f"slo_{rule.id.hex}",
             "budget_id": f"bud_{budget.id.hex}",
             "kind": "machines",
@@ -249,6 +259,7 @@ class Acme:
         self.ids["export_id"] = str(self._export(organization_id))
         self.secrets = [
             "served",
+            "formal",
             "team money",
             "guest@example.org",
             "login.acme.example",
@@ -279,6 +290,8 @@ class Acme:
         body = BODIES.get(name)
         if name in ("create_key", "create_slo_rule"):
             return {**body, "project_id": self.ids["project_id"]}
+        if name == "create_adapter":
+            return {**body, "deployment_id": self.ids["deployment_id"]}
         if name == "create_deployment":
             return {
                 **body,
@@ -326,6 +339,7 @@ def test_a_stranger_finds_nothing(world: World) -> None:
         if ("{" in path and "{kind}" not in path) or name in (
             "create_key",
             "create_deployment",
+            "create_adapter",
             "create_slo_rule",
         ):
             assert response.status_code == 404, (name, response.body)
