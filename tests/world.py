@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from autoscaler.models import Decision, Replica
+    from controlplane.adapters.models import Adapter
     from controlplane.deployments.models import Deployment, ModelVersion
     from controlplane.tenants.models import Organization, Project, User
 
@@ -92,6 +93,29 @@ def make_deployment(world: World, name: str = "toy-chat", **values: Any) -> Depl
         project_id=world.project.id,
         name=name,
         **(defaults | values),
+    )
+
+
+def make_adapter(
+    deployment: Deployment, name: str = "formal", *, digest: str = "f" * 64, rank: int = 8
+) -> Adapter:
+    """An adapter that is served, of files that nobody reads."""
+    from pathlib import Path
+
+    from controlplane.adapters import services
+    from workers.modelcache.adapter import AdapterFacts, ImportedAdapter
+    from workers.modelcache.manifest import Manifest
+
+    row = services.register(
+        organization_id=deployment.organization_id, deployment_id=deployment.id, name=name
+    )
+    manifest = Manifest(files=(), architecture="LoraAdapter", licence="", n_params=64, max_model_len=0)
+    imported = ImportedAdapter(digest, Path("/nowhere"), manifest, AdapterFacts(rank, ("q_proj",), 64, 256))
+    return services.mark_ready(
+        organization_id=row.organization_id,
+        adapter_id=row.id,
+        imported=imported,
+        source_uri="file:///nowhere",
     )
 
 

@@ -2,9 +2,9 @@
 
 In this order, each step safe to repeat: suspended, and quiet until nothing of it can run; the files of its adapters
 deleted; its Redis scrubbed; every row of it deleted, its bills left as facts without names, people who belong nowhere
-else deleted (corral_erase, one transaction); its audit log sealed and then redacted: each entry keeps who, when and what kind of change, and the digest
-that its link was made from, so that the chain still verifies; what was in it is gone, and so is the salt without
-which nobody can check a guess against that digest.
+else deleted (corral_erase, one transaction); its audit log sealed and then redacted: each entry keeps who, when and
+what kind of change, and the digest that its link was made from, so that the chain still verifies; what was in it is
+gone, and so is the salt without which nobody can check a guess against that digest.
 
 Kept: usage and prices (the law wants them), the chain, and the erasure itself. Text in them is overwritten (KEPT).
 """

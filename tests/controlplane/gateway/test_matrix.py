@@ -28,7 +28,7 @@ from controlplane.tenants import services
 from controlplane.tenants.models import Role
 from tests.controlplane.gateway.harness import KEYS, Job, Machine, _now_ms, running
 from tests.database import acting_as
-from tests.world import World, build_world, make_deployment, make_version
+from tests.world import World, build_world, make_adapter, make_deployment, make_version
 from workers import scripts
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -76,9 +76,12 @@ ROWS: dict[str, tuple[Row, ...]] = {
             SAME_EVENT,
         ),
         Row("POST", "/v1/chat/completions", 404, 404, 404, SHARED, partner=200),
+        Row("POST", "/v1/chat/completions", 200, 404, 404, {**CHAT, "model": f"{MODEL}:formal"}),
+        Row("POST", "/v1/chat/completions", 404, 404, 404, {**CHAT, "model": f"acme/{MODEL}:formal"}),
     ),
     "/v1/completions": (
         Row("POST", "/v1/completions", 200, 404, 200, TEXT),
+        Row("POST", "/v1/completions", 200, 404, 404, {**TEXT, "model": f"{MODEL}:formal"}),
         Row("POST", "/v1/completions", 404, 404, 404, {**TEXT, "model": "acme/" + MODEL}, partner=200),
     ),
     "/v1/models": (
@@ -87,6 +90,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     "/v1/models/": (
         Row("GET", f"/v1/models/{MODEL}", 200, 404, 200),
+        Row("GET", f"/v1/models/{MODEL}:formal", 200, 404, 404),
         Row("GET", f"/v1/models/acme/{MODEL}", 404, 404, 404, partner=200),
         Row("GET", "/v1/models/{deployment}", 404, 404, 404),
     ),
@@ -173,7 +177,8 @@ class Callers:
 @sync_to_async
 def make_callers(world: World) -> Callers:
     acme, other = world.organization.id, world.other_organization.id
-    ours = make_deployment(world, MODEL)
+    ours = make_deployment(world, MODEL, engine_profile={"engine": "toy", "max_loras": 2})
+    adapter = make_adapter(ours, "formal")
     from controlplane.deployments import services as deployments
     from controlplane.deployments import sharing
 
@@ -227,6 +232,7 @@ def make_callers(world: World) -> Callers:
         strangers_deployment=theirs.id.hex,
         secrets=[
             WORDS,
+            adapter.id.hex,
             ours.id.hex,
             acme.hex,
             world.project.id.hex,
