@@ -13,6 +13,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `dep:<dep>:o:…` `p:…` `k:…` `r:…` | zsets | trusted | waiting flows and their requests: lua/lib_flows.lua |
 | `dep:<dep>:v` | hash | trusted | virtual counters of the flows; swept by the watcher |
 | `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
+| `dep:<dep>:ovf` | set of replica ids | trusted | endpoints elsewhere that take what would wait too long |
 | `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail |
 | `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, KV tokens, why the slots changed last |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
@@ -103,6 +104,10 @@ class CellKeys:
 
     def replicas(self, deployment_id: str) -> str:
         return f"{self.prefix}dep:{deployment_id}:reps"
+
+    def overflow(self, deployment_id: str) -> str:
+        """Replicas that take only what would wait too long for the others."""
+        return f"{self.prefix}dep:{deployment_id}:ovf"
 
     def stage(self, deployment_id: str) -> str:
         return f"{self.prefix}dep:{deployment_id}:stage"

@@ -81,6 +81,7 @@ CONTINUE = load("continue")
 RETRACT = load("retract")
 ENROL = load("enrol", *_QUEUE)
 RESIZE = load("resize", *_QUEUE)
+SPILL = load("spill", *_QUEUE)
 WITHDRAW = load("withdraw", *_QUEUE)
 SHORTEN = load("shorten")
 CLAIM = load("claim")
@@ -90,7 +91,7 @@ RELEASE = load("release")
 
 TRUSTED_SCRIPTS = (
     *(ADMIT, SETTLE, PASS, TOPUP, CHARGE, SWEEP, SEED, SEED_WINDOW, TRUE_UP, LATE, CANCEL),
-    *(SHORTEN, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, WITHDRAW),
+    *(SHORTEN, IDEM, ATTACH, CONTINUE, RETRACT, ENROL, RESIZE, SPILL, WITHDRAW),
 )
 # Machines of the version before call theirs by name, and may not load them: lua/former/ keeps each that was changed
 # since, as it was, until that version is gone. So they find it in a Redis that restarts half-way through an upgrade.

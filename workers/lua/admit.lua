@@ -93,12 +93,33 @@ local rid, mid, n_free = nil, nil, 0
 if depth == 0 then
   for i = 47, n_args do
     mid, n_free = with_slot(P, ARGV[i])
-    if mid then rid = ARGV[i]; break end
+    if mid and not (n_carried > 0 and replica_of(P, ARGV[i]).ext) then rid = ARGV[i]; break end
   end
 end
 if n_carried > 0 and redis.call('EXISTS', P .. 'jrn:' .. id) == 0 then
   drop_body()
   return {'gone'}
+end
+local before, is_alone = 0, false
+if not rid then
+  local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
+  local flow
+  if depth > 0 and not whose then
+    flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
+    before = ahead_of(P, did, flow, tonumber(ARGV[41]))
+  end
+  write_replicas()
+  local is_late = not whose and before > tonumber(ARGV[45]) and is_taken(P, did)
+    and not (flow and within_share(P, did, flow, tonumber(ARGV[46])))
+  is_alone = redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0
+  if (whose or is_late or is_alone) and n_carried == 0 then rid, mid, n_free = overflow_slot(P, did) end
+  if not rid and whose then
+    drop_body()
+    return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
+  elseif not rid and is_late then
+    drop_body()
+    return {'late', depth, before, unpack(heads(look, 0, 0, 0))}
+  end
 end
 if rid and has_body then
   redis.call('SET', P .. 'm:' .. mid .. ':body:' .. id, body, 'PX', body_ms)
@@ -109,24 +130,6 @@ if rid and n_carried > 0 then
   local journal = P .. 'm:' .. mid .. ':jrn:' .. id
   redis.call('RENAME', P .. 'jrn:' .. id, journal)
   redis.call('PERSIST', journal)
-end
-local before = 0
-if not rid then
-  local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
-  if whose then
-    drop_body()
-    return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
-  end
-  local flow
-  if depth > 0 then
-    flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
-    before = ahead_of(P, did, flow, tonumber(ARGV[41]))
-  end
-  write_replicas()
-  if before > tonumber(ARGV[45]) and is_taken(P, did) and not (flow and within_share(P, did, flow, tonumber(ARGV[46]))) then
-    drop_body()
-    return {'late', depth, before, unpack(heads(look, 0, 0, 0))}
-  end
 end
 
 -- Second pass: take the holds.
@@ -152,6 +155,7 @@ if rid then
   hand_over(P, P .. 'm:' .. mid .. ':', id, rid, '1', '1', ARGV[5], ARGV[6], ARGV[16],
     granted == n_out and ARGV[9] or granted)
   note_prefixes(P, rid, ARGV[40], ARGV[2])
+  if is_alone then redis.call('PUBLISH', P .. 'wake', did) end -- the overflow has it, and somebody should come
   is_roomy = n_free >= ROOMY_SLOTS and look.is_roomy and (not left or left > ROOMY * money)
   return {'bound', 1, rid, granted, unpack(heads(look, 1, n_in, n_out))}
 end
@@ -168,6 +172,5 @@ if redis.call('HGET', rec_key, 'state') == 'bound' then
   local r = redis.call('HMGET', rec_key, 'epoch', 'rid')
   return {'bound', tonumber(r[1]), r[2], granted, unpack(heads(look, 1, n_in, n_out))}
 end
-local n_reps = redis.call('SCARD', P .. 'dep:' .. did .. ':reps')
-if n_reps == 0 then redis.call('PUBLISH', P .. 'wake', did) end
-return {'queued', redis.call('ZCARD', q), n_reps == 0 and 1 or 0, granted, before, unpack(heads(look, 1, n_in, n_out))}
+if is_alone then redis.call('PUBLISH', P .. 'wake', did) end
+return {'queued', redis.call('ZCARD', q), is_alone and 1 or 0, granted, before, unpack(heads(look, 1, n_in, n_out))}

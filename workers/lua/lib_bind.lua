@@ -23,9 +23,9 @@ end
 local function with_slot(P, rid)
   local rep = replica_of(P, rid)
   if not rep.n_free then
-    local r = redis.call('HMGET', rep.key, 'state', 'used', 'slots', 'mid')
+    local r = redis.call('HMGET', rep.key, 'state', 'used', 'slots', 'mid', 'ext')
     rep.n_free = r[1] == 'ready' and tonumber(r[3] or '0') - tonumber(r[2] or '0') + (rep.gone and #rep.gone or 0) or 0
-    rep.mid = r[4]
+    rep.mid, rep.ext = r[4], r[5] -- ext: an endpoint elsewhere, which begins answers and continues none
   end
   if rep.n_free > 0 then return rep.mid, rep.n_free end
   return nil

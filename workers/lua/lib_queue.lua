@@ -158,8 +158,12 @@ local function dispatch(P, did, rid, mid, now_ms)
   local first = redis.call('ZRANGE', Q .. 'q', 0, 0, 'WITHSCORES')
   if not first[1] then return nil end
   if tonumber(first[2]) < 0 then -- resumed: it was charged when it was first bound
-    redis.call('ZREM', Q .. 'q', first[1])
-    return bind(P, first[1], rid, mid) and 1 or 0
+    if not replica_of(P, rid).ext or (redis.call('HGET', P .. 'req:' .. first[1], 'n') or '0') == '0' then
+      redis.call('ZREM', Q .. 'q', first[1])
+      return bind(P, first[1], rid, mid) and 1 or 0
+    end
+    first = redis.call('ZRANGEBYSCORE', Q .. 'q', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+    if not first[1] then return nil end
   end
   local set = redis.call('HMGET', Q .. 'v', 'w', 'a', 'u')
   local window, age_ms, usual_ms = tonumber(set[1]), tonumber(set[2]), tonumber(set[3] or '0')
@@ -217,6 +221,46 @@ local function pump(P, did, now_ms)
   write_replicas()
   replicas = {} -- what comes now goes by what is written
   local n_bound = fill(P, did, now_ms)
+  write_replicas()
+  return n_bound
+end
+
+-- A replica of those that only take what would wait too long (dep:<did>:ovf), with a free slot: it, its machine, how many
+-- are free. Asked where a request would be refused or find nobody.
+local function overflow_slot(P, did)
+  local over = redis.call('SMEMBERS', P .. 'dep:' .. did .. ':ovf')
+  table.sort(over)
+  for _, rid in ipairs(over) do
+    local mid, n_free = with_slot(P, rid)
+    if mid then return rid, mid, n_free end
+  end
+  return nil, nil, 0
+end
+
+-- Gives overflow replicas what has waited too long: while somebody of the lowest band that waits has done so for a
+-- replica's `after` ms, or no other replica is there, it takes the next by the fair order (whoever that is).
+-- Returns how many; bounded per call.
+local function spill(P, did, now_ms)
+  local Q, n_bound = P .. 'dep:' .. did .. ':', 0
+  local over = redis.call('SMEMBERS', Q .. 'ovf')
+  if #over == 0 then return 0 end
+  table.sort(over)
+  write_replicas()
+  replicas = {}
+  local is_alone = redis.call('SCARD', Q .. 'reps') == 0
+  for _, rid in ipairs(over) do
+    local mid, n_free = with_slot(P, rid)
+    local after_ms = tonumber(redis.call('HGET', replica_of(P, rid).key, 'after') or '0')
+    while mid and n_free > 0 and n_bound < MAX_BOUND do
+      local oldest = redis.call('ZRANGEBYSCORE', Q .. 'q', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+      if not oldest[1] then break end
+      local score = tonumber(oldest[2])
+      if not is_alone and now_ms - (score - math.floor(score / BAND_SPAN) * BAND_SPAN) < after_ms then break end
+      local got = dispatch(P, did, rid, mid, now_ms)
+      if not got then break end
+      n_bound, n_free = n_bound + got, n_free - got
+    end
+  end
   write_replicas()
   return n_bound
 end

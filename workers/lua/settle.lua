@@ -53,4 +53,4 @@ if waits or charged > 0 then -- else it took nothing that anybody waited for
   local used = service(n_in, tonumber(ARGV[8] or '0'), n_out)
   if used ~= charged then charge(P, did, flow_of(adm), charged, used, waits) end
 end
-return {1, waits and pump(P, did, now) or 0}
+return {1, waits and pump(P, did, now) + spill(P, did, now) or 0}

@@ -9,11 +9,12 @@
 -- with 'dead'.
 local P, now, rid, mode = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local rk = P .. 'rep:' .. rid
-local r = redis.call('HMGET', rk, 'dep', 'mid')
+local r = redis.call('HMGET', rk, 'dep', 'mid', 'ext')
 if not r[1] then return {0, 0, 0} end
 local did, M = r[1], P .. 'm:' .. r[2] .. ':'
 if mode ~= 'lost' then
   redis.call('SREM', P .. 'dep:' .. did .. ':reps', rid)
+  if r[3] then redis.call('SREM', P .. 'dep:' .. did .. ':ovf', rid) end
   redis.call('HSET', rk, 'state', mode == 'dead' and 'dead' or 'draining')
   redis.call('PUBLISH', P .. 'route', did)
 end
@@ -53,6 +54,9 @@ if mode ~= 'drain' then
       local rec = redis.call('HMGET', P .. 'req:' .. id, 'n', 'cancel', 'adm')
       if deaths > tonumber(ARGV[5]) then
         give_up(id, ARGV[6])
+      elseif r[3] and (rec[1] or '0') ~= '0' then -- an endpoint elsewhere began it: of its tokens nobody has ids
+        give_up(id, rec[2] and '' or cmsgpack.pack({503, 'cannot_continue',
+          'the answer was interrupted and cannot be continued exactly (because of upstream): send it again'}))
       elseif rec[2] and (rec[1] or '0') == '0' then
         give_up(id, '') -- its client has left, and nothing was made that could be charged
       else
