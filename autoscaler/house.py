@@ -10,6 +10,7 @@ from django.conf import settings
 
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig, ConfigError
+from autoscaler.external import external_house
 from autoscaler.identity import Expected
 from autoscaler.tick import House
 from infra.providers.aws.config import AwsConfig
@@ -23,6 +24,12 @@ def build_house() -> House:
     """Connects to nothing yet. Raises ConfigError for a provider we do not have."""
     config: AutoscalerConfig = settings.AUTOSCALER
     return House(config=config, provider=_provider(config), cell=build_cell())
+
+
+@lru_cache(maxsize=1)
+def build_external_house() -> House:
+    """The same with the machine that calls endpoints elsewhere."""
+    return external_house(build_house())
 
 
 @lru_cache(maxsize=1)

@@ -31,11 +31,14 @@ from autoscaler.types import (
 )
 from autoscaler.types import ReplicaPhase as Phase
 from controlplane.deployments.models import Deployment
+from infra.providers.external import ExternalProvider
 
 log = structlog.get_logger("corral.autoscaler")
 
 MAX_FAILURES_SEEN = 20
 MACHINE_FAILURES_FOR = timedelta(hours=1)
+# Endpoints elsewhere (external.py) are not ours to scale.
+ELSEWHERE_Q = Q(machine__provider=ExternalProvider.name)
 LIVE_Q = Q(replicas__phase__in=LIVE_PHASES)
 
 
@@ -43,7 +46,8 @@ def observe(
     deployment: Deployment, spec: ScalerSpec, config: AutoscalerConfig, cell: Cell, now: datetime
 ) -> Observation:
     """What is known of this deployment now."""
-    rows = list(Replica.objects.filter(deployment_id=deployment.id, phase__in=LIVE_PHASES).order_by("id"))
+    live = Replica.objects.filter(deployment_id=deployment.id, phase__in=LIVE_PHASES)
+    rows = list(live.exclude(ELSEWHERE_Q).order_by("id"))
     readings, load = _ask_redis(cell, deployment.id, rows)
     digest = engine_digest(deployment)
     failures, last_good_at_s = _failures(deployment, spec, now)
@@ -54,7 +58,8 @@ def observe(
     return Observation(
         now_s=now.timestamp(),
         deployment_id=deployment.id.hex,
-        n_queued=None if load is None else load.n_queued,
+        # What an overflow holds would wait if it were not there.
+        n_queued=None if load is None else load.n_queued + load.n_overflowed,
         replicas=replicas,
         machines=pool.view(replicas, spec.max_replicas),
         n_machines=pool.n_machines,
@@ -130,7 +135,9 @@ def _failures(
     deployment: Deployment, spec: ScalerSpec, now: datetime
 ) -> tuple[tuple[Failure, ...], float | None]:
     """Newest failures of this generation, oldest first; and when one last had proven itself."""
-    recent = Replica.objects.filter(deployment_id=deployment.id, generation=deployment.generation)
+    recent = Replica.objects.filter(deployment_id=deployment.id, generation=deployment.generation).exclude(
+        ELSEWHERE_Q
+    )
     last_good_at_s = None
     for row in recent.filter(ready_at__isnull=False).order_by("-ready_at")[:MAX_FAILURES_SEEN]:
         if row.ready_at is not None:

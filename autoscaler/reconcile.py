@@ -77,7 +77,8 @@ def check_machine(machine_id: UUID, house: House, silence: Silence | None = None
     long: the machine is ended, and what it ran moves on.
     """
     report = Report()
-    row = Machine.objects.exclude(state=MachineState.GONE).filter(id=machine_id).first()
+    machines = Machine.objects.filter(id=machine_id, provider=house.provider.name)
+    row = machines.exclude(state=MachineState.GONE).first()
     if row is not None:
         listed = house.provider.describe()
         seen = {m.machine_id: m for m in listed if m.state is not ProviderState.GONE}

@@ -17,6 +17,7 @@ from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
 from controlplane.rollouts.profiles import digest_of
+from controlplane.upstreams.services import sealed_for
 from infra.objectstore import Place, signed_urls
 from workers.contract import ReplicaSpec
 
@@ -76,6 +77,10 @@ def desired_spec(replica: Replica) -> ReplicaSpec:
         ReplicaPhase.LOADING,
     ):
         spec.model_urls = _signed_urls(spec.model_source, spec.model_digest)
+    if spec.upstream is not None and not is_draining:
+        # Sealed anew whenever the agent is told, and kept nowhere else.
+        public_hex = str(replica.machine.capabilities.get("box_public", ""))
+        spec.upstream.sealed = sealed_for(UUID(hex=spec.upstream.upstream), public_hex)
     return spec
 
 

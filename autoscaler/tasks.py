@@ -13,13 +13,14 @@ from django.db import OperationalError
 from django.db.models import Q
 
 from autoscaler import (
+    external,
     longoperations,  # noqa: F401 - registers its handlers
     market,
     notices,
 )
 from autoscaler import tick as ticking
-from autoscaler.house import build_house
-from autoscaler.models import LIVE_PHASES, Replica
+from autoscaler.house import build_external_house, build_house
+from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica
 from autoscaler.reconcile import reconcile as run_reconcile
 from controlplane.deployments.models import Deployment
 from infra.providers.base import ProviderError
@@ -57,6 +58,14 @@ def reconcile() -> None:
     house = build_house()
     for deployment_id in sorted(run_reconcile(house).deployments):
         ticking.tick(deployment_id, house)
+    if Machine.objects.filter(provider=external.PROVIDER).exclude(state=MachineState.GONE).exists():
+        run_reconcile(build_external_house())
+
+
+@shared_task(name="autoscaler.keep_upstreams")  # type: ignore[untyped-decorator]
+def keep_upstreams() -> None:
+    """A replica for each endpoint elsewhere that is attached; nothing where there is none."""
+    external.keep(build_external_house())
 
 
 @shared_task(name="autoscaler.refresh_market")  # type: ignore[untyped-decorator]

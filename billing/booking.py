@@ -20,6 +20,7 @@ from billing.models import PriceVersion, UsageEvent, Witness
 from billing.money import NanoPerMillion, Rates
 from billing.vetting import Usage
 from controlplane.slo import rollup
+from controlplane.upstreams import rollup as upstreams
 
 # (column, PostgreSQL type), in the order of _values.
 _COLUMNS: Final = (
@@ -46,6 +47,7 @@ _COLUMNS: Final = (
     ("witness", "text"),
     ("received_at", "timestamptz"),
     ("end_customer", "text"),
+    ("counted_by", "text"),
 )
 _TABLE: Final = UsageEvent._meta.db_table
 _NAMES: Final = ", ".join(name for name, _ in _COLUMNS)
@@ -148,7 +150,27 @@ class Books:
             new = frozenset(row[0] for row in cursor.fetchall())
         # In the same transaction: what is booked once is counted once.
         rollup.add(self._connection, (done for item in rated if (done := _finished(item, new)) is not None))
+        elsewhere = [each for item in rated if (each := _elsewhere(item, new)) is not None]
+        if elsewhere:
+            upstreams.add(self._connection, elsewhere)
         return new
+
+
+def _elsewhere(rated: Rated, new: frozenset[UUID]) -> upstreams.Served | None:
+    """The request as an endpoint elsewhere served it; None where none did, or it was booked before."""
+    usage, event = rated.usage, rated.usage.event
+    if not event.counted_by or usage.request_id not in new or usage.replica_id is None:
+        return None
+    return upstreams.Served(
+        usage.replica_id,
+        usage.day,
+        event.status,
+        event.counted_by,
+        event.n_prompt,
+        event.n_cached,
+        usage.n_completion,
+        rated.cost_nano,
+    )
 
 
 def _finished(rated: Rated, new: frozenset[UUID]) -> rollup.Finished | None:
@@ -196,4 +218,5 @@ def _values(rated: Rated, received_at: datetime) -> tuple[object, ...]:
         (Witness.SPOOL if usage.delivery.from_spool else Witness.STREAM).value,
         received_at,
         event.end_customer,
+        event.counted_by,
     )

@@ -97,6 +97,13 @@ class UsageEvent(models.Model):
         db_default="",
         help_text="pseudonym of the tenant's own customer",
     )
+    counted_by = models.CharField(
+        max_length=10,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="who counted the tokens where no engine of ours did: upstream, tokenizer or estimate",
+    )
     witness = models.CharField(max_length=8, choices=Witness.choices)
     received_at = models.DateTimeField()
 

@@ -26,6 +26,8 @@ NEWEST: Final = timedelta(hours=1)
 # The gateway makes the id as it admits the request.
 ID_TO_ADMISSION: Final = timedelta(hours=1)
 
+# Who may have counted tokens: an engine of ours, or what stands for one that is elsewhere.
+COUNTED_BY: Final = ("", "upstream", "tokenizer", "estimate")
 _INT32: Final = (1 << 31) - 1
 _INT16: Final = (1 << 15) - 1
 _MODEL_LENGTH: Final = 64
@@ -181,4 +183,5 @@ def _in_range(event: UsageEvent) -> bool:
         and 0 < len(event.model) <= _MODEL_LENGTH
         and event.model.isprintable()
         and END_CUSTOMER.match(event.end_customer) is not None
+        and event.counted_by in COUNTED_BY
     )

@@ -40,6 +40,7 @@ EVERY_S: Final = {
     "autoscaler.reconcile": 15.0,
     "autoscaler.heed_notices": 5.0,
     "autoscaler.refresh_market": 300.0,
+    "autoscaler.keep_upstreams": 2.0,
     "decisions.intake": 2.0,
     "decisions.prune": 60.0,
     "slo.alert": 30.0,

@@ -51,6 +51,7 @@ class Prefix(StrEnum):
     QUOTA = "quo"
     ENGINE_PROFILE = "epr"
     ROLLOUT = "rlo"
+    UPSTREAM = "ups"
 
 
 class InvalidIdError(ValueError):

@@ -271,6 +271,7 @@ INSTALLED_APPS = [
     "controlplane.lifecycle.apps.LifecycleConfig",
     "controlplane.budgets.apps.BudgetsConfig",
     "controlplane.webhooks.apps.WebhooksConfig",
+    "controlplane.upstreams.apps.UpstreamsConfig",
     "controlplane.quotas.apps.QuotasConfig",
     "controlplane.rollouts.apps.RolloutsConfig",
     "controlplane.api.apps.ApiConfig",

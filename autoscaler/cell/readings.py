@@ -34,6 +34,7 @@ class DeploymentReading:
 
     n_queued: int = 0
     n_routed: int = 0
+    n_overflowed: int = 0  # requests that its overflow replicas have
 
 
 class Readings(Connection):
@@ -45,31 +46,42 @@ class Readings(Connection):
         for rid, mid, did in replicas:
             pipeline.hmget(self.keys.replica(rid), "state", "slots", "used")
             pipeline.sismember(self.keys.replicas(did), rid)
+            pipeline.sismember(self.keys.overflow(did), rid)
             pipeline.get(self.keys.machine(mid).heartbeat(rid))
         answers = pipeline.execute() if replicas else []
         found = {}
         for i, (rid, mid, _) in enumerate(replicas):
-            (state, slots, used), is_routed, beat = answers[3 * i : 3 * i + 3]
+            (state, slots, used), is_routed, is_overflow, beat = answers[4 * i : 4 * i + 4]
             found[rid] = ReplicaReading(
                 state=(state or b"").decode(),
                 slots=int(slots or 0),
                 used=max(int(used or 0), 0),
-                is_routed=bool(is_routed),
+                is_routed=bool(is_routed or is_overflow),
                 beat=_beat_of(beat, mid, rid),
             )
         return found
 
     def read_deployments(self, deployment_ids: Sequence[str]) -> dict[str, DeploymentReading]:
-        """Queue depth and routed replicas by deployment id. One round trip."""
+        """Queue depth and routed replicas by deployment id. One round trip, and one per deployment with an overflow."""
         pipeline = self.redis.pipeline(transaction=False)
         for did in deployment_ids:
             pipeline.zcard(self.keys.queue(did))
             pipeline.scard(self.keys.replicas(did))
+            pipeline.smembers(self.keys.overflow(did))
         answers = pipeline.execute() if deployment_ids else []
-        return {
-            did: DeploymentReading(int(answers[2 * i]), int(answers[2 * i + 1]))
-            for i, did in enumerate(deployment_ids)
-        }
+        found = {}
+        for i, did in enumerate(deployment_ids):
+            n_queued, n_routed, over = answers[3 * i : 3 * i + 3]
+            n_overflowed = self._n_running([rid.decode() for rid in over]) if over else 0
+            found[did] = DeploymentReading(int(n_queued), int(n_routed), n_overflowed)
+        return found
+
+    def _n_running(self, replicas: Sequence[str]) -> int:
+        """Requests bound to these replicas. One round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for rid in replicas:
+            pipeline.scard(self.keys.replica_live(rid))
+        return sum(map(int, pipeline.execute()))
 
     def read_agents(self, machine_ids: Sequence[str]) -> dict[str, Heartbeat | None]:
         """The agents' heartbeats by machine id. One round trip."""
@@ -113,7 +125,8 @@ class Readings(Connection):
 
     def routed(self, deployment: str) -> list[UUID]:
         """Replicas that the cell gives this deployment's requests to."""
-        members = cast(set[bytes], self.redis.smembers(self.keys.replicas(deployment)))
+        sets = [self.keys.replicas(deployment), self.keys.overflow(deployment)]
+        members = cast(set[bytes], self.redis.sunion(sets))
         return [UUID(hex=member.decode()) for member in sorted(members)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from autoscaler.cell.giving_up import GivingUp
-from workers.scripts import ENROL, RESIZE, SWEEP
+from workers.scripts import ENROL, RESIZE, SPILL, SWEEP
 
 BOUND_PER_CALL = 256  # what the scripts bind at once (lib_queue.lua)
 MAX_ENROL_CALLS = 16  # an engine batches 4,096 at most
@@ -15,14 +15,25 @@ MAX_WITHDRAW_CALLS = 64  # of 512 requests each: more than a replica's slots
 class Routing(GivingUp):
     """All of it may be repeated."""
 
-    def enrol(self, *, replica: str, machine: str, deployment: str, slots: int, kv_tokens: int = 0) -> int:
+    def enrol(
+        self,
+        *,
+        replica: str,
+        machine: str,
+        deployment: str,
+        slots: int,
+        kv_tokens: int = 0,
+        elsewhere: tuple[str, int, float] | None = None,
+    ) -> int:
         """The replica takes requests; answers how many waiting ones were given out. Safe to repeat. `kv_tokens`: what
-        its memory holds; 0 leaves what was said before."""
-        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots, kv_tokens))
+        its memory holds; 0 leaves what was said before. `elsewhere`: of an endpoint its role, after how many ms an
+        overflow takes what waits, and what a token there costs to routing."""
+        extra = () if elsewhere is None else (elsewhere[0], elsewhere[1], f"{elsewhere[2]:.3f}")
+        n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots, kv_tokens, *extra))
         for _ in range(MAX_ENROL_CALLS):
             if n < BOUND_PER_CALL:
                 break
-            n = int(self._run(ENROL, replica, machine, deployment, slots))
+            n = int(self._run(ENROL, replica, machine, deployment, slots, 0, *extra))
             n_bound += n
         return n_bound
 
@@ -31,6 +42,10 @@ class Routing(GivingUp):
         when it drains or has other slots than `was`.
         """
         return int(self._run(RESIZE, replica, was, slots, why))
+
+    def spill(self, deployment: str) -> int:
+        """What has waited too long goes to the deployment's overflow replicas; how many did."""
+        return int(self._run(SPILL, deployment))
 
     def drain(self, replica: str) -> None:
         """The replica gets nothing new. Safe to repeat."""

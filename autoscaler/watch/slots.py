@@ -36,6 +36,8 @@ class SlotKeeper:
 
     def slots_for(self, replica: KnownReplica, offered: int) -> int:
         """With how many slots to enrol it: as adapted so far, never more than the machine offers."""
+        if replica.elsewhere is not None:
+            return min(replica.slots, max(offered, 0))
         memory = self._memories.get(replica.id)
         if memory is not None:
             slots = memory.slots
@@ -68,6 +70,11 @@ class SlotKeeper:
     def _one(
         self, replica: KnownReplica, reading: ReplicaReading, beat: Heartbeat, n_queued: int, now_s: float
     ) -> None:
+        if replica.elsewhere is not None:  # its concurrency is stated, and none while it is left alone
+            slots = min(replica.slots, max(beat.slots, 0))
+            if slots != reading.slots:
+                self.cell.resize(replica.id, was=reading.slots, slots=slots, why=beat.note or "closed")
+            return
         memory = self._memories.get(replica.id) or SlotMemory(reading.slots)
         seen = _observation(reading, beat, n_queued, now_s)
         slots, memory, reason = next_slots(memory, seen, _target(replica, beat.slots))

@@ -6,11 +6,27 @@ The watcher goes on with the last table when Postgres is away.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from django.db.models import F
 
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from controlplane.deployments.models import Deployment
+from controlplane.policy.upstream import price_factor
+from controlplane.upstreams.models import Upstream, UpstreamReplica
+from infra.providers.external import ExternalProvider
+from workers.contract import UpstreamRole
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Of a replica that stands for an endpoint: what it is to its deployment. `price`: what a token there costs to
+    routing, as a factor."""
+
+    role: UpstreamRole
+    after_ms: int = 0
+    price: float = 1.0
+    shadow_ppm: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +41,7 @@ class KnownReplica:
     slots: int
     phase: ReplicaPhase
     itl_ms: int = 0
+    elsewhere: Elsewhere | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +57,17 @@ class Table:
 
 
 def read(cell: str, version: int) -> Table:
-    """Three queries. Raises django.db errors when Postgres is away."""
+    """Three queries, and one more where endpoints are attached. Raises django.db errors when Postgres is away."""
     replicas = (
         Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell)
         .annotate(itl_ms=F("deployment__slo_class__itl_ms"))
         .only("id", "machine_id", "deployment_id", "slots", "phase")
     )
     pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
-    machines = list(pool.only("id", "state", "redis_password_digest"))
+    machines = list(pool.only("id", "state", "redis_password_digest", "provider"))
+    rows = list(replicas)
+    external = {row.id.hex for row in machines if row.provider == ExternalProvider.name}
+    elsewhere = _elsewhere([row.id for row in rows if row.machine_id.hex in external])
     deployments = (
         Deployment.objects.filter(cell=cell, deleted_at=None).order_by("id").values_list("id", flat=True)
     )
@@ -61,10 +81,34 @@ def read(cell: str, version: int) -> Table:
                 slots=row.slots,
                 phase=ReplicaPhase(row.phase),
                 itl_ms=row.itl_ms or 0,
+                elsewhere=elsewhere.get(row.id),
             )
-            for row in replicas
+            for row in rows
         },
         machines={row.id.hex: MachineState(row.state) for row in machines},
         digests={row.id.hex: row.redis_password_digest for row in machines if row.redis_password_digest},
         deployments=tuple(did.hex for did in deployments),
     )
+
+
+def _elsewhere(replica_ids: list[UUID]) -> dict[UUID, Elsewhere]:
+    """Of replicas on a machine for endpoints. One whose endpoint was detached a moment ago takes nothing: a shadow."""
+    found = dict.fromkeys(replica_ids, Elsewhere(UpstreamRole.SHADOW))
+    if not replica_ids:
+        return found
+    of = dict(
+        UpstreamReplica.objects.filter(replica_id__in=replica_ids).values_list("replica_id", "upstream_id")
+    )
+    attached = Upstream.objects.filter(id__in=of.values()).select_related("deployment__price_version")
+    upstreams = {row.id: row for row in attached}
+    for replica_id, upstream_id in of.items():
+        row = upstreams.get(upstream_id)
+        if row is not None:
+            sale_nano = row.deployment.price_version.output_nano_per_million
+            found[replica_id] = Elsewhere(
+                UpstreamRole(row.role),
+                row.overflow_after_ms,
+                price_factor(row.output_nano_per_million, sale_nano),
+                row.shadow_ppm,
+            )
+    return found

@@ -40,7 +40,7 @@ from autoscaler.watch.slots import SlotKeeper
 from autoscaler.watch.sweeper import Sweeper
 from autoscaler.watch.table import KnownReplica
 from workers.contract import ReplicaPhase as Phase
-from workers.contract import ReplicaStatus, Stage
+from workers.contract import ReplicaStatus, Stage, UpstreamRole
 
 log = structlog.get_logger("corral.autoscaler")
 
@@ -275,6 +275,8 @@ class Watcher:
             self._scan_abandoned(now_s)
             self._memory.look()
             self._audit([r for r in known.values() if readings[r.id].used > 0], now_s)
+        for did in {r.deployment for r in known.values() if _is_overflow(r)}:
+            self.cell.spill(did)
         serving = {rid: readings[rid] for rid in known if rid not in self._over}
         self._slots.adapt(known, serving, self._queued, table.deployments, now_s)
 
@@ -353,6 +355,8 @@ class Watcher:
                 continue
             for replica in known.values():
                 reading = readings[replica.id]
+                if replica.elsewhere is not None and replica.elsewhere.role is not UpstreamRole.REPLICA:
+                    continue
                 if replica.deployment == did and reading.state == "ready" and reading.used < reading.slots:
                     self._enrol(replica, reading.slots)
                     break
@@ -400,6 +404,9 @@ class Watcher:
         """A machine may offer fewer slots than were asked for, never more. `kv_tokens` 0: as told before."""
         if replica.id in self._over:
             return
+        elsewhere = replica.elsewhere
+        if elsewhere is not None and elsewhere.role is UpstreamRole.SHADOW:
+            return
         wanted = self._slots.slots_for(replica, slots)
         n_given = self.cell.enrol(
             replica=replica.id,
@@ -407,6 +414,9 @@ class Watcher:
             deployment=replica.deployment,
             slots=wanted,
             kv_tokens=min(max(kv_tokens, 0), MAX_KV_TOKENS),
+            elsewhere=(
+                None if elsewhere is None else (elsewhere.role.value, elsewhere.after_ms, elsewhere.price)
+            ),
         )
         log.info("replica.enrolled", replica=replica.id, slots=wanted, n_given=n_given)
 
@@ -416,3 +426,7 @@ class Watcher:
         self._over.add(replica.id)
         if n_requeued:
             log.warning("replica.requests_requeued", replica=replica.id, n=n_requeued)
+
+
+def _is_overflow(replica: KnownReplica) -> bool:
+    return replica.elsewhere is not None and replica.elsewhere.role is UpstreamRole.OVERFLOW

@@ -30,6 +30,7 @@ from controlplane.saving import check_fields, insert
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
 from controlplane.tenants.context import tenant
+from controlplane.upstreams import services as upstreams
 
 log = structlog.get_logger("corral.deployments")
 
@@ -297,6 +298,7 @@ def delete_deployment(*, organization_id: UUID, deployment_id: UUID) -> None:
             deleted_at=now, updated_at=now, phase=Phase.DELETED, generation=F("generation") + 1
         )
         sharing.withdraw_all(organization_id=organization_id, deployment_id=deployment_id)
+        upstreams.detach_all(organization_id=organization_id, deployment_id=deployment_id)
         _publish(deployment)
     log.info("deployment.deleted", organization=organization_id.hex, deployment=deployment_id.hex)
 

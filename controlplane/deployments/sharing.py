@@ -19,6 +19,7 @@ from controlplane.saving import insert
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
 from controlplane.tenants.context import tenant
+from controlplane.upstreams.services import check_grant
 
 log = structlog.get_logger("corral.deployments")
 
@@ -39,6 +40,7 @@ def grant(
             tenants.project(organization_id=grantee_id, project_id=project_id)
         if project_id == deployment.project_id:
             raise InvalidInputError("project: the deployment is its own, it needs no leave", field="project")
+        check_grant(deployment, grantee_id)
         price_in_force(organization_id=grantee_id, at=timezone.now(), name=deployment.price_version.name)
         held = Grant.objects.filter(deployment=deployment, grantee_id=grantee_id)
         only = Q(project_id=None) if project_id is None else Q(project_id=project_id)

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 from infra.local.process import find_marked, is_alive, kill_marked, wait_until
+from infra.providers.external import DIRECTORY as EXTERNAL
 from infra.providers.local import MARK, read_agent_pid
 
 
@@ -20,12 +21,11 @@ def end_machines(var: Path, *, grace_s: float = 10.0) -> list[str]:
 
     Every agent is told at once (SIGTERM); they have `grace_s` together, what is left is killed.
     """
-    marks = {
-        path.name: f"{MARK}={path.name}" for path in sorted((var / "machines").glob("*")) if path.is_dir()
-    }
+    directories = {path.name: path for path in machine_directories(var)}
+    marks = {name: f"{MARK}={name}" for name in directories}
     alive = [machine_id for machine_id, mark in marks.items() if find_marked(mark)]
     for machine_id in alive:
-        agent = read_agent_pid(var / "machines" / machine_id / "agent.pid")
+        agent = read_agent_pid(directories[machine_id] / "agent.pid")
         if agent is not None and is_alive(agent):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(agent.pid, signal.SIGTERM)
@@ -33,3 +33,9 @@ def end_machines(var: Path, *, grace_s: float = 10.0) -> list[str]:
     for machine_id in alive:
         kill_marked(marks[machine_id])
     return alive
+
+
+def machine_directories(var: Path) -> list[Path]:
+    """Of the pool's machines, then of the one that calls endpoints elsewhere."""
+    found = [*sorted((var / "machines").glob("*")), *sorted((var / EXTERNAL).glob("*"))]
+    return [path for path in found if path.is_dir()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local import environment, preflight
-from infra.local.machines import end_machines
+from infra.local.machines import end_machines, machine_directories
 from infra.local.ports import claimed_ports
 from infra.local.postgres import EmbeddedPostgres
 from infra.local.privatefile import make_traversable
@@ -281,8 +281,8 @@ def status(config: StackConfig) -> StackStatus:
     running = record is not None and record.supervisor_runs()
     machines = tuple(
         MachineStatus(path.name, n_processes, path / "agent.log")
-        for path in sorted((config.var / "machines").glob("*"))
-        if path.is_dir() and (n_processes := len(find_marked(f"{MARK}={path.name}")))
+        for path in machine_directories(config.var)
+        if (n_processes := len(find_marked(f"{MARK}={path.name}")))
     )
     return StackStatus(record.phase if record and running else "down", record, machines)
 

@@ -1,0 +1,120 @@
+"""Reads about endpoints elsewhere, scoped by organization, save for those that say they need the operator role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+from uuid import UUID
+
+from django.db import connection
+from django.db.models import Avg, Count, Q, QuerySet, Sum
+
+from controlplane.errors import NotFoundError
+from controlplane.upstreams.models import OutsideConsent, Role, ShadowResult, Upstream, UpstreamDay
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an endpoint was used for over some days. Money in nano-dollars."""
+
+    n_requests: int = 0
+    n_failed: int = 0
+    n_counted_here: int = 0
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
+    n_completion_tokens: int = 0
+    cost_nano: int = 0
+    revenue_nano: int = 0
+
+    @property
+    def margin_nano(self) -> int:
+        return self.revenue_nano - self.cost_nano
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """What shadow answers were like. Milliseconds are means over those that have them."""
+
+    n: int = 0
+    n_failed: int = 0
+    n_compared: int = 0
+    n_same: int = 0
+    similarity_ppm: int | None = None
+    first_token_ms: int | None = None
+    own_first_token_ms: int | None = None
+    duration_ms: int | None = None
+    own_duration_ms: int | None = None
+    n_completion_tokens: int = 0
+    cost_nano: int = 0
+
+
+def upstreams(*, organization_id: UUID, deployment_id: UUID | None = None) -> QuerySet[Upstream]:
+    found = Upstream.objects.filter(organization_id=organization_id).select_related("deployment")
+    return found if deployment_id is None else found.filter(deployment_id=deployment_id)
+
+
+def upstream(*, organization_id: UUID, upstream_id: UUID) -> Upstream:
+    """One endpoint. Raises NotFoundError, also for another tenant's."""
+    found = upstreams(organization_id=organization_id).filter(id=upstream_id).first()
+    if found is None:
+        raise NotFoundError("no such upstream", field="upstream")
+    return found
+
+
+def served(*, organization_id: UUID, upstream_id: UUID, since: date) -> Served:
+    """From this UTC day on."""
+    rows = UpstreamDay.objects.filter(
+        organization_id=organization_id, upstream_id=upstream_id, day__gte=since
+    )
+    sums = rows.aggregate(**{name: Sum(name) for name in Served.__dataclass_fields__})
+    return Served(**{name: value or 0 for name, value in sums.items()})
+
+
+def shadow_results(*, organization_id: UUID, upstream_id: UUID) -> QuerySet[ShadowResult]:
+    return ShadowResult.objects.filter(organization_id=organization_id, upstream_id=upstream_id)
+
+
+def shadowed(*, organization_id: UUID, upstream_id: UUID, since: date) -> Shadowed:
+    """Sums and means of what a shadow answered since this UTC day."""
+    rows = shadow_results(organization_id=organization_id, upstream_id=upstream_id).filter(
+        at__date__gte=since
+    )
+    found = rows.aggregate(
+        n=Count("id"),
+        n_failed=Count("id", filter=~Q(status=200)),
+        n_compared=Count("id", filter=Q(is_same__isnull=False)),
+        n_same=Count("id", filter=Q(is_same=True)),
+        similarity_ppm=Avg("similarity_ppm"),
+        first_token_ms=Avg("first_token_ms"),
+        own_first_token_ms=Avg("own_first_token_ms"),
+        duration_ms=Avg("duration_ms"),
+        own_duration_ms=Avg("own_duration_ms"),
+        n_completion_tokens=Sum("n_completion_tokens"),
+        cost_nano=Sum("cost_nano"),
+    )
+    counts = ("n", "n_failed", "n_compared", "n_same", "n_completion_tokens", "cost_nano")
+    told: dict[str, Any] = {
+        name: int(value or 0) if name in counts else None if value is None else round(value)
+        for name, value in found.items()
+    }
+    return Shadowed(**told)
+
+
+def has_agreed(*, organization_id: UUID) -> bool:
+    """Whether this organization's prompts may go to shadows, and to endpoints that others attached."""
+    return OutsideConsent.objects.filter(organization_id=organization_id).exists()
+
+
+def that_agreed(organization_ids: Iterable[UUID]) -> set[UUID]:
+    """Of these organizations; for whoever shares a deployment with them, which sees nothing else of them."""
+    wanted = list(organization_ids)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT * FROM corral_outside_agreed(%s::uuid[])", [wanted])
+        return {row[0] for row in cursor.fetchall()}
+
+
+def serving(*, deployment_id: UUID) -> QuerySet[Upstream]:
+    """Endpoints that answer (or would, if enabled) requests of a deployment: shadows do not."""
+    return Upstream.objects.filter(deployment_id=deployment_id).exclude(role=Role.SHADOW)
