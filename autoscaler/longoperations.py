@@ -14,6 +14,7 @@ from django.utils import timezone
 from autoscaler.act import drain
 from autoscaler.house import build_cell
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.observe import ELSEWHERE_Q
 from autoscaler.specs import engine_digest
 from controlplane import ids
 from controlplane.deployments.models import Deployment, Phase
@@ -43,7 +44,8 @@ def rollout(claim: Claim) -> Again | Done:
         raise ConflictError(
             "another change came after this one; its own operation tells of it", code="superseded"
         )
-    live = list(Replica.objects.filter(deployment_id=deployment.id, phase__in=LIVE_PHASES))
+    ours = Replica.objects.filter(deployment_id=deployment.id, phase__in=LIVE_PHASES).exclude(ELSEWHERE_Q)
+    live = list(ours)
     if deployment.deleted_at is not None:
         if not live:
             return Done({"n_replicas": 0}, "nothing of it runs any more")

@@ -35,6 +35,7 @@ from controlplane.api.plandocument import (
 from controlplane.deployments.models import Deployment
 from controlplane.tenants.models import ApiKey, ManagementToken, Member, Role, User
 from controlplane.tenants.rights import PERMISSIONS
+from controlplane.upstreams.models import UpstreamReplica
 
 MAX_LISTED: Final = 200  # of each kind
 _RUNNING: Final = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY)
@@ -107,9 +108,9 @@ def _replicas(organization_id: UUID, written: Sequence[Written]) -> list[Replica
     surplus: list[tuple[list[Replica], Deployment, int]] = []
     for entry, row in _deployments(organization_id, written):
         live = list(
-            Replica.objects.filter(
-                organization_id=organization_id, deployment_id=row.id, phase__in=_RUNNING
-            ).order_by("id")[:MAX_LISTED]
+            Replica.objects.filter(organization_id=organization_id, deployment_id=row.id, phase__in=_RUNNING)
+            .exclude(id__in=UpstreamReplica.objects.filter(deployment_id=row.id).values("replica_id"))
+            .order_by("id")[:MAX_LISTED]
         )
         if row.deleted_at is not None:
             hit += [(replica, row, "deleted") for replica in live]
