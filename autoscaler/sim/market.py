@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoscaler.sim.workload import WorkloadError, open_text
+
 
 class MarketError(ValueError):
     """A file that is not a capacity trace: says which and why."""
@@ -57,9 +59,10 @@ def read_zone(path: Path, *, usd_per_h: float, machines_per_unit: int = 1) -> Zo
     """A zone of one recorded file. `machines_per_unit`: what an availability of 1 is taken to mean, because a probe of
     one machine cannot tell how many there were; an assumption that every table states."""
     try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise MarketError(f"{path}: {error.strerror or error}") from None
+        with open_text(path) as lines:
+            document = json.load(lines)
+    except WorkloadError as error:
+        raise MarketError(str(error)) from None
     except ValueError:
         raise MarketError(
             f"{path.name}: is no JSON; a capacity file has metadata.gap_seconds and data"
@@ -78,7 +81,7 @@ def read_zone(path: Path, *, usd_per_h: float, machines_per_unit: int = 1) -> Zo
         if not known:
             raise MarketError(f"{path.name}: prices: give a list of USD an hour, or leave it out")
         usd_per_h = sum(known) / len(known)
-    return Zone(path.stem, gap_s, capacity, usd_per_h)
+    return Zone(path.name.removesuffix(".gz").removesuffix(".json"), gap_s, capacity, usd_per_h)
 
 
 def _numbers(values: object) -> tuple[float, ...]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+import heapq
 import io
 import json
 import math
 import random
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Final
 
@@ -48,13 +49,13 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
     CSV with `arrival_s`, `context_tokens` or `prompt_tokens` or `input_tokens`, `generated_tokens` or
     `output_tokens`, optionally `tenant`, `predicted_tokens`, `priority` (0 is served first); or JSON lines with
     `timestamp` (ms), `input_length`, `output_length`, optionally `hash_ids`. Either may be gzipped. Requests without
-    prompt or answer count as one token.
+    prompt or answer count as one token. Rows may be out of order by some thousands; time counts from the earliest.
     """
     with open_text(path) as lines:
         name = path.name.removesuffix(".gz")
         rows = _jsonl(lines, path) if name.endswith((".jsonl", ".json")) else _csv(lines, path)
         is_empty = True
-        for arrival in rows:
+        for arrival in _in_order(rows, path):
             is_empty = False
             if arrival.at_s >= until_s:
                 return
@@ -62,6 +63,36 @@ def read_requests(path: Path, *, start_s: float = 0.0, until_s: float = math.inf
                 yield arrival
         if is_empty:
             raise WorkloadError(f"{path.name}: has no request; one line for each is wanted")
+
+
+_OUT_OF_ORDER: Final = 10_000  # requests that may stand between a row and its place in time
+
+
+def _in_order(rows: Iterator[Arrival], path: Path) -> Iterator[Arrival]:
+    """By instant, those at one instant as they stand, counted from the first."""
+    waiting: list[tuple[float, int, Arrival]] = []
+    first_s, last_s = math.nan, -math.inf
+
+    def placed(arrival: Arrival) -> Arrival:
+        nonlocal first_s, last_s
+        if math.isnan(first_s):
+            first_s = arrival.at_s
+        last_s = arrival.at_s
+        return replace(arrival, at_s=arrival.at_s - first_s) if first_s else arrival
+
+    for number, arrival in enumerate(rows, start=1):
+        if arrival.at_s < last_s:
+            raise WorkloadError(
+                f"{path.name}, request {number}: came {last_s - arrival.at_s:g} s before one that stands more than "
+                f"{_OUT_OF_ORDER:,} rows above it; sort the file by time"
+            )
+        entry = (arrival.at_s, number, arrival)
+        if len(waiting) < _OUT_OF_ORDER:
+            heapq.heappush(waiting, entry)
+        else:
+            yield placed(heapq.heappushpop(waiting, entry)[2])
+    while waiting:
+        yield placed(heapq.heappop(waiting)[2])
 
 
 def thin(arrivals: Iterator[Arrival], keep: float, seed: int) -> Iterator[Arrival]:
@@ -115,7 +146,6 @@ def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
             f"{path.name}: needs columns arrival_s, one of {', '.join(_PROMPT)} and one of {', '.join(_OUTPUT)}; "
             f"has {', '.join(columns)[:200] or 'none'}. Rates of clients go to --rates"
         )
-    first_s: float | None = None
     for number, row in enumerate(reader, start=2):
         at_s = number_of(row, "arrival_s", path, number)
         n_prompt, n_output = (int(number_of(row, name, path, number)) for name in (prompt, output))
@@ -123,9 +153,8 @@ def _csv(lines: IO[str], path: Path) -> Iterator[Arrival]:
             int(number_of(row, name, path, number)) if row.get(name) else 0
             for name in ("predicted_tokens", "priority")
         )
-        first_s = at_s if first_s is None else first_s
         yield Arrival(
-            at_s - first_s,
+            at_s,
             max(n_prompt, 1),
             max(n_output, 1),
             row.get("tenant") or "all",
@@ -152,8 +181,9 @@ def number_of(row: Mapping[str, object], name: str, path: Path, line: int) -> fl
 
 
 def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
-    first_ms: float | None = None
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         if len(line) > _MAX_LINE:
             raise WorkloadError(f"{path.name}, line {number}: longer than {_MAX_LINE} characters")
         try:
@@ -174,8 +204,7 @@ def _jsonl(lines: IO[str], path: Path) -> Iterator[Arrival]:
         if not isinstance(blocks, list) or not all(isinstance(block, int) for block in blocks):
             raise WorkloadError(f"{path.name}, line {number}: hash_ids: give a list of whole numbers")
         prefix = tuple(blocks)
-        first_ms = at_ms if first_ms is None else first_ms
-        yield Arrival((at_ms - first_ms) / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
+        yield Arrival(at_ms / 1000, max(n_prompt, 1), max(n_output, 1), prefix=prefix)
 
 
 def read_sizes(path: Path) -> list[tuple[int, int]]:
@@ -206,8 +235,12 @@ def open_text(path: Path) -> Iterator[IO[str]]:
     """A text file, gzipped or not; WorkloadError when it cannot be opened, and for what it turns out not to be while it
     is read."""
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as binary:
-            yield io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        with path.open("rb") as plain:
+            # By content: a name may lie after a download.
+            is_gzipped = plain.read(2) == b"\x1f\x8b" or path.name.endswith(".gz")
+            plain.seek(0)
+            with gzip.open(plain) if is_gzipped else nullcontext(plain) as binary:
+                yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
     except UnicodeDecodeError:
         raise WorkloadError(
             f"{path.name}: is no text in UTF-8; give a CSV or JSON lines, gzipped or not"

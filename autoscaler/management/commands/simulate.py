@@ -25,11 +25,12 @@ from autoscaler.sim.enginemodel import EngineSpec
 from autoscaler.sim.fleet import Terms
 from autoscaler.sim.idle_policies import RUNGS, compare
 from autoscaler.sim.job import Job
-from autoscaler.sim.market import MarketError, Zone, read_zone
+from autoscaler.sim.market import MarketError, Zone
 from autoscaler.sim.oracle import OracleError, bound_of
 from autoscaler.sim.policies import MAKERS, NEEDS_MARKET, policy
 from autoscaler.sim.prices import PriceError, read_prices
 from autoscaler.sim.rates import arrivals, read_lengths, read_rates
+from autoscaler.sim.recordings import Reading, read_market, recordings, unlike
 from autoscaler.sim.replicas import engine_spec, told
 from autoscaler.sim.scenario import Result, Setting, run
 from autoscaler.sim.statistics import interval
@@ -85,7 +86,12 @@ class Command(BaseCommand):
             "--target-ratio", type=float, default=0.7, help="share of slots that should be busy"
         )
         market = parser.add_argument_group("market")
-        market.add_argument("--spot", type=Path, nargs="+", help="capacity files, or a folder of them")
+        market.add_argument(
+            "--spot",
+            type=Path,
+            nargs="+",
+            help="recordings of capacity, counts, events, prices or interruptions; or a folder",
+        )
         market.add_argument(
             "--zone-machines", type=int, default=16, help="machines that availability 1 means"
         )
@@ -94,7 +100,9 @@ class Command(BaseCommand):
         )
         market.add_argument("--on-demand-usd", type=float, default=3.06)
         market.add_argument("--prices", type=Path, help="price list, instead of the two figures above")
-        market.add_argument("--instance", help="machine type in --prices (or GPU, of lists per GPU)")
+        market.add_argument(
+            "--instance", help="machine type in --prices and --spot (or GPU, of lists per GPU)"
+        )
         market.add_argument("--boot-s", type=float, default=120.0, help="order of a machine to serving")
         market.add_argument(
             "--notice-s", type=float, default=120.0, help="warning before a spot machine goes"
@@ -137,7 +145,7 @@ class Command(BaseCommand):
         _check(options)
         names = _policies(options["policy"], has_market=bool(options["spot"]))
         try:
-            setting = _setting(options)
+            setting = _setting(options, self.stderr.write)
             rows: dict[str, list[Result]] = {name: [] for name in names}
             bounds: dict[str, list[float]] = {name: [] for name in names}
             for seed in range(max(options["seeds"], 1)):
@@ -257,20 +265,24 @@ def _check(options: dict[str, Any]) -> None:
             raise CommandError(f"--{name.replace('_', '-')} = {value:g}: must be {lowest}{highest}")
 
 
-def _setting(options: dict[str, Any]) -> Setting:
+def _setting(options: dict[str, Any], warn: Callable[[str], Any]) -> Setting:
     engine = engine_spec(options["model"], options["gpu"], options["tp"], dtype=options["dtype"])
     slots = options["slots"] or _slots(options, engine)
     until_s = options["hours"] * 3600
     on_demand_usd, spot_usd = _prices(options)
     zones: tuple[Zone, ...] = ()
     if options["spot"]:
-        files = [f for p in options["spot"] for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
-        zones = tuple(
-            read_zone(f, usd_per_h=spot_usd(f.stem), machines_per_unit=options["zone_machines"])
-            for f in files
-        )
+        files, left = recordings(options["spot"])
+        for file in left:
+            warn(
+                f"--spot: {file.name} does not say how many machines there were; name the file to have it read"
+            )
+        reading = Reading(spot_usd, options["zone_machines"], on_demand_usd, options["instance"] or "")
+        zones = unlike([(file, zone) for file in files for zone in read_market(file, reading)])
         if not zones:
-            raise CommandError("--spot: no capacity file (*.json) there")
+            raise CommandError(
+                "--spot: no recording of capacity (*.json, or *.csv of counts or events) there"
+            )
         until_s = min(until_s, *(zone.end_s for zone in zones))
     terms = Terms(options["boot_s"], options["notice_s"], on_demand_usd, tick_s=15)
     return Setting(
@@ -361,7 +373,7 @@ def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
             f"{len(setting.zones)} zones, {options['zone_machines']} machines where one was probed, spot "
             f"{spot_usd[0]:g}{f' to {spot_usd[-1]:g}' if len(spot_usd) > 1 else ''}, on-demand "
             f"{setting.terms.on_demand_usd_per_h:g} USD/h, boot {setting.terms.boot_s:g} s, notice "
-            f"{setting.terms.notice_s:g} s, {setting.until_s / 3600:.0f} h"
+            f"{setting.terms.notice_s:g} s, {round(setting.until_s / 3600, 1):g} h"
         )
     else:
         found["market"] = f"none: {setting.replicas} replicas are there"

@@ -35,6 +35,38 @@ def test_json_lines_bring_prefix_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        CSV.replace("\n", "\r\n"),
+        "\ufeff" + CSV,
+        CSV.replace("47.0,396,0\n", "").replace("50.25,12,9\n", "50.25,12,9\n\n47.0,396,0\n\n"),
+        gzip.compress(CSV.encode()),  # a name that lies
+    ],
+)
+def test_other_ends_of_lines_marks_order_and_packing_change_nothing(
+    tmp_path: Path, text: str | bytes
+) -> None:
+    (tmp_path / "requests.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = list(read_requests(tmp_path / "requests.csv"))
+    assert found == [Arrival(0.0, 374, 44), Arrival(0.5, 396, 1), Arrival(3.75, 12, 9)]
+
+
+def test_empty_lines_equal_instants_and_huge_gaps_are_taken_and_order_has_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [ROW, "", ROW.replace("5", "6"), ROW.replace(": 1,", ": 900000000,"), "  "]
+    path.write_text("\n".join(rows) + "\r\n")
+    assert [(a.at_s, a.n_prompt) for a in read_requests(path)] == [(0.0, 5), (0.0, 6), (899_999.999, 5)]
+    monkeypatch.setattr("autoscaler.sim.workload._OUT_OF_ORDER", 2)
+    path.write_text("\n".join(ROW.replace(": 1,", f": {t},") for t in (5, 6, 7, 8, 1)))
+    with pytest.raises(
+        WorkloadError, match=r"trace\.jsonl, request 5: came 0\.005 s before .* sort the file"
+    ):
+        list(read_requests(path))
+
+
+@pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("a.csv", "time,tokens\n1,2\n", "needs columns arrival_s"),
@@ -82,12 +114,11 @@ def test_jobs_arrive_in_order_and_faster_when_asked() -> None:
 
 def test_predictions_and_priorities_of_a_file_reach_its_jobs(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    path.write_text(
-        "arrival_s,prompt_tokens,output_tokens,predicted_tokens,priority\n0,5,7,30,2\n1,5,7,,\n2,5,7,-1,0\n"
-    )
-    found = read_requests(path)
-    first, second = next(jobs(found)), next(jobs(found))
+    path.write_text("arrival_s,prompt_tokens,output_tokens,predicted_tokens,priority\n0,5,7,30,2\n1,5,7,,\n")
+    first, second = jobs(read_requests(path))
     assert (first.n_predicted, first.band) == (30, 2)
     assert (second.n_predicted, second.band) == (7, 0)
+    with path.open("a") as file:
+        file.write("2,5,7,-1,0\n")
     with pytest.raises(WorkloadError, match="line 4"):
-        next(found)
+        list(read_requests(path))
