@@ -19,6 +19,7 @@ from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.observe import capacity
+from autoscaler.siblings import siblings_of
 from autoscaler.specs import desired_spec, engine_digest, replica_spec, slots
 from autoscaler.types import (
     Command,
@@ -143,7 +144,10 @@ def _start(
             raise
         replica = found
     if replica.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING):
-        _tell(lambda: cell.set_desired(machine_id.hex, desired_spec(replica)), replica)
+        spec = desired_spec(replica)
+        if spec.model_urls:
+            spec.model_siblings = siblings_of(machine_id, spec.model_digest, cell, timezone.now().timestamp())
+        _tell(lambda: cell.set_desired(machine_id.hex, spec), replica)
     log.info("replica.ordered", replica=replica.id.hex, deployment=deployment.id.hex, machine=machine_id.hex)
     return True
 

@@ -175,6 +175,8 @@ class AgentConfig:
     # Prefix of the tags that an EC2 machine reads its id from; empty where the id was given.
     tag_prefix: str = ""
     model_cache_bytes: int | None = None  # what model versions may take of the disk; None: what it has
+    # host and port at which siblings fetch model versions; None: they do not. Host `imds`: this instance's private one.
+    model_share: tuple[str, int] | None = None
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str] = os.environ) -> AgentConfig:
@@ -187,6 +189,7 @@ class AgentConfig:
         parser.add_argument("--var", default=env.get("CORRAL_MACHINE_VAR", ""))
         parser.add_argument("--model-cache", default=env.get("CORRAL_MODEL_CACHE", ""))
         parser.add_argument("--model-cache-gib", default=env.get("CORRAL_MODEL_CACHE_GIB", ""))
+        parser.add_argument("--model-share", default=env.get("CORRAL_MODEL_SHARE", ""), help="host:port")
         parser.add_argument("--cell", default=env.get("CORRAL_CELL", DEFAULT_CELL))
         parser.add_argument("--redis", default=env.get("CORRAL_MACHINE_REDIS", ""), help="host:port")
         parser.add_argument(
@@ -220,8 +223,20 @@ class AgentConfig:
             proof=env.get("CORRAL_ENROL_PROOF", ""),
             tag_prefix=env.get("CORRAL_TAG_PREFIX", "corral") if is_ec2 else "",
             model_cache_bytes=None if math.isinf(gib) else int(gib * 2**30),
+            model_share=_share(options.model_share),
         )
 
     @property
     def dirs(self) -> MachineDirs:
         return MachineDirs(self.var_dir)
+
+
+def _share(text: str) -> tuple[str, int] | None:
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    if not host or host == "*" or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(
+            f"--model-share {text!r}: give the address siblings reach this machine at, host:port, or imds:port on EC2"
+        )
+    return host, int(port)

@@ -347,6 +347,16 @@ class AdapterSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
     v: int = WIRE_VERSION
 
 
+class ModelShelf(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What model versions a machine holds whole, and where siblings may fetch them with a ticket. `key` signs those
+    (workers/modelcache/ticket.py): a secret between this machine and the trusted side."""
+
+    digests: tuple[str, ...] = ()
+    url: str = ""
+    key: bytes = b""
+    v: int = WIRE_VERSION
+
+
 class ReplicaStatus(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Field of `actual`, also published on the machine's event channel when it changes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,7 +11,7 @@ from uuid import UUID
 import msgspec
 
 from autoscaler.cell.connection import Connection
-from workers.contract import Heartbeat, ReplicaStatus, ServingReport
+from workers.contract import Heartbeat, ModelShelf, ReplicaStatus, ServingReport
 
 _decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
 _decode_status = msgspec.json.Decoder(ReplicaStatus).decode
@@ -89,6 +90,20 @@ class Readings(Connection):
             return {}
         beats = cast(list[bytes | None], self.redis.mget([self._machine(m).heartbeat() for m in machine_ids]))
         return {mid: _beat_of(beat, mid, "") for mid, beat in zip(machine_ids, beats, strict=True)}
+
+    def read_shelves(self, machine_ids: Sequence[str]) -> dict[str, ModelShelf]:
+        """What model versions each machine says it holds; absent: nothing that is understood, or nothing lately."""
+        if not machine_ids:
+            return {}
+        payloads = cast(
+            list[bytes | None], self.redis.mget([self._machine(machine).models for machine in machine_ids])
+        )
+        found = {}
+        for machine, payload in zip(machine_ids, payloads, strict=True):
+            if payload is not None:
+                with contextlib.suppress(msgspec.MsgspecError):
+                    found[machine] = msgspec.json.decode(payload, type=ModelShelf)
+        return found
 
     def read_actual(self, replicas: Sequence[tuple[str, str]]) -> dict[str, ReplicaStatus]:
         """What the agents say of these (replica, machine) pairs, by replica id, as far as it parses.

@@ -23,6 +23,7 @@ from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
 from workers.agent.replicas import Limits, Replicas
+from workers.agent.shelf import Shelf
 from workers.agent.spools import DeadSpools
 from workers.agent.zygote_client import Zygote, ZygoteGone
 from workers.config import AgentConfig, ServeTuning
@@ -113,6 +114,7 @@ class Agent:
                 self._watch(replicas, spools),
                 self._prefetch(),
                 self._heed(replicas),
+                Shelf(self._config, self._client, self._keys).run(),
                 self._until_stopped(),
             )
         ]

@@ -66,6 +66,13 @@ class Metadata:
             raise MetadataError(f"this instance has no tag {name!r}, or its tags are not in its metadata")
         return found
 
+    def address(self) -> str:
+        """This instance's private address. MetadataError without one."""
+        found = self._get("/latest/meta-data/local-ipv4")
+        if not found:
+            raise MetadataError("this instance has no private address in its metadata")
+        return found.strip()
+
     def identity(self) -> Identity:
         """MetadataError where this is no EC2 machine."""
         document = self._get("/latest/dynamic/instance-identity/document")

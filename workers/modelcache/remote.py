@@ -78,6 +78,7 @@ def fetch_files(
     that file may be read. on_open: all but the weights is there, and these lie in full size: loading may begin.
     """
     check_names(manifest)
+    faults: dict[str, int] = {}
     n_done = 0
 
     def on_bytes(n: int) -> None:
@@ -97,6 +98,7 @@ def fetch_files(
             entry,
             tuning=tuning if known is None else replace(tuning, part_bytes=pieces.piece_bytes),
             pieces=known,
+            faults=faults,
             on_bytes=on_bytes,
             on_ready=lambda n: on_ready(entry.name, n),
         )

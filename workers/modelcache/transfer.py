@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from workers.modelcache.line import FAR, NEAR, Line, TransferError
 from workers.modelcache.manifest import FileEntry
@@ -49,10 +50,12 @@ class Transfer:
         *,
         tuning: Tuning = Tuning(),
         pieces: Sequence[str] | None = None,
+        faults: dict[str, int] | None = None,
         on_bytes: Callable[[int], None] = lambda n: None,
         on_ready: Callable[[int], None] = lambda n: None,
     ) -> None:
         """urls: the same file at several places, best first. pieces: SHA-256 of each part of `tuning.part_bytes`.
+        faults: of each host, to share between the files of one version.
 
         on_bytes: hears of every part, from any thread; on_ready: in order, from one thread at a time.
         """
@@ -72,7 +75,8 @@ class Transfer:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._is_prepared = False
-        self._faults = [0] * len(self._urls)
+        self._hosts = [urlsplit(url).netloc for url in self._urls]
+        self._faults = {} if faults is None else faults
         self.n_fetched_bytes = 0
 
     def prepare(self) -> None:
@@ -268,23 +272,32 @@ class Transfer:
         for attempt in range(ATTEMPTS):
             if self._stop.is_set():
                 raise TransferError("source_unreachable", "stopped")
-            source = min(range(len(self._urls)), key=lambda n: (self._faults[n], n))
+            source = min(range(len(self._urls)), key=self._worse)
             patience = FAR if source == len(self._urls) - 1 else NEAR
             digest = None if self._pieces is None else hashlib.sha256()
             try:
                 line.fetch(self._urls[source], start, end, descriptor, self._entry.name, digest, patience)
                 if digest is None or digest.hexdigest() == self._pieces[part]:  # type: ignore[index]
                     return
-                self._faults[source] += _POISONED
+                self._blame(source, _POISONED)
                 last = TransferError(
                     "bad_weights", f"{self._entry.name}: a source gave bytes that are not the model's"
                 )
             except TransferError as error:
                 if error.code == "disk_full":
                     raise
-                self._faults[source] += 1
+                self._blame(source, 1)
                 last = error
             if attempt + 1 >= len(self._urls):
                 self._stop.wait(PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
         assert last is not None
         raise last
+
+    def _worse(self, source: int) -> tuple[int, int]:
+        """Smallest for the one to ask next."""
+        return self._faults.get(self._hosts[source], 0), source
+
+    def _blame(self, source: int, n: int) -> None:
+        """Two threads at once may count one fault: it is a preference, not an account."""
+        host = self._hosts[source]
+        self._faults[host] = self._faults.get(host, 0) + n

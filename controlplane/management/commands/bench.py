@@ -22,6 +22,7 @@ from benchmarks import (
     joint,
     keycheck,
     limits,
+    modelload,
     revoke,
     slots,
     timing,
@@ -125,6 +126,12 @@ BENCHES = {
         limits.as_text,
         1,
     ),
+    "modelload": Bench(
+        "a version from a real S3 server into an engine's memory: download, verify, load, alone and at once",
+        modelload.measure,
+        modelload.as_text,
+        options=("size_mib",),
+    ),
     "slots": Bench(
         "gaps between tokens and throughput with standing slots and with slots that keep a promise",
         slots.measure,
@@ -163,6 +170,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--requests", type=Path, help="truth: a request file whose bursts and sizes to send"
         )
+        parser.add_argument("--size-mib", type=int, default=512, help="modelload: how large a version")
         parser.add_argument("--json", action="store_true")
 
     def handle(self, *args: Any, **options: Any) -> None:

@@ -1,0 +1,62 @@
+"""What an agent tells control of its model cache, under its machine's own Redis user."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from tests.workers.modelcache.test_share import NOW_S, origin  # noqa: F401 - a fixture
+from tests.workers.serving import Cell
+from workers.agent.shelf import Shelf
+from workers.config import AgentConfig
+from workers.contract import ModelShelf
+from workers.modelcache.manifest import Manifest
+from workers.modelcache.store import ModelStore
+from workers.modelcache.ticket import query
+from workers.redis_client import Client
+
+
+def test_the_agent_tells_control_what_it_holds_and_where(
+    origin: tuple[ModelStore, Manifest],  # noqa: F811
+    cell: Cell,
+    tmp_path: Path,
+) -> None:
+    store, manifest = origin
+    keys = cell.keys.machine("m1")
+    url = cell.add_machine("m1")
+    config = AgentConfig(
+        machine="m1",
+        enrol_url="http://x",
+        var_dir=tmp_path,
+        model_cache=store.root,
+        model_share=("127.0.0.1", 0),
+    )
+
+    async def told() -> ModelShelf:
+        client = Client(url, name="agent")
+        await client.connect()
+        running = asyncio.create_task(Shelf(config, client, keys).run())
+        async with asyncio.timeout(10):
+            while not (payload := cell.r.get(keys.models)):
+                await asyncio.sleep(0.01)
+        assert 0 < cell.r.pttl(keys.models) <= 15_000
+        shelf = msgspec.json.decode(payload, type=ModelShelf)
+        path = f"/models/{manifest.digest}/config.json?{query(shelf.key, manifest.digest, int(NOW_S + 60))}"
+
+        def ask() -> int:
+            connection = http.client.HTTPConnection(urlsplit(shelf.url).netloc, timeout=10)
+            connection.request("GET", path, headers={"Range": "bytes=0-1"})
+            return connection.getresponse().status
+
+        assert await asyncio.to_thread(ask) == 206
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await client.close()
+        return shelf
+
+    shelf = asyncio.run(told())
+    assert shelf.digests == (manifest.digest,)
