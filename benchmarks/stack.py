@@ -89,7 +89,8 @@ class BenchStack:
             raise RuntimeError(f"no stack state in {self.var}")
         groups: dict[str, list[int]] = {name: [] for name in (*ON_PATH, *OFF_PATH)}
         for machine in (self.var / "machines").glob("*"):
-            groups["machine"] += find_marked(f"{MARK}={machine.name}")
+            # And what they forked: an engine that names its process overwrites the environment it is found by.
+            groups["machine"] += tree(find_marked(f"{MARK}={machine.name}"))
         for process in state.processes:
             group = _GROUP_OF.get(process.name, process.name.split("-")[0])
             if process.pid is not None and group in groups:

@@ -78,9 +78,10 @@ BENCHES = {
         3,
     ),
     "coldstart": Bench(
-        "agent command to first token; a request at zero replicas to first token",
+        "a request to its first token from each rung: machine warm, weights from disk, control plane alone",
         coldstart.measure,
         coldstart.as_text,
+        options=("only",),
     ),
     "isolation": Bench(
         "a tenant beside another that sends ten times as much; served tokens against weights",
@@ -159,7 +160,7 @@ class Command(BaseCommand):
             type=int,
             help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation, delay and clients: 3)",
         )
-        parser.add_argument("--only", help="gateway, engine: scenarios whose name contains this")
+        parser.add_argument("--only", help="gateway, engine, coldstart: scenarios whose name contains this")
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
         parser.add_argument(
             "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"
