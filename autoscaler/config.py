@@ -34,6 +34,13 @@ class AutoscalerConfig:
     spot: bool = True  # buy machines that may be taken back where that is cheaper in the end
     machine_boot_s: float = 180.0  # order to first token on a cloud machine: what a loss without notice costs
     spot_notice_s: float = 120.0  # AWS warns so long before; 0 where no warning comes
+    # Machines kept beside what has work, so that a spot machine taken back is stood in for at once: as many as the
+    # learned losses ask for and spot's price saves, this many at most.
+    max_spares: int = 4
+    # Machines given up to save money: this share of the pool at once, so many an hour; their replicas move meanwhile.
+    disruption_share: float = 0.1
+    disruptions_per_h: int = 10
+    give_up_grace_s: float = 900.0
     engine: str = "vllm"  # what the agent preloads
     accelerator: str = "cpu"  # what one replica runs on, for its engine profile: cpu, l4, 4xl4, …
     model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
@@ -58,6 +65,10 @@ class AutoscalerConfig:
             ("machine_pending_timeout_s", 1, 3600),
             ("agent_restarts", 0, 100),
             ("agent_lost_s", 10, 3600),
+            ("max_spares", 0, 100),
+            ("disruption_share", 0, 1),
+            ("disruptions_per_h", 0, 10_000),
+            ("give_up_grace_s", 60, 86_400),
             ("machine_boot_s", 1, 3600),
             ("spot_notice_s", 0, 3600),
             ("lease_s", 1, 600),

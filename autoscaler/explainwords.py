@@ -16,9 +16,9 @@ _HEADS: Final = {
     "machine": "on which machine",
     "retire": "which to give up",
     "offer": "which offer to buy",
+    "give_up": "which machine to give up",
 }
-_PREFIX: Final = {"machine": "mch_", "retire": "rep_"}
-_LOOSE: Final = ("kind", "command_id")
+_PREFIX: Final = {"machine": "mch_", "retire": "rep_", "give_up": "mch_"}
 
 
 def lines(explained: Explanation) -> Iterator[str]:
@@ -127,6 +127,9 @@ def _outcome(outcome: Any) -> Iterator[str]:
         names = outcome["names"]
         yield "ask for " + ", then ".join(names) if names else "ask for nothing: every offer refused lately"
         return
-    for name, value in outcome.items():
-        if value and name not in _LOOSE and name != "reasons":
-            yield f"{name.replace('_', ' ')}: {value}"
+    for each in outcome.get("buy", []):
+        stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else " as a spare"
+        yield f"order   buy {each.get('offer')}{stands_in}"
+    for name, what in (("give_up", "give up"), ("cancel", "cancel")):
+        for each in outcome.get(name, []):
+            yield f"order   {what} mch_{each.get('machine_id')} ({each.get('why')})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from dataclasses import dataclass
 from uuid import UUID
 
 import redis
@@ -42,15 +43,24 @@ class QuotaReachedError(Exception):
 _MAX_REASON = 500
 
 
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A machine that the pool orders for itself: offers in their order, and what it stands in for (None: a spare)."""
+
+    names: tuple[str, ...]
+    replaces: UUID | None = None
+
+
 def launch(
     command_id: UUID,
     provider: Provider,
     config: AutoscalerConfig,
     cell: Cell,
     deployment: Deployment | None = None,
+    stand_in: StandIn | None = None,
 ) -> Machine | None:
-    """One machine for this command; None when the pool has no place, a quota of the deployment's organization or of
-    the house would be broken, or the provider has no machine.
+    """One machine for this command, of the offers of `stand_in` if given; None when the pool has no place, a quota
+    of the deployment's organization or of the house would be broken, or the provider has no machine.
 
     Called again with the same command, it answers the machine of the first call. Only who made the row asks
     the provider, since only they have the proof; a row left behind by a crash is completed by reconcile.
@@ -58,7 +68,7 @@ def launch(
     proof, digest = new_proof()
     machine = Machine.objects.filter(command_id=command_id).first()
     if machine is None:
-        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell, deployment)
+        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell, deployment, stand_in)
         if machine is not None and is_ours:
             return machine if ask_provider(machine, proof, provider, config) else None
     return None if machine is None or machine.state == MachineState.GONE else machine
@@ -190,11 +200,15 @@ def _insert(
     config: AutoscalerConfig,
     cell_name: str,
     deployment: Deployment | None,
+    stand_in: StandIn | None,
 ) -> tuple[Machine | None, bool]:
     """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
     every offer refuses; whether we made it.
     """
-    plan = market.plan(provider, config, cell_name, command_id=command_id)
+    if stand_in is None:
+        plan = market.plan(provider, config, cell_name, command_id=command_id)
+    else:
+        plan = LaunchPlan(stand_in.names, ())
     if plan is not None and not plan.names:
         log.warning("machine.no_offer", reasons=plan.reasons, retry_at_s=plan.retry_at_s)
         return None, False
@@ -221,6 +235,7 @@ def _insert(
                     # Until the provider says which of the plan it is, it counts as the dearest.
                     n_gpus=most.n_gpus,
                     price_nano_per_h=most.price_nano_per_h,
+                    replaces=None if stand_in is None else stand_in.replaces,
                 )
                 return machine, True
         except QuotaReachedError as error:

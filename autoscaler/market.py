@@ -16,10 +16,12 @@ from django.db.models import F
 from django.utils import timezone
 
 from autoscaler import pooldecisions
+from autoscaler.codec import CodecError, from_json
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Machine, MachineState, Offer, PoolDecisionKind, PoolState
 from autoscaler.policy import alternatives
 from autoscaler.policy.market import LaunchPlan, OnDemandOffer, Purchase, backoff_s, one_more
+from autoscaler.policy.poolplan import PoolMemory
 from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
 from infra.providers.base import Offering, Provider, Refusal
 
@@ -70,21 +72,15 @@ def plan(
     With the command that orders it the decision is kept.
     """
     now = now or timezone.now()
-    offers = _fresh(provider, cell, now)
+    offers = fresh(provider, cell, now)
     if not offers and refresh(provider, cell, now):
-        offers = _fresh(provider, cell, now)
+        offers = fresh(provider, cell, now)
     if not offers:
         return None
-    spec = SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
+    spec = spot_spec(config)
     state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider.name)
     view = one_more(fleet_view(offers, cell, provider.name, spec, now))
-    on_demand = tuple(
-        OnDemandOffer(
-            o.name, o.price_nano_per_h / NANO, o.refused_until.timestamp() if o.refused_until else None
-        )
-        for o in offers
-        if not o.is_spot
-    )
+    on_demand = on_demand_offers(offers)
     purchase = Purchase(view, on_demand, spec, memory_from(state.memory), spot=config.spot)
     chosen, memory = purchase.plan()
     if command_id is not None:
@@ -106,9 +102,27 @@ def plan(
     return chosen
 
 
+def spot_spec(config: AutoscalerConfig) -> SpotSpec:
+    """How this house buys."""
+    return SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s, max_spares=config.max_spares)
+
+
+def on_demand_offers(offers: Iterable[Offer]) -> tuple[OnDemandOffer, ...]:
+    """Those that are not taken back, as the policy sees them."""
+    return tuple(
+        OnDemandOffer(
+            o.name, o.price_nano_per_h / NANO, o.refused_until.timestamp() if o.refused_until else None
+        )
+        for o in offers
+        if not o.is_spot
+    )
+
+
 def fleet_view(offers: Iterable[Offer], cell: str, provider: str, spec: SpotSpec, now: datetime) -> FleetView:
-    """The pool as the buying policy sees it. `n_wanted` is left 0."""
-    rows = Machine.objects.filter(cell=cell, provider=provider).exclude(state=MachineState.GONE)
+    """The pool as the buying policy sees it, without machines that we give up. `n_wanted` is left 0."""
+    rows = Machine.objects.filter(cell=cell, provider=provider, given_up_at=None).exclude(
+        state=MachineState.GONE
+    )
     pending: Counter[str] = Counter()
     ready: Counter[str] = Counter()
     leaving: Counter[str] = Counter()
@@ -178,6 +192,22 @@ def n_gpus(name: str, cell: str, provider: str) -> int:
     return found.values_list("n_gpus", flat=True).first() or 0
 
 
+def n_spares(cell: str, provider: str) -> int:
+    """Empty machines that the pool's last turn wanted kept."""
+    found = (
+        PoolState.objects.filter(cell=cell, provider=provider).values_list("pool_memory", flat=True).first()
+    )
+    return pool_memory_from(found or {}).n_spares
+
+
+def pool_memory_from(stored: Mapping[str, object]) -> PoolMemory:
+    """An empty memory for what is not one."""
+    try:
+        return from_json(PoolMemory, stored)
+    except CodecError:
+        return PoolMemory()
+
+
 def note_refusals(refusals: Iterable[Refusal], cell: str, provider: str, now: datetime | None = None) -> None:
     """These offers had nothing: they are left alone for a while, longer each time."""
     now = now or timezone.now()
@@ -226,6 +256,7 @@ def memory_from(stored: Mapping[str, object]) -> SpotMemory:
         return SpotMemory()
 
 
-def _fresh(provider: Provider, cell: str, now: datetime) -> list[Offer]:
+def fresh(provider: Provider, cell: str, now: datetime) -> list[Offer]:
+    """Offers that the provider listed lately, by name."""
     rows = Offer.objects.filter(cell=cell, provider=provider.name, priced_at__gt=now - STALE_AFTER)
     return list(rows.order_by("name"))

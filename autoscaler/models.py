@@ -83,6 +83,12 @@ class Machine(models.Model):
         null=True, blank=True, help_text="the organization whose deployment it was bought for"
     )
     n_gpus = models.PositiveIntegerField(default=0, help_text="of what was bought, or may be")
+    given_up_at = models.DateTimeField(
+        null=True, blank=True, help_text="we move everything off it, of our own accord, to save money"
+    )
+    replaces = models.UUIDField(
+        null=True, blank=True, help_text="the machine that it was bought to stand in for"
+    )
     launch_plan = models.JSONField(
         default=list,
         help_text="names of the offerings it may be, best first; fixed before the provider is asked",
@@ -154,7 +160,12 @@ class PoolState(models.Model):
 
     cell = models.CharField(max_length=16)
     provider = models.CharField(max_length=32)
-    memory = models.JSONField(default=dict)
+    memory = models.JSONField(default=dict, help_text="what offers taught: SpotMemory")
+    pool_memory = models.JSONField(
+        default=dict,
+        db_default=models.Value({}, models.JSONField()),
+        help_text="of the pool's own turns: PoolMemory",
+    )
     version = models.PositiveBigIntegerField(default=0)
 
     class Meta:

@@ -15,6 +15,7 @@ from autoscaler.codec import from_json, to_json
 from autoscaler.models import PoolDecision, PoolDecisionKind
 from autoscaler.policy.alternatives import Alternative
 from autoscaler.policy.market import Purchase
+from autoscaler.policy.poolplan import PoolInputs, plan_pool
 from autoscaler.policyversion import policy_version
 
 
@@ -48,4 +49,6 @@ def keep(
 def replay(row: PoolDecision) -> Any:
     """The outcome, as JSON, that the present policy gives to the stored inputs. Raises CodecError where they cannot be
     read."""
+    if row.kind == PoolDecisionKind.POOL:
+        return to_json(plan_pool(from_json(PoolInputs, row.inputs))[0])
     return to_json(from_json(Purchase, row.inputs).plan()[0])

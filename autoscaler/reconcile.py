@@ -181,6 +181,7 @@ def _release(house: House, report: Report, now: datetime) -> None:
         now.timestamp(),
         keep_warm_s=house.config.machine_keep_warm_s,
         pending_timeout_s=house.config.machine_pending_timeout_s,
+        n_spares=market.n_spares(house.cell.keys.cell, house.provider.name),
     )
     for command in commands:
         row = Machine.objects.get(id=UUID(command.machine_id))

@@ -17,6 +17,7 @@ from autoscaler import (
     longoperations,  # noqa: F401 - registers its handlers
     market,
     notices,
+    pool,
 )
 from autoscaler import tick as ticking
 from autoscaler.house import build_external_house, build_house
@@ -66,6 +67,19 @@ def reconcile() -> None:
 def keep_upstreams() -> None:
     """A replica for each endpoint elsewhere that is attached; nothing where there is none."""
     external.keep(build_external_house())
+
+
+@shared_task(name="autoscaler.tend_pool")  # type: ignore[untyped-decorator]
+def tend_pool() -> None:
+    """One turn of the pool; deployments whose machine is given up are ticked at once."""
+    house = build_house()
+    try:
+        touched = pool.turn(house)
+    except ProviderError as error:
+        log.warning("pool.not_tended", code=error.code, error=str(error))
+        return
+    for deployment_id in sorted(touched):
+        ticking.tick(deployment_id, house)
 
 
 @shared_task(name="autoscaler.refresh_market")  # type: ignore[untyped-decorator]

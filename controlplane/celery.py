@@ -39,6 +39,7 @@ EVERY_S: Final = {
     "autoscaler.tick_all": 5.0,
     "autoscaler.reconcile": 15.0,
     "autoscaler.heed_notices": 5.0,
+    "autoscaler.tend_pool": 15.0,
     "autoscaler.refresh_market": 300.0,
     "autoscaler.keep_upstreams": 2.0,
     "decisions.intake": 2.0,

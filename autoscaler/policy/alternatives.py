@@ -15,6 +15,7 @@ from autoscaler.policy.forecast import forecast
 from autoscaler.policy.load import mean
 from autoscaler.policy.market import LaunchPlan, Purchase
 from autoscaler.policy.placement import RANK, preference
+from autoscaler.policy.poolplan import PoolInputs, PoolOrders
 from autoscaler.policy.retire import missed_least
 from autoscaler.policy.spot import effective_usd_per_h
 from autoscaler.policy.usual import level
@@ -35,7 +36,7 @@ MAX_EACH: Final = 24  # machines, replicas or offers told of: the chosen first, 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One answer to `question` (replicas, machine, retire, offer). `subject`: the id or number it is about."""
+    """One answer to `question` (replicas, machine, retire, offer, give_up). `subject`: the id or number it is about."""
 
     question: str
     subject: str
@@ -86,6 +87,32 @@ def of_purchase(purchase: Purchase, plan: LaunchPlan) -> tuple[Alternative, ...]
         found.append((kind.usd_per_h, Alternative("offer", kind.name, kind.name in place, why)))
     found.sort(key=lambda f: (place.get(f[1].subject, math.inf), f[0], f[1].subject))
     return tuple(alternative for _, alternative in found[:MAX_EACH])
+
+
+def of_pool(inputs: PoolInputs, orders: PoolOrders) -> tuple[Alternative, ...]:
+    """Every machine of the pool that stays or goes, and the offers that could stand in."""
+    gone = {g.machine_id: g.why for g in (*orders.give_up, *orders.cancel)}
+    stood_in_for = {m.held.replaces for m in inputs.machines if m.held.replaces}
+    found = []
+    for machine in sorted(inputs.machines, key=lambda m: (m.held.id not in gone, m.held.id))[:MAX_EACH]:
+        held = machine.held
+        why = (
+            f"{machine.offering}, {held.usd_per_h:.4f} $/h, {held.n_replicas} of {held.n_places} places taken"
+        )
+        if held.is_leaving:
+            why += "; its provider takes it away"
+        elif not held.is_ready:
+            why += "; not ready yet"
+        elif held.id in stood_in_for:
+            why += "; its replacement is on its way"
+        if held.id in gone:
+            why += f"; {gone[held.id]}"
+        found.append(Alternative("give_up", held.id, held.id in gone, why))
+    bought = [b.offer for b in orders.buy]
+    for offer in sorted(inputs.offers, key=lambda o: (o.name not in bought, o.usd_per_h, o.name))[:MAX_EACH]:
+        why = f"{offer.usd_per_h:.4f} $/h with what its losses cost, {offer.n_places} places"
+        found.append(Alternative("offer", offer.name, offer.name in bought, why))
+    return tuple(found)
 
 
 def _counts(observation: Observation, spec: ScalerSpec, decision: Decision) -> list[Alternative]:

@@ -6,6 +6,7 @@ Redis says counts only if its record names that organization.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -38,6 +39,10 @@ class Live:
     n_before: int | None = None  # waiting requests that were admitted before it
     deployment: str = ""
     admitted_at_ms: int = 0
+    # What its deployment does while nothing serves: waking, launching_machine, starting_replica, loading_model; empty
+    # where a replica serves and it waits for a slot. Milliseconds until one is expected to; None: cannot be told.
+    waits_for: str = ""
+    eta_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +107,12 @@ def _live(organization_id: UUID, request_id: UUID) -> Live | None:
         admitted = decode_admitted(adm)
         if admitted.organization != organization_id.hex:
             return None
-        n_before = None
+        n_before, waits_for, eta_ms = None, "", None
         if state == b"queued":
             n_before = client.zrank(keys.queue(admitted.deployment), request_id.hex)
+            waits_for, eta_ms = _waits_for(
+                client.hmget(keys.stage(admitted.deployment), "stage", "eta_ms", "at_ms")
+            )
     except (redis.RedisError, msgspec.DecodeError):
         return None
     stages = {b"queued": "queued", b"bound": "running"}
@@ -115,7 +123,20 @@ def _live(organization_id: UUID, request_id: UUID) -> Live | None:
         n_before=n_before,
         deployment=admitted.deployment,
         admitted_at_ms=admitted.admitted_at_ms,
+        waits_for=waits_for,
+        eta_ms=eta_ms,
     )
+
+
+def _waits_for(told: list[bytes | None]) -> tuple[str, int | None]:
+    """Of the stage as last announced: its name, and what is left of its ETA now."""
+    stage, eta_ms, at_ms = ((value or b"").decode() for value in told)
+    if stage in ("", "ready", "failed"):
+        return "", None
+    if not eta_ms:
+        return stage, None
+    passed_ms = time.time() * 1000 - int(at_ms or 0)
+    return stage, max(int(eta_ms) - round(passed_ms), 0)
 
 
 @cache

@@ -94,7 +94,11 @@ def _now(request: Request) -> list[str]:
             if live.n_before is None
             else f", behind {live.n_before} that were admitted before it or go first"
         )
-        return [f"It waits now{place}."]
+        lines = [f"It waits now{place}."]
+        if live.waits_for:
+            left = "" if live.eta_ms is None else f", for about {_seconds(live.eta_ms / 1000)} more"
+            lines.append(f"Nothing serves its deployment yet: {live.waits_for.replace('_', ' ')}{left}.")
+        return lines
     if live.stage == "running":
         attempt = f" (attempt {live.attempt})" if live.attempt > 1 else ""
         return [f"It runs now on replica {_short(live.replica)}{attempt}."]

@@ -26,7 +26,8 @@ from workers.keys import DEFAULT_CELL
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S: Final = 5.0
+# Long: an answer that is given up is a proof that is spent, and the machine has to be bought again.
+_TIMEOUT_S: Final = 30.0
 _GIVE_UP_S: Final = 240.0
 _MAX_ANSWER_BYTES: Final = 65_536
 

@@ -88,6 +88,12 @@ class RequestDetail(Schema):
     stage: str = Field(description="refused, queued, running or ended")
     words: list[str] = Field(description="Its story in sentences")
     queued_before: int | None = Field(description="Waiting requests that go first or were admitted before it")
+    waits_for: str = Field(
+        description="While nothing serves its deployment: waking, launching_machine, starting_replica, loading_model"
+    )
+    eta_ms: int | None = Field(
+        description="Until something is expected to serve it; null where that is unknown"
+    )
     replica_id: str | None = Field(description="Where it runs")
     usage: RequestOut | None = Field(description="Once it is booked")
     decisions: list[RequestDecisionOut]
@@ -154,6 +160,8 @@ def get_request(request: ApiRequest, request_id: str) -> RequestDetail:
         stage=found.stage,
         words=explain(found),
         queued_before=None if live is None else live.n_before,
+        waits_for="" if live is None else live.waits_for,
+        eta_ms=None if live is None else live.eta_ms,
         replica_id=f"rep_{live.replica}" if live is not None and live.replica else None,
         usage=None if found.booked is None else request_out(found.booked),
         decisions=[decision_out(row) for row in found.decisions],

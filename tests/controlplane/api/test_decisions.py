@@ -55,3 +55,36 @@ def test_without_a_tenant_the_role_of_the_web_reads_no_decision(world: World, re
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM decisions_requestdecision")
         assert cursor.fetchone() == (0,)
+
+
+def test_a_request_held_at_zero_tells_the_stage_and_what_is_left_of_its_eta(
+    world: World, api: Api, redis_url: str
+) -> None:
+    import msgspec
+    from django.conf import settings
+
+    from workers.keys import CellKeys
+    from workers.records import Admitted
+
+    keys, request, did = CellKeys(settings.ENV.cell), ids.new_id(), ids.new_id().hex
+    now_ms = int(time.time() * 1000)
+    admitted = Admitted(did, "", 1, 1, 0, now_ms, "0", 1, "", "", "", "", world.organization.id.hex)
+    with redis.Redis.from_url(redis_url) as client:
+        record = {"state": "queued", "adm": msgspec.msgpack.encode(admitted)}
+        client.hset(keys.request(request.hex), mapping=record)
+        waiting = api.get(f"/requests/req_{request.hex}").body
+        assert (waiting["stage"], waiting["waits_for"], waiting["eta_ms"]) == ("queued", "", None)
+        client.hset(
+            keys.stage(did), mapping={"stage": "loading_model", "eta_ms": 60_000, "at_ms": now_ms - 20_000}
+        )
+        waiting = api.get(f"/requests/req_{request.hex}").body
+        assert waiting["waits_for"] == "loading_model"
+        assert 0 < waiting["eta_ms"] <= 40_000
+        assert any(
+            "Nothing serves its deployment yet: loading model, for about" in w for w in waiting["words"]
+        )
+        client.hset(keys.stage(did), mapping={"stage": "launching_machine", "eta_ms": ""})
+        waiting = api.get(f"/requests/req_{request.hex}").body
+        assert (waiting["waits_for"], waiting["eta_ms"]) == ("launching_machine", None)
+        client.hset(keys.stage(did), "stage", "ready")
+        assert api.get(f"/requests/req_{request.hex}").body["waits_for"] == ""

@@ -1,0 +1,205 @@
+"""One turn of the pool: observe its machines and the market, plan, store, act. Beside the deployments' own ticks.
+
+Called by a task every few seconds. It buys what stands in for on-demand machines or lies ready as a spare, and gives up
+what is not needed; deployments order their growth themselves. Several callers at once are fine: one of them writes the
+pool's memory and acts. A provider with one kind of machine and no price has nothing to weigh.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+from uuid import UUID
+
+import structlog
+from django.db.models import Count, F
+from django.utils import timezone
+
+from autoscaler import launch, market, pooldecisions
+from autoscaler.codec import to_json
+from autoscaler.models import (
+    LIVE_PHASES,
+    Machine,
+    MachineState,
+    Offer,
+    PoolDecision,
+    PoolDecisionKind,
+    PoolState,
+    Replica,
+)
+from autoscaler.observe import LIVE_Q, capacity
+from autoscaler.policy import alternatives
+from autoscaler.policy.disruption import Budget, Buyable, Held, Thrift
+from autoscaler.policy.ident import command_id
+from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, plan_pool
+from autoscaler.policy.spot import FleetView, SpotSpec, effective_usd_per_h
+from autoscaler.tick import House
+from infra.providers.base import ProviderError
+
+log = structlog.get_logger("corral.autoscaler")
+
+_MAX_ALTERNATIVES: Final = 6  # offers asked for one machine of the pool's own
+
+
+def turn(house: House, now: datetime | None = None) -> set[UUID]:
+    """One turn; the deployments to tick, because they have replicas on a machine that is given up."""
+    now = now or timezone.now()
+    cell, provider = house.cell.keys.cell, house.provider.name
+    offers = market.fresh(house.provider, cell, now)
+    if not offers:
+        return set()
+    state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider)
+    inputs = observe(house, offers, state, now)
+    orders, learned, memory = plan_pool(inputs)
+    kept = PoolState.objects.filter(pk=state.pk, version=state.version).update(
+        memory=market.memory_to(learned), pool_memory=to_json(memory), version=F("version") + 1
+    )
+    if not kept or orders.is_quiet:  # somebody else has just looked; or there is nothing to do
+        return set()
+    row = pooldecisions.keep(
+        PoolDecisionKind.POOL,
+        cell=cell,
+        provider=provider,
+        inputs=inputs,
+        outcome=orders,
+        alternatives=alternatives.of_pool(inputs, orders),
+        reasons=orders.reasons,
+        now=now,
+    )
+    return _act(row, orders, inputs, house, now)
+
+
+def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) -> PoolInputs:
+    """The pool as plan_pool() takes it. Reads only."""
+    config, cell = house.config, house.cell.keys.cell
+    spec = market.spot_spec(config)
+    learned = market.memory_from(state.memory)
+    view = market.fleet_view(offers, cell, house.provider.name, spec, now)
+    all_rows = (
+        Machine.objects.filter(cell=cell, provider=house.provider.name)
+        .exclude(state=MachineState.GONE)
+        .annotate(n_live=Count("replicas", filter=LIVE_Q))
+        .order_by("id")
+    )
+    rows = [row for row in all_rows if row.given_up_at is None]
+    by_name = {o.name: o for o in offers}
+    places = {by_name[r.offering].instance_type: capacity(r, config) for r in rows if r.offering in by_name}
+    machines = tuple(_machine(row, by_name, house) for row in rows)
+    n_wanted = sum(1 for m in machines if m.held.n_replicas and not m.held.is_leaving)
+    view = FleetView(
+        view.now_s,
+        n_wanted,
+        view.offers,
+        view.on_demand_usd_per_h,
+        view.n_on_demand_pending,
+        view.n_on_demand_ready,
+    )
+    buyable = tuple(
+        Buyable(
+            name=o.name,
+            usd_per_h=_price(o, view, spec, state),
+            n_places=places.get(o.instance_type, config.replicas_per_machine),
+            fits=_fits(o),
+        )
+        for o in offers
+        if (config.spot or not o.is_spot) and (o.refused_until is None or o.refused_until <= now)
+    )
+    return PoolInputs(
+        view=view,
+        machines=machines,
+        offers=buyable,
+        spec=spec,
+        learned=learned,
+        budget=Budget(max_share=config.disruption_share, max_per_window=config.disruptions_per_h),
+        thrift=Thrift(),
+        memory=market.pool_memory_from(state.pool_memory),
+        n_room=config.max_machines - sum(1 for row in all_rows if row.pool_slot is not None),
+        spot=config.spot,
+    )
+
+
+def _machine(row: Machine, by_name: dict[str, Offer], house: House) -> PoolMachine:
+    name = row.offering or next(iter(row.launch_plan), "")
+    offer = by_name.get(name)
+    usd_per_h = (row.price_nano_per_h if offer is None else offer.price_nano_per_h) / market.NANO
+    n_live: int = row.n_live  # type: ignore[attr-defined]
+    held = Held(
+        id=row.id.hex,
+        usd_per_h=usd_per_h,
+        n_replicas=n_live,
+        n_places=capacity(row, house.config),
+        fits="" if offer is None else _fits(offer),
+        is_ready=row.state in (MachineState.READY, MachineState.DRAINING),
+        is_leaving=row.state == MachineState.DRAINING,
+        # A start is paid for twice, at the price of its place.
+        move_usd=n_live * house.config.machine_boot_s / 3600 * usd_per_h,
+        replaces="" if row.replaces is None else row.replaces.hex,
+    )
+    return PoolMachine(held, name, name.startswith("spot/"))
+
+
+def _price(offer: Offer, view: FleetView, spec: SpotSpec, state: PoolState) -> float:
+    """With what losses cost, for spot."""
+    for each in view.offers:
+        if each.name == offer.name:
+            return effective_usd_per_h(each, view, spec, market.memory_from(state.memory))
+    return offer.price_nano_per_h / market.NANO
+
+
+def _fits(offer: Offer) -> str:
+    """Replicas move only between machines with the same GPUs; without, within one type."""
+    return f"{offer.n_gpus}x{offer.gpu}" if offer.n_gpus else offer.instance_type
+
+
+# -- acting
+
+
+def _act(row: PoolDecision, orders: PoolOrders, inputs: PoolInputs, house: House, now: datetime) -> set[UUID]:
+    spot = [
+        o.name
+        for o in sorted(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
+        if o.name.startswith("spot/")
+    ]
+    for number, wanted in enumerate(orders.buy):
+        others = [name for name in spot if name != wanted.offer] if wanted.offer in spot else []
+        stand_in = launch.StandIn(
+            (wanted.offer, *others[: _MAX_ALTERNATIVES - 1]),
+            UUID(hex=wanted.replaces) if wanted.replaces else None,
+        )
+        token = UUID(hex=command_id(str(row), number, "buy"))
+        try:
+            launch.launch(token, house.provider, house.config, house.cell, None, stand_in)
+        except ProviderError as error:
+            log.warning("pool.not_bought", offer=wanted.offer, code=error.code, error=str(error))
+    touched: set[UUID] = set()
+    for each in orders.give_up:
+        touched |= give_up(UUID(hex=each.machine_id), each.why, house, now)
+    for each in orders.cancel:
+        launch.terminate(UUID(hex=each.machine_id), each.why, house.provider, house.cell)
+    log.info(
+        "pool.turn",
+        decision=str(row),
+        n_bought=len(orders.buy),
+        n_given_up=len(orders.give_up),
+        n_cancelled=len(orders.cancel),
+        reasons=orders.reasons,
+    )
+    return touched
+
+
+def give_up(machine_id: UUID, why: str, house: House, now: datetime) -> set[UUID]:
+    """Nothing new is placed on it and its replicas move, as if its provider had given notice; reconcile ends it when it
+    is empty. Answers the deployments that have to move; empty if somebody else did something with it.
+    """
+    changed = Machine.objects.filter(id=machine_id, state=MachineState.READY, given_up_at=None).update(
+        state=MachineState.DRAINING,
+        given_up_at=now,
+        ends_at=now + timedelta(seconds=house.config.give_up_grace_s),
+        pool_slot=None,
+        reason=f"given up: {why}"[:500],
+    )
+    if not changed:
+        return set()
+    log.info("machine.given_up", machine=machine_id.hex, reason=why)
+    live = Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES)
+    return set(live.values_list("deployment_id", flat=True))

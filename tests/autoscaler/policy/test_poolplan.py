@@ -1,0 +1,123 @@
+"""A pool's own turn: back to spot, consolidation, spares, within the disruption budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autoscaler.policy.disruption import Budget, Buyable, DisruptionMemory, Held, Thrift
+from autoscaler.policy.poolplan import Buy, PoolInputs, PoolMachine, PoolMemory, PoolOrders, plan_pool
+from autoscaler.policy.spot import FleetView, OfferView, SpotMemory, SpotSpec
+
+NOW = 10_000.0
+SPEC = SpotSpec(boot_s=180, notice_s=120, max_spares=0)
+COVER = PoolMachine(Held("m1", 0.8, 1, 4, "1xl4"), "on-demand/a/g6", False)
+SPOT = PoolMachine(Held("m2", 0.3, 0, 4, "1xl4", replaces="m1"), "spot/a/g6", True)
+
+
+def inputs(
+    *machines: PoolMachine, refused: bool = False, spec: SpotSpec = SPEC, **changes: Any
+) -> PoolInputs:
+    """A market with one spot offer at 0.3 and on-demand at 0.8; a machine may leave whenever it saves."""
+    spot = [m for m in machines if m.is_spot]
+    fixed = [m for m in machines if not m.is_spot]
+    offer = OfferView(
+        "spot/a/g6",
+        0.3,
+        n_pending=sum(not m.held.is_ready for m in spot),
+        n_ready=sum(m.held.is_ready for m in spot),
+        n_leaving=sum(m.held.is_leaving for m in spot),
+        refused_at_s=NOW - 1 if refused else None,
+    )
+    view = FleetView(
+        NOW,
+        sum(1 for m in machines if m.held.n_replicas and not m.held.is_leaving),
+        (offer,),
+        0.8,
+        sum(not m.held.is_ready for m in fixed),
+        sum(m.held.is_ready for m in fixed),
+    )
+    given: dict[str, Any] = {
+        "offers": (Buyable("spot/a/g6", 0.31, 4, "1xl4"),) if not refused else (),
+        "budget": Budget(max_share=1.0),
+        "memory": PoolMemory(),
+        "n_room": 4,
+    }
+    return PoolInputs(
+        view=view, machines=machines, spec=spec, learned=SpotMemory(), thrift=Thrift(), **(given | changes)
+    )
+
+
+def orders(given: PoolInputs) -> PoolOrders:
+    return plan_pool(given)[0]
+
+
+def test_cover_is_replaced_by_spot_as_soon_as_spot_sells() -> None:
+    assert orders(inputs(COVER, refused=True)).is_quiet
+    found = orders(inputs(COVER))
+    assert found.buy == (Buy("spot/a/g6", "m1"),)
+    assert not found.give_up, "the replacement comes first"
+    assert found.reasons
+
+
+def test_cover_goes_when_its_replacement_is_ready_and_only_once() -> None:
+    coming = replace(SPOT, held=replace(SPOT.held, is_ready=False))
+    assert orders(inputs(COVER, coming)).is_quiet
+    found = orders(inputs(COVER, SPOT))
+    assert [g.machine_id for g in found.give_up] == ["m1"]
+    assert "its replacement m2 is ready" in found.give_up[0].why
+    # It has been given up and moved: what is left is one spot machine with the work.
+    assert orders(inputs(replace(SPOT, held=replace(SPOT.held, n_replicas=1)))).is_quiet
+
+
+def test_nothing_is_given_up_beyond_the_budget() -> None:
+    assert not orders(inputs(COVER, SPOT, budget=Budget(max_share=0.0))).give_up
+    recent = PoolMemory(DisruptionMemory((NOW - 10,) * 10))
+    assert not orders(inputs(COVER, SPOT, memory=recent)).give_up
+    old = PoolMemory(DisruptionMemory((NOW - 4000,) * 10))
+    assert orders(inputs(COVER, SPOT, memory=old)).give_up
+
+
+def test_cover_without_room_elsewhere_stays() -> None:
+    full = PoolMachine(Held("m2", 0.3, 4, 4, "1xl4"), "spot/a/g6", True)
+    spare = replace(SPEC, max_spares=0)
+    assert not orders(
+        inputs(replace(COVER, held=replace(COVER.held, n_replicas=2)), full, spec=spare)
+    ).give_up
+
+
+def test_half_empty_machines_are_put_together() -> None:
+    one = PoolMachine(Held("m1", 0.3, 1, 4, "1xl4"), "spot/a/g6", True)
+    two = PoolMachine(Held("m2", 0.3, 2, 4, "1xl4"), "spot/a/g6", True)
+    found = orders(inputs(one, two))
+    assert [g.machine_id for g in found.give_up] == ["m1"]
+    assert "fit elsewhere" in found.give_up[0].why
+    free = [replace(m, held=replace(m.held, usd_per_h=0.0)) for m in (one, two)]
+    assert orders(inputs(*free)).is_quiet, "what costs nothing is left alone"
+
+
+def test_spares_are_bought_remembered_and_given_back() -> None:
+    busy = PoolMachine(Held("m1", 0.3, 4, 4, "1xl4"), "spot/a/g6", True)
+    spec = replace(SPEC, max_spares=4)
+    found, _, memory = plan_pool(inputs(busy, spec=spec))
+    assert found.buy == (Buy("spot/a/g6"),)
+    assert memory.n_spares == 1
+    spares = [PoolMachine(Held(f"m{i}", 0.3, 0, 4, "1xl4"), "spot/a/g6", True) for i in (2, 3)]
+    assert orders(inputs(busy, spares[0], spec=spec)).is_quiet
+    assert [g.machine_id for g in orders(inputs(busy, *spares, spec=spec)).give_up] == ["m2"]
+    assert plan_pool(inputs(*spares, spec=spec))[2].n_spares == 0, (
+        "without work there is nothing to stand in for"
+    )
+
+
+def test_a_full_pool_and_a_pool_without_spot_buy_nothing() -> None:
+    assert orders(inputs(COVER, n_room=0)).is_quiet
+    assert orders(inputs(COVER, spot=False, offers=())).is_quiet
+
+
+def test_cover_that_has_not_come_up_is_cancelled_when_spot_serves() -> None:
+    coming = PoolMachine(Held("m3", 0.8, 0, 4, "1xl4", is_ready=False), "on-demand/a/g6", False)
+    busy = PoolMachine(Held("m1", 0.3, 1, 4, "1xl4"), "spot/a/g6", True)
+    assert [c.machine_id for c in orders(inputs(busy, coming)).cancel] == ["m3"]
+    waited_for = replace(coming, held=replace(coming.held, n_replicas=1))
+    assert not orders(inputs(busy, waited_for)).cancel

@@ -1,0 +1,140 @@
+"""The pool's own turn on real rows: back to spot without a pause, spares kept, every turn kept and replayable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from io import StringIO
+
+import pytest
+from django.core.management import call_command
+from django.utils import timezone
+
+from autoscaler import market, pool, reconcile
+from autoscaler.models import (
+    Machine,
+    MachineState,
+    Offer,
+    PoolDecision,
+    PoolDecisionKind,
+    PoolState,
+    Replica,
+    ReplicaPhase,
+)
+from infra.providers.base import Offering
+from tests.autoscaler.conftest import Scaling
+from workers.contract import ReplicaPhase as Reported
+
+SPOT = Offering(
+    instance_type="g6.xlarge", zone="z-a", is_spot=True, price_nano_per_h=300_000_000, gpu="l4", n_gpus=1
+)
+COVER = replace(SPOT, is_spot=False, price_nano_per_h=805_000_000)
+
+
+def _alive() -> list[Machine]:
+    return list(Machine.objects.exclude(state=MachineState.GONE).order_by("created_at"))
+
+
+@pytest.fixture
+def covered(scaling: Scaling) -> Scaling:
+    """One replica serves on an on-demand machine, because spot had none."""
+    scaling.provider.kinds = [SPOT, COVER]
+    scaling.provider.exhausted = {SPOT.name: "InsufficientInstanceCapacity"}
+    scaling.configure(max_machines=2, max_spares=0, disruption_share=1.0)
+    scaling.serving()
+    assert scaling.machine().offering == COVER.name
+    return scaling
+
+
+def test_when_spot_is_back_it_takes_over_and_on_demand_is_given_back(covered: Scaling) -> None:
+    [old] = _alive()
+    served = covered.replica()
+    assert pool.turn(covered.house) == set()
+    assert _alive() == [old], "spot refused a moment ago"
+
+    covered.provider.exhausted = {}
+    Offer.objects.update(refused_until=timezone.now() - timedelta(seconds=1))
+    assert pool.turn(covered.house) == set()
+    new = covered.machine()
+    assert (new.offering, new.replaces, new.launched_for) == (SPOT.name, old.id, None)
+    assert pool.turn(covered.house) == set()
+    assert len(_alive()) == 2, "one replacement is enough"
+
+    covered.machine_up()
+    assert pool.turn(covered.house) == {covered.deployment.id}
+    given_up = Machine.objects.get(id=old.id)
+    assert given_up.state == MachineState.DRAINING
+    assert given_up.given_up_at is not None
+    covered.tick()
+    successor = covered.replica()
+    assert successor.machine_id == new.id
+    assert Replica.objects.get(id=served.id).phase == ReplicaPhase.READY, "it serves until the successor does"
+    covered.report(successor, Reported.READY)
+    covered.tick()
+    assert Replica.objects.get(id=served.id).phase == ReplicaPhase.DRAINING
+    covered.report(served, Reported.STOPPED)
+    assert reconcile.reconcile(covered.house).n_released == 1
+    assert covered.provider.terminated == [old.provider_ref]
+    assert [m.id for m in _alive()] == [new.id]
+    assert pool.turn(covered.house) == set()
+    assert [m.id for m in _alive()] == [new.id], "and there it rests"
+
+
+def test_turns_are_kept_with_what_they_weighed_and_replay(covered: Scaling) -> None:
+    covered.provider.exhausted = {}
+    Offer.objects.update(refused_until=None)
+    pool.turn(covered.house)
+    covered.machine_up()
+    pool.turn(covered.house)
+    buys, gives = PoolDecision.objects.filter(kind=PoolDecisionKind.POOL).order_by("at")
+    for row, told in (
+        (buys, f"order   buy {SPOT.name} to stand in for mch_"),
+        (gives, "order   give up mch_"),
+    ):
+        out = StringIO()
+        call_command("explain", "decision", str(row), stdout=out)
+        assert told in out.getvalue()
+        assert "which machine to give up" in out.getvalue()
+        assert "by the same policy: the same result" in out.getvalue()
+    assert "its replacement" in gives.outcome["give_up"][0]["why"]
+
+
+def test_somebody_elses_turn_at_the_same_time_does_nothing_twice(
+    covered: Scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered.provider.exhausted = {}
+    Offer.objects.update(refused_until=None)
+    plan: Callable[..., object] = pool.plan_pool
+
+    def meanwhile(inputs: object) -> object:
+        monkeypatch.setattr(pool, "plan_pool", plan)
+        pool.turn(covered.house)
+        return plan(inputs)
+
+    monkeypatch.setattr(pool, "plan_pool", meanwhile)
+    pool.turn(covered.house)
+    assert len(_alive()) == 2
+    assert PoolDecision.objects.filter(kind=PoolDecisionKind.POOL).count() == 1
+
+
+def test_a_spare_is_bought_and_outlives_the_time_that_empty_machines_are_kept(scaling: Scaling) -> None:
+    scaling.provider.kinds = [SPOT, COVER]
+    scaling.configure(max_machines=3, machine_keep_warm_s=0.0, machine_boot_s=180.0, spot_notice_s=0.0)
+    scaling.serving()
+    pool.turn(scaling.house)
+    spare = scaling.machine()
+    assert spare.replaces is None
+    assert market.n_spares("c0", "fake") == 1
+    scaling.machine_up()
+    reconcile.reconcile(scaling.house)
+    assert len(_alive()) == 2
+    PoolState.objects.update(pool_memory={})
+    reconcile.reconcile(scaling.house)
+    assert [m.id for m in _alive()] == [m.id for m in _alive() if m.id != spare.id]
+
+
+def test_a_pool_without_a_market_has_nothing_to_weigh(scaling: Scaling) -> None:
+    scaling.serving()
+    assert pool.turn(scaling.house) == set()
+    assert not PoolState.objects.exists()
