@@ -34,8 +34,8 @@ class AutoscalerConfig:
     spot: bool = True  # buy machines that may be taken back where that is cheaper in the end
     machine_boot_s: float = 180.0  # order to first token on a cloud machine: what a loss without notice costs
     spot_notice_s: float = 120.0  # AWS warns so long before; 0 where no warning comes
-    # Machines kept beside what has work, so that a spot machine taken back is stood in for at once: as many as the
-    # learned losses ask for and spot's price saves, this many at most.
+    # Machines kept beside what has work, so that a spot machine taken back is stood in for at once: as many as cost
+    # less than the time in shortage is worth (policy/cover.py), this many at most.
     max_spares: int = 4
     # Machines given up to save money: this share of the pool at once, so many an hour; their replicas move meanwhile.
     disruption_share: float = 0.1

@@ -104,7 +104,7 @@ def plan(
 
 def spot_spec(config: AutoscalerConfig) -> SpotSpec:
     """How this house buys."""
-    return SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s, max_spares=config.max_spares)
+    return SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
 
 
 def on_demand_offers(offers: Iterable[Offer]) -> tuple[OnDemandOffer, ...]:

@@ -114,6 +114,10 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         thrift=Thrift(),
         memory=market.pool_memory_from(state.pool_memory),
         n_room=config.max_machines - sum(1 for row in all_rows if row.pool_slot is not None),
+        max_spares=config.max_spares,
+        cover=min(((o.usd_per_h, o.name) for o in buyable if not by_name[o.name].is_spot), default=(0.0, ""))[
+            1
+        ],
         spot=config.spot,
     )
 

@@ -21,9 +21,10 @@ from autoscaler.policy.disruption import (
     allowance,
     consolidate,
 )
-from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, buy, effective_usd_per_h, spares
+from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
 
 MAX_BUYS: Final = 16  # machines a turn; the next one comes in seconds
+_ON_DEMAND: Final = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class PoolMemory:
 @dataclass(frozen=True, slots=True)
 class PoolInputs:
     """All that a turn is given. `view.n_wanted`: machines with work that stay. n_room: machines the pool may have more.
-    `spot` False: nothing is bought that can be taken back.
+    max_spares: machines without work at most. cover: the on-demand offer to buy cover of ('' = none sells). `spot`
+    False: nothing is bought that can be taken back.
     """
 
     view: FleetView
@@ -58,6 +60,8 @@ class PoolInputs:
     thrift: Thrift
     memory: PoolMemory
     n_room: int
+    max_spares: int = 4
+    cover: str = ""
     spot: bool = True
 
 
@@ -95,15 +99,16 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     """Orders for now, and what to remember. Ties by id."""
     wanted, learned = buy(inputs.view, inputs.spec, inputs.learned)
     staying = [m for m in sorted(inputs.machines, key=lambda m: m.held.id) if not m.held.is_leaving]
-    buys = _spot_buys(inputs, wanted.launch, staying) if inputs.spot else []
+    buys = _buys(inputs, wanted, staying) if inputs.spot else []
 
     busy = [m.held for m in staying if m.held.n_replicas or m.held.replaces]
     leaving = [m.held for m in inputs.machines if m.held.is_leaving]
-    # What spot.py orders in this turn stands in for on-demand already: one replacement is enough.
     covered = {b.replaces for b in buys if b.replaces}
+    # Whether spot may stand in for a machine is spot.py's question: it knows what a loss costs.
+    spot_names = {o.name for o in inputs.view.offers}
     told, disruption = consolidate(
         [replace(h, is_ready=False) if h.id in covered else h for h in busy] + leaving,
-        () if buys else inputs.offers,
+        [] if buys else [o for o in inputs.offers if o.name not in spot_names],
         inputs.view.now_s,
         inputs.budget,
         inputs.thrift,
@@ -112,15 +117,12 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     reasons = [*told.reasons]
     buys += [Buy(offer, machine) for offer, machine in told.launch]
     give_up = {each: _why(each, told.reasons) for each in told.give_up}
-    if wanted.release_on_demand:
-        released = _on_demand_to_release(inputs, staying, wanted.release_on_demand, disruption, set(give_up))
+    for name, n in ((_ON_DEMAND, wanted.release_on_demand), *wanted.release):
+        released = _to_release(inputs, staying, name, n, disruption, set(give_up))
         give_up |= released
-        now = (inputs.view.now_s,) * len(released)
-        disruption = DisruptionMemory((*disruption.given_up_at_s, *now))
         reasons += [f"{machine}: {why}" for machine, why in released.items()]
-    for name, n in wanted.release:
-        why = f"{name} holds more than is wanted and spare"
-        give_up |= dict.fromkeys(_empty_of(staying, name, n, set(give_up)), why)
+        at_s = tuple(inputs.view.now_s for m in staying if m.held.id in released and m.held.n_replicas)
+        disruption = DisruptionMemory((*disruption.given_up_at_s, *at_s))
     cancel = _to_cancel(staying, wanted.cancel, wanted.cancel_on_demand)
     buys = buys[: max(min(inputs.n_room, MAX_BUYS), 0)]
     if buys:
@@ -131,52 +133,59 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         tuple(GiveUp(machine, "what is ready suffices") for machine in cancel),
         tuple(reasons),
     )
-    return orders, learned, PoolMemory(disruption, _n_spares(inputs))
+    return orders, learned, PoolMemory(disruption, _n_spares(inputs, wanted) if inputs.spot else 0)
 
 
-def _spot_buys(
-    inputs: PoolInputs, launch: Iterable[tuple[str, int]], staying: list[PoolMachine]
-) -> list[Buy]:
-    """Spot machines that are missing; the first ones stand in for on-demand machines that have work."""
+def _buys(inputs: PoolInputs, wanted: Orders, staying: list[PoolMachine]) -> list[Buy]:
+    """Machines that are missing: the first spot ones stand in for on-demand machines that have work, the others lie
+    ready as spares, as many as are allowed.
+    """
     stood_in_for = {m.held.replaces for m in inputs.machines if m.held.replaces}
     dear = [
         m.held.id for m in staying if not m.is_spot and m.held.n_replicas and m.held.id not in stood_in_for
     ]
-    buys = []
-    for name, n in launch:
-        for _ in range(n):
-            buys.append(Buy(name, dear.pop(0) if dear else ""))
-    return buys
+    n_more = inputs.max_spares - sum(1 for m in staying if not m.held.n_replicas and not m.held.replaces)
+    names = [name for name, n in wanted.launch for _ in range(n)]
+    found = [Buy(name, machine) for name, machine in zip(names, dear, strict=False)]
+    spare = names[len(found) :] + ([inputs.cover] if inputs.cover else []) * wanted.launch_on_demand
+    return found + [Buy(name) for name in spare[: max(n_more, 0)]]
 
 
-def _on_demand_to_release(
-    inputs: PoolInputs, staying: list[PoolMachine], n: int, memory: DisruptionMemory, gone: set[str]
+def _to_release(
+    inputs: PoolInputs,
+    staying: list[PoolMachine],
+    name: str,
+    n: int,
+    memory: DisruptionMemory,
+    gone: set[str],
 ) -> dict[str, str]:
-    """Ready on-demand machines whose replicas fit on spot machines that are ready, as far as the budget allows."""
+    """Ready machines of an offer, or on-demand ones: empty ones first, then, as far as the budget allows, those whose
+    replicas fit on machines that are ready and stay."""
+    if n <= 0:
+        return {}
     left = allowance(
         [replace(m.held, is_leaving=m.held.is_leaving or m.held.id in gone) for m in inputs.machines],
         memory.given_up_at_s,
         inputs.budget,
     )
-    n_free = sum(
-        m.held.n_places - m.held.n_replicas
-        for m in staying
-        if m.is_spot and m.held.is_ready and m.held.id not in gone
-    )
-    ready = [m.held for m in staying if not m.is_spot and m.held.is_ready and m.held.id not in gone]
+    ready = [m for m in staying if m.held.is_ready and m.held.id not in gone]
+    of_name = [m for m in ready if (not m.is_spot if name == _ON_DEMAND else m.offering == name)]
+    of_name.sort(key=lambda m: (m.held.n_replicas, -m.held.usd_per_h, m.held.id))
+    others = [m.held for m in ready if m not in of_name]
+    n_free = sum(h.n_places - h.n_replicas for h in others)
     found: dict[str, str] = {}
-    for held in sorted(ready, key=lambda h: (h.n_replicas, -h.usd_per_h, h.id)):
-        if len(found) >= min(n, left) or held.n_replicas > n_free:
+    for machine in of_name:
+        held = machine.held
+        if len(found) >= n or held.n_replicas > n_free or (held.n_replicas and left <= 0):
             break
         n_free -= held.n_replicas
-        found[held.id] = "spot serves again: on-demand is not needed any more"
+        left -= held.n_replicas > 0
+        found[held.id] = (
+            "spot serves again: on-demand is not needed any more"
+            if name == _ON_DEMAND
+            else f"{name} holds more than is wanted and spare"
+        )
     return found
-
-
-def _empty_of(staying: list[PoolMachine], name: str, n: int, gone: set[str]) -> list[str]:
-    """Machines of an offer without a replica: the busy ones are disruption.py's business."""
-    empty = [m for m in staying if m.offering == name and m.held.is_ready and not m.held.n_replicas]
-    return [m.held.id for m in empty if m.held.id not in gone][:n]
 
 
 def _to_cancel(staying: list[PoolMachine], cancel: Iterable[tuple[str, int]], n_on_demand: int) -> list[str]:
@@ -187,21 +196,17 @@ def _to_cancel(staying: list[PoolMachine], cancel: Iterable[tuple[str, int]], n_
     return found
 
 
-def _n_spares(inputs: PoolInputs) -> int:
-    """As many as spot.py holds right for what it sees now."""
-    if not inputs.spot or not inputs.view.n_wanted:
+def _n_spares(inputs: PoolInputs, wanted: Orders) -> int:
+    """Machines beyond those with work once these orders are carried out."""
+    view = inputs.view
+    if not view.n_wanted:
         return 0
-    view, spec = inputs.view, inputs.spec
-    held = {o.name: o.n_pending + o.n_ready - o.n_leaving for o in view.offers}
-    prices = [
-        o.usd_per_h
-        for o in view.offers
-        if effective_usd_per_h(o, view, spec, inputs.learned) < view.on_demand_usd_per_h
-    ]
-    if not prices:
-        return 0
-    saved = view.on_demand_usd_per_h / max(min(prices), 1e-9) - 1
-    return min(spares(held, spec, inputs.learned), int(view.n_wanted * saved))
+    n = sum(o.n_pending + o.n_ready - o.n_leaving for o in view.offers)
+    n += view.n_on_demand_pending + view.n_on_demand_ready
+    n += sum(n for _, n in wanted.launch) + wanted.launch_on_demand
+    n -= sum(n for _, n in (*wanted.release, *wanted.cancel))
+    n -= wanted.release_on_demand + wanted.cancel_on_demand
+    return min(max(n - view.n_wanted, 0), inputs.max_spares)
 
 
 def _why(machine: str, reasons: Iterable[str]) -> str:

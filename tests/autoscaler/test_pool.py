@@ -41,7 +41,8 @@ def covered(scaling: Scaling) -> Scaling:
     """One replica serves on an on-demand machine, because spot had none."""
     scaling.provider.kinds = [SPOT, COVER]
     scaling.provider.exhausted = {SPOT.name: "InsufficientInstanceCapacity"}
-    scaling.configure(max_machines=2, max_spares=0, disruption_share=1.0)
+    # A notice that comes in time: no spare is worth its price.
+    scaling.configure(max_machines=2, machine_boot_s=120.0, disruption_share=1.0)
     scaling.serving()
     assert scaling.machine().offering == COVER.name
     return scaling
@@ -119,8 +120,8 @@ def test_somebody_elses_turn_at_the_same_time_does_nothing_twice(
 
 
 def test_a_spare_is_bought_and_outlives_the_time_that_empty_machines_are_kept(scaling: Scaling) -> None:
-    scaling.provider.kinds = [SPOT, COVER]
-    scaling.configure(max_machines=3, machine_keep_warm_s=0.0, machine_boot_s=180.0, spot_notice_s=0.0)
+    scaling.provider.kinds = [SPOT, replace(SPOT, zone="z-b"), COVER]
+    scaling.configure(max_machines=3, machine_keep_warm_s=0.0)
     scaling.serving()
     pool.turn(scaling.house)
     spare = scaling.machine()

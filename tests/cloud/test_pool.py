@@ -24,7 +24,8 @@ def test_on_demand_covers_while_spot_has_none_and_goes_when_it_serves_again(
     cloud: Cloud,  # noqa: F811
     eventually: Callable[..., None],  # noqa: F811
 ) -> None:
-    config = replace(cloud.scaling.house.config, max_spares=0, disruption_share=1.0)
+    # A notice that comes in time: no spare is worth its price.
+    config = replace(cloud.scaling.house.config, machine_boot_s=120.0, disruption_share=1.0)
     house = cloud.recorder.house = replace(cloud.scaling.house, config=config)
     cloud.ec2.sell([f"spot/{zone}/{TYPE}" for zone in ZONES])
     cloud.wake("first")

@@ -10,7 +10,7 @@ from autoscaler.policy.poolplan import Buy, PoolInputs, PoolMachine, PoolMemory,
 from autoscaler.policy.spot import FleetView, OfferView, SpotMemory, SpotSpec
 
 NOW = 10_000.0
-SPEC = SpotSpec(boot_s=180, notice_s=120, max_spares=0)
+SPEC = SpotSpec(boot_s=180, notice_s=180)  # a notice that comes in time needs no spare
 COVER = PoolMachine(Held("m1", 0.8, 1, 4, "1xl4"), "on-demand/a/g6", False)
 SPOT = PoolMachine(Held("m2", 0.3, 0, 4, "1xl4", replaces="m1"), "spot/a/g6", True)
 
@@ -70,6 +70,13 @@ def test_cover_goes_when_its_replacement_is_ready_and_only_once() -> None:
     assert orders(inputs(replace(SPOT, held=replace(SPOT.held, n_replicas=1)))).is_quiet
 
 
+def test_a_cheaper_on_demand_machine_stands_in_for_a_dear_one() -> None:
+    cheap = {"offers": (Buyable("on-demand/a/g4", 0.5, 4, "1xl4"),), "spot": False}
+    assert orders(inputs(COVER, refused=True, **cheap)).buy == (Buy("on-demand/a/g4", "m1"),)
+    other_gpu = {"offers": (Buyable("on-demand/a/g4", 0.5, 4, "1xt4"),), "spot": False}
+    assert orders(inputs(COVER, refused=True, **other_gpu)).is_quiet
+
+
 def test_nothing_is_given_up_beyond_the_budget() -> None:
     assert not orders(inputs(COVER, SPOT, budget=Budget(max_share=0.0))).give_up
     recent = PoolMemory(DisruptionMemory((NOW - 10,) * 10))
@@ -80,10 +87,7 @@ def test_nothing_is_given_up_beyond_the_budget() -> None:
 
 def test_cover_without_room_elsewhere_stays() -> None:
     full = PoolMachine(Held("m2", 0.3, 4, 4, "1xl4"), "spot/a/g6", True)
-    spare = replace(SPEC, max_spares=0)
-    assert not orders(
-        inputs(replace(COVER, held=replace(COVER.held, n_replicas=2)), full, spec=spare)
-    ).give_up
+    assert not orders(inputs(replace(COVER, held=replace(COVER.held, n_replicas=2)), full)).give_up
 
 
 def test_half_empty_machines_are_put_together() -> None:
@@ -96,18 +100,34 @@ def test_half_empty_machines_are_put_together() -> None:
     assert orders(inputs(*free)).is_quiet, "what costs nothing is left alone"
 
 
-def test_spares_are_bought_remembered_and_given_back() -> None:
+def two_offers(*machines: PoolMachine, **changes: Any) -> PoolInputs:
+    """The same market with a second zone, and a notice that comes a minute too late: one zone may go."""
+    given = inputs(*machines, spec=replace(SPEC, notice_s=120), **changes)
+    of_b = [m for m in machines if m.offering == "spot/b/g6"]
+    first = replace(given.view.offers[0], n_ready=given.view.offers[0].n_ready - len(of_b))
+    second = OfferView("spot/b/g6", 0.32, n_ready=len(of_b))
+    return replace(given, view=replace(given.view, offers=(first, second)))
+
+
+def test_spares_are_bought_remembered_bounded_and_given_back() -> None:
     busy = PoolMachine(Held("m1", 0.3, 4, 4, "1xl4"), "spot/a/g6", True)
-    spec = replace(SPEC, max_spares=4)
-    found, _, memory = plan_pool(inputs(busy, spec=spec))
-    assert found.buy == (Buy("spot/a/g6"),)
+    found, _, memory = plan_pool(two_offers(busy))
+    assert found.buy == (Buy("spot/b/g6"),), "what stands in does not go with its zone"
     assert memory.n_spares == 1
-    spares = [PoolMachine(Held(f"m{i}", 0.3, 0, 4, "1xl4"), "spot/a/g6", True) for i in (2, 3)]
-    assert orders(inputs(busy, spares[0], spec=spec)).is_quiet
-    assert [g.machine_id for g in orders(inputs(busy, *spares, spec=spec)).give_up] == ["m2"]
-    assert plan_pool(inputs(*spares, spec=spec))[2].n_spares == 0, (
-        "without work there is nothing to stand in for"
-    )
+    assert orders(two_offers(busy, max_spares=0)).is_quiet
+    spares = [PoolMachine(Held(f"m{i}", 0.32, 0, 4, "1xl4"), "spot/b/g6", True) for i in (2, 3)]
+    assert orders(two_offers(busy, spares[0])).is_quiet
+    assert [g.machine_id for g in orders(two_offers(busy, *spares)).give_up] == ["m2"]
+    assert plan_pool(two_offers(*spares))[2].n_spares == 0, "without work there is nothing to stand in for"
+
+
+def test_where_spot_is_too_unsafe_on_demand_is_bought_and_takes_over() -> None:
+    busy = PoolMachine(Held("m1", 0.3, 1, 4, "1xl4"), "spot/a/g6", True)
+    unsafe = {"spec": replace(SPEC, notice_s=0), "cover": "on-demand/a/g6", "offers": ()}
+    assert orders(inputs(busy, **unsafe)).buy == (Buy("on-demand/a/g6"),)
+    cover = PoolMachine(Held("m2", 0.8, 0, 4, "1xl4"), "on-demand/a/g6", False)
+    assert [g.machine_id for g in orders(inputs(busy, cover, **unsafe)).give_up] == ["m1"]
+    assert orders(inputs(busy, cover, **unsafe, budget=Budget(max_share=0.0))).is_quiet
 
 
 def test_a_full_pool_and_a_pool_without_spot_buy_nothing() -> None:
