@@ -270,12 +270,17 @@ async def test_every_route_with_every_caller(transactional_db: None, pg_server: 
             running(redis_url, directory, key_pepper=pepper) as gw,  # type: ignore[arg-type]
             machines(redis_url, callers),
         ):
-            await _walk(gw.http, callers)
+            told = await _walk(gw.http, callers)
     finally:
         await directory.close()
+    n_callers = 5 + len(callers.nobody)
+    assert [len(answers) for answers in told.values()] == [n_callers * len(rows) for rows in ROWS.values()]
+    for answers in told.values():
+        assert all(status == expected for status, expected in answers)
 
 
-async def _walk(http: httpx.AsyncClient, callers: Callers) -> None:
+async def _walk(http: httpx.AsyncClient, callers: Callers) -> dict[str, list[tuple[int, int]]]:
+    """Asks every row as everybody; (status, expected) of each, by route. Looks for what they may not see."""
     first = await http.post(
         "/v1/chat/completions",
         json={**CHAT, "stream": True},
@@ -293,11 +298,14 @@ async def _walk(http: httpx.AsyncClient, callers: Callers) -> None:
         text = (found.text + repr(found.headers.raw)).replace(path, "")
         return found.status_code, text.replace(path.rpartition("/")[2], "")  # a name that was asked for
 
+    told: dict[str, list[tuple[int, int]]] = {}
     for route, rows in ROWS.items():
+        answers = told[route] = []
         for row in rows:
             what = (route, row.method, row.path, row.headers)
             status, text = await answer(row, callers.owner)
             assert status == row.owner, (*what, text)
+            answers.append((status, row.owner))
             for name, who, expected in (
                 (TEAMMATE, callers.teammate, row.teammate),
                 (STRANGER, callers.stranger, row.stranger),
@@ -307,6 +315,7 @@ async def _walk(http: httpx.AsyncClient, callers: Callers) -> None:
             ):
                 status, text = await answer(row, who)
                 assert status == expected, (*what, name, text)
+                answers.append((status, expected))
                 is_own = (
                     name == PARTNER and status == 200 and row.method == "POST"
                 )  # the same replica, the same words
@@ -318,6 +327,7 @@ async def _walk(http: httpx.AsyncClient, callers: Callers) -> None:
                     assert "request_not_found" in text, what
                 if name == TEAMMATE and route == "/v1/models":
                     assert MODEL not in text, (*what, name)
+    return told
 
 
 async def test_preflights_and_wrong_methods_tell_nothing(

@@ -81,6 +81,9 @@ async def test_a_replica_that_says_how_much_its_memory_holds_is_believed(
         return [load.kv_tokens for load in view.board.loads.values()]
 
     await until(lambda: said() == [7_000] * HANDS)
+    await machines[0].enrol(kv_tokens=9_000)
+    await until(lambda: 9_000 in said())
+    assert sorted(said()) == [7_000] * (HANDS - 1) + [9_000]
 
 
 async def test_a_burst_through_one_gateway_is_spread_although_its_view_is_old(
