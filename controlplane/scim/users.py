@@ -65,9 +65,10 @@ def facts_of(row: ScimUser) -> Facts:
 
 
 def create_user(*, organization_id: UUID, facts: Facts) -> ScimUser:
-    """A new entry, and a place for the person, if they are active.
+    """A new entry, and a place for the person, if they are active; if not, none.
 
-    Raises InvalidInputError (no address, a domain that is not proven, too many) or ConflictError (name, address).
+    Raises InvalidInputError (no address, a domain that is not proven, too many) or ConflictError (name, address, the
+    last owner).
     """
     with tenant(organization_id):
         email = _address(organization_id, facts.email)
@@ -78,6 +79,8 @@ def create_user(*, organization_id: UUID, facts: Facts) -> ScimUser:
         insert(row, taken=_TAKEN)
         if row.is_active:
             places.let_in(row)
+        else:
+            places.put_out(row)
     log.info("scim_user.created", organization=organization_id.hex, scim_user=row.id.hex)
     return row
 

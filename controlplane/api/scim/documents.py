@@ -213,14 +213,15 @@ def user_in(payload: Mapping[str, Any], present: Facts | None = None) -> Facts:
     )
 
 
-def group_in(payload: Mapping[str, Any]) -> tuple[str, str, frozenset[UUID]]:
-    """Name, external id and members of a POST or PUT. Raises ScimError naming the attribute."""
+def group_in(payload: Mapping[str, Any]) -> tuple[str, str, frozenset[UUID] | None]:
+    """Name, external id and members of a POST or PUT. Raises ScimError naming the attribute.
+
+    Members None: not spoken of. Who renames a group by a PUT without them does not mean to empty it.
+    """
     sent = _read(Group, payload)
-    return (sent.display_name or "").strip(), sent.external_id or "", member_ids(payload_members(payload))
-
-
-def payload_members(payload: Mapping[str, Any]) -> Any:
-    return next((value for key, value in payload.items() if key.lower() == "members"), None)
+    members = next((value for key, value in payload.items() if key.lower() == "members"), None)
+    ids_of = None if members is None else member_ids(members)
+    return (sent.display_name or "").strip(), sent.external_id or "", ids_of
 
 
 def member_ids(value: Any) -> frozenset[UUID]:

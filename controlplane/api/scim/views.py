@@ -15,7 +15,7 @@ from uuid import UUID
 import structlog
 from django.db import InterfaceError, OperationalError
 from django.db.models import Model, Q, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, QueryDict
 from django.views.decorators.csrf import csrf_exempt
 from pydantic import ValidationError
 from scim2_models import Context, ListResponse, Path, Resource, ResponseParameters
@@ -103,8 +103,18 @@ def users(request: ScimRequest) -> HttpResponse:
             organization_id=organization_id, facts=documents.user_in(_payload(request))
         )
         return _made(request, _user(organization_id, row))
+    return _list_users(request)
+
+
+@endpoint("POST")
+def search_users(request: ScimRequest) -> HttpResponse:
+    return _list_users(_as_query(request))
+
+
+def _list_users(request: ScimRequest) -> HttpResponse:
+    organization_id = request.directory.organization_id
     rows = ScimUser.objects.filter(organization_id=organization_id).filter(
-        _condition(request, _user_attributes())
+        _condition(request, _user_attributes(organization_id))
     )
     shown, total, start = _page(request, rows, documents.MAX_RESULTS)
     groups = _groups_of(organization_id, shown)
@@ -142,9 +152,19 @@ def groups(request: ScimRequest) -> HttpResponse:
             organization_id=organization_id,
             display_name=display_name,
             external_id=external_id,
-            members=members,
+            members=members or frozenset(),
         )
         return _made(request, _group(request, row))
+    return _list_groups(request)
+
+
+@endpoint("POST")
+def search_groups(request: ScimRequest) -> HttpResponse:
+    return _list_groups(_as_query(request))
+
+
+def _list_groups(request: ScimRequest) -> HttpResponse:
+    organization_id = request.directory.organization_id
     rows = ScimGroup.objects.filter(organization_id=organization_id).filter(
         _condition(request, _group_attributes(organization_id))
     )
@@ -214,12 +234,13 @@ def _members_of(organization_id: UUID, rows: Iterable[ScimGroup]) -> dict[UUID, 
     return found
 
 
-def _user_attributes() -> dict[str, filters.Asker]:
-    def in_group(text: str) -> Q:
-        return Q(
-            id__in=ScimMembership.objects.filter(group_id=_or_none(documents.group_id, text)).values("user")
-        )
+def _user_attributes(organization_id: UUID) -> dict[str, filters.Asker]:
+    memberships = ScimMembership.objects.filter(organization_id=organization_id)
 
+    def in_group(text: str) -> Q:
+        return Q(id__in=memberships.filter(group_id=_or_none(documents.group_id, text)).values("user"))
+
+    groups = filters.among(in_group, Q(id__in=memberships.values("user")))
     return {
         "id": filters.among(lambda text: Q(id=_or_none(documents.user_id, text)), ~Q(pk__in=[])),
         "username": filters.text("user_name"),
@@ -232,8 +253,8 @@ def _user_attributes() -> dict[str, filters.Asker]:
         "emails.value": filters.text("email"),
         "emails.type": filters.constant("work"),
         "emails.primary": filters.constant(True),
-        "groups": filters.among(in_group, Q(memberships__isnull=False)),
-        "groups.value": filters.among(in_group, Q(memberships__isnull=False)),
+        "groups": groups,
+        "groups.value": groups,
         "meta.created": filters.instant("created_at"),
         "meta.lastmodified": filters.instant("updated_at"),
     }
@@ -285,6 +306,17 @@ def _number(request: ScimRequest, name: str, default: int) -> int:
         return min(int(text[:12]), _FAR)
     except ValueError as error:
         raise ScimError("invalidValue", f"{name}: {text[:20]!r} is no number") from error
+
+
+def _as_query(request: ScimRequest) -> ScimRequest:
+    """A search by POST (RFC 7644, 3.4.3), which keeps what is asked for out of the address: the same as a GET."""
+    sent, query = {key.lower(): value for key, value in _payload(request).items()}, QueryDict(mutable=True)
+    for name in ("filter", "startIndex", "count", "attributes", "excludedAttributes"):
+        value = sent.get(name.lower())
+        if value is not None:
+            query[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    request.GET = query
+    return request
 
 
 def _wants_members(request: ScimRequest) -> bool:

@@ -94,6 +94,10 @@ def test_a_put_replaces_the_members(directory: Directory) -> None:
     directory.call("PUT", f"/Groups/{group}", {"displayName": "ops", "members": [{"value": b}]})
     body = directory.get(f"/Groups/{group}").body
     assert ([each["value"] for each in body["members"]], "externalId" in body) == ([b], False)
+    directory.call("PUT", f"/Groups/{group}", {"displayName": "renamed"})  # says nothing of members
+    assert members_of(directory, group) == {b}
+    directory.call("PUT", f"/Groups/{group}", {"displayName": "renamed", "members": []})
+    assert members_of(directory, group) == set()
 
 
 def test_who_is_deleted_is_in_no_group_any_more(directory: Directory) -> None:

@@ -36,6 +36,7 @@ FILTERS: list[tuple[str, str | None]] = [
     ('(userName eq "a" or (userName eq "b")) and active eq true', ""),
     ('groups.value eq "{group}"', "ann"),
     ('id eq "{ann}"', "ann"),
+    ("groups pr", "ann"),
     ('id eq "nonsense"', ""),
     ("userName eq ann", None),
     ('userName zz "ann"', None),
@@ -59,6 +60,7 @@ def test_users_by_filter(directory: Directory) -> None:
     )
     directory.add_user(CAT, active=False)
     group = directory.add_group("ops", ann)
+    directory.add_group("dev", ann)  # in two of them, found once
     for pattern, names in FILTERS:
         text = pattern.replace("{group}", group).replace("{ann}", ann)
         if names is None:
@@ -82,6 +84,17 @@ def test_groups_by_filter_as_entra_and_okta_ask(directory: Directory) -> None:
     assert all("members" not in each for each in without)
     only = directory.get("/Groups?attributes=displayName").body["Resources"][0]
     assert only.keys() == {"schemas", "id", "displayName"}
+
+
+def test_a_search_by_post_is_the_same_as_a_list(directory: Directory) -> None:
+    ann = directory.add_user(ANN)
+    directory.add_user(CAT)
+    asked = {"filter": f'userName eq "{ANN}"', "attributes": ["userName"], "startIndex": 1, "count": 5}
+    body = directory.call("POST", "/Users/.search", asked).body
+    assert (body["totalResults"], body["Resources"][0]["id"]) == (1, ann)
+    assert body["Resources"][0].keys() == {"schemas", "id", "userName"}
+    wrong = directory.call("POST", "/Groups/.search", {"filter": "active pr"})
+    assert (wrong.status_code, wrong.body["scimType"]) == (400, "invalidFilter")
 
 
 def test_pages(directory: Directory) -> None:

@@ -24,6 +24,8 @@ ROWS: dict[str, list[tuple[str, Any, int, bool]]] = {
     "/Schemas": [("GET", None, 200, False)],
     "/Schemas/<str:name>": [("GET", None, 200, False)],
     "/Users": [("GET", None, 200, False), ("POST", {"userName": "new@example.org"}, 201, False)],
+    "/Users/.search": [("POST", {"filter": "active pr"}, 200, False)],
+    "/Groups/.search": [("POST", {"filter": "displayName pr"}, 200, False)],
     "/Users/<str:name>": [
         ("GET", None, 200, True),
         ("PUT", {"userName": "ann@example.org"}, 200, True),

@@ -143,6 +143,23 @@ def test_who_is_activated_again_has_a_place_again(world: World, directory: Direc
     assert [each["value"] for each in response.body["groups"]] == [group]
 
 
+def test_who_comes_inactive_has_no_place(world: World, directory: Directory) -> None:
+    directory.add_user("bob@example.org", active=False)
+    assert role_of(world.organization.id, "bob@example.org") is None
+    response = directory.call("POST", "/Users", {"userName": "alice@example.org", "active": False})
+    assert (response.status_code, response.body["scimType"]) == (400, "mutability")  # the last owner
+    assert role_of(world.organization.id, "alice@example.org") == Role.OWNER
+
+
+def test_who_was_made_by_the_directory_can_choose_a_password(
+    directory: Directory, mailoutbox: list[Any]
+) -> None:
+    directory.add_user(ANN)
+    assert Client().post("/account/password/reset", {"email": ANN}).status_code == 302
+    assert [mail.to for mail in mailoutbox] == [[ANN]]
+    assert "/account/password/reset/key/" in mailoutbox[0].body
+
+
 def test_the_last_owner_stays(world: World, directory: Directory, roles: Any) -> None:
     scim_id = directory.add_user("alice@example.org")
     for response in (
