@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from io import StringIO
 from typing import Any
@@ -21,9 +22,12 @@ from controlplane.audit import sealing
 from controlplane.audit.models import Entry
 from controlplane.deployments import sharing
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
+from controlplane.identity import domains
 from controlplane.lifecycle import erasure
 from controlplane.lifecycle.models import Erasure
 from controlplane.lifecycle.scrub import scrub
+from controlplane.scim import groups, tokens, users
+from controlplane.scim.users import Facts
 from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
@@ -60,6 +64,7 @@ def stuffed() -> tuple[World, dict[str, Any]]:
     )
     account = accounts.create_service_account(organization_id=acme, name=f"{MARK} robot", role=Role.OWNER)
     accounts.create_token(organization_id=acme, account_id=account.id, name=f"{MARK} token")
+    _provision(acme, world.other_organization.id)
     signed_in(own).get("/")
     book_usage(world, key_id=key.id, deployment_id=deployment.id, model=f"{MARK}-chat", cost_nano=777)
     with acting_as("corral_operator"):
@@ -73,6 +78,25 @@ def stuffed() -> tuple[World, dict[str, Any]]:
         "key": key,
         "plaintext": plaintext,
     }
+
+
+def _provision(acme: Any, other: Any) -> None:
+    """Acme's directory knows people: one it has deactivated, and one whom Other's directory knows, too."""
+    for organization_id, domain in ((acme, f"{MARK}.example"), (other, "example.net")):
+        row = domains.claim(organization_id=organization_id, name=domain)
+        domains.mark_verified(organization_id=organization_id, domain_id=row.id)
+    left = Facts(f"{MARK}-left", f"left@{MARK}.example", display_name=f"Left {MARK}")
+    row = users.create_user(organization_id=acme, facts=left)
+    users.change_user(organization_id=acme, scim_user_id=row.id, facts=replace(left, is_active=False))
+    shared = users.create_user(organization_id=other, facts=Facts("shared", "shared@example.net"))
+    users.change_user(
+        organization_id=other,
+        scim_user_id=shared.id,
+        facts=Facts("shared", "shared@example.net", is_active=False),
+    )
+    services.add_member(organization_id=acme, user=shared.user, role=Role.VIEWER)
+    groups.create_group(organization_id=acme, display_name=f"{MARK} group", members=[row.id])
+    tokens.create_token(organization_id=acme, name=f"{MARK} directory")
 
 
 def fill_redis(client: redis.Redis, world: World, made: dict[str, Any]) -> tuple[str, str]:
@@ -163,7 +187,11 @@ def test_nothing_personal_is_left_in_any_table_or_in_redis(
             "others' stays"
         )
 
-    assert {user.email for user in User.objects.all()} == {"bob@example.org", "charlie@example.org"}
+    assert {user.email for user in User.objects.all()} == {
+        "bob@example.org",
+        "charlie@example.org",
+        "shared@example.net",  # a directory of another organization keeps an entry, deactivated as it is
+    }
     with acting_as("corral_operator"):
         assert list(Member.objects.values_list("organization__slug", flat=True).distinct()) == ["other"]
         [usage] = UsageEvent.objects.filter(organization_id=world.organization.id)
