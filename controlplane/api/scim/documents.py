@@ -51,9 +51,6 @@ GROUP_SCHEMA: Final = "urn:ietf:params:scim:schemas:core:2.0:Group"
 class Name(ComplexAttribute):
     """The components of the user's name."""
 
-    formatted: Annotated[str | None, Mutability.read_only] = None
-    """The whole name, made of the others."""
-
     family_name: Annotated[str | None, Field(max_length=120)] = None
     """The family name."""
 
@@ -112,9 +109,6 @@ class Member(ComplexAttribute):
     ref: Annotated[Reference[User] | None, Mutability.immutable] = Field(None, serialization_alias="$ref")
     """Where the user is."""
 
-    display: Annotated[str | None, Mutability.read_only] = None
-    """The name of the user."""
-
 
 class Group(Resource[Any]):
     """A group of users. The sign-in policy says which role it gives."""
@@ -151,14 +145,13 @@ def version(row: ScimUser | ScimGroup) -> str:
 
 
 def user_out(row: ScimUser, groups: Iterable[ScimGroup]) -> User:
-    formatted = " ".join(filter(None, (row.given_name, row.family_name)))
     return User(
         id=str(row),
         external_id=row.external_id or None,
         meta=_meta(row, "User"),
         user_name=row.user_name,
-        name=Name(formatted=formatted, given_name=row.given_name or None, family_name=row.family_name or None)
-        if formatted
+        name=Name(given_name=row.given_name or None, family_name=row.family_name or None)
+        if row.given_name or row.family_name
         else None,
         display_name=row.display_name or None,
         active=row.is_active,
@@ -176,23 +169,15 @@ def user_out(row: ScimUser, groups: Iterable[ScimGroup]) -> User:
     )
 
 
-def group_out(row: ScimGroup, members: Collection[ScimUser] | None) -> Group:
-    """`members` None: they were not asked for."""
+def group_out(row: ScimGroup, members: Collection[UUID] | None) -> Group:
+    """`members`: ids of users; None: they were not asked for."""
+    found = [ids.to_text(ids.Prefix.SCIM_USER, each) for each in members or ()]
     return Group(
         id=str(row),
         external_id=row.external_id or None,
         meta=_meta(row, "Group"),
         display_name=row.display_name,
-        members=[
-            Member(
-                value=str(each),
-                ref=Reference(location(f"Users/{each}")),
-                display=each.display_name or each.user_name,
-            )
-            for each in members
-        ]
-        if members
-        else None,
+        members=[Member(value=each, ref=Reference(location(f"Users/{each}"))) for each in found] or None,
     )
 
 

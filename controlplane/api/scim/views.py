@@ -226,11 +226,11 @@ def _groups_of(organization_id: UUID, rows: Iterable[ScimUser]) -> dict[UUID, li
     return found
 
 
-def _members_of(organization_id: UUID, rows: Iterable[ScimGroup]) -> dict[UUID, list[ScimUser]]:
-    found: dict[UUID, list[ScimUser]] = defaultdict(list)
+def _members_of(organization_id: UUID, rows: Iterable[ScimGroup]) -> dict[UUID, list[UUID]]:
+    found: dict[UUID, list[UUID]] = defaultdict(list)
     memberships = ScimMembership.objects.filter(organization_id=organization_id, group__in=list(rows))
-    for each in memberships.select_related("user").order_by("user_id"):
-        found[each.group_id].append(each.user)
+    for group_id, scim_user_id in memberships.order_by("user_id").values_list("group_id", "user_id"):
+        found[group_id].append(scim_user_id)
     return found
 
 
@@ -315,7 +315,7 @@ def _as_query(request: ScimRequest) -> ScimRequest:
         value = sent.get(name.lower())
         if value is not None:
             query[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    request.GET = query
+    request.GET = query  # type: ignore[assignment]
     return request
 
 

@@ -122,7 +122,11 @@ def test_pages(directory: Directory) -> None:
 PATCHES: list[tuple[dict[str, Any], str, Any]] = [
     ({"op": "Replace", "value": {"name.givenName": "Anne"}}, "name.givenName", "Anne"),
     ({"op": "Add", "path": "name.familyName", "value": "Li"}, "name.familyName", "Li"),
-    ({"op": "replace", "path": "name", "value": {"givenName": "B"}}, "name.formatted", "B Lee"),
+    (
+        {"op": "replace", "path": "name", "value": {"givenName": "B"}},
+        "name",
+        {"givenName": "B", "familyName": "Lee"},
+    ),
     ({"op": "remove", "path": "name"}, "name", None),
     ({"op": "remove", "path": "displayName"}, "displayName", None),
     ({"op": "Replace", "path": "externalId", "value": "x"}, "externalId", "x"),

@@ -39,7 +39,7 @@ def test_a_user_who_is_made_is_a_member(world: World, directory: Directory) -> N
     assert (response.status_code, response["Content-Type"]) == (201, "application/scim+json")
     body = response.body
     assert body["userName"] == "Ann@Example.org"
-    assert body["name"] == {"formatted": "Ann Lee", "familyName": "Lee", "givenName": "Ann"}
+    assert body["name"] == {"familyName": "Lee", "givenName": "Ann"}
     assert body["emails"] == [{"value": ANN, "type": "work", "primary": True}]
     assert body["active"] is True
     assert body["meta"]["version"] == response["ETag"]
