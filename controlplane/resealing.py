@@ -19,6 +19,8 @@ from controlplane import secretbox
 from controlplane.identity import adapters, providers
 from controlplane.identity.models import IdentityProvider
 from controlplane.tenants.actor import act_as
+from controlplane.upstreams import services as upstreams
+from controlplane.upstreams.models import UpstreamSecrets
 from controlplane.webhooks import services as webhooks
 from controlplane.webhooks.models import EndpointState
 
@@ -103,5 +105,6 @@ PLACES: Final = (
     Place(IdentityProvider, "secret", providers.SECRET, _box),
     Place(EndpointState, "sealed_secret", webhooks.PURPOSE, _box),
     Place(EndpointState, "sealed_secret_before", webhooks.PURPOSE, _box),
+    Place(UpstreamSecrets, "sealed_secret", upstreams.PURPOSE, _box),
     Place(Authenticator, "data", adapters.SECOND_FACTOR, _second_factor),
 )

@@ -15,9 +15,11 @@ from django.core.management import call_command
 from controlplane import resealing, secretbox
 from controlplane.identity import providers
 from controlplane.identity.models import ProviderKind
+from controlplane.upstreams import services as upstreams
+from controlplane.upstreams.models import UpstreamSecrets
 from controlplane.webhooks import services as webhooks
 from tests.database import acting_as
-from tests.world import World
+from tests.world import World, make_deployment
 
 ROOT = Path(resealing.__file__).parents[1]
 
@@ -37,6 +39,7 @@ def test_every_code_that_seals_has_its_place() -> None:
     assert sealing == {
         "controlplane/identity/adapters.py",
         "controlplane/identity/providers.py",
+        "controlplane/upstreams/services.py",
         "controlplane/webhooks/services.py",
     }
 
@@ -57,6 +60,15 @@ def sealed(world: World) -> Any:
         organization_id=organization_id, url="https://acme.example/hook"
     )
     webhooks.rotate_secret(organization_id=organization_id, endpoint_id=endpoint.id)
+    upstream = upstreams.attach(
+        organization_id=organization_id,
+        deployment_id=make_deployment(world).id,
+        name="elsewhere",
+        base_url="https://api.example.org/v1",
+        model="m",
+        role="overflow",
+        change=upstreams.Change(api_key="sk-elsewhere"),
+    )
     TOTP.activate(world.alice, "JBSWY3DPEHPK3PXP")
     codes = RecoveryCodes.activate(world.alice).get_unused_codes()
 
@@ -68,6 +80,7 @@ def sealed(world: World) -> Any:
             assert TOTP(seeds["totp"]).instance.data["secret"]
             return [
                 providers.secret_of(provider),
+                upstreams.secret_of(UpstreamSecrets.objects.get(upstream=upstream)).api_key,
                 secretbox.unseal(bytes(kept.sealed_secret_before), purpose=webhooks.PURPOSE),
                 secretbox.unseal(bytes(kept.sealed_secret), purpose=webhooks.PURPOSE),
                 secretbox.unseal(bytes.fromhex(seeds["totp"].data["secret"]), purpose="second factor"),
@@ -75,7 +88,8 @@ def sealed(world: World) -> Any:
             ]
 
     first = opened()
-    assert (first[0], first[1], first[3], first[4]) == ("its secret", secret, "JBSWY3DPEHPK3PXP", codes)
+    assert first[:3] == ["its secret", "sk-elsewhere", secret]
+    assert first[4:] == ["JBSWY3DPEHPK3PXP", codes]
     return opened
 
 
@@ -89,7 +103,7 @@ def test_sealed_secrets_open_after_the_former_key_has_ended(
         assert sealed() == before
         with acting_as("corral_operator"):
             call_command("reseal")
-            assert capsys.readouterr().out == "5 secrets sealed anew\n"
+            assert capsys.readouterr().out == "6 secrets sealed anew\n"
             assert resealing.reseal() == resealing.Resealed(0, 0), "once is enough"
         settings.SECRET_KEY_FALLBACKS = []
         assert sealed() == before
@@ -99,7 +113,7 @@ def test_what_no_key_opens_is_counted_and_left(sealed: Any, settings: Any) -> No
     settings.SECRET_KEY = "another"
     settings.SECRET_KEY_FALLBACKS = []
     with acting_as("corral_operator"):
-        assert resealing.reseal() == resealing.Resealed(n_renewed=0, n_lost=5)
+        assert resealing.reseal() == resealing.Resealed(n_renewed=0, n_lost=6)
 
 
 def test_what_was_changed_meanwhile_is_left_as_it_is(
