@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import psycopg
@@ -31,9 +32,13 @@ from workers.config import ServeTuning
 from workers.keys import RETENTION_MS, USAGE_STREAM_MAX
 
 UNPACED, PACED, SLOW = "bench-unpaced", "bench-paced", "bench-slow"
-# Name, milliseconds per engine step, service class. `batch` lets a slow engine run all streams at once: no promise of
-# short gaps holds its slots down.
-DEPLOYMENTS = ((UNPACED, 0, "interactive"), (PACED, 10, "interactive"), (SLOW, 250, "batch"))
+# Name, milliseconds per engine step, tokens per step, service class. The slow one runs all its streams at once: no
+# promise of short gaps holds its slots down, and a step computes a hundred prompts.
+DEPLOYMENTS = (
+    (UNPACED, 0, 2_048, "interactive"),
+    (PACED, 10, 2_048, "interactive"),
+    (SLOW, 250, 32_768, "batch"),
+)
 CONTEXT_TOKENS = 32_768
 RUN_LIMIT_S = 300
 PROMPT_CHARS = 1000
@@ -133,17 +138,18 @@ def measure(
 def _prepare(stack: BenchStack, progress: Callable[[str], None]) -> str:
     profile = ("--profile", "max_num_seqs=1024", "--profile", "kv_cache_bytes=4294967296",
                "--profile", f"max_model_len={CONTEXT_TOKENS}")  # fmt: skip
-    for name, step_ms, slo in DEPLOYMENTS:
+    for name, step_ms, step_tokens, slo in DEPLOYMENTS:
         stack.manage(
             "deploy", name, "--model", "toy", "--min", "1", "--max", "1", "--slo", slo,
             *profile, "--profile", f"toy_step_ms={step_ms}",
+            "--profile", f"max_num_batched_tokens={step_tokens}",
         )  # fmt: skip
     key = stack.manage_json(
         "create_key", "bench", "--rpm", "100000000", "--input-tpm", "2000000000", "--output-tpm", "2000000000",
         "--max-concurrency", "100000", "--budget", "1000000", "--limit-all",
     )  # fmt: skip
     progress("waiting for the bench replicas")
-    for model, _, _ in DEPLOYMENTS:
+    for model, *_ in DEPLOYMENTS:
         warm = Scenario("warm", model, 1, 5, False, n_tokens=4)
         _load(stack, warm, str(key["api_key"]), limit_s=60)
     return str(key["api_key"])
@@ -311,7 +317,16 @@ def _memory(scenario: Scenario, runs: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "memory_kib_per_stream": summary([1024 * mib / scenario.n_connections for mib in grown], 1),
         "memory_bounded_by": list(BOUNDED_BY),
+        "streams_at_once": summary([_at_once(run) for run in runs], 0),
     }  # fmt: skip
+
+
+def _at_once(run: dict[str, Any]) -> int:
+    """Most answers that were under way at an instant, all requests having been sent at once."""
+    edges = sorted(
+        [(ms, 1) for ms in run["first_event_ms"]] + [(ms, -1) for ms in run["latency_ms"]], key=lambda e: e[0]
+    )
+    return max(accumulate(step for _, step in edges))
 
 
 def _goals(scenarios: dict[str, Any]) -> list[dict[str, Any]]:
@@ -344,6 +359,11 @@ def as_text(report: dict[str, Any]) -> str:
         if name == "plain_50kb_c16":
             lines.append(
                 f"{name}: of it tokenising {s['tokenising_cpu_ms_per_request']['median']:.3f} ms/request"
+            )
+        if "streams_at_once" in s:
+            lines.append(
+                f"{name}: {s['streams_at_once']['median']} at once, "
+                f"{s['memory_kib_per_stream']['median']} KiB each"
             )
         for group, mib in s.get("memory_mib", {}).items():
             told = ", ".join(f"{when} {mib[when]['median']:.0f} MiB" for when in ("before", "peak", "after"))
