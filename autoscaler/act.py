@@ -20,7 +20,7 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.observe import capacity
 from autoscaler.siblings import siblings_of
-from autoscaler.specs import desired_spec, engine_digest, replica_spec, slots
+from autoscaler.specs import candidate, desired_spec, engine_digest, replica_spec, slots, slots_of
 from autoscaler.types import (
     Command,
     DrainReplica,
@@ -49,10 +49,10 @@ def act(
     match command:
         case LaunchMachine(command_id):
             return launch.launch(UUID(command_id), provider, config, cell, deployment) is not None
-        case StartReplica(command_id, machine_id):
+        case StartReplica(command_id, machine_id, canary):
             if deployment is None:
                 return False
-            return _start(UUID(command_id), UUID(machine_id), deployment, config, cell)
+            return _start(UUID(command_id), UUID(machine_id), deployment, config, cell, canary)
         case DrainReplica(_, replica_id, reason):
             return drain(UUID(replica_id), reason, cell)
         case StopReplica(_, replica_id, reason, failure_code):
@@ -111,8 +111,16 @@ def end(replica_id: UUID, phase: ReplicaPhase, code: str, message: str, cell: Ce
 
 
 def _start(
-    command_id: UUID, machine_id: UUID, deployment: Deployment, config: AutoscalerConfig, cell: Cell
+    command_id: UUID,
+    machine_id: UUID,
+    deployment: Deployment,
+    config: AutoscalerConfig,
+    cell: Cell,
+    canary: bool,
 ) -> bool:
+    tried = candidate(deployment) if canary else None
+    if canary and tried is None:
+        return False  # its rollout is over
     try:
         with transaction.atomic():
             machine = (
@@ -133,10 +141,10 @@ def _start(
                 deployment_id=deployment.id,
                 machine=machine,
                 generation=deployment.generation,
-                slots=slots(deployment),
+                slots=slots(deployment) if tried is None else slots_of(tried.settings),
                 command_id=command_id,
-                spec=replica_spec(deployment, replica_id),
-                spec_digest=engine_digest(deployment),
+                spec=replica_spec(deployment, replica_id, tried),
+                spec_digest=engine_digest(deployment) if tried is None else tried.digest,
             )
     except IntegrityError:  # this command was carried out before
         found = Replica.objects.filter(command_id=command_id).first()

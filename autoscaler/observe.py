@@ -20,7 +20,7 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Machine, Replica, ReplicaPhase
 from autoscaler.models import MachineState as MachineRowState
 from autoscaler.policy.pool import Pool
-from autoscaler.specs import engine_digest
+from autoscaler.specs import candidate, engine_digest
 from autoscaler.types import (
     Failure,
     MachineState,
@@ -50,9 +50,12 @@ def observe(
     rows = list(live.exclude(ELSEWHERE_Q).order_by("id"))
     readings, load = _ask_redis(cell, deployment.id, rows)
     digest = engine_digest(deployment)
-    failures, last_good_at_s = _failures(deployment, spec, now)
+    tried = candidate(deployment) if spec.n_canary else None
+    failures, last_good_at_s = _failures(deployment, spec, now, digest)
     machine_failures, last_machine_good_at_s = _machine_failures(config, cell.keys.cell, now)
-    replicas = tuple(_replica_view(row, readings, digest) for row in rows)
+    replicas = tuple(
+        _replica_view(row, readings, digest, "" if tried is None else tried.digest) for row in rows
+    )
     pool = Pool(machine_views(config, cell.keys.cell))
     reached = quotas.why_none(deployment, cell.keys.cell, config.provider, now)
     return Observation(
@@ -113,7 +116,9 @@ def _ask_redis(
         return None, None
 
 
-def _replica_view(row: Replica, readings: dict[str, ReplicaReading] | None, digest: str) -> ReplicaView:
+def _replica_view(
+    row: Replica, readings: dict[str, ReplicaReading] | None, digest: str, tried: str
+) -> ReplicaView:
     reading = None if readings is None else readings[row.id.hex]
     beat = None if reading is None else reading.beat
     return ReplicaView(
@@ -127,15 +132,19 @@ def _replica_view(row: Replica, readings: dict[str, ReplicaReading] | None, dige
         slots_now=None if reading is None or reading.state != "ready" else reading.slots,
         beat_seq=None if beat is None else beat.seq,
         n_requests_total=0 if beat is None else beat.n_requests_total,
-        outdated=bool(row.spec_digest) and row.spec_digest != digest,
+        outdated=bool(row.spec_digest) and row.spec_digest not in (digest, tried),
+        canary=bool(tried) and row.spec_digest == tried != digest,
     )
 
 
 def _failures(
-    deployment: Deployment, spec: ScalerSpec, now: datetime
+    deployment: Deployment, spec: ScalerSpec, now: datetime, digest: str
 ) -> tuple[tuple[Failure, ...], float | None]:
-    """Newest failures of this generation, oldest first; and when one last had proven itself."""
-    recent = Replica.objects.filter(deployment_id=deployment.id, generation=deployment.generation).exclude(
+    """Newest failures of this generation, oldest first; and when one last had proven itself. What became of a canary
+    is for its rollout to judge."""
+    recent = Replica.objects.filter(
+        deployment_id=deployment.id, generation=deployment.generation, spec_digest__in=("", digest)
+    ).exclude(
         ELSEWHERE_Q
     )
     last_good_at_s = None

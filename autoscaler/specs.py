@@ -6,6 +6,7 @@ organization loaded; only the file names of a version in an object store are loo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,11 +17,13 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment, ModelSource, ModelVersion
+from controlplane.rollouts.models import CANARY_STATES, EngineProfile, Rollout
 from controlplane.rollouts.profiles import digest_of
 from controlplane.upstreams.services import sealed_for
 from infra.objectstore import Place, signed_urls
 from workers.contract import ReplicaSpec
 
+N_CANARY = 1  # replicas of what a rollout tries out: enough for its share, and the least that can be lost
 USUAL_LEADS = 5  # what is usual is what the last so many starts' durations have shown
 
 
@@ -34,6 +37,7 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
         idle_timeout_s=float(deployment.idle_timeout_s),
         slots=slots(deployment),
         deleted=deployment.deleted_at is not None,
+        n_canary=N_CANARY if candidate(deployment) is not None else 0,
         suspended_at_s=None if suspended_at is None else suspended_at.timestamp(),
         suspension_grace_s=config.suspension_grace_s,
         max_machines=config.max_machines,
@@ -45,7 +49,11 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
 
 def slots(deployment: Deployment) -> int:
     """Requests a replica runs at once: what its engine batches."""
-    return max(1, int(deployment.engine_profile.get("max_num_seqs", 64)))
+    return slots_of(deployment.engine_profile)
+
+
+def slots_of(settings: Mapping[str, Any]) -> int:
+    return max(1, int(settings.get("max_num_seqs", 64)))
 
 
 def engine_digest(deployment: Deployment) -> str:
@@ -53,16 +61,32 @@ def engine_digest(deployment: Deployment) -> str:
     return digest_of(deployment.model_version.digest, deployment.engine_profile)
 
 
-def replica_spec(deployment: Deployment, replica_id: UUID) -> dict[str, Any]:
-    """The ReplicaSpec of a new replica, as JSON, to be kept in its row."""
-    version = deployment.model_version
+def candidate(deployment: Deployment) -> EngineProfile | None:
+    """What a rollout of this deployment tries out at present."""
+    found = (
+        Rollout.objects.select_related("candidate", "candidate__model_version")
+        .filter(deployment_id=deployment.id, state__in=CANARY_STATES)
+        .first()
+    )
+    if found is None or found.base_digest != engine_digest(deployment):
+        return None  # somebody changed what the deployment runs: the rollout is over
+    return found.candidate
+
+
+def replica_spec(
+    deployment: Deployment, replica_id: UUID, tried: EngineProfile | None = None
+) -> dict[str, Any]:
+    """The ReplicaSpec of a new replica, as JSON, to be kept in its row. `tried`: of a canary."""
+    version = deployment.model_version if tried is None else tried.model_version
+    settings = deployment.engine_profile if tried is None else tried.settings
     spec = ReplicaSpec(
         replica=replica_id.hex,
         deployment=deployment.id.hex,
         model_digest=version.digest,
         model_source=_source(version),
-        profile=deployment.engine_profile,
-        slots=slots(deployment),
+        profile=settings,
+        slots=slots_of(settings),
+        canary=tried is not None,
     )
     found: dict[str, Any] = msgspec.to_builtins(spec)
     return found

@@ -51,6 +51,7 @@ class ReplicaView:
     beat_seq: int | None = None
     n_requests_total: int = 0  # as its heartbeat counts
     outdated: bool = False  # runs another model or engine profile than the deployment now wants
+    canary: bool = False  # runs what a rollout tries out: beside the wanted number, and no part of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class ScalerSpec:
     idle_timeout_s: float
     slots: int  # requests a replica runs at once
     deleted: bool = False
+    n_canary: int = 0  # replicas of what a rollout tries out, while the deployment serves
     # Its owner is suspended since then: nothing new is started, and after the grace nothing is kept.
     suspended_at_s: float | None = None
     suspension_grace_s: float = 300.0
@@ -232,6 +234,7 @@ class StartReplica:
     KIND: ClassVar[str] = "start_replica"
     command_id: str
     machine_id: str
+    canary: bool = False  # of what a rollout tries out
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,10 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     note: str = ""
     # Ids of the adapters in its memory; None: it takes none.
     adapters: tuple[str, ...] | None = None
+    # Requests that failed here through no fault of theirs, since the start; and of a canary the latest that it handed
+    # back unbegun, to be served elsewhere.
+    n_errors_total: int = 0
+    handed_back: tuple[str, ...] = ()
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
@@ -322,6 +326,8 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     # True: finish or hand off what runs, take nothing new, then stop.
     drain: bool = False
     grace_s: float = 10.0
+    # It tries something out: what it cannot even begin is handed back, and served elsewhere.
+    canary: bool = False
     # Of a version in an object store: file name -> signed URLs of it, best first. Secrets for as long as they last.
     model_urls: dict[str, list[str]] = {}
     # The version on other machines of this cell, `{name}` for the file's: asked before the object store. Secrets, too.

@@ -89,6 +89,8 @@ class Reporter:
             step_ms=round(stats.step_ms, 3),
             n_tokens_total=self._server.n_tokens_total,
             n_requests_total=self._server.n_requests_total,
+            n_errors_total=self._server.n_errors_total,
+            handed_back=tuple(self._server.handed_back),
             max_model_len=self._engine.max_model_len,
             kv_tokens=self._engine.kv_tokens,
             adapters=self._server.adapters.resident if self._server.adapters.limit else None,

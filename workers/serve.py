@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -38,6 +39,7 @@ from workers.spool import Spool
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS: Final = 3
+_HANDED_BACK: Final = 256  # told in each beat: those of the last seconds
 
 
 class Server:
@@ -60,6 +62,8 @@ class Server:
         self._ends = Ends(config, client, publisher, spool, self._leases, now_ms)
         self._generations = Generations(config, engine, client, self._ends, on_engine_dead, now_ms)
         self._running: dict[str, Attempt] = {}
+        self.n_errors_total = 0  # requests that failed through no fault of theirs
+        self.handed_back: deque[str] = deque(maxlen=_HANDED_BACK)
         self._moves: set[asyncio.Task[None]] = set()
 
     @property
@@ -179,6 +183,12 @@ class Server:
             except Exception:
                 # A fault of ours. The client gets an end in any case, and not a silence.
                 log.exception("attempt failed", extra=attempt.ids)
+                self.n_errors_total += 1
+                if self._config.spec.canary and claim.n_attempt == 1 and run.n_completion == 0:
+                    # What is tried out here failed; where it is not, the request may be served. Nobody saw a token.
+                    await self._ends.release(attempt, output)
+                    self.handed_back.append(attempt.request_id)
+                    return False
                 return await self._ends.refuse(
                     run, attempt, internal("the worker failed; send the request again")
                 )

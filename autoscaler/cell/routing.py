@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from autoscaler.cell.giving_up import GivingUp
@@ -24,11 +25,17 @@ class Routing(GivingUp):
         slots: int,
         kv_tokens: int = 0,
         elsewhere: tuple[str, int, float] | None = None,
+        share: int | None = None,
     ) -> int:
         """The replica takes requests; answers how many waiting ones were given out. Safe to repeat. `kv_tokens`: what
         its memory holds; 0 leaves what was said before. `elsewhere`: of an endpoint its role, after how many ms an
-        overflow takes what waits, and what a token there costs to routing."""
-        extra = () if elsewhere is None else (elsewhere[0], elsewhere[1], f"{elsewhere[2]:.3f}")
+        overflow takes what waits, and what a token there costs to routing. `share`: of a canary (policy/canary.py:
+        threshold)."""
+        extra: tuple[str | int, ...] = ()
+        if elsewhere is not None:
+            extra = (elsewhere[0], elsewhere[1], f"{elsewhere[2]:.3f}")
+        elif share is not None:
+            extra = ("", 0, 0, share)
         n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots, kv_tokens, *extra))
         for _ in range(MAX_ENROL_CALLS):
             if n < BOUND_PER_CALL:
@@ -36,6 +43,23 @@ class Routing(GivingUp):
             n = int(self._run(ENROL, replica, machine, deployment, slots, 0, *extra))
             n_bound += n
         return n_bound
+
+    def set_share(self, deployment: str, shares: Mapping[str, int | None]) -> None:
+        """What each canary is given of the requests from now on, of 65,536; None: as much as any replica. Replicas that
+        do not take requests (yet) are left alone. Safe to repeat."""
+        changed = False
+        for replica, share in shares.items():
+            key = self.keys.replica(replica)
+            told = cast(list[bytes | None], self.redis.hmget(key, "state", "share"))
+            if told[0] is None or told[1] == (None if share is None else str(share).encode()):
+                continue
+            changed = True
+            if share is None:
+                self.redis.hdel(key, "share")
+            else:
+                self.redis.hset(key, "share", share)
+        if changed:
+            self.redis.publish(self.keys.route_channel, deployment)
 
     def resize(self, replica: str, *, was: int, slots: int, why: str) -> int:
         """The replica runs so many requests at once from now on; answers how many waiting ones it was given, -1

@@ -42,7 +42,9 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     want = wish(observation, spec, memory)
     memory = want.memory
     reasons += want.reasons
-    present = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
+    staying = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
+    present = tuple(r for r in staying if not r.canary)
+    canaries = tuple(r for r in staying if r.canary)
     leaving_soon = retire.to_be_replaced(observation)
     current = tuple(r for r in present if not r.outdated and r.id not in leaving_soon)
     outdated = tuple(r for r in present if r.outdated or r.id in leaving_soon)
@@ -54,6 +56,15 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     machine_gate = gate(observation.machine_failures, observation.last_machine_good_at_s, spec)
     placement, no_room = _place(n_missing, observation, spec, replica_gate, machine_gate, reasons)
     replaced = _outdated_to_drain(current, outdated, leaving_soon, want.n, placement, observation, reasons)
+
+    n_canary = spec.n_canary if want.n > 0 and spec.suspended_at_s is None else 0
+    tried = retire.surplus(canaries, len(canaries) - n_canary, "its rollout does not want it any more")
+    trial = Placement((), False, 0)
+    if n_missing == 0 and any(r.phase is ReplicaPhase.READY for r in current):  # who serves comes first
+        n_tried = max(n_canary - len(canaries), 0)
+        trial, _ = _place(n_tried, observation, spec, Gate(), machine_gate, reasons)
+        if n_tried:
+            reasons.append(f"a rollout tries out {n_canary}, {len(canaries)} of them there")
 
     since_s = None
     if no_room:
@@ -72,9 +83,10 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         no_room=no_room,
         no_room_for_s=0.0 if since_s is None else observation.now_s - since_s,
     )
-    orders: list[Command] = [*late, *leaving, *surplus, *replaced]
+    orders: list[Command] = [*late, *leaving, *surplus, *replaced, *tried]
     orders += [StartReplica("", machine_id) for machine_id in placement.machine_ids]
-    orders += [LaunchMachine("")] if placement.launch else []
+    orders += [StartReplica("", machine_id, canary=True) for machine_id in trial.machine_ids]
+    orders += [LaunchMachine("")] if placement.launch or trial.launch else []
     commands, memory = _number(orders, observation.deployment_id, memory)
     return Decision(commands, memory, tuple(reasons), want.n, verdict)
 

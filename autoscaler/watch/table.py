@@ -12,7 +12,9 @@ from django.db.models import F
 
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from controlplane.deployments.models import Deployment
+from controlplane.policy.canary import threshold
 from controlplane.policy.upstream import price_factor
+from controlplane.rollouts.models import HELD_BACK_STATES, Rollout
 from controlplane.upstreams.models import Upstream, UpstreamReplica
 from infra.providers.external import ExternalProvider
 from workers.contract import UpstreamRole
@@ -42,6 +44,8 @@ class KnownReplica:
     phase: ReplicaPhase
     itl_ms: int = 0
     elsewhere: Elsewhere | None = None
+    # Of a canary: its share of the requests (policy/canary.py: threshold). None: as much as any replica.
+    share: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +60,22 @@ class Table:
     deployments: tuple[str, ...] = ()
 
 
+def canary_shares(cell: str) -> dict[tuple[UUID, str], int]:
+    """(deployment, what a canary of it runs) -> its share."""
+    rows = Rollout.objects.filter(state__in=HELD_BACK_STATES, deployment__cell=cell).values_list(
+        "deployment_id", "candidate__digest", "share_ppm"
+    )
+    return {(deployment, digest): threshold(share_ppm) for deployment, digest, share_ppm in rows}
+
+
 def read(cell: str, version: int) -> Table:
-    """Three queries, and one more where endpoints are attached. Raises django.db errors when Postgres is away."""
+    """Four queries, and one more where endpoints are attached. Raises django.db errors when Postgres is away."""
     replicas = (
         Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell)
         .annotate(itl_ms=F("deployment__slo_class__itl_ms"))
-        .only("id", "machine_id", "deployment_id", "slots", "phase")
+        .only("id", "machine_id", "deployment_id", "slots", "phase", "spec_digest")
     )
+    shares = canary_shares(cell)
     pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
     machines = list(pool.only("id", "state", "redis_password_digest", "provider"))
     rows = list(replicas)
@@ -82,6 +95,7 @@ def read(cell: str, version: int) -> Table:
                 phase=ReplicaPhase(row.phase),
                 itl_ms=row.itl_ms or 0,
                 elsewhere=elsewhere.get(row.id),
+                share=shares.get((row.deployment_id, row.spec_digest)),
             )
             for row in rows
         },

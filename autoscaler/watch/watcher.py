@@ -263,6 +263,9 @@ class Watcher:
             reading = readings[replica.id]
             if replica.id not in self._over:
                 self._judge(replica, reading, now_s)
+                if replica.share is not None and reading.beat is not None and reading.beat.handed_back:
+                    # What a canary could not begin is served elsewhere: nothing that ran goes to a canary again.
+                    self.cell.bind_again(replica.id, replica.machine, reading.beat.handed_back)
             elif reading.used > 0 or reading.is_routed:  # Redis came back without its end
                 self._withdraw(replica)
         if now_s >= self._next_slow_scan_s:
@@ -417,6 +420,7 @@ class Watcher:
             elsewhere=(
                 None if elsewhere is None else (elsewhere.role.value, elsewhere.after_ms, elsewhere.price)
             ),
+            share=replica.share,
         )
         log.info("replica.enrolled", replica=replica.id, slots=wanted, n_given=n_given)
 

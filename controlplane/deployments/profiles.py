@@ -32,7 +32,7 @@ from controlplane.prediction.perf.coefficients import coefficients
 from workers.engine.base import EngineProfile, ProfileError
 
 # Who asks for such a knob insists; the rest is the compiler's.
-OWN_KNOBS: Final = ("engine", "toy_step_ms", "toy_seq_ms", "toy_prefill_ms", "toy_faults")
+OWN_KNOBS: Final = ("engine", "toy_step_ms", "toy_seq_ms", "toy_prefill_ms", "toy_fail_every", "toy_faults")
 MAX_REASON: Final = 300
 
 

@@ -223,7 +223,7 @@ class Dispatcher:
         key, deployment, hold, origin = stream.key, stream.deployment, stream.hold, stream.origin
         promise = deployment.promise
         band = promise.band
-        candidates = self._routes.candidates(deployment.id, ask, stream.number)
+        candidates = self._routes.candidates(deployment.id, ask, stream.number, stream.request)
         terms = self._forecasts.terms(stream, ask, candidates)
         envelope = RequestEnvelope(
             id=stream.request,

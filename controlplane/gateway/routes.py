@@ -28,11 +28,12 @@ _UNKNOWN: Final = Ask(1)
 
 
 class _View:
-    __slots__ = ("again", "board", "looking", "replicas", "slots", "used_at")
+    __slots__ = ("again", "board", "looking", "replicas", "shares", "slots", "used_at")
 
     def __init__(self) -> None:
         self.board = Board(_CACHE_TOKENS)
         self.replicas: dict[str, ReplicaLoad] = {}
+        self.shares: dict[str, int] = {}  # of canaries: of 65,536 requests, so many
         self.slots = 0  # of all of them
         self.used_at = 0.0
         self.looking = False
@@ -58,9 +59,12 @@ class RouteTable:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def candidates(self, deployment: str, ask: Ask = _UNKNOWN, turn: int = 0) -> tuple[str, ...]:
+    def candidates(
+        self, deployment: str, ask: Ask = _UNKNOWN, turn: int = 0, request: str = ""
+    ) -> tuple[str, ...]:
         """Replica ids, best first for such a request; empty where nothing is known yet (a look is then under way).
-        `turn` differs by request: it rotates equals."""
+        `turn` differs by request: it rotates equals. A request that is a canary's (by its id) goes there first, any
+        other never; the admission script holds canaries to that, this spares it the asking."""
         view = self._views.get(deployment)
         if view is None:
             if len(self._views) >= _MAX_DEPLOYMENTS:
@@ -68,7 +72,8 @@ class RouteTable:
             view = self._views[deployment] = _View()
             self._look(deployment, view)
         view.used_at = time.monotonic()
-        return view.board.rank(ask, turn=turn)
+        ranked = view.board.rank(ask, turn=turn)
+        return ranked if not view.shares else _in_arms(ranked, view.shares, request)
 
     def standing(self, deployment: str, replica: str, flow: str) -> tuple[int, int]:
         """Slots of all ready replicas, as last seen, and prompt tokens of this flow that wait at this one."""
@@ -129,7 +134,9 @@ class RouteTable:
                 ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
                 rows = await asyncio.gather(
                     *(
-                        self._redis.call("HMGET", self._keys.replica(r), "mid", "used", "slots", "kv", "ad")
+                        self._redis.call(
+                            "HMGET", self._keys.replica(r), "mid", "used", "slots", "kv", "ad", "share"
+                        )
                         for r in ids
                     )
                 )
@@ -142,9 +149,10 @@ class RouteTable:
                         adapters=None if held is None else set(held.decode().split()),
                         kv_tokens=int(kv or 0),
                     )
-                    for replica, (mid, used, slots, kv, held) in zip(ids, rows, strict=True)
+                    for replica, (mid, used, slots, kv, held, _) in zip(ids, rows, strict=True)
                     if mid
                 }
+                view.shares = {r: int(row[5]) for r, row in zip(ids, rows, strict=True) if row[5] is not None}
                 view.board.see(view.replicas)
                 view.slots = sum(load.slots for load in view.replicas.values())
         except RedisError:
@@ -162,3 +170,9 @@ class RouteTable:
                 elif self._redis.connected:
                     with contextlib.suppress(RedisError):
                         self._look(deployment, view)
+
+
+def _in_arms(ranked: tuple[str, ...], shares: dict[str, int], request: str) -> tuple[str, ...]:
+    ending = int(request[-4:] or "ffff", 16)
+    own = tuple(r for r in ranked if ending < shares.get(r, 0))
+    return own + tuple(r for r in ranked if r not in shares)

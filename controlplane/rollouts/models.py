@@ -74,6 +74,8 @@ OPEN_STATES = (
     RolloutState.PROMOTING,
     RolloutState.ROLLING_BACK,
 )
+# While one of these holds, replicas of the candidate are given a share of the requests and no more.
+HELD_BACK_STATES = (RolloutState.STARTING, RolloutState.OBSERVING, RolloutState.ROLLING_BACK)
 # While one of these holds, replicas of the candidate are wanted beside the stable ones.
 CANARY_STATES = (RolloutState.STARTING, RolloutState.OBSERVING)
 
@@ -98,6 +100,9 @@ class Rollout(models.Model):
         EngineProfile, on_delete=models.PROTECT, related_name="rollouts", db_constraint=False
     )
     generation = models.PositiveBigIntegerField(help_text="of the deployment when it began")
+    base_digest = models.CharField(
+        max_length=64, default="", help_text="of what the deployment ran when it began"
+    )
     reason = models.CharField(max_length=300, blank=True)
     state = models.CharField(max_length=16, choices=RolloutState.choices, default=RolloutState.STARTING)
     steps_ppm = models.JSONField(help_text="shares of the traffic, one per step, in millionths")

@@ -271,6 +271,7 @@ class EngineProfile:
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
     toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
     toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that it computes
+    toy_fail_every: int = 0  # tests: every so many-th request fails before its first token; 0: none
     toy_faults: bool = False  # tests: the words <die> and <hang> in a prompt do what they say
 
     def __post_init__(self) -> None:
@@ -298,6 +299,7 @@ class EngineProfile:
         _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
         _within("toy_step_ms", self.toy_step_ms, 0, 60_000)
         _within("toy_seq_ms", self.toy_seq_ms, 0, 1_000)
+        _within("toy_fail_every", self.toy_fail_every, 0, 1_000_000)
         _within("toy_prefill_ms", self.toy_prefill_ms, 0, 60_000)
 
     @classmethod

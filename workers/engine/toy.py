@@ -141,6 +141,9 @@ class ToyEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         await self.check_health()
         seq = self._admit(request)
+        if self.profile.toy_fail_every and self._n_arrived % self.profile.toy_fail_every == 0:
+            self._abort(seq)
+            raise RuntimeError("toy engine: told to fail")
         loop = asyncio.get_running_loop()
         try:
             while True:

@@ -92,7 +92,7 @@ local depth = n_waiting(P, did)
 local rid, mid, n_free = nil, nil, 0
 if depth == 0 then
   for i = 47, n_args do
-    mid, n_free = with_slot(P, ARGV[i])
+    mid, n_free = with_slot(P, ARGV[i], id)
     if mid and not (n_carried > 0 and replica_of(P, ARGV[i]).ext) then rid = ARGV[i]; break end
   end
 end

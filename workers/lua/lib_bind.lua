@@ -19,15 +19,22 @@ local function replica_of(P, rid)
   return rep
 end
 
--- The machine of a replica that takes new work and has a free slot, and how many are free; nil otherwise.
-local function with_slot(P, rid)
+-- Whether a request is a canary's, by its id: a share of 65,536 (controlplane/policy/canary.py says the same).
+local function takes(share, id)
+  return tonumber(string.sub(id, -4), 16) < share
+end
+
+-- The machine of a replica that takes new work and has a free slot, and how many are free; nil otherwise. A canary takes
+-- its share of the requests and no other; without `id` that is for the caller to ask (rep.share).
+local function with_slot(P, rid, id)
   local rep = replica_of(P, rid)
   if not rep.n_free then
-    local r = redis.call('HMGET', rep.key, 'state', 'used', 'slots', 'mid', 'ext')
+    local r = redis.call('HMGET', rep.key, 'state', 'used', 'slots', 'mid', 'ext', 'share')
+    rep.share = r[6] and tonumber(r[6])
     rep.n_free = r[1] == 'ready' and tonumber(r[3] or '0') - tonumber(r[2] or '0') + (rep.gone and #rep.gone or 0) or 0
     rep.mid, rep.ext = r[4], r[5] -- ext: an endpoint elsewhere, which begins answers and continues none
   end
-  if rep.n_free > 0 then return rep.mid, rep.n_free end
+  if rep.n_free > 0 and not (id and rep.share and not takes(rep.share, id)) then return rep.mid, rep.n_free end
   return nil
 end
 

@@ -191,8 +191,8 @@ end
 local function is_taken(P, did)
   local reps = redis.call('SMEMBERS', P .. 'dep:' .. did .. ':reps')
   for _, rid in ipairs(reps) do
-    local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots')
-    if r[1] == 'ready' and tonumber(r[2] or '0') < tonumber(r[3] or '0') then return false end
+    local r = redis.call('HMGET', P .. 'rep:' .. rid, 'state', 'used', 'slots', 'share')
+    if r[1] == 'ready' and not r[4] and tonumber(r[2] or '0') < tonumber(r[3] or '0') then return false end
   end
   return #reps > 0
 end

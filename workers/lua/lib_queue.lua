@@ -151,12 +151,24 @@ local function choose(P, rid, requests)
   return best, best_adm, best_n
 end
 
+-- Those of the first requests that are the canary's, by their ids.
+local function of_share(share, requests)
+  local out = {}
+  for _, flow in ipairs(requests) do
+    if takes(share, flow[4]) then out[#out + 1] = flow end
+  end
+  return out
+end
+
 -- Takes the next request for this replica out of the queue and binds it. Returns 1 when it did, 0 when that one could
--- not be served (its body is gone), nil when nothing waits.
+-- not be served (its body is gone), nil when nothing waits, false when what waits is not for this replica: a canary is
+-- given its share of the requests, and nothing that ran before.
 local function dispatch(P, did, rid, mid, now_ms)
   local Q = P .. 'dep:' .. did .. ':'
   local first = redis.call('ZRANGE', Q .. 'q', 0, 0, 'WITHSCORES')
   if not first[1] then return nil end
+  local share = replica_of(P, rid).share
+  if tonumber(first[2]) < 0 and share then return false end
   if tonumber(first[2]) < 0 then -- resumed: it was charged when it was first bound
     if not replica_of(P, rid).ext or (redis.call('HGET', P .. 'req:' .. first[1], 'n') or '0') == '0' then
       redis.call('ZREM', Q .. 'q', first[1])
@@ -169,7 +181,12 @@ local function dispatch(P, did, rid, mid, now_ms)
   local window, age_ms, usual_ms = tonumber(set[1]), tonumber(set[2]), tonumber(set[3] or '0')
   local b = next_band(Q, tonumber(first[2]), now_ms, age_ms)
   local old = overdue(P, Q, b, first[1], tonumber(first[2]), now_ms, patience(age_ms, usual_ms), window)
-  local best, adm, best_n = choose(P, rid, old and {old} or heads(Q, b, window))
+  local requests = old and {old} or heads(Q, b, window)
+  if share then
+    requests = of_share(share, requests)
+    if #requests == 0 then return false end
+  end
+  local best, adm, best_n = choose(P, rid, requests)
   if not best then -- in no flow: only possible after keys were lost; it must not stop the others
     local from, to = string.format('%.0f', b * BAND_SPAN), string.format('%.0f', (b + 1) * BAND_SPAN - 1)
     redis.call('ZREM', Q .. 'q', redis.call('ZRANGEBYSCORE', Q .. 'q', from, to, 'LIMIT', 0, 1)[1])
@@ -204,10 +221,12 @@ local function fill(P, did, now_ms)
       local mid, n_free = with_slot(P, rid)
       if mid then
         local got = dispatch(P, did, rid, mid, now_ms)
-        if not got then return n_bound end
-        n_bound = n_bound + got
-        if n_bound >= MAX_BOUND then return n_bound end
-        if n_free > got then still[#still + 1] = rid end
+        if got == nil then return n_bound end
+        if got then
+          n_bound = n_bound + got
+          if n_bound >= MAX_BOUND then return n_bound end
+          if n_free > got then still[#still + 1] = rid end
+        end
       end
     end
     free = still
