@@ -38,8 +38,10 @@ class EngineProfile(models.Model):
     hardware = models.CharField(max_length=40, help_text="cpu, l4, 4xl4, …")
     settings = models.JSONField(help_text="every knob, as the worker takes it")
     chosen = models.JSONField(help_text="[{name, value, reason, inputs, overridden}]")
-    forecast = models.JSONField(default=dict, help_text="what the performance model expects of it")
-    warnings = models.JSONField(default=list)
+    forecast = models.JSONField(
+        default=dict, blank=True, help_text="what the performance model expects of it"
+    )
+    warnings = models.JSONField(default=list, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -109,12 +111,14 @@ class Rollout(models.Model):
     step = models.PositiveSmallIntegerField(default=0)
     share_ppm = models.PositiveIntegerField(default=0, help_text="of the requests, now")
     step_at = models.DateTimeField(help_text="when this step began: evidence counts from here")
-    limits = models.JSONField(default=dict, help_text="see controlplane/policy/canary.py: Limits")
+    limits = models.JSONField(default=dict, blank=True, help_text="see controlplane/policy/canary.py: Limits")
     paused = models.BooleanField(default=False, help_text="the share stays; only regressions still decide")
     wanted = models.CharField(max_length=8, choices=Wanted.choices, default=Wanted.NONE, blank=True)
     verdict = models.CharField(max_length=300, blank=True, help_text="why it is in this state")
-    evidence = models.JSONField(default=list, help_text="one entry per step and per final decision")
-    operation_id = models.UUIDField(null=True)
+    evidence = models.JSONField(
+        default=list, blank=True, help_text="one entry per step and per final decision"
+    )
+    operation_id = models.UUIDField(null=True, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
     finished_at = models.DateTimeField(null=True, blank=True)
     version = models.PositiveBigIntegerField(default=0)
