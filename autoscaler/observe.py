@@ -144,9 +144,7 @@ def _failures(
     is for its rollout to judge."""
     recent = Replica.objects.filter(
         deployment_id=deployment.id, generation=deployment.generation, spec_digest__in=("", digest)
-    ).exclude(
-        ELSEWHERE_Q
-    )
+    ).exclude(ELSEWHERE_Q)
     last_good_at_s = None
     for row in recent.filter(ready_at__isnull=False).order_by("-ready_at")[:MAX_FAILURES_SEEN]:
         if row.ready_at is not None:

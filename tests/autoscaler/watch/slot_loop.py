@@ -197,6 +197,8 @@ class _Nobody:
 
     full = False
 
+    handed_back: tuple[str, ...] = ()
+
     def __getattr__(self, name: str) -> int:
         return 0
 
