@@ -108,6 +108,9 @@ class Learned:
         )
 
 
+_UNKNOWN: Final = Learned()
+
+
 def usual_losses_per_h(up_h: float, ahead_h: float = 0.0) -> float:
     """Hazard of an offer that has given machines for so long, or its mean over the hours ahead: what has held goes on
     holding."""
@@ -146,10 +149,11 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     held = {o.name: o.n_pending + o.n_ready - o.n_leaving for o in view.offers}
     ready = {o.name: o.n_ready - o.n_leaving for o in view.offers}
     n_staying_ready = sum(ready.values())
-    ranked = sorted(view.offers, key=lambda o: (effective_usd_per_h(o, view, spec, memory), o.name))
+    choices = {o.name: _choice(o, view, spec, memory) for o in view.offers}
+    ranked = sorted(view.offers, key=lambda o: (choices[o.name].usd_per_h, o.name))
     goal = shape(
         n_wanted,
-        [_choice(o, view, spec, memory) for o in ranked if _may_hold(o, held[o.name], view, spec, memory)],
+        [c for c in choices.values() if c.n_most > 0 and c.usd_per_h < view.on_demand_usd_per_h],
         view.on_demand_usd_per_h,
         n_wanted * view.on_demand_usd_per_h * spec.shortage_worth,
         spec.boot_s / 3600,
@@ -250,30 +254,19 @@ def _took_back(offer: OfferView, memory: SpotMemory) -> bool:
 
 def effective_usd_per_h(offer: OfferView, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> float:
     """Price of a machine hour that serves: each loss pays a start twice, and the time without notice on-demand."""
-    losses_per_h = memory.offers.get(offer.name, Learned()).losses_per_h(view.now_s)
-    return (
-        offer.usd_per_h * (1 + losses_per_h * spec.boot_s / 3600)
-        + view.on_demand_usd_per_h * losses_per_h * spec.gap_s / 3600
-    )
-
-
-def _may_hold(offer: OfferView, n_held: int, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> bool:
-    """Whether it may be part of the shape: cheaper than on-demand, and holding or ready to give."""
-    if effective_usd_per_h(offer, view, spec, memory) >= view.on_demand_usd_per_h:
-        return False
-    return n_held > 0 or _may_ask(offer, view.now_s, spec)
+    return _choice(offer, view, spec, memory).usd_per_h
 
 
 def _choice(offer: OfferView, view: FleetView, spec: SpotSpec, memory: SpotMemory) -> Choice:
+    """The offer as the cover sees it; with nothing held it can be brought to nothing while it refuses."""
     n_held = offer.n_pending + offer.n_ready - offer.n_leaving
-    losses_per_h = memory.offers.get(offer.name, Learned()).losses_per_h(view.now_s)
-    return Choice(
-        offer.name,
-        effective_usd_per_h(offer, view, spec, memory),
-        losses_per_h * spec.gap_s / 3600,
-        n_held,
-        max(n_held, 2 * view.n_wanted) if _may_ask(offer, view.now_s, spec) else n_held,
+    losses_per_h = memory.offers.get(offer.name, _UNKNOWN).losses_per_h(view.now_s)
+    gap_ratio = losses_per_h * spec.gap_s / 3600
+    usd_per_h = (
+        offer.usd_per_h * (1 + losses_per_h * spec.boot_s / 3600) + view.on_demand_usd_per_h * gap_ratio
     )
+    n_most = max(n_held, 2 * view.n_wanted) if _may_ask(offer, view.now_s, spec) else n_held
+    return Choice(offer.name, usd_per_h, gap_ratio, n_held, n_most)
 
 
 def _may_ask(offer: OfferView, now_s: float, spec: SpotSpec) -> bool:

@@ -76,10 +76,9 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         n: next(m for m in given.markets(options["traces"], n) if m.name == MAIN) for n in (zone_machines, 4)
     }
     assumed = {
-        (notice, boot, n): everywhere[MAIN] if (notice, boot, n) == _BASE else windows(main[n], notice, boot)
-        for notice in (120.0, 0.0)
-        for boot in (120.0, 180.0)
-        for n in (16, 4)
+        _BASE: everywhere[MAIN],
+        (notice_s, boot_s, 4): windows(main[4], notice_s, boot_s),
+        (120.0, 180.0, zone_machines): windows(main[zone_machines], 120.0, 180.0),
     }
     served = {
         load.name: _served(

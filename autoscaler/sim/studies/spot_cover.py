@@ -38,7 +38,8 @@ _GAPS: Final = (
     (0.0, 120.0, 4),
     (0.0, 180.0, 4),
 )  # notice_s, boot_s, machines a zone
-_WORTHS: Final = (50.0, 75.0, 100.0, 150.0)  # per root minute of gap
+_FIT: Final = (_HEADLINE, (0.0, 120.0, 4), (0.0, 180.0, 4))
+_WORTHS: Final = (50.0, 100.0, 150.0)  # per root minute of gap
 _FIT_FIRST: Final = 100  # seed of the first window that is tuned on; the judged ones begin at 0
 _COVERED = "covered"
 _PLAN = "purchase plan"
@@ -59,7 +60,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         return market.window(seed, length_s), given.demand(total, seed, length_s, options["machines"])
 
     fitted: dict[tuple[float, float, int], dict[float, list[Paid]]] = {}
-    for gap in _GAPS:
+    for gap in _FIT:
         notice_s, boot_s, n = gap
         fitted[gap] = {worth: [] for worth in _WORTHS}
         for seed in range(_FIT_FIRST, _FIT_FIRST + options["fit_windows"]):
@@ -88,8 +89,7 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
 
 
 def _fit(zones: tuple[Zone, ...], at: Terms, wanted: Steps, length_s: float) -> dict[float, Paid]:
-    """Our buyer by what a shortage is worth to it."""
-    least = least_usd(zones, at, wanted, length_s)
+    """Our buyer by what a shortage is worth to it; USD an hour instead of ratios."""
     spec = SpotSpec(at.boot_s, at.notice_s, AVAILABILITY)
     unit = spec.shortage_worth / SHORTAGE_WORTH
     return {
@@ -99,7 +99,7 @@ def _fit(zones: tuple[Zone, ...], at: Terms, wanted: Steps, length_s: float) -> 
             at,
             wanted,
             length_s,
-            least,
+            length_s / 3600,
         )
         for worth in _WORTHS
     }
@@ -138,7 +138,7 @@ def _study(
     named = [
         Column(title, form)
         for worth in _WORTHS
-        for title, form in ((f"worth {worth:g}", "{:.3f}"), ("available", "{:.3%}"))
+        for title, form in ((f"worth {worth:g}, USD/h", "{:.2f}"), ("available", "{:.3%}"))
     ]
     n_fit = len(next(iter(next(iter(fitted.values())).values())))
     return Study(
@@ -180,7 +180,7 @@ def _study(
                 [[name, *market_row(found)] for name, found in elsewhere.items()],
             ),
             Table(
-                "Tuned on: × oracle and available by what a shortage is worth, other windows of the six zones",
+                "Tuned on: USD an hour and available by what a shortage is worth, other windows of the six zones",
                 [Column("notice, boot, machines per zone"), *named],
                 [
                     [
