@@ -224,9 +224,8 @@ def _notes(rows: dict[str, list[Result]], bounds: dict[str, list[float]]) -> lis
     for name, usd in bounds.items():
         if usd:
             paid = interval([r.usd / least for r, least in zip(rows[name], usd, strict=True)])
-            notes.append(
-                f"{name}: {paid.mean:.3f} ± {paid.half:.3f} times what the oracle would pay for its demand"
-            )
+            half = f" ± {paid.half:.3f}" if paid.half else ""
+            notes.append(f"{name}: {paid.mean:.3f}{half} times what the oracle would pay for its demand")
     return notes
 
 

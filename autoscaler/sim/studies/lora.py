@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import random
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -79,9 +79,6 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
     loads = sorted(_load_times(folder / "alibaba_genai_lora_update_latency.csv.gz"))
     typical_s = loads[len(loads) // 2]
 
-    def load_s(adapter: str) -> float:
-        return loads[int(random.Random(f"load:{adapter}").random() * len(loads))]
-
     engine = engine_spec(*_MODEL)
     tables, goals = [], []
     for title, limit, is_private in (
@@ -89,7 +86,11 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         ("one adapter per tenant and version", _PRIVATE, True),
     ):
         setting = Setting(
-            engine, _SLOTS, _REPLICAS, ttft_target_s=2.0, adapters=AdapterSpec(limit, load_s, typical_s)
+            engine,
+            _SLOTS,
+            _REPLICAS,
+            ttft_target_s=2.0,
+            adapters=AdapterSpec(limit, load_times(loads), typical_s),
         )
         found = {}
         for name in _ROWS:
@@ -128,6 +129,11 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         tables,
         goals,
     )
+
+
+def load_times(loads: list[float]) -> Callable[[str], float]:
+    """Seconds that an adapter takes to load: one of those measured, always the same for one adapter."""
+    return lambda adapter: loads[int(random.Random(f"load:{adapter}").random() * len(loads))]
 
 
 _COLUMNS: Final = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from django.core.management import CommandError, call_command
 
-from autoscaler.sim.studies import ordering
+from autoscaler.sim.studies import ablation_serving, ordering
 
 
 @pytest.fixture
@@ -85,3 +85,18 @@ def test_a_file_without_classes_is_refused_by_column(traces: Path) -> None:
             "study", "ordering", "--traces", str(traces), "--lengths",
             str(traces / "requests" / "azure_llm_2023_conv.csv"), stderr=StringIO(),
         )  # fmt: skip
+
+
+def test_without_an_ingredient_of_the_queue_the_same_requests_are_served_otherwise(
+    traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ordering, "_MIN_REQUESTS", 10)
+    said: list[str] = []
+    table = ablation_serving._queue({**options(traces), "seeds": 1}, said.append)
+    rows = {str(row[0]).split(" (")[0]: row for row in table.rows}
+    assert len(rows) == len(said) == 7
+    assert rows["nothing"][2] is None
+    assert rows["order"][2].mean > 0 and rows["prediction"][2].mean > 0, (
+        "first come, first served takes longer"
+    )
+    assert rows["promotion of who waits long"][3].mean > 0
