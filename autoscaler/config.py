@@ -37,6 +37,13 @@ class AutoscalerConfig:
     # Machines kept beside what has work, so that a spot machine taken back is stood in for at once: as many as cost
     # less than the time in shortage is worth (policy/cover.py), this many at most.
     max_spares: int = 4
+    # What a pool without work keeps, where machines cost something: a warm one as long as that costs less than what it
+    # saves the next request, by the gaps seen so far. 0: `machine_keep_warm_s`, whatever they cost. A request that
+    # waits more than `late_after_s` costs `late_usd`, and each second of it `late_usd_per_s`.
+    warm_ladder: bool = True
+    late_after_s: float = 2.0
+    late_usd: float = 0.02
+    late_usd_per_s: float = 0.002
     # Machines given up to save money: this share of the pool at once, so many an hour; their replicas move meanwhile.
     disruption_share: float = 0.1
     disruptions_per_h: int = 10
@@ -66,6 +73,9 @@ class AutoscalerConfig:
             ("agent_restarts", 0, 100),
             ("agent_lost_s", 10, 3600),
             ("max_spares", 0, 100),
+            ("late_after_s", 0, 3600),
+            ("late_usd", 0, 1e6),
+            ("late_usd_per_s", 0, 1e6),
             ("disruption_share", 0, 1),
             ("disruptions_per_h", 0, 10_000),
             ("give_up_grace_s", 60, 86_400),

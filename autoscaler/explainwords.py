@@ -17,6 +17,7 @@ _HEADS: Final = {
     "retire": "which to give up",
     "offer": "which offer to buy",
     "give_up": "which machine to give up",
+    "rest": "what a pool without work keeps",
 }
 _PREFIX: Final = {"machine": "mch_", "retire": "rep_", "give_up": "mch_"}
 
@@ -128,7 +129,7 @@ def _outcome(outcome: Any) -> Iterator[str]:
         yield "ask for " + ", then ".join(names) if names else "ask for nothing: every offer refused lately"
         return
     for each in outcome.get("buy", []):
-        stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else " as a spare"
+        stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else ""
         yield f"order   buy {each.get('offer')}{stands_in}"
     for name, what in (("give_up", "give up"), ("cancel", "cancel")):
         for each in outcome.get(name, []):

@@ -22,6 +22,7 @@ from autoscaler.models import Machine, MachineState, Offer, PoolDecisionKind, Po
 from autoscaler.policy import alternatives
 from autoscaler.policy.market import LaunchPlan, OnDemandOffer, Purchase, backoff_s, one_more
 from autoscaler.policy.poolplan import PoolMemory
+from autoscaler.policy.poolrest import NOTHING, WARM
 from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
 from infra.providers.base import Offering, Provider, Refusal
 
@@ -192,12 +193,16 @@ def n_gpus(name: str, cell: str, provider: str) -> int:
     return found.values_list("n_gpus", flat=True).first() or 0
 
 
-def n_spares(cell: str, provider: str) -> int:
-    """Empty machines that the pool's last turn wanted kept."""
+def kept_warm(config: AutoscalerConfig, cell: str, provider: str) -> tuple[int, float]:
+    """(empty machines that stay however long they are empty, seconds that the others are kept), by the pool's last
+    turn: its spares; and while it has no work, what the warm ladder says."""
     found = (
         PoolState.objects.filter(cell=cell, provider=provider).values_list("pool_memory", flat=True).first()
     )
-    return pool_memory_from(found or {}).n_spares
+    memory = pool_memory_from(found or {})
+    if memory.rest.rung == NOTHING:
+        return 0, 0.0
+    return max(memory.n_spares, int(memory.rest.rung == WARM)), config.machine_keep_warm_s
 
 
 def pool_memory_from(stored: Mapping[str, object]) -> PoolMemory:

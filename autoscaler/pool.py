@@ -12,10 +12,10 @@ from typing import Final
 from uuid import UUID
 
 import structlog
-from django.db.models import Count, F
+from django.db.models import Count, F, Max
 from django.utils import timezone
 
-from autoscaler import launch, market, pooldecisions
+from autoscaler import launch, market, pooldecisions, timings
 from autoscaler.codec import to_json
 from autoscaler.models import (
     LIVE_PHASES,
@@ -31,9 +31,12 @@ from autoscaler.observe import LIVE_Q, capacity
 from autoscaler.policy import alternatives
 from autoscaler.policy.disruption import Budget, Buyable, Held, Thrift
 from autoscaler.policy.ident import command_id
+from autoscaler.policy.ladder import Rung, Stakes
 from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, plan_pool
+from autoscaler.policy.poolrest import NOTHING, WARM, RestInputs
 from autoscaler.policy.spot import FleetView, SpotSpec, effective_usd_per_h
 from autoscaler.tick import House
+from controlplane.deployments.models import Deployment
 from infra.providers.base import ProviderError
 
 log = structlog.get_logger("corral.autoscaler")
@@ -119,7 +122,27 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
             1
         ],
         spot=config.spot,
+        rest=_rest(house, machines, buyable),
     )
+
+
+def _rest(house: House, machines: tuple[PoolMachine, ...], offers: tuple[Buyable, ...]) -> RestInputs:
+    """The rungs of this pool at their prices of now, and what waking from them takes by what starts took before."""
+    config, provider = house.config, house.provider.name
+    n_live = sum(m.held.n_replicas for m in machines)
+    ended = Replica.objects.filter(machine__provider=provider, machine__cell=house.cell.keys.cell)
+    emptied_at = None if n_live else ended.aggregate(last=Max("stopped_at"))["last"]
+    prices = [m.held.usd_per_h for m in machines] or [o.usd_per_h for o in offers]
+    rungs: tuple[Rung, ...] = ()
+    is_wanted = Deployment.objects.filter(
+        cell=house.cell.keys.cell, deleted_at=None, max_replicas__gt=0
+    ).exists()
+    if config.warm_ladder and is_wanted and prices and min(prices) > 0:
+        start_s, boot_s = timings.usual_start_s(provider), timings.usual_boot_s(provider)
+        boot_s = max(config.machine_boot_s - start_s, 0.0) if boot_s is None else boot_s
+        rungs = (Rung(WARM, min(prices), start_s), Rung(NOTHING, 0.0, boot_s + start_s))
+    stakes = Stakes(config.late_after_s, config.late_usd, config.late_usd_per_s, min(prices, default=0.0))
+    return RestInputs(n_live, None if emptied_at is None else emptied_at.timestamp(), rungs, stakes)
 
 
 def _machine(row: Machine, by_name: dict[str, Offer], house: House) -> PoolMachine:

@@ -176,12 +176,13 @@ def _gone(row: Machine, reason: str, house: House, report: Report) -> None:
 
 def _release(house: House, report: Report, now: datetime) -> None:
     """Machines that nothing lives on any more."""
+    n_kept, keep_warm_s = market.kept_warm(house.config, house.cell.keys.cell, house.provider.name)
     commands = to_release(
         machine_views(house.config, house.cell.keys.cell),
         now.timestamp(),
-        keep_warm_s=house.config.machine_keep_warm_s,
+        keep_warm_s=keep_warm_s,
         pending_timeout_s=house.config.machine_pending_timeout_s,
-        n_spares=market.n_spares(house.cell.keys.cell, house.provider.name),
+        n_kept=n_kept,
     )
     for command in commands:
         row = Machine.objects.get(id=UUID(command.machine_id))

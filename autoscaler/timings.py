@@ -15,6 +15,7 @@ from autoscaler.policy.eta import Timings, average
 from autoscaler.types import StageName
 
 MAX_MS = 24 * 3600 * 1000.0
+UNKNOWN_START_S = 5.0  # until a replica has been started
 
 
 def read(provider: str, model_digest: str) -> Timings:
@@ -26,6 +27,23 @@ def read(provider: str, model_digest: str) -> Timings:
         starting_replica=found.get(StageName.STARTING_REPLICA),
         loading_model=found.get(StageName.LOADING_MODEL),
     )
+
+
+def usual_start_s(provider: str) -> float:
+    """From the order of a replica to its readiness on a warm machine, mean over the models started so far."""
+    rows = StartTiming.objects.filter(
+        provider=provider, stage__in=(StageName.STARTING_REPLICA, StageName.LOADING_MODEL)
+    )
+    by_model: dict[str, float] = {}
+    for row in rows:
+        by_model[row.model_digest] = by_model.get(row.model_digest, 0.0) + row.average_ms / 1000
+    return sum(by_model.values()) / len(by_model) if by_model else UNKNOWN_START_S
+
+
+def usual_boot_s(provider: str) -> float | None:
+    """From the order of a machine to its readiness; None: none has been measured."""
+    found = StartTiming.objects.filter(provider=provider, stage=StageName.LAUNCHING_MACHINE).first()
+    return None if found is None else found.average_ms / 1000
 
 
 def note(provider: str, model_digest: str, stage: StageName, measured_ms: float) -> None:

@@ -16,6 +16,7 @@ from autoscaler.policy.load import mean
 from autoscaler.policy.market import LaunchPlan, Purchase
 from autoscaler.policy.placement import RANK, preference
 from autoscaler.policy.poolplan import PoolInputs, PoolOrders
+from autoscaler.policy.poolrest import next_rest
 from autoscaler.policy.retire import missed_least
 from autoscaler.policy.spot import effective_usd_per_h
 from autoscaler.policy.usual import level
@@ -36,7 +37,8 @@ MAX_EACH: Final = 24  # machines, replicas or offers told of: the chosen first, 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One answer to `question` (replicas, machine, retire, offer, give_up). `subject`: the id or number it is about."""
+    """One answer to `question` (replicas, machine, retire, offer, give_up, rest). `subject`: the id or number it is
+    about."""
 
     question: str
     subject: str
@@ -112,6 +114,10 @@ def of_pool(inputs: PoolInputs, orders: PoolOrders) -> tuple[Alternative, ...]:
     for offer in sorted(inputs.offers, key=lambda o: (o.name not in bought, o.usd_per_h, o.name))[:MAX_EACH]:
         why = f"{offer.usd_per_h:.4f} $/h with what its losses cost, {offer.n_places} places"
         found.append(Alternative("offer", offer.name, offer.name in bought, why))
+    resting, _ = next_rest(inputs.rest, inputs.view.now_s, inputs.memory.rest)
+    for rung in inputs.rest.rungs if resting.rung else ():
+        why = f"{rung.usd_per_h:.4f} $/h, {rung.wake_s:.0f} s to the first token"
+        found.append(Alternative("rest", rung.name, rung.name == resting.rung, why))
     return tuple(found)
 
 

@@ -39,11 +39,11 @@ def to_release(
     *,
     keep_warm_s: float,
     pending_timeout_s: float,
-    n_spares: int = 0,
+    n_kept: int = 0,
 ) -> tuple[TerminateMachine, ...]:
     """Machines without a replica for `keep_warm_s`, or that did not come up in `pending_timeout_s`.
 
-    So many empty machines are spares and stay, however long they have been empty.
+    So many empty machines stay however long they have been empty.
     """
     commands = []
     for machine in sorted(machines, key=lambda m: m.id):
@@ -55,8 +55,8 @@ def to_release(
         elif machine.state is MachineState.DRAINING and machine.n_replicas == 0:
             reason = "drained"
         elif not coming_up and empty_s >= keep_warm_s and machine.n_replicas == 0:
-            if n_spares > 0:
-                n_spares -= 1
+            if n_kept > 0:
+                n_kept -= 1
                 continue
             reason = f"no replica for {empty_s:.0f} s, kept warm for {keep_warm_s:g} s"
         else:

@@ -21,6 +21,7 @@ from autoscaler.policy.disruption import (
     allowance,
     consolidate,
 )
+from autoscaler.policy.poolrest import WARM, RestInputs, RestMemory, next_rest
 from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
 
 MAX_BUYS: Final = 16  # machines a turn; the next one comes in seconds
@@ -42,6 +43,7 @@ class PoolMemory:
 
     disruption: DisruptionMemory = field(default_factory=DisruptionMemory)
     n_spares: int = 0
+    rest: RestMemory = field(default_factory=RestMemory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class PoolInputs:
     max_spares: int = 4
     cover: str = ""
     spot: bool = True
+    rest: RestInputs = field(default_factory=RestInputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,17 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         released = _to_release(inputs, staying, name, n, disruption, set(give_up))
         give_up |= released
         reasons += [f"{machine}: {why}" for machine, why in released.items()]
-        at_s = tuple(inputs.view.now_s for m in staying if m.held.id in released and m.held.n_replicas)
+        at_s = (inputs.view.now_s,) * len(released)
         disruption = DisruptionMemory((*disruption.given_up_at_s, *at_s))
-    cancel = _to_cancel(staying, wanted.cancel, wanted.cancel_on_demand)
+    cancel = _to_cancel(staying, wanted.cancel, wanted.cancel_on_demand) if inputs.view.n_wanted else []
+    resting, schedule = next_rest(inputs.rest, inputs.view.now_s, inputs.memory.rest)
+    if schedule is not None and resting.rung == WARM and not inputs.machines and inputs.offers:
+        best = min(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
+        buys.append(Buy(best.name))
+        reasons.append(
+            f"no work for {inputs.view.now_s - (resting.idle_since_s or 0):.0f} s: a machine is made warm"
+        )
+        reasons.append(schedule.reason)
     buys = buys[: max(min(inputs.n_room, MAX_BUYS), 0)]
     if buys:
         reasons.insert(0, "; ".join(wanted.reasons))
@@ -133,7 +144,7 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         tuple(GiveUp(machine, "what is ready suffices") for machine in cancel),
         tuple(reasons),
     )
-    return orders, learned, PoolMemory(disruption, _n_spares(inputs, wanted) if inputs.spot else 0)
+    return orders, learned, PoolMemory(disruption, _n_spares(inputs, wanted) if inputs.spot else 0, resting)
 
 
 def _buys(inputs: PoolInputs, wanted: Orders, staying: list[PoolMachine]) -> list[Buy]:
@@ -159,9 +170,9 @@ def _to_release(
     memory: DisruptionMemory,
     gone: set[str],
 ) -> dict[str, str]:
-    """Ready machines of an offer, or on-demand ones: empty ones first, then, as far as the budget allows, those whose
-    replicas fit on machines that are ready and stay."""
-    if n <= 0:
+    """Ready machines with work, of an offer or on-demand ones, as far as the budget allows and their replicas fit on
+    machines that are ready and stay. Empty ones go when they have been so for long enough (machines.py)."""
+    if n <= 0 or not inputs.view.n_wanted:
         return {}
     left = allowance(
         [replace(m.held, is_leaving=m.held.is_leaving or m.held.id in gone) for m in inputs.machines],
@@ -169,17 +180,18 @@ def _to_release(
         inputs.budget,
     )
     ready = [m for m in staying if m.held.is_ready and m.held.id not in gone]
-    of_name = [m for m in ready if (not m.is_spot if name == _ON_DEMAND else m.offering == name)]
+    of_kind = [m for m in ready if (not m.is_spot if name == _ON_DEMAND else m.offering == name)]
+    of_name = [m for m in of_kind if m.held.n_replicas]
+    n -= len(of_kind) - len(of_name)
     of_name.sort(key=lambda m: (m.held.n_replicas, -m.held.usd_per_h, m.held.id))
-    others = [m.held for m in ready if m not in of_name]
+    others = [m.held for m in ready if m not in of_kind]
     n_free = sum(h.n_places - h.n_replicas for h in others)
     found: dict[str, str] = {}
     for machine in of_name:
         held = machine.held
-        if len(found) >= n or held.n_replicas > n_free or (held.n_replicas and left <= 0):
+        if len(found) >= min(n, left) or held.n_replicas > n_free:
             break
         n_free -= held.n_replicas
-        left -= held.n_replicas > 0
         found[held.id] = (
             "spot serves again: on-demand is not needed any more"
             if name == _ON_DEMAND

@@ -126,13 +126,37 @@ def test_a_spare_is_bought_and_outlives_the_time_that_empty_machines_are_kept(sc
     pool.turn(scaling.house)
     spare = scaling.machine()
     assert spare.replaces is None
-    assert market.n_spares("c0", "fake") == 1
+    assert market.kept_warm(scaling.house.config, "c0", "fake") == (1, 0.0)
     scaling.machine_up()
     reconcile.reconcile(scaling.house)
     assert len(_alive()) == 2
     PoolState.objects.update(pool_memory={})
     reconcile.reconcile(scaling.house)
     assert [m.id for m in _alive()] == [m.id for m in _alive() if m.id != spare.id]
+
+
+def test_a_machine_without_work_is_kept_as_long_as_the_ladder_says(scaling: Scaling) -> None:
+    scaling.provider.kinds = [COVER]
+    scaling.configure(machine_keep_warm_s=0.0)
+    served = scaling.serving()
+    pool.turn(scaling.house)
+    scaling.change(min_replicas=0)
+    Replica.objects.filter(id=served.id).update(phase=ReplicaPhase.STOPPED, stopped_at=timezone.now())
+    pool.turn(scaling.house)
+    assert market.kept_warm(scaling.house.config, "c0", "fake") == (1, 0.0)
+    reconcile.reconcile(scaling.house)
+    assert len(_alive()) == 1, "an hour of it costs less than the next request's wait"
+    later = timezone.now() + timedelta(hours=3)
+    market.refresh(scaling.provider, "c0", later)
+    pool.turn(scaling.house, later)
+    reconcile.reconcile(scaling.house, later)
+    assert _alive() == []
+    # Work, and then none again: the gap is remembered.
+    scaling.queue("later")
+    scaling.tick()
+    pool.turn(scaling.house, later)
+    memory = market.pool_memory_from(PoolState.objects.get().pool_memory)
+    assert (memory.rest.rung, round(memory.rest.gaps.weight)) == ("", 1)
 
 
 def test_a_pool_without_a_market_has_nothing_to_weigh(scaling: Scaling) -> None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from autoscaler.policy.disruption import Budget, Buyable, DisruptionMemory, Held, Thrift
+from autoscaler.policy.ladder import Rung, Stakes
 from autoscaler.policy.poolplan import Buy, PoolInputs, PoolMachine, PoolMemory, PoolOrders, plan_pool
+from autoscaler.policy.poolrest import NOTHING, WARM, RestInputs
 from autoscaler.policy.spot import FleetView, OfferView, SpotMemory, SpotSpec
 
 NOW = 10_000.0
@@ -117,8 +119,12 @@ def test_spares_are_bought_remembered_bounded_and_given_back() -> None:
     assert orders(two_offers(busy, max_spares=0)).is_quiet
     spares = [PoolMachine(Held(f"m{i}", 0.32, 0, 4, "1xl4"), "spot/b/g6", True) for i in (2, 3)]
     assert orders(two_offers(busy, spares[0])).is_quiet
-    assert [g.machine_id for g in orders(two_offers(busy, *spares)).give_up] == ["m2"]
-    assert plan_pool(two_offers(*spares))[2].n_spares == 0, "without work there is nothing to stand in for"
+    too_many = plan_pool(two_offers(busy, *spares))
+    assert too_many[0].is_quiet, "empty machines go when they have been empty for long"
+    assert too_many[2].n_spares == 1, "but for one"
+    idle = plan_pool(two_offers(*spares))
+    assert idle[0].is_quiet
+    assert idle[2].n_spares == 0, "without work there is nothing to stand in for"
 
 
 def test_where_spot_is_too_unsafe_on_demand_is_bought_and_takes_over() -> None:
@@ -141,3 +147,47 @@ def test_cover_that_has_not_come_up_is_cancelled_when_spot_serves() -> None:
     assert [c.machine_id for c in orders(inputs(busy, coming)).cancel] == ["m3"]
     waited_for = replace(coming, held=replace(coming.held, n_replicas=1))
     assert not orders(inputs(busy, waited_for)).cancel
+
+
+RUNGS = (Rung(WARM, 0.36, 5.0), Rung(NOTHING, 0.0, 185.0))
+STAKES = Stakes(ttft_target_s=2.0, late_usd=0.02, late_usd_per_s=0.002, waking_usd_per_h=0.36)
+
+
+def idle(memory: PoolMemory, at_s: float, *machines: PoolMachine, n_live: int = 0) -> PoolInputs:
+    given = inputs(*machines, memory=memory, rest=RestInputs(n_live, None, RUNGS, STAKES))
+    return replace(given, view=replace(given.view, now_s=at_s))
+
+
+def test_a_pool_without_work_keeps_a_warm_machine_as_long_as_it_is_worth_it() -> None:
+    empty = PoolMachine(Held("m1", 0.36, 0, 4, "1xl4"), "spot/a/g6", True)
+    memory = PoolMemory()
+    rungs = {}
+    for minute in range(0, 120, 5):
+        found, _, memory = plan_pool(idle(memory, NOW + 60 * minute, empty))
+        assert found.is_quiet
+        rungs[minute] = memory.rest.rung
+    # Nothing known of its gaps: warm until it has cost what waking it costs, 0.36 $ after about an hour.
+    assert next(m for m, rung in rungs.items() if rung == NOTHING) in (55, 60, 65)
+    assert plan_pool(idle(memory, NOW + 7200))[0].is_quiet, "and nothing is bought to rest on nothing"
+
+
+def test_gaps_that_recur_let_it_go_and_make_it_warm_again_before_the_next_request() -> None:
+    memory, at_s = PoolMemory(), NOW
+    for _ in range(12):  # work for a minute every four hours
+        for after_s, n_live in ((0.0, 1), (60.0, 0), (4 * 3600.0, 1)):
+            memory = plan_pool(idle(memory, at_s + after_s, n_live=n_live))[2]
+        at_s += 4 * 3600
+    assert memory.rest.gaps.weight > 8
+    bought_at_h, rungs = [], []
+    for minute in range(5, 4 * 60):
+        found, _, memory = plan_pool(idle(memory, at_s + 60 * minute))
+        rungs.append(memory.rest.rung)
+        bought_at_h += [minute / 60] * len(found.buy)
+    assert rungs[:55] == [NOTHING] * 55, "the next request is hours away"
+    assert 1.0 < bought_at_h[0] < 4.0
+    assert rungs[-1] == WARM
+
+
+def test_the_ladder_does_not_apply_to_machines_without_a_price() -> None:
+    memory = plan_pool(replace(idle(PoolMemory(), NOW), rest=RestInputs(0, None)))[2]
+    assert memory.rest.rung == ""
