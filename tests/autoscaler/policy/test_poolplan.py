@@ -153,8 +153,10 @@ RUNGS = (Rung(WARM, 0.36, 5.0), Rung(NOTHING, 0.0, 185.0))
 STAKES = Stakes(ttft_target_s=2.0, late_usd=0.02, late_usd_per_s=0.002, waking_usd_per_h=0.36)
 
 
-def idle(memory: PoolMemory, at_s: float, *machines: PoolMachine, n_live: int = 0) -> PoolInputs:
-    given = inputs(*machines, memory=memory, rest=RestInputs(n_live, None, RUNGS, STAKES))
+def idle(
+    memory: PoolMemory, at_s: float, *machines: PoolMachine, n_live: int = 0, stakes: Stakes = STAKES
+) -> PoolInputs:
+    given = inputs(*machines, memory=memory, rest=RestInputs(n_live, None, RUNGS, stakes))
     return replace(given, view=replace(given.view, now_s=at_s))
 
 
@@ -172,15 +174,15 @@ def test_a_pool_without_work_keeps_a_warm_machine_as_long_as_it_is_worth_it() ->
 
 
 def test_gaps_that_recur_let_it_go_and_make_it_warm_again_before_the_next_request() -> None:
-    memory, at_s = PoolMemory(), NOW
+    memory, at_s, dear = PoolMemory(), NOW, replace(STAKES, ttft_target_s=10.0, late_usd=0.5)
     for _ in range(12):  # work for a minute every four hours
         for after_s, n_live in ((0.0, 1), (60.0, 0), (4 * 3600.0, 1)):
-            memory = plan_pool(idle(memory, at_s + after_s, n_live=n_live))[2]
+            memory = plan_pool(idle(memory, at_s + after_s, n_live=n_live, stakes=dear))[2]
         at_s += 4 * 3600
     assert memory.rest.gaps.weight > 8
     bought_at_h, rungs = [], []
     for minute in range(5, 4 * 60):
-        found, _, memory = plan_pool(idle(memory, at_s + 60 * minute))
+        found, _, memory = plan_pool(idle(memory, at_s + 60 * minute, stakes=dear))
         rungs.append(memory.rest.rung)
         bought_at_h += [minute / 60] * len(found.buy)
     assert rungs[:55] == [NOTHING] * 55, "the next request is hours away"
