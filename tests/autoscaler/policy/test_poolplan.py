@@ -180,6 +180,7 @@ def test_gaps_that_recur_let_it_go_and_make_it_warm_again_before_the_next_reques
             memory = plan_pool(idle(memory, at_s + after_s, n_live=n_live, stakes=dear))[2]
         at_s += 4 * 3600
     assert memory.rest.gaps.weight > 8
+    memory = plan_pool(idle(memory, at_s, n_live=0, stakes=dear))[2]
     bought_at_h, rungs = [], []
     for minute in range(5, 4 * 60):
         found, _, memory = plan_pool(idle(memory, at_s + 60 * minute, stakes=dear))
