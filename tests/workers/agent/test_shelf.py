@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
-from tests.workers.modelcache.test_share import NOW_S, origin  # noqa: F401 - a fixture
+from tests.workers.modelcache.test_share import origin  # noqa: F401 - a fixture
 from tests.workers.serving import Cell
 from workers.agent.shelf import Shelf
 from workers.config import AgentConfig
@@ -45,7 +46,7 @@ def test_the_agent_tells_control_what_it_holds_and_where(
                 await asyncio.sleep(0.01)
         assert 0 < cell.r.pttl(keys.models) <= 15_000
         shelf = msgspec.json.decode(payload, type=ModelShelf)
-        path = f"/models/{manifest.digest}/config.json?{query(shelf.key, manifest.digest, int(NOW_S + 60))}"
+        path = f"/models/{manifest.digest}/config.json?{query(shelf.key, manifest.digest, int(time.time() + 60))}"
 
         def ask() -> int:
             connection = http.client.HTTPConnection(urlsplit(shelf.url).netloc, timeout=10)

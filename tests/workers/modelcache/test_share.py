@@ -23,7 +23,6 @@ from workers.modelcache.store import ModelStore
 from workers.modelcache.ticket import LIFE_S, SKEW_S, is_good, query
 
 WEIGHTS = random.Random(5).randbytes(300_000)
-NOW_S = time.time()
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def _ask(share: Share, path: str, ranged: str = "bytes=0-9") -> tuple[int, bytes
 
 
 def _path(share: Share, digest: str, name: str, key: bytes | None = None, ends_in_s: float = 60) -> str:
-    return f"/models/{digest}/{name}?{query(key or share.key, digest, int(NOW_S + ends_in_s))}"
+    return f"/models/{digest}/{name}?{query(key or share.key, digest, int(time.time() + ends_in_s))}"
 
 
 def test_a_machine_fetches_a_version_from_its_sibling(
@@ -72,7 +71,7 @@ def test_a_machine_fetches_a_version_from_its_sibling(
     _, manifest = origin
     bucket = RangeServer({f"/{MANIFEST_NAME}": manifest.to_bytes()})  # and nothing else
     urls = {name: [f"{bucket.url}/{name}"] for name in (MANIFEST_NAME, *(f.name for f in manifest.files))}
-    base = version_url(share.url, manifest.digest, query(share.key, manifest.digest, int(NOW_S + 60)))
+    base = version_url(share.url, manifest.digest, query(share.key, manifest.digest, int(time.time() + 60)))
     other = ModelStore(tmp_path / "other")
     other.ensure(manifest.digest, "s3://b", urls=urls, siblings=[base])
     other.verify(manifest.digest)
