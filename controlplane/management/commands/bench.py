@@ -22,6 +22,7 @@ from benchmarks import (
     joint,
     keycheck,
     limits,
+    modelcache,
     modelload,
     revoke,
     slots,
@@ -127,6 +128,12 @@ BENCHES = {
         limits.as_text,
         1,
     ),
+    "modelcache": Bench(
+        "ten models on one machine with room for three: what leaves, against LRU and the optimum",
+        modelcache.measure,
+        modelcache.as_text,
+        options=("traces",),
+    ),
     "modelload": Bench(
         "a version from a real S3 server into an engine's memory: download, verify, load, alone and at once",
         modelload.measure,
@@ -170,6 +177,9 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--requests", type=Path, help="truth: a request file whose bursts and sizes to send"
+        )
+        parser.add_argument(
+            "--traces", type=Path, help="modelcache: a directory with the trace itself, instead of the law"
         )
         parser.add_argument("--size-mib", type=int, default=512, help="modelload: how large a version")
         parser.add_argument("--json", action="store_true")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.workers.modelcache.test_remote import _manifest
 from workers.modelcache.eviction import HALF_LIFE_S, Held, Use, faded, victims, worth_per_byte
 from workers.modelcache.store import ModelStore, ModelStoreError
+from workers.modelcache.uses import Claim
 
 NOW_S = 1e6
 
@@ -121,3 +124,67 @@ def test_a_cache_full_of_what_runs_says_so(tmp_path: Path) -> None:
     claim.close()
     store.ensure(b, origin.root.as_uri())
     assert store.digests() == [b]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.tuples(st.sampled_from(["use", "end", "evict"]), st.integers(0, 5)), max_size=25))
+def test_whatever_happens_what_runs_stays_whole(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]
+) -> None:
+    """Six versions of different sizes, room for about three, used and ended and evicted in any order."""
+    root = tmp_path_factory.mktemp("cache")
+    origin, store = ModelStore(root / "origin"), ModelStore(root / "cache", budget_bytes=3600)
+    sizes = [400, 900, 1300, 1000, 1900, 700]
+    digests = [_version(origin, n, size) for n, size in enumerate(sizes)]
+    running: dict[int, list[Claim]] = {}
+    for step, n in steps:
+        if step == "use":
+            try:
+                claim = store.acquire(digests[n], origin.root.as_uri())[1]
+            except ModelStoreError as error:
+                assert error.code == "disk_full"
+                lacking = sum(sizes[m] for m in running) + sizes[n] - 3600
+                assert n not in running and lacking > 0, "there was room among what does not run"
+            else:
+                running.setdefault(n, []).append(claim)
+        elif step == "end" and n in running:
+            running[n].pop().close()
+            if not running[n]:
+                del running[n]
+        elif step == "evict":
+            was_there = store.has(digests[n])
+            assert store.evict(digests[n]) == (n not in running)
+            assert not was_there or store.has(digests[n]) == (n in running)
+        for m in running:
+            store.verify(digests[m])
+        assert sum(h.size_bytes for h in store.held()) <= 3600
+    for claims in running.values():
+        for claim in claims:
+            claim.close()
+
+
+def test_users_of_many_threads_never_lose_what_they_use(tmp_path: Path) -> None:
+    origin, store = ModelStore(tmp_path / "origin"), ModelStore(tmp_path / "cache", budget_bytes=3500)
+    digests = [_version(origin, n) for n in range(6)]
+    wrong: list[str] = []
+
+    def use(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(25):
+            digest = dice.choice(digests)
+            try:
+                path, claim = store.acquire(digest, origin.root.as_uri())
+            except ModelStoreError as error:
+                if error.code != "disk_full":  # all of it runs just now
+                    wrong.append(str(error))
+                continue
+            if not store.has(digest) or len((path / "model.safetensors").read_bytes()) != 1000:
+                wrong.append(digest)
+            claim.close()
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
