@@ -127,7 +127,11 @@ def test_a_cache_full_of_what_runs_says_so(tmp_path: Path) -> None:
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(st.tuples(st.sampled_from(["use", "end", "evict"]), st.integers(0, 5)), max_size=25))
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["use", "end", "evict"]), st.integers(0, 5)), min_size=16, max_size=24
+    )
+)
 def test_whatever_happens_what_runs_stays_whole(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]
 ) -> None:
