@@ -283,7 +283,7 @@ class Dispatcher:
                     *key.scope_args,
                     str(band),
                     stream.expected,
-                    "".join(map(str, prefix.coarse(ask.prefixes))),
+                    _beginnings(ask),
                     deployment.window,
                     self._age_ms,
                     hold.share,
@@ -354,6 +354,12 @@ class Dispatcher:
             raise unavailable(
                 "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
             ) from error
+
+
+def _beginnings(ask: Ask) -> str:
+    """What the queue prefers a replica for: the adapter, if there is one, and the prompt's beginnings."""
+    found = "".join(map(str, prefix.coarse(ask.prefixes)))
+    return prefix.mark_of(ask.adapter) + found if ask.adapter else found
 
 
 def _salt(key: KeyContext, deployment: Deployment) -> str:

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from controlplane.policy.prefix import PrefixIndex, cached_tokens
+from controlplane.policy.prefix import PrefixIndex, cached_tokens, n_of_prompt
 from controlplane.policy.ranking import Ranking
 
 # The same numbers as in lib_queue.lua.
@@ -368,7 +368,7 @@ class FairQueue:
                 if n == len(request.prefixes):  # nothing to gain by passing it over
                     break
         assert best is not None
-        n_cached = cached_tokens(best_n, best.n_prompt)
+        n_cached = cached_tokens(n_of_prompt(best.prefixes, best_n), best.n_prompt)
         best.charged = service(best.n_prompt, n_cached, best.n_expected)
         self._charge(best.flow, 0, best.charged)
         self._leave(best)

@@ -18,6 +18,8 @@ from controlplane.policy.ranking import Ranking
 FIRST_TOKENS: Final = 64
 MAX_PER_REPLICA: Final = 4096
 
+ADAPTER_MARK: Final = "~"
+
 FIRST_BYTES: Final = 256  # about FIRST_TOKENS tokens
 _MAX_HASHES: Final = 10  # up to 128 KiB
 _RUNGS: Final = (1, *(k << n for n in range(20) for k in (2, 3)))
@@ -76,6 +78,18 @@ def ends(fine: Sequence[object], n_bytes: int, n_prompt: int) -> tuple[int, ...]
     """Tokens at which each of a text's `fine_hashes` ends, the text having `n_bytes` and about `n_prompt` tokens."""
     per_rung = FIRST_BYTES * n_prompt / max(n_bytes, 1)
     return tuple(int(rung * per_rung) for rung in _RUNGS[: len(fine)])
+
+
+def mark_of(adapter: str) -> str:
+    """What stands before the prefixes of a request for a LoRA adapter: a replica that was given it holds the adapter,
+    and the queue prefers it as it does one with the prompt's beginning. `adapter`: a UUIDv7 as hex, random at its
+    end."""
+    return ADAPTER_MARK + adapter[-7:]
+
+
+def n_of_prompt(prefixes: Sequence[str], n_matched: int) -> int:
+    """Of the first `n_matched`, those that stand for prompt tokens."""
+    return n_matched - 1 if n_matched > 0 and prefixes[0].startswith(ADAPTER_MARK) else n_matched
 
 
 def cached_tokens(n_matched: int, n_prompt: int) -> int:

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, ANY_MS, FairQueue, Flow, Request
+from controlplane.policy.prefix import mark_of
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 
@@ -81,6 +82,8 @@ class History:
         org, project, key = rng.choice(TENANTS)
         weights = tuple(WEIGHTS.get(name, 100) for name in (org, project, key))
         prefixes = tuple(f"{c}{org}{'x' * 8}"[:8] for c in "abcd"[: rng.randrange(5)])
+        if rng.random() < 0.3:
+            prefixes = (mark_of(f"{rng.randrange(3):08d}"), *prefixes)
         request = Request(
             f"q{self.n:05d}", Flow(rng.choice([0, 0, 0, 1, 3]), org, project, key, weights),  # type: ignore[arg-type]
             self.now_ms + rng.randrange(3000), rng.randrange(1, 400), rng.randrange(1, 200), prefixes,

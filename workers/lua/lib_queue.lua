@@ -5,6 +5,7 @@ local K = 8               -- flows looked at for a cached prefix
 local AGED_TURN = 8       -- every so many dispatches one may go to a lower band that waited long
 local PREFIX_CHARS = 8
 local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell/routing.py)
+local MARK = 126          -- '~': begins the mark of a LoRA adapter, which stands before the prefixes
 local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
 local AGE_FOLLOWS = 4     -- who has waited so many times the usual wait goes first, once that is more than age_ms,
 local AGE_MOST = 16       -- and whoever has waited so many times age_ms in any case
@@ -199,6 +200,7 @@ local function dispatch(P, did, rid, mid, now_ms)
   end
   local f, n_in, n_cached = flow_of(adm), adm[IN_EST], 0
   f[1] = b
+  if best_n > 0 and string.byte(adm[PFX]) == MARK then best_n = best_n - 1 end -- an adapter is no prompt
   if best_n > 0 then n_cached = math.min(n_in, PREFIX_TOKENS * 2 ^ (best_n - 1)) end
   local tenths = service(n_in, n_cached, adm[PRED])
   if not bind(P, id, rid, mid, tenths) then

@@ -159,9 +159,9 @@ def complete_adapter(request: ApiRequest, adapter_id: AdapterId) -> OperationOut
     Safetensors only, of the rank and the layers that the deployment's model and engine take; what is refused says which
     file and why.
     """
-    return operation_out(
-        services.begin_receiving(organization_id=request.caller.organization_id, adapter_id=adapter_id)
-    )
+    begun = services.begin_receiving(organization_id=request.caller.organization_id, adapter_id=adapter_id)
+    request.operation_id = begun.id
+    return operation_out(begun)
 
 
 @operation(

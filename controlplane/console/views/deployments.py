@@ -11,6 +11,8 @@ from django.utils import timezone
 from django.views.decorators.http import require_GET
 
 from controlplane import ids
+from controlplane.adapters import selectors as adapters
+from controlplane.adapters.models import State
 from controlplane.console import charts, usage
 from controlplane.console.access import MemberRequest, member_page
 from controlplane.console.decisions import told
@@ -21,6 +23,7 @@ from controlplane.errors import NotFoundError
 N_DECISIONS: Final = 8
 N_DECISIONS_READ: Final = 200  # equal ones in a row are shown as one
 N_RECENT: Final = 8
+N_ADAPTERS: Final = 128  # that a deployment may have, and refused ones as far as they fit
 
 
 @require_GET
@@ -60,11 +63,21 @@ def _context(request: MemberRequest, text: str) -> dict[str, Any]:
     organization_id, now = request.membership.organization_id, timezone.now()
     fleet = fleet_of(organization_id=organization_id, now=now, deployment_id=deployment_id)
     traffic = usage.traffic(organization_id=organization_id, now=now, deployment_id=deployment_id)
+    deployment = fleet.deployments[0].deployment
+    max_loras, max_rank = adapters.lora_room(deployment)
+    rows = adapters.adapters(organization_id=organization_id).filter(deployment_id=deployment_id)
+    held = [
+        {"row": row, "why_not": adapters.why_not_served(row)}
+        for row in rows.exclude(state=State.RETIRED).order_by("name", "id")[:N_ADAPTERS]
+    ]
     return {
+        "adapters": held,
+        "max_loras": max_loras,
+        "max_lora_rank": max_rank,
         "now": now,
         "fleet": fleet,
         "row": fleet.deployments[0],
-        "deployment": fleet.deployments[0].deployment,
+        "deployment": deployment,
         "traffic": traffic,
         "tokens_per_s": max(traffic.tokens_per_s, fleet.live.tokens_per_s),
         "requests_spark": charts.spark(traffic.requests),

@@ -72,6 +72,7 @@ def test_get_shows_tables_json_and_yaml(corral: Corral, world: World) -> None:
         "invitations",
         "service-accounts",
         "model-versions",
+        "adapters",
         "keys",
     ):
         corral.run("get", kind)
