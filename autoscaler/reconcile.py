@@ -17,7 +17,7 @@ import structlog
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import launch, market, metrics
+from autoscaler import launch, market, metrics, prefetch
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.models import (
@@ -54,13 +54,14 @@ class Report:
     n_restarted: int = 0
     n_released: int = 0
     n_restored: int = 0
+    n_prefetches: int = 0
     deployments: set[UUID] = field(default_factory=set)
 
 
 def reconcile(house: House, now: datetime | None = None) -> Report:
     """One pass. A step that fails is logged and does not keep the others from running."""
     report, now = Report(), now or timezone.now()
-    for step in (_machines, _release, _restore, _prune):
+    for step in (_machines, _release, _restore, _prefetch, _prune):
         _guarded(step.__name__, lambda step=step: step(house, report, now))  # type: ignore[misc]
     return report
 
@@ -210,6 +211,10 @@ def _restore(house: House, report: Report, now: datetime) -> None:
             report.n_restored += 1
     _unroute(house, report, now)
     _withdraw(house, report, now)
+
+
+def _prefetch(house: House, report: Report, now: datetime) -> None:
+    report.n_prefetches = prefetch.order(house.cell, house.provider.name, now)
 
 
 def withdraw_ended(cell: Cell, ended: Sequence[tuple[str, str, str]]) -> int:

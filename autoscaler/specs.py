@@ -100,7 +100,7 @@ def desired_spec(replica: Replica) -> ReplicaSpec:
         ReplicaPhase.STARTING,
         ReplicaPhase.LOADING,
     ):
-        spec.model_urls = _signed_urls(spec.model_source, spec.model_digest)
+        spec.model_urls = signed_files(spec.model_source, spec.model_digest)
     if spec.upstream is not None and not is_draining:
         # Sealed anew whenever the agent is told, and kept nowhere else.
         public_hex = str(replica.machine.capabilities.get("box_public", ""))
@@ -108,7 +108,7 @@ def desired_spec(replica: Replica) -> ReplicaSpec:
     return spec
 
 
-def _signed_urls(source: str, digest: str) -> dict[str, list[str]]:
+def signed_files(source: str, digest: str) -> dict[str, list[str]]:
     """Signed anew whenever the agent is told, and kept nowhere else."""
     version = ModelVersion.objects.filter(digest=digest).exclude(manifest={}).first()
     names = [entry["name"] for entry in version.manifest.get("files", [])] if version is not None else []

@@ -248,9 +248,9 @@ def best_hits(requests: Sequence[Request], sizes: Sequence[int], room: int) -> f
     for n, request in enumerate(requests):
         if n == SETTLES:
             counted = float(misses.min())
-        froms, starts, targets = moves[request.model]
+        froms, firsts, targets = moves[request.model]
         after = np.full(len(states), np.inf)
-        after[targets] = np.minimum(misses[targets], np.minimum.reduceat(misses[froms], starts) + 1)
+        after[targets] = np.minimum(misses[targets], np.minimum.reduceat(misses[froms], firsts) + 1)
         misses = after
     n_counted = len(requests) - SETTLES
     return 1 - (float(misses.min()) - counted) / n_counted

@@ -360,6 +360,18 @@ class ModelShelf(msgspec.Struct, kw_only=True, omit_defaults=True):
     digests: tuple[str, ...] = ()
     url: str = ""
     key: bytes = b""
+    free_bytes: int = 0  # room for more, without anything leaving
+    v: int = WIRE_VERSION
+
+
+class PrefetchSpec(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Field of `prefetch`, by digest: a model version that the machine should fetch when it has nothing better to do.
+    `source`, `urls` and `siblings` as of ReplicaSpec."""
+
+    digest: str
+    source: str
+    urls: dict[str, list[str]] = {}
+    siblings: list[str] = []
     v: int = WIRE_VERSION
 
 

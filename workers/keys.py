@@ -36,6 +36,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:run:<rid>` | string | machine | ids of the requests a replica serves now (`ServingReport`, JSON) |
 | `m:<mid>:desired`, `m:<mid>:bell` | hash, list | machine | replicas that should run here; doorbell for the agent |
 | `m:<mid>:models` | string | machine | model versions it holds, and how siblings reach them (`ModelShelf`, JSON) |
+| `m:<mid>:prefetch` | hash | machine | model versions to fetch when it is idle (`PrefetchSpec`, JSON), by digest |
 | `m:<mid>:adapters` | hash | machine | LoRA adapters that replicas here may be asked for (`AdapterSpec`, JSON) |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
 """
@@ -262,6 +263,10 @@ class MachineKeys:
     @property
     def models(self) -> str:
         return f"{self.prefix}models"
+
+    @property
+    def prefetch(self) -> str:
+        return f"{self.prefix}prefetch"
 
     @property
     def adapters(self) -> str:

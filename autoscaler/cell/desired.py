@@ -8,9 +8,10 @@ from typing import Any, cast
 import msgspec
 
 from autoscaler.cell.connection import Connection
-from workers.contract import ReplicaSpec
+from workers.contract import PrefetchSpec, ReplicaSpec
 
 BELL_MAX = 16
+PREFETCH_LIFE_MS = 3600 * 1000  # its signed URLs last longer
 # A field of `desired` beside the replica ids: without it the hash was lost, and means nothing.
 GENERATION_FIELD = "generation"
 _json = msgspec.json.Encoder()
@@ -43,6 +44,19 @@ class Desired(Connection):
             return False
         self._change_desired(machine, put, drop)
         return True
+
+    def ask_prefetch(self, machine: str, spec: PrefetchSpec) -> None:
+        """The agent of this machine may fetch this version; forgotten if it never does."""
+        key = self._machine(machine).prefetch
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.hset(key, spec.digest, _json.encode(spec))
+        pipeline.pexpire(key, PREFETCH_LIFE_MS)
+        pipeline.execute()
+
+    def read_prefetches(self, machine: str) -> frozenset[str]:
+        """Digests it was asked for and has not done with."""
+        found = cast(list[bytes], self.redis.hkeys(self._machine(machine).prefetch))
+        return frozenset(name.decode() for name in found)
 
     def read_desired(self, machine: str) -> dict[str, bool]:
         """Replica id -> whether it is told to drain; plus GENERATION_FIELD unless the hash was lost."""

@@ -22,6 +22,7 @@ from workers.agent.adapters import AdapterFiles
 from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
+from workers.agent.prefetch import Prefetch
 from workers.agent.replicas import Limits, Replicas
 from workers.agent.shelf import Shelf
 from workers.agent.spools import DeadSpools
@@ -115,6 +116,7 @@ class Agent:
                 self._prefetch(),
                 self._heed(replicas),
                 Shelf(self._config, self._client, self._keys).run(),
+                Prefetch(self._config, self._client, self._keys, lambda: replicas.is_fetching).run(),
                 self._until_stopped(),
             )
         ]

@@ -108,6 +108,11 @@ class Replicas:
         """Replicas that may have a process."""
         return {replica for replica, known in self._known.items() if known.life is not Life.ENDED}
 
+    @property
+    def is_fetching(self) -> bool:
+        """Whether a replica waits for its model."""
+        return any(known.arriving or known.life is Life.STARTING for known in self._known.values())
+
     def ended(self) -> list[ReplicaStatus]:
         """How those ended that control still wants to know of."""
         return [known.end for known in self._known.values() if known.end is not None]

@@ -46,17 +46,21 @@ class Shelf:
                 if share is None and self._config.model_share is not None and loop.time() >= try_at_s:
                     try_at_s = loop.time() + _AGAIN_S
                     share = await asyncio.to_thread(self._open, *self._config.model_share)
-                digests = await asyncio.to_thread(self._store.digests)
+                digests, free = await asyncio.to_thread(self._look)
                 shelf = ModelShelf(
                     digests=tuple(digests[:MAX_TOLD]),
                     url="" if share is None else share.url,
                     key=b"" if share is None else share.key,
+                    free_bytes=free,
                 )
                 self._client.fire("SET", self._keys.models, _json.encode(shelf), "PX", LIFE_MS)
                 await asyncio.sleep(TELL_S)
         finally:
             if share is not None:
                 share.close()
+
+    def _look(self) -> tuple[list[str], int]:
+        return self._store.digests(), self._store.free_bytes()
 
     def _open(self, host: str, port: int) -> Share | None:
         try:

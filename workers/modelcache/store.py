@@ -96,13 +96,16 @@ class ModelStore:
         urls: Urls | None = None,
         siblings: Sequence[str] = (),
         on_open: Callable[[Path], None] | None = None,
+        *,
+        may_evict: bool = True,
     ) -> Path:
         """The version's directory, fetched if it is not here yet.
 
         `source` is a `file://` URL of a directory with a manifest, or of a store that holds the digest; with `urls`,
         its files come over HTTP instead (from `siblings` first, remote.py), and an attempt that fails leaves what it
         got to the next. Verified before the version appears; `on_open` hears when a loader may begin with what has
-        arrived (arrival.Arrival). Concurrent calls for one digest fetch once. Raises ModelStoreError.
+        arrived (arrival.Arrival). may_evict: else only room that is free is taken. Concurrent calls for one digest
+        fetch once. Raises ModelStoreError.
         """
         target = self.path(digest)
         if self.has(digest):
@@ -113,10 +116,10 @@ class ModelStore:
                 return target
             began_s = time.monotonic()
             if origin is None:
-                self._ensure_remote(digest, urls or {}, siblings, progress, on_open)
+                self._ensure_remote(digest, urls or {}, siblings, progress, on_open, may_evict=may_evict)
             else:
                 manifest = _read_manifest(origin, digest)
-                self._make_room(manifest.size_bytes)
+                self._make_room(manifest.size_bytes, may_evict=may_evict)
                 with self.incoming(digest) as staging:
                     _fetch(origin, manifest, staging, progress)
                     self._install(staging, manifest)
@@ -130,6 +133,8 @@ class ModelStore:
         siblings: Sequence[str],
         progress: Progress | None,
         on_open: Callable[[Path], None] | None,
+        *,
+        may_evict: bool,
     ) -> None:
         target = self.path(digest)  # no version until its manifest is in it; kept for the next attempt
         board: Board | None = None
@@ -137,7 +142,7 @@ class ModelStore:
             manifest = fetch_manifest(urls, digest)
             target.mkdir(exist_ok=True)
             n_there = sum(p.stat().st_blocks * 512 for p in target.iterdir())
-            self._make_room(max(manifest.size_bytes - n_there, 0))
+            self._make_room(max(manifest.size_bytes - n_there, 0), may_evict=may_evict)
             board = Board(target, [entry.name for entry in manifest.files])
             fetch_files(
                 urls,
@@ -275,22 +280,26 @@ class ModelStore:
         """Whether so much would come without anything leaving."""
         return self._free(self.held()) >= n_bytes
 
+    def free_bytes(self) -> int:
+        """What may come without anything leaving, by budget and disk."""
+        return max(self._free(self.held()), 0)
+
     def _free(self, held: list[Held]) -> int:
         free = shutil.disk_usage(self.root).free - _SPARE_BYTES
         if self.budget_bytes is None:
             return free
         return min(free, self.budget_bytes - sum(h.size_bytes for h in held))
 
-    def _make_room(self, n_bytes: int) -> None:
+    def _make_room(self, n_bytes: int, *, may_evict: bool) -> None:
         """Evict until `n_bytes` fit the budget and the disk. Raises ModelStoreError when what runs fills it."""
-        for n in range(MAX_EVICTIONS):
-            if n == 1:
-                self._clear_leftovers()
+        if not self.has_room(n_bytes):
+            self._clear_leftovers()
+        for _ in range(MAX_EVICTIONS):
             held = self.held()
             free = self._free(held)
             if free >= n_bytes:
                 return
-            leaving = victims(held, n_bytes - free, time.time())
+            leaving = victims(held, n_bytes - free, time.time()) if may_evict else None
             if leaving is None:
                 raise ModelStoreError(
                     "disk_full",
