@@ -57,7 +57,9 @@ def admit(provider: IdentityProvider, claims: Claims) -> User:
         user = known.user if known is not None else _by_address(email, claims.name)
         if not user.is_active:
             raise NotPermittedError("this account is disabled")
-        if directory.is_deactivated(organization_id=organization_id, user_id=user.id):
+        if directory.is_deactivated(
+            organization_id=organization_id, user_id=user.id, emails={email, address}
+        ):
             raise NotPermittedError(
                 "your organization's directory has deactivated you: ask its administrators"
             )

@@ -57,7 +57,10 @@ def put_out(row: ScimUser) -> None:
             raise ConflictError(f"active: {error.message}", field="active") from error
     now = clock.now()
     Invitation.objects.filter(
-        organization_id=organization_id, email=row.user.email, accepted_at=None, revoked_at=None
+        organization_id=organization_id,
+        email__in={row.email, row.user.email},
+        accepted_at=None,
+        revoked_at=None,
     ).update(revoked_at=now)
     if selectors.memberships_of(user_id=row.user_id):
         # They still belong elsewhere: a session by password stays, and does not reach this organization any more.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from uuid import UUID
+
+from django.db.models import Q
 
 from controlplane.errors import NotFoundError
 from controlplane.scim.models import ScimGroup, ScimUser
 
 
-def is_deactivated(*, organization_id: UUID, user_id: UUID) -> bool:
-    """Whether the directory knows this person and says that they are to stay out."""
-    return ScimUser.objects.filter(organization_id=organization_id, user_id=user_id, is_active=False).exists()
+def is_deactivated(*, organization_id: UUID, user_id: UUID, emails: Iterable[str]) -> bool:
+    """Whether the directory knows this person, by account or by address, and says that they are to stay out."""
+    found = ScimUser.objects.filter(organization_id=organization_id, is_active=False)
+    return found.filter(Q(user_id=user_id) | Q(email__in=list(emails))).exists()
 
 
 def user(*, organization_id: UUID, scim_user_id: UUID, is_locked: bool = False) -> ScimUser:

@@ -1,8 +1,9 @@
 """People by the word of their directory: entries made, changed, deactivated, deleted.
 
 Called by the SCIM endpoints inside the tenant. A directory speaks for addresses in domains that its organization has
-proven, as its identity provider does. An account may belong to other organizations too: of it only the address follows
-(whoever holds both domains reads both mailboxes anyway), the name only where nobody else knows the person.
+proven, as its identity provider does. Whoever holds a SCIM token must not get into accounts by it: an account's
+address, where its password is reset to, follows only where the account can do nothing that the directory could not let
+a new one do (`_may_move`); its name follows where no other organization knows the person.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from controlplane.identity import domains
 from controlplane.saving import insert, update
 from controlplane.scim import places, selectors
 from controlplane.scim.models import ScimGroup, ScimMembership, ScimUser
+from controlplane.scim.tokens import roles_it_can_give
 from controlplane.tenants.context import tenant
-from controlplane.tenants.models import User
+from controlplane.tenants.models import Member, Role, User
 from controlplane.tenants.selectors import memberships_of
 
 log = structlog.get_logger("corral.scim")
@@ -162,13 +164,22 @@ def _set(row: ScimUser, facts: Facts, email: str) -> None:
 def _follow(row: ScimUser, before: Facts, facts: Facts) -> None:
     """Address and name of the account, where they changed."""
     user, was = row.user, (row.user.email, row.user.name)
-    if user.email == before.email:
+    if user.email == before.email != row.email and _may_move(row):
         user.email = row.email
     if facts.full_name and not _is_known_elsewhere(row):
         user.name = facts.full_name
     if (user.email, user.name) == was:
         return
     update(user, taken={"tenants_user_email_key": ("emails", "emails: another account has this address")})
+
+
+def _may_move(row: ScimUser) -> bool:
+    """Whether the account may get another address: nobody signs in to it by password, it reaches no other organization,
+    and its role here is one that the directory can give."""
+    if row.user.has_usable_password() or _is_known_elsewhere(row):
+        return False
+    member = Member.objects.filter(organization_id=row.organization_id, user_id=row.user_id).first()
+    return member is None or Role(member.role) in roles_it_can_give(organization_id=row.organization_id)
 
 
 def _is_known_elsewhere(row: ScimUser) -> bool:

@@ -16,6 +16,8 @@ from django.db import close_old_connections
 from scim2_client.engines.httpx2 import SyncSCIMClient
 from scim2_tester import Status, check_server
 
+from controlplane.api.ratelimit import CallerLimits
+from controlplane.api.scim import middleware
 from controlplane.scim import users
 from tests.controlplane.scim.caller import Directory
 
@@ -38,6 +40,7 @@ def test_a_client_that_knows_the_standard_alone(
         return text if "@" in text else f"{uuid.uuid4()}@example.org"
 
     monkeypatch.setattr(users, "_address", proven)
+    monkeypatch.setattr(middleware, "limits", CallerLimits(10_000, 10_000))
     served = get_wsgi_application()
 
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:

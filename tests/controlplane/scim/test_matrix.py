@@ -211,6 +211,22 @@ def test_roles_change_with_the_policy_at_once(world: World, directory: Directory
         assert role_of(world.organization.id, "ann@example.org") == role
 
 
+def test_what_is_refused_leaves_nothing_behind_not_even_that_it_was_asked(
+    world: World, directory: Directory
+) -> None:
+    from controlplane.scim.models import ScimToken
+    from controlplane.tenants.context import tenant
+
+    def last_use() -> Any:
+        with tenant(world.organization.id):
+            return ScimToken.objects.get().last_used_at
+
+    assert directory.get("/Users/scu_" + "0" * 32).status_code == 404
+    assert last_use() is None
+    assert directory.get("/Users").status_code == 200
+    assert last_use() is not None
+
+
 def test_a_wild_directory_is_slowed_down(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     from controlplane.api.ratelimit import CallerLimits
     from controlplane.api.scim import middleware

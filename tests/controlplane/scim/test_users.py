@@ -9,7 +9,7 @@ from django.test import Client
 
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
-from controlplane.tenants.models import ApiKey, Role, User
+from controlplane.tenants.models import ApiKey, Member, Role, User
 from tests.controlplane.scim.caller import USER, Directory, role_of
 from tests.world import PASSWORD, World
 
@@ -98,6 +98,38 @@ def test_the_address_follows_the_directory(world: World, directory: Directory) -
     before.refresh_from_db()
     assert (before.email, before.name) == ("ann.lee@example.org", "Ann Li")
     assert response.body["active"] is True  # what is not said of it stays
+
+
+def test_an_account_that_can_do_more_than_the_directory_could_give_keeps_its_address(
+    world: World, directory: Directory, roles: Any
+) -> None:
+    """Otherwise whoever has the token gets into it: the new address is where its password is reset to."""
+    mallory = {"op": "replace", "path": 'emails[type eq "work"].value', "value": "mallory@example.org"}
+    # Bob signs in by password; Ann was made owner by hand; Cat belongs to another organization, too.
+    people = {"bob@example.org": world.bob}
+    for email in (ANN, "cat@example.org"):
+        directory.add_user(email)
+        people[email] = User.objects.get(email=email)
+    services.add_member(
+        organization_id=world.other_organization.id, user=people["cat@example.org"], role=Role.VIEWER
+    )
+    with tenant(world.organization.id):
+        member = Member.objects.get(user=people[ANN])
+    services.change_role(organization_id=world.organization.id, member_id=member.id, role=Role.OWNER)
+    directory.add_user("bob@example.org")
+    for email, user in people.items():
+        (found,) = directory.get(f'/Users?filter=userName eq "{email}"').body["Resources"]
+        response = directory.patch(f"/Users/{found['id']}", mallory)
+        assert (response.status_code, response.body["emails"][0]["value"]) == (200, "mallory@example.org")
+        user.refresh_from_db()
+        assert user.email == email
+    # Where the directory could make owners anyway, nothing is gained by it.
+    roles(kings=Role.OWNER)
+    (found,) = directory.get(f'/Users?filter=userName eq "{ANN}"').body["Resources"]
+    directory.patch(f"/Users/{found['id']}", {"op": "replace", "path": "emails.value", "value": ANN})
+    directory.patch(f"/Users/{found['id']}", mallory)
+    people[ANN].refresh_from_db()
+    assert people[ANN].email == "mallory@example.org"
 
 
 def test_who_belongs_elsewhere_keeps_the_name(world: World, directory: Directory) -> None:
@@ -225,10 +257,15 @@ def test_single_sign_on_does_not_let_back_in_whom_the_directory_deactivated(
     )
     scim_id = directory.add_user(ANN)
     directory.patch(f"/Users/{scim_id}", {"op": "replace", "path": "active", "value": False})
-    claims = Claims(subject="s", email=ANN, is_email_refuted=False, name="", groups=None)
-    with pytest.raises(NotPermittedError, match="deactivated"):
-        admit(provider, claims)
-    assert role_of(world.organization.id, ANN) is None
+    other = directory.add_user("bob@example.org", emails=[{"value": "bob@example.org"}])
+    for value in ({"emails.value": "robert@example.org"}, {"active": False}):
+        directory.patch(f"/Users/{other}", {"op": "replace", "value": value})
+    # Bob's account keeps its address; he is not let in under the new one either.
+    for email in (ANN, "bob@example.org", "robert@example.org"):
+        claims = Claims(subject=email, email=email, is_email_refuted=False, name="", groups=None)
+        with pytest.raises(NotPermittedError, match="deactivated"):
+            admit(provider, claims)
+        assert role_of(world.organization.id, email) is None
 
 
 def test_what_is_written_is_audited_with_the_token(world: World, directory: Directory) -> None:
