@@ -145,6 +145,15 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
     assert len(found["goals"]) == 4
 
 
+def test_windows_are_told_one_by_one_and_judged_where_the_target_can_be_had(traces: Path) -> None:
+    args = ("--model", "m-mid", "--seeds", "2", "--hours", "0.7", "--keep", "0.0001")
+    found = study("scaling-windows", traces, *args)
+    rows = found["tables"][0]["rows"]
+    assert len(rows) == 2 and rows[0][0] != rows[1][0]
+    assert all(row[1] > 0 and row[3] == 0.0 and row[5] > 0 for row in rows)
+    assert len(found["goals"]) == 2
+
+
 def test_ours_is_tuned_to_attain_most_for_less_than_the_rivals_and_the_rivals_to_cost_least() -> None:
     def runs(attained: float, usd: float) -> Any:
         return [SimpleNamespace(slo_attainment=attained, usd=usd)]
