@@ -1,10 +1,10 @@
 """Which spot zones to use, how many machines more, and when to pay on-demand instead: pure.
 
-The learned part is a hazard per offer: how often it takes machines back, from the time we held it up and the times it
-went (Gamma posterior, so that a zone never seen is neither trusted nor shunned). From it follow three numbers: what a
-machine hour there really costs (its price, and what each loss costs in double-paid starts), whether moving back from
-on-demand pays before the offer is likely to go again, and how many spares keep the chance of a shortage within the
-availability target. A notice orders the replacement at once, before the drain. Differs from SpotHedge (SkyServe,
+The learned part is a hazard per offer. What has held for long goes on holding: the usual hazard falls with the time an
+offer has been up, and each offer's own losses say how much worse or better than usual it is (Gamma posterior, so that
+one never seen is neither trusted nor shunned). From it follow what a machine hour there really costs (its price, and
+what each loss costs in double-paid starts) and the share of time that its losses leave a gap; cover.py makes a shape of
+the fleet out of these. A notice orders the replacement at once, before the drain. Differs from SpotHedge (SkyServe,
 2411.01438) in that spares and zones are computed, not configured.
 
 Called per tick and on every notice or loss, by the autoscaler and by the simulator with the same objects.
@@ -25,8 +25,8 @@ USUAL_LOSSES: Final = 1.25
 USUAL_YOUNG_H: Final = 0.85
 # How far ahead an offer is judged: by the next minutes alone, every offer is too young to be used at first.
 AHEAD_H: Final = 6.0
-# The least that kept 99.9 % on 50 windows of the V100 zones that no table reports, at gaps of one to three minutes
-# (`manage.py study spot-cover`).
+# What kept 99.9 % on 50 windows of the V100 zones that no other table reports, at gaps of one to three minutes
+# (`manage.py study spot-cover` tells the fit).
 SHORTAGE_WORTH: Final = 100.0
 PRIOR_LOSSES: Final = 4.0  # so many losses weigh as much as what is usual
 FORGET_H: Final = 72.0  # half-life of what was learned: zones change by the day
@@ -64,7 +64,7 @@ class SpotSpec:
     boot_s: float
     notice_s: float
     availability: float = 0.999
-    # An hour in shortage, in hours of the whole fleet on-demand; None: what keeps the availability (`shortage_worth`).
+    # An hour in shortage, in hours of the whole fleet on-demand; None: what keeps the availability.
     worth: float | None = None
     retry_s: float = 60.0  # an offer that refused is asked again after this long
     max_orders: int = 64  # per call
@@ -82,11 +82,8 @@ class SpotSpec:
 
     @property
     def shortage_worth(self) -> float:
-        """What an hour in shortage is charged, in hours of the whole fleet on-demand. Longer gaps want more, since what
-        replaces a loss may itself be refused or lost. SHORTAGE_WORTH at a gap of a minute and 99.9 %."""
-        if self.worth is not None:
-            return self.worth
-        return SHORTAGE_WORTH * math.sqrt(self.gap_s / 60) * 0.001 / (1 - self.availability)
+        """What an hour in shortage is charged, in hours of the whole fleet on-demand."""
+        return SHORTAGE_WORTH * 0.001 / (1 - self.availability) if self.worth is None else self.worth
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,14 +127,30 @@ def market_row(found: Mapping[str, list[Paid]]) -> list[Cell]:
     return cells
 
 
-def cheaper(rival: str, everywhere: Mapping[str, Mapping[str, list[Paid]]], where: str = "") -> Goal:
-    """Saved against the rival's setting that is as available, per window the mean over all markets."""
+def cheaper(
+    rival: str,
+    everywhere: Mapping[str, Mapping[str, list[Paid]]],
+    where: str = "",
+    *,
+    only_equal: bool = False,
+) -> Goal:
+    """Saved against the rival's setting that is as available, per window the mean over all markets; or over those where
+    it has such a setting."""
     saved: dict[str, list[float]] = {}
     n_reaching = 0
     for market, found in everywhere.items():
         chosen, reaches = equal(found, rival)
         n_reaching += reaches
-        saved[market] = [r.ratio - own.ratio for r, own in zip(found[chosen], found["corral"], strict=True)]
+        if reaches or not only_equal:
+            saved[market] = [
+                r.ratio - own.ratio for r, own in zip(found[chosen], found["corral"], strict=True)
+            ]
+    claim = (
+        f"{where}cheaper than {rival} at equal availability (paired, in the oracle's cost, mean over markets)"
+    )
+    told = f"as available on {n_reaching} of {len(everywhere)} markets"
+    if not saved:
+        return Goal(claim, f"no setting of it is {told}", is_met=True, why="nothing to compare with")
     overall = interval([statistics.fmean(window) for window in zip(*saved.values(), strict=True)])
     not_there = [
         f"{market} ({statistics.fmean(values):+.3f})"
@@ -142,9 +158,9 @@ def cheaper(rival: str, everywhere: Mapping[str, Mapping[str, list[Paid]]], wher
         if statistics.fmean(values) <= 0
     ]
     return Goal(
-        f"{where}cheaper than {rival} at equal availability (paired, in the oracle's cost, mean over all markets)",
-        f"{overall.mean:+.3f} ± {overall.half:.3f}; as available on {n_reaching} of {len(saved)} markets, elsewhere "
-        "against its most available setting",
+        claim,
+        f"{overall.mean:+.3f} ± {overall.half:.3f}; {told}"
+        f"{', those' if only_equal else ', elsewhere against its most available setting'}",
         overall.low > 0,
         f"not on {', '.join(not_there)}: there the rival is less available or hardly anything is lost"
         if not_there

@@ -97,7 +97,8 @@ def test_what_a_shortage_is_worth_decides_how_much_cover_there_is() -> None:
     assert SpotSpec(180, 0, 0.9999).shortage_worth == pytest.approx(
         10 * SpotSpec(180, 0, 0.999).shortage_worth
     )
-    assert SpotSpec(120, 120).shortage_worth == 0, "a notice as long as a start leaves no gap"
+    orders, _ = buy(view(*zones), replace(IN_TIME, worth=300.0), SpotMemory())
+    assert sum(n for _, n in orders.launch) == 4, "a notice as long as a start leaves no gap"
 
 
 def test_cover_stays_until_what_replaces_it_is_ready_and_a_refusal_moves_nothing() -> None:
