@@ -151,9 +151,9 @@ def _study(
             "ours": "autoscaler/policy/cover.py compares leaving the gap open, holding enough without any one zone (or "
             "any two), and on-demand, each with the shortage that is expected of it, charged at a worth; an offer that "
             "has held long is expected to hold on (hazard 1.25 / (hours up + 0.85) an hour, times what it taught)",
-            "fit": f"worth of an hour in shortage, in hours of the fleet on-demand: {SHORTAGE_WORTH:g}, the round number "
-            f"that keeps 99.9 % on {n_fit} windows of the six zones that nothing else here reports; the rest was chosen "
-            "on 20 of these. The hazard: maximum likelihood over all other markets",
+            "fit": f"worth of an hour in shortage, in hours of the fleet on-demand: {SHORTAGE_WORTH:g}, the round "
+            f"number that keeps 99.9 % on {n_fit} windows of the six zones that nothing else here reports; the rest "
+            "was chosen on 20 of these. The hazard: maximum likelihood over all other markets",
             "oracle": "linear programme that knows market and demand; availability 99.9 %, fractions of machines",
             "covered oracle": "the same, made to hold enough without any one zone at every tick: the least that cover "
             "at all times costs whoever knows all but which zone goes next. Not a bound on a buyer that leaves "
