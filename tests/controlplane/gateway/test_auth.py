@@ -1,5 +1,6 @@
 """Keys: good, wrong, revoked, expired, suspended; what the cache may serve, how long, and what ends that."""
 
+import asyncio
 import hashlib
 import re
 import time
@@ -91,6 +92,30 @@ async def test_a_wrong_secret_while_postgres_is_away_is_told_like_an_unknown_key
     assert await ask(cache, key[:-2] + "AA") == "auth_unavailable"
     assert await ask(cache, api_keys.generate(PEPPER).plaintext) == "auth_unavailable"
     assert await ask(cache, key) == "ok"
+
+
+async def test_a_refusal_comes_at_the_same_instant_however_long_the_search_took(
+    cache: KeyCache, directory: FakeDirectory, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Postgres touched for a public part that exists takes longer, which nobody must be able to measure."""
+
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    find = directory.find
+
+    async def slow(lookup: str, digests: tuple[bytes, ...]) -> Any:
+        clock.now += search_s
+        return await find(lookup, digests)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(directory, "find", slow)
+    ends = []
+    for search_s in (0.0005, 0.0012, 0.004):
+        began_s = clock.now
+        assert await ask(cache, api_keys.generate(PEPPER).text) == "invalid_api_key"
+        ends.append(clock.now - began_s)
+    assert ends == [pytest.approx(0.005)] * 3
 
 
 async def test_the_memory_of_refused_keys_is_bounded(cache: KeyCache, directory: FakeDirectory) -> None:
