@@ -31,7 +31,7 @@ def check_name(name: str) -> None:
         )
 
 
-class State(models.TextChoices):
+class AdapterState(models.TextChoices):
     """Where an adapter stands."""
 
     AWAITING = "awaiting_upload"  # registered; its files are not here yet
@@ -41,7 +41,7 @@ class State(models.TextChoices):
     RETIRED = "retired"
 
 
-OPEN: Final = (State.AWAITING, State.CHECKING, State.READY)
+OPEN: Final = (AdapterState.AWAITING, AdapterState.CHECKING, AdapterState.READY)
 
 
 class Adapter(models.Model):
@@ -56,7 +56,7 @@ class Adapter(models.Model):
         Deployment, on_delete=models.PROTECT, related_name="adapters", db_constraint=False
     )
     name = models.CharField(max_length=48, validators=[check_name])
-    state = models.CharField(max_length=16, choices=State.choices, default=State.AWAITING)
+    state = models.CharField(max_length=16, choices=AdapterState.choices, default=AdapterState.AWAITING)
     error_code = models.CharField(max_length=64, blank=True)
     error_message = models.CharField(max_length=500, blank=True)
     base_digest = models.CharField(max_length=64, help_text="of the model version it was made for")
@@ -80,7 +80,7 @@ class Adapter(models.Model):
             ),
             models.UniqueConstraint(fields=["organization", "id"], name="adapter_tenant_unique"),
             models.CheckConstraint(condition=Q(name__regex=NAME_SHAPE), name="adapter_name_shape"),
-            models.CheckConstraint(condition=Q(state__in=State.values), name="adapter_state_known"),
+            models.CheckConstraint(condition=Q(state__in=AdapterState.values), name="adapter_state_known"),
             models.CheckConstraint(
                 condition=~Q(state="ready") | Q(digest__regex=r"^[0-9a-f]{64}$", rank__gte=1),
                 name="adapter_ready_is_whole",

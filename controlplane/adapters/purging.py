@@ -13,7 +13,7 @@ from uuid import UUID
 import structlog
 
 from controlplane.adapters import files, selectors
-from controlplane.adapters.models import Adapter, State
+from controlplane.adapters.models import Adapter, AdapterState
 from controlplane.adapters.services import RETENTION, UPLOAD_TIME
 from infra.objectstore import ObjectStoreError
 
@@ -23,14 +23,14 @@ _AT_ONCE: Final = 100
 
 def purge_retired(now: datetime) -> int:
     """How many lost their files. What fails is tried again at the next turn."""
-    due = Adapter.objects.filter(state=State.RETIRED, retired_at__lte=now - RETENTION, purged_at=None)
+    due = Adapter.objects.filter(state=AdapterState.RETIRED, retired_at__lte=now - RETENTION, purged_at=None)
     return sum(_purge(row, now) for row in due.order_by("retired_at")[:_AT_ONCE])
 
 
 def purge_organization(organization_id: UUID, now: datetime) -> None:
     """All files of a tenant that is erased, which does not wait. Raises ObjectStoreError: the erasure goes on later."""
     rows = Adapter.objects.filter(organization_id=organization_id)
-    rows.exclude(state=State.RETIRED).update(state=State.RETIRED, retired_at=now)
+    rows.exclude(state=AdapterState.RETIRED).update(state=AdapterState.RETIRED, retired_at=now)
     for row in rows.filter(purged_at=None):
         if not _purge(row, now):
             raise ObjectStoreError("an adapter's files could not be deleted yet")
@@ -38,9 +38,11 @@ def purge_organization(organization_id: UUID, now: datetime) -> None:
 
 def give_up_waiting(now: datetime) -> int:
     """Registrations whose files never came are refused."""
-    stale = Adapter.objects.filter(state=State.AWAITING, created_at__lte=now - UPLOAD_TIME)
+    stale = Adapter.objects.filter(state=AdapterState.AWAITING, created_at__lte=now - UPLOAD_TIME)
     return stale.update(
-        state=State.REFUSED, error_code="not_uploaded", error_message="its files did not come within a day"
+        state=AdapterState.REFUSED,
+        error_code="not_uploaded",
+        error_message="its files did not come within a day",
     )
 
 

@@ -15,7 +15,7 @@ from django.conf import settings
 
 from controlplane import ids
 from controlplane.adapters import files, selectors, services
-from controlplane.adapters.models import Adapter, State
+from controlplane.adapters.models import Adapter, AdapterState
 from controlplane.deployments import importing
 from controlplane.deployments.models import ModelSource
 from controlplane.errors import ConflictError, InvalidInputError
@@ -50,9 +50,9 @@ def _receive_uploaded(claim: Claim) -> Done:
         organization_id=claim.organization_id,
         adapter_id=ids.from_text(ids.Prefix.ADAPTER, claim.row.subject),
     )
-    if row.state == State.READY:
+    if row.state == AdapterState.READY:
         return _done(row)
-    if row.state != State.CHECKING:
+    if row.state != AdapterState.CHECKING:
         raise ConflictError(f"the adapter is {row.state}", field="state")
     work = Path(settings.ENV.var) / "incoming-adapters"
     work.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from django.db.models import QuerySet
 
-from controlplane.adapters.models import Adapter, State
+from controlplane.adapters.models import Adapter, AdapterState
 from controlplane.deployments.models import Deployment
 from controlplane.errors import NotFoundError
 
@@ -28,7 +28,7 @@ def adapter(*, organization_id: UUID, adapter_id: UUID) -> Adapter:
 def why_not_served(row: Adapter) -> str:
     """Empty for one that answers requests; else what is in its way, and the remedy."""
     deployment = row.deployment
-    if row.state != State.READY:
+    if row.state != AdapterState.READY:
         return row.error_message or f"it is {row.state}"
     if deployment.deleted_at is not None:
         return f"the deployment {deployment.name} was deleted: register it for another one"
@@ -56,7 +56,7 @@ def served(deployment: Deployment) -> list[Adapter]:
     found = Adapter.objects.filter(
         organization_id=deployment.organization_id,
         deployment_id=deployment.id,
-        state=State.READY,
+        state=AdapterState.READY,
         base_digest=deployment.model_version.digest,
         rank__lte=max_rank,
     )
@@ -65,5 +65,5 @@ def served(deployment: Deployment) -> list[Adapter]:
 
 def digests_in_use(digests: Iterable[str]) -> set[str]:
     """Of these, those that an adapter which is not purged has: equal files lie in one place. As operator."""
-    rows = Adapter.objects.filter(digest__in=list(digests), purged_at=None, state__in=[State.READY])
+    rows = Adapter.objects.filter(digest__in=list(digests), purged_at=None, state__in=[AdapterState.READY])
     return set(rows.values_list("digest", flat=True))

@@ -14,7 +14,7 @@ import structlog
 from django.utils import timezone
 
 from controlplane.adapters import selectors
-from controlplane.adapters.models import MAX_MODEL_NAME, OPEN, SEPARATOR, Adapter, State
+from controlplane.adapters.models import MAX_MODEL_NAME, OPEN, SEPARATOR, Adapter, AdapterState
 from controlplane.deployments import selectors as deployments
 from controlplane.deployments.models import Deployment
 from controlplane.errors import ConflictError, InvalidInputError
@@ -87,9 +87,9 @@ def begin_receiving(*, organization_id: UUID, adapter_id: UUID) -> Operation:
     """
     with tenant(organization_id):
         row = selectors.adapter(organization_id=organization_id, adapter_id=adapter_id)
-        if row.state not in (State.AWAITING, State.CHECKING):
+        if row.state not in (AdapterState.AWAITING, AdapterState.CHECKING):
             raise ConflictError(f"the adapter is {row.state}: register another one", field="state")
-        Adapter.objects.filter(id=adapter_id, state=State.AWAITING).update(state=State.CHECKING)
+        Adapter.objects.filter(id=adapter_id, state=AdapterState.AWAITING).update(state=AdapterState.CHECKING)
         return operations.begin(
             organization_id=organization_id, kind=RECEIVE, subject=str(row), max_s=MAX_RECEIVE_S
         )
@@ -101,9 +101,11 @@ def mark_ready(
     """Its files are checked and lie where machines find them: serve it. Raises ConflictError if it was retired."""
     with tenant(organization_id):
         changed = Adapter.objects.filter(
-            organization_id=organization_id, id=adapter_id, state__in=(State.AWAITING, State.CHECKING)
+            organization_id=organization_id,
+            id=adapter_id,
+            state__in=(AdapterState.AWAITING, AdapterState.CHECKING),
         ).update(
-            state=State.READY,
+            state=AdapterState.READY,
             digest=imported.digest,
             source_uri=source_uri,
             size_bytes=imported.manifest.size_bytes,
@@ -115,7 +117,7 @@ def mark_ready(
             error_message="",
         )
         row = selectors.adapter(organization_id=organization_id, adapter_id=adapter_id)
-        if not changed and row.state != State.READY:
+        if not changed and row.state != AdapterState.READY:
             raise ConflictError(f"the adapter is {row.state}", field="state")
         _tell(row)
     log.info("adapter.ready", organization=organization_id.hex, adapter=adapter_id.hex, digest=row.digest)
@@ -126,8 +128,10 @@ def refuse(*, organization_id: UUID, adapter_id: UUID, code: str, message: str) 
     """Its files cannot be served; its name is free again."""
     with tenant(organization_id):
         Adapter.objects.filter(
-            organization_id=organization_id, id=adapter_id, state__in=(State.AWAITING, State.CHECKING)
-        ).update(state=State.REFUSED, error_code=code[:64], error_message=message[:500])
+            organization_id=organization_id,
+            id=adapter_id,
+            state__in=(AdapterState.AWAITING, AdapterState.CHECKING),
+        ).update(state=AdapterState.REFUSED, error_code=code[:64], error_message=message[:500])
     log.info("adapter.refused", organization=organization_id.hex, adapter=adapter_id.hex, code=code)
 
 
@@ -137,8 +141,8 @@ def retire(*, organization_id: UUID, adapter_id: UUID) -> Adapter:
         row = selectors.adapter(organization_id=organization_id, adapter_id=adapter_id)
         changed = (
             Adapter.objects.filter(organization_id=organization_id, id=adapter_id)
-            .exclude(state=State.RETIRED)
-            .update(state=State.RETIRED, retired_at=timezone.now())
+            .exclude(state=AdapterState.RETIRED)
+            .update(state=AdapterState.RETIRED, retired_at=timezone.now())
         )
         row.refresh_from_db(fields=["state", "retired_at"])
         if changed:

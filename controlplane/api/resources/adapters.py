@@ -10,7 +10,7 @@ from django.utils import timezone
 from ninja import Field, Query, Router, Schema
 
 from controlplane.adapters import files, selectors, services
-from controlplane.adapters.models import NAME_SHAPE, Adapter, State
+from controlplane.adapters.models import NAME_SHAPE, Adapter, AdapterState
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, page
@@ -34,7 +34,7 @@ class AdapterOut(Schema):
     model: str = Field(
         description="What programs send as `model`: deployment:adapter", examples=["chat:formal"]
     )
-    state: State = Field(examples=["ready"])
+    state: AdapterState = Field(examples=["ready"])
     error_code: str = Field(description="Why its files were refused; empty otherwise", examples=[""])
     error_message: str = Field(examples=[""])
     not_served_because: str = Field(
@@ -75,7 +75,7 @@ class AdapterQuery(PageQuery):
     project_id: ProjectId | None = None
     deployment_id: DeploymentId | None = None
     name: Annotated[str, Field(max_length=48)] | None = None
-    state: State | None = None
+    state: AdapterState | None = None
 
 
 def adapter_out(row: Adapter) -> AdapterOut:
@@ -89,7 +89,7 @@ def _values(row: Adapter) -> dict[str, Any]:
         "deployment_id": row.deployment_id,
         "name": row.name,
         "model": row.model,
-        "state": State(row.state),
+        "state": AdapterState(row.state),
         "error_code": row.error_code,
         "error_message": row.error_message,
         "not_served_because": selectors.why_not_served(row),

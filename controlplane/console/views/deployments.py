@@ -12,7 +12,7 @@ from django.views.decorators.http import require_GET
 
 from controlplane import ids
 from controlplane.adapters import selectors as adapters
-from controlplane.adapters.models import State
+from controlplane.adapters.models import AdapterState
 from controlplane.console import charts, usage
 from controlplane.console.access import MemberRequest, member_page
 from controlplane.console.decisions import told
@@ -68,7 +68,7 @@ def _context(request: MemberRequest, text: str) -> dict[str, Any]:
     rows = adapters.adapters(organization_id=organization_id).filter(deployment_id=deployment_id)
     held = [
         {"row": row, "why_not": adapters.why_not_served(row)}
-        for row in rows.exclude(state=State.RETIRED).order_by("name", "id")[:N_ADAPTERS]
+        for row in rows.exclude(state=AdapterState.RETIRED).order_by("name", "id")[:N_ADAPTERS]
     ]
     return {
         "adapters": held,

@@ -9,7 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from controlplane.adapters import receiving, selectors, services
-from controlplane.adapters.models import Adapter, State
+from controlplane.adapters.models import Adapter, AdapterState
 from controlplane.deployments.models import Deployment, this_cell
 from controlplane.errors import CorralError
 from infra.objectstore import ObjectStoreError
@@ -82,5 +82,5 @@ class Command(BaseCommand):
             organization_id=deployment.organization_id,
             deployment=deployment,
             name=name,
-            state=State.AWAITING,
+            state=AdapterState.AWAITING,
         ).first()

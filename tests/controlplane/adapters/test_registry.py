@@ -15,7 +15,7 @@ from django.db import connection
 from django.utils import timezone
 
 from controlplane.adapters import purging, receiving, selectors, services
-from controlplane.adapters.models import Adapter, State
+from controlplane.adapters.models import Adapter, AdapterState
 from controlplane.audit.models import Entry
 from controlplane.deployments import importing
 from controlplane.deployments import services as deployments
@@ -179,7 +179,7 @@ def test_another_tenant_sees_and_touches_nothing(world: World, chat: Deployment)
     assert served_to(world.other_project.id) == []
     with tenant(world.other_organization.id):
         assert not Adapter.objects.exists()
-        assert Adapter.objects.filter(id=row.id).update(state=State.RETIRED) == 0
+        assert Adapter.objects.filter(id=row.id).update(state=AdapterState.RETIRED) == 0
     with connection.cursor() as cursor:  # without a tenant
         cursor.execute("SELECT count(*) FROM adapters_adapter")
         assert cursor.fetchone()[0] == 0
