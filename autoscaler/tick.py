@@ -21,7 +21,7 @@ from django.db import transaction
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import adapters, quotas, timings
+from autoscaler import adapters, means, quotas, timings
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.codec import from_json, to_json, union_from_json
@@ -117,6 +117,10 @@ def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -
     memory = from_json(ScalerMemory, lease.memory)
     observation = observe(deployment, spec, house.config, house.cell, now)
     decision = decide(observation, spec, memory)
+    bound = means.granted(deployment, decision.wanted, house.config, house.cell.keys.cell, now)
+    if bound is not None:
+        observation, spec = means.limited(observation, spec, bound)
+        decision = decide(observation, spec, memory)
     phase_changed = record_phase(
         deployment_id=deployment.id,
         phase=Phase(decision.status.phase.value),

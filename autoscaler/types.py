@@ -103,6 +103,8 @@ class Observation:
     last_request_at_s: float | None = None
     # Why no machine may be bought for this tenant now ('' = one may).
     quota: str = ""
+    # Why it may have fewer replicas than its owner allows: its money (autoscaler/means.py; '' = it may have all).
+    means: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     want = wish(observation, spec, memory)
     memory = want.memory
     reasons += want.reasons
+    if observation.means:
+        reasons.append(observation.means)
     staying = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
     present = tuple(r for r in staying if not r.canary)
     canaries = tuple(r for r in staying if r.canary)

@@ -61,13 +61,14 @@ def decide_within(
     limited = [
         s
         if granted.n[d.deployment] == d.n_wanted
-        else replace(s, spec=_at_most(s.spec, granted.n[d.deployment]))
+        else replace(s, spec=at_most(s.spec, granted.n[d.deployment]))
         for s, d in zip(ordered, demands, strict=True)
     ]
     return decide_all(limited, pool), granted
 
 
-def _at_most(spec: ScalerSpec, n: int) -> ScalerSpec:
+def at_most(spec: ScalerSpec, n: int) -> ScalerSpec:
+    """The specification of a deployment that is granted less than it wants."""
     return replace(spec, max_replicas=n, min_replicas=min(spec.min_replicas, n))
 
 
