@@ -45,6 +45,7 @@ def read_prices(path: Path, name: str, n_gpus: int = 1) -> Prices:
     on_demand: dict[str, list[float]] = defaultdict(list)  # by date, "" without
     spot: dict[str, list[float]] = defaultdict(list)  # by zone
     known: set[str] = set()
+    counts: set[str] = set()
     with open_text(path) as lines:
         reader = csv.DictReader(lines)
         columns = reader.fieldnames or ()
@@ -62,6 +63,10 @@ def read_prices(path: Path, name: str, n_gpus: int = 1) -> Prices:
             known.update(row[key] for key in keys if row[key])
             if name not in (row[key] for key in keys):
                 continue
+            if row.get("instance_type") != name and row.get("gpu_count"):  # of a GPU, machines with so many
+                counts.add(row["gpu_count"])
+                if row["gpu_count"] != str(n_gpus):
+                    continue
             zone = row[zone_column] if zone_column else ""
             date = row[date_column] if date_column else ""
 
@@ -91,6 +96,10 @@ def read_prices(path: Path, name: str, n_gpus: int = 1) -> Prices:
             bid = price("spot_usd_per_hour")
             if bid is not None:
                 spot[zone].append(bid)
+    if counts and str(n_gpus) not in counts:
+        raise PriceError(
+            f"{path.name}: no machine with {n_gpus} {name}; --tp may be {', '.join(sorted(counts, key=int))}"
+        )
     if not on_demand and not spot:
         raise PriceError(
             f"{path.name}: no price of {name!r}; it lists {', '.join(sorted(known)[:20]) or 'nothing'}"

@@ -346,6 +346,10 @@ def _load(options: dict[str, Any], seed: int) -> Iterator[Job]:
             found = thin(found, options["keep"], seed)
         return jobs(found, speed=options["speed"])
     lengths = options["lengths"] or Path(str(options["rates"]).replace("_rates", "_lengths"))
+    if options["lengths"] is None and not lengths.is_file():
+        raise CommandError(
+            f"--lengths: no {lengths.name} beside {options['rates'].name}; name a file of lengths"
+        )
     return jobs(
         arrivals(
             read_rates(options["rates"]),

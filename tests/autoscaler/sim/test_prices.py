@@ -55,3 +55,15 @@ def test_what_is_no_price_is_named(tmp_path: Path, text: str, said: str) -> None
     path.write_text(text)
     with pytest.raises(PriceError, match=said):
         read_prices(path, "g5")
+
+
+def test_of_a_gpu_the_machine_with_as_many_is_meant(tmp_path: Path) -> None:
+    path = tmp_path / "gpus.csv"
+    path.write_text(
+        "instance_type,gpu,gpu_count,region,on_demand_usd_per_hour,spot_usd_per_hour\n"
+        "1B,B200,1,fin,5,2\n8B,B200,8,fin,40,16\n"
+    )
+    assert (read_prices(path, "B200", 8).on_demand, read_prices(path, "B200").spot) == (40.0, 2.0)
+    assert read_prices(path, "8B").on_demand == 40.0, "by its name, whatever it has"
+    with pytest.raises(PriceError, match=r"no machine with 4 B200; --tp may be 1, 8"):
+        read_prices(path, "B200", 4)

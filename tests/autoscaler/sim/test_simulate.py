@@ -94,6 +94,7 @@ def test_prices_of_a_list_and_a_page_of_charts(requests_file: Path, zone_files: 
         (("--requests", "FILE", "--model", "llama-3.1-70b"), "does not fit"),
         (("--requests", "FILE", "--start-h", "9"), "no request"),
         (("--requests", "nowhere.csv"), "No such file"),
+        (("--rates", "FILE"), "--lengths: no requests.csv beside|lacks the columns"),
         (("--requests", "FILE", "--replicas", "0"), "--replicas = 0: must be at least 1"),
         (("--requests", "FILE", "--slots", "-3"), "--slots = -3: must be at least 0"),
         (("--requests", "FILE", "--keep", "nan"), "--keep = nan: must be above 0 and at most 1"),
