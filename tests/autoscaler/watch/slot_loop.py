@@ -198,6 +198,7 @@ class _Nobody:
     full = False
 
     handed_back: tuple[str, ...] = ()
+    adapters = SimpleNamespace(limit=0, resident=())
 
     def __getattr__(self, name: str) -> int:
         return 0
