@@ -65,6 +65,8 @@ SloRuleId = _id(ids.Prefix.SLO_RULE)
 ExportId = _id(ids.Prefix.EXPORT)
 ErasureId = _id(ids.Prefix.ERASURE)
 SloAlertId = _id(ids.Prefix.SLO_ALERT)
+EngineProfileId = _id(ids.Prefix.ENGINE_PROFILE)
+RolloutId = _id(ids.Prefix.ROLLOUT)
 
 Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"\S")]
 Slug = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[-a-zA-Z0-9_]+$")]

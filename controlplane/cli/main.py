@@ -22,6 +22,8 @@ COMMANDS: Final = {
     "logs": ("logs", "Requests and decisions of a deployment or project, as they come"),
     "usage": ("usage", "Requests, tokens and cost"),
     "explain": ("explain", "Why a request or decision went as it did"),
+    "rollouts": ("rollouts", "Try new profiles and model versions on a share of the requests"),
+    "profile": ("rollouts", "Show how a deployment runs its model, and why"),
     "doctor": ("doctor", "Check the way to the control plane"),
     "completion": ("completion", "Print the completion script of your shell"),
 }

@@ -136,13 +136,13 @@ def order(
     """Pause or go on, promote at once, or abort. Raises NotFoundError; ConflictError for one that has ended."""
     with tenant(organization_id):
         found = rollout(organization_id=organization_id, deployment_id=deployment_id, rollout_id=rollout_id)
-        if not found.is_open:
-            raise ConflictError(f"the rollout has ended: {found.state}", field="state")
         values: dict[str, Any] = {}
         if paused is not None:
             values["paused"] = paused
         if wanted is not None:
             values["wanted"] = wanted
+        if values and not found.is_open:
+            raise ConflictError(f"the rollout has ended: {found.state}", field="state")
         if values:
             # A step of the worker may come between: the order stands beside what it writes.
             Rollout.objects.filter(

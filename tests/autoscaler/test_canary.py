@@ -223,7 +223,7 @@ def test_processes_that_fail_end_it_and_do_not_hold_up_the_stable_arm(scaling: S
 
 def test_operators_pause_promote_and_abort(observing: tuple[Scaling, Rollout, Replica, Replica]) -> None:
     scaling, rollout, stable, tried = observing
-    ask = {
+    ask: dict[str, Any] = {
         "organization_id": scaling.world.organization.id,
         "deployment_id": scaling.deployment.id,
         "rollout_id": rollout.id,
@@ -320,7 +320,7 @@ def test_a_rollout_that_no_operation_carries_on_gets_one(scaling: Scaling) -> No
 
     rollout = begin(scaling)
     assert services.mend() == 0
-    Operation.objects.filter(id=rollout.operation_id).update(state=State.FAILED, finished_at=timezone.now())
+    Operation.objects.filter(kind=services.CANARY).update(state=State.FAILED, finished_at=timezone.now())
     assert services.mend() == 1
     assert row_of(rollout).operation_id != rollout.operation_id
 

@@ -16,6 +16,7 @@ from controlplane.api.paging import Page, PageQuery, page
 from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
 from controlplane.deployments import selectors, services
 from controlplane.deployments.models import MAX_WINDOW_TOKENS, Admission, Deployment, ModelVersion, Phase
+from controlplane.deployments.profiles import MAX_REASON
 from controlplane.operations import services as operations
 from controlplane.policy.ordering import QueueOrder
 from controlplane.tenants.rights import Permission
@@ -24,6 +25,7 @@ router = Router(tags=["deployments"])
 _Replicas = Annotated[int, Field(ge=0, le=services.MAX_REPLICAS)]
 _IdleS = Annotated[int, Field(ge=0, le=services.MAX_IDLE_TIMEOUT_S)]
 _Window = Annotated[int, Field(ge=0, le=MAX_WINDOW_TOKENS)]
+Reasons = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=MAX_REASON)]]
 _Word = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -55,7 +57,13 @@ class NewDeployment(Body):
     project_id: ProjectId
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
     model_version_id: ModelVersionId
-    engine_profile: dict[str, Any] = Field(default_factory=dict)
+    engine_profile: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings insisted on; the rest is compiled (GET …/profiles says why)",
+    )
+    profile_reasons: Reasons = Field(
+        default_factory=dict, description="Setting -> why it is insisted on", examples=[{}]
+    )
     min_replicas: _Replicas = 0
     max_replicas: Annotated[int, Field(ge=1, le=services.MAX_REPLICAS)] = 1
     idle_timeout_s: _IdleS = 300
@@ -71,6 +79,9 @@ class DeploymentChange(Body):
 
     model_version_id: ModelVersionId | None = None
     engine_profile: dict[str, Any] | None = None
+    profile_reasons: Reasons = Field(
+        default_factory=dict, description="Setting -> why it is insisted on", examples=[{}]
+    )
     min_replicas: _Replicas | None = None
     max_replicas: Annotated[int, Field(ge=1, le=services.MAX_REPLICAS)] | None = None
     idle_timeout_s: _IdleS | None = None

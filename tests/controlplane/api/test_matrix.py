@@ -61,6 +61,8 @@ BODIES: dict[str, Any] = {
     "create_deployment": {"name": "toy"},
     "change_deployment": {"max_replicas": 2},
     "delete_deployment": None,
+    "begin_rollout": {"engine_profile": {"engine": "toy", "max_num_seqs": 7}},
+    "order_rollout": {},
     "retire_model_version": None,
     "create_adapter": {"name": "casual"},
     "complete_adapter": None,
@@ -106,6 +108,10 @@ READS = {
     "get_key",
     "list_deployments",
     "get_deployment",
+    "list_engine_profiles",
+    "get_engine_profile",
+    "list_rollouts",
+    "get_rollout",
     "list_model_versions",
     "list_adapters",
     "get_adapter",
@@ -167,6 +173,8 @@ class Acme:
         from controlplane.identity.models import ProviderKind
         from controlplane.operations import services as long_operations
         from controlplane.policy.periods import Period
+        from controlplane.rollouts import services as rollouts
+        from controlplane.rollouts.models import Rollout
         from controlplane.scim import tokens as scim_tokens
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
@@ -229,6 +237,14 @@ class Acme:
                 grantee_id=organization_id,
                 project_id=annex.id,
             )
+        rollout = rollouts.begin(
+            organization_id=organization_id,
+            deployment_id=deployment.id,
+            engine_profile={"max_num_seqs": 5},
+            reason="formal try",
+        )
+        with acting_as("corral_operator"):
+            Rollout.objects.filter(id=rollout.id).update(state="rolled_back", finished_at=timezone.now())
         begun = long_operations.begin(organization_id=organization_id, kind="drain_replica", subject="rep_x")
         replica, decision = make_replica(deployment)
         self.ids = {
@@ -250,6 +266,8 @@ class Acme:
             "deployment_id": f"dep_{deployment.id.hex}",
             "version_id": f"mdl_{version.id.hex}",
             "adapter_id": str(adapter),
+            "rollout_id": str(rollout),
+            "number": "1",
             "rule_id": f"slo_{rule.id.hex}",
             "budget_id": f"bud_{budget.id.hex}",
             "kind": "machines",
@@ -267,7 +285,7 @@ class Acme:
             "acme-directory",
             "program",
             "robot zero",
-            *(text for name, text in self.ids.items() if name != "kind"),
+            *(text for name, text in self.ids.items() if name not in ("kind", "number")),
         ]
         self.ids["n"] = "0"
         erasure.request(organization_id=organization_id, confirm="acme")
