@@ -37,6 +37,10 @@ def begin(scaling: Scaling, **values: Any) -> Rollout:
     )
 
 
+def _text(raw: Any) -> str:
+    return str(raw.decode())
+
+
 def row_of(rollout: Rollout) -> Rollout:
     return Rollout.objects.select_related("candidate", "deployment", "deployment__slo_class").get(
         id=rollout.id
@@ -107,7 +111,7 @@ def test_a_request_is_the_canarys_by_its_id_and_nothing_else_gets_there(
     assert cell.redis.hget(cell.keys.replica(tried.id.hex), "used") == b"0"
     scaling.queue(*own)  # they wait behind the others; the stable one is full
     bound = cell.redis.smembers(cell.keys.replica_live(tried.id.hex))
-    assert {each.decode() for each in bound} <= set(own)
+    assert {_text(each) for each in bound} <= set(own)
     assert cell.redis.hget(cell.keys.replica(stable.id.hex), "used") == b"4"
 
 
@@ -120,8 +124,8 @@ def test_what_ran_before_never_goes_to_a_canary(observing: tuple[Scaling, Rollou
     scaling.queue(request)
     holder = cell.redis.hget(cell.keys.request(request), "rid")
     assert holder is not None
-    cell.bind_again(holder.decode(), stable.machine_id.hex, [request])  # handed back
-    if holder.decode() == tried.id.hex:
+    cell.bind_again(_text(holder), stable.machine_id.hex, [request])  # handed back
+    if _text(holder) == tried.id.hex:
         assert cell.redis.hget(cell.keys.request(request), "rid") == stable.id.hex.encode()
     assert cell.redis.sismember(cell.keys.replica_live(tried.id.hex), request) == 0
 
@@ -189,7 +193,7 @@ def test_what_it_hands_back_counts_against_it_and_is_bound_elsewhere(
     Rollout.objects.filter(id=rollout.id).update(share_ppm=1_000_000)
     look(scaling, rollout)
     scaling.queue(*[new_id().hex for _ in range(6)])
-    held = [each.decode() for each in cell.redis.smembers(cell.keys.replica_live(tried.id.hex))]
+    held = [_text(each) for each in cell.redis.smembers(cell.keys.replica_live(tried.id.hex))]
     keys = cell.keys.machine(tried.machine_id.hex)
     cell.redis.delete(keys.prefix + keys.queue_name(tried.id.hex))  # taken by its consumer
     beat = Heartbeat(
