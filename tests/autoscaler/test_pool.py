@@ -119,6 +119,33 @@ def test_somebody_elses_turn_at_the_same_time_does_nothing_twice(
     assert PoolDecision.objects.filter(kind=PoolDecisionKind.POOL).count() == 1
 
 
+def test_a_crash_after_the_turn_was_written_down_buys_one_machine_all_the_same(
+    covered: Scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered.provider.exhausted = {}
+    Offer.objects.update(refused_until=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.launch, "launch", _dies)
+        with pytest.raises(RuntimeError, match="pulled"):
+            pool.turn(covered.house)
+    assert PoolDecision.objects.filter(kind=PoolDecisionKind.POOL).count() == 1
+    assert len(_alive()) == 1
+    pool.turn(covered.house)
+    pool.turn(covered.house)
+    assert len(_alive()) == 2
+    # The machine was bought and the answer lost: found again by its token, and not bought a second time.
+    Machine.objects.filter(replaces__isnull=False).update(
+        provider_ref="", created_at=timezone.now() - timedelta(minutes=1)
+    )
+    reconcile.reconcile(covered.house)
+    pool.turn(covered.house)
+    assert len(covered.provider.machines) == len(_alive()) == 2
+
+
+def _dies(*_: object, **__: object) -> None:
+    raise RuntimeError("the plug was pulled")
+
+
 def test_a_spare_is_bought_and_outlives_the_time_that_empty_machines_are_kept(scaling: Scaling) -> None:
     scaling.provider.kinds = [SPOT, replace(SPOT, zone="z-b"), COVER]
     scaling.configure(max_machines=3, machine_keep_warm_s=0.0)
