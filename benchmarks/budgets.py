@@ -19,7 +19,7 @@ import redis
 from controlplane.gateway import windows
 from controlplane.gateway.directory import BudgetRow
 from controlplane.gateway.windows import WindowBudget
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from controlplane.policy.periods import Period
 from infra.local.redis import EmbeddedRedis
 from workers import scripts

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import redis
 
 from controlplane.policy import estimate, prefix
-from controlplane.policy.fairness import ANY_MS, Binding, FairQueue, Flow, Request, service
+from controlplane.policy.fairness import Binding, FairQueue
+from controlplane.policy.flows import ANY_MS, Flow, Request, service
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 from workers.scripts import Script

@@ -32,7 +32,7 @@ from autoscaler.sim.scalers import HpaScaler, KpaScaler, Production, Scaler, Sta
 from autoscaler.sim.scenario import Policy, Setting
 from autoscaler.sim.world import Router
 from autoscaler.types import ScalerSpec
-from controlplane.policy.fairness import TOKEN
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import GAMMA, QueueOrder
 from controlplane.policy.routing import RouteWeights
 

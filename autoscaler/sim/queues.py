@@ -16,7 +16,8 @@ from typing import Final, Protocol
 from autoscaler.sim import beginnings
 from autoscaler.sim.job import Job
 from controlplane.policy import estimate
-from controlplane.policy.fairness import FairQueue, Flow, Request
+from controlplane.policy.fairness import FairQueue
+from controlplane.policy.flows import Flow, Request
 from controlplane.policy.ordering import GAMMA, QueueOrder, order_key, predicted_ms
 
 Binding = tuple[Job, int]

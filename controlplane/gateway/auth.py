@@ -29,7 +29,7 @@ from controlplane.gateway.directory import (
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.keybounds import Bounds, bounds_of, callable_names
 from controlplane.gateway.windows import WindowBudget
-from controlplane.policy.fairness import TOKEN
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.policy.promises import CLASSES, Promise, Rule, promises
 from controlplane.policy.shares import scaled

@@ -30,7 +30,7 @@ from controlplane.gateway.errors import ApiError
 from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from controlplane.policy.routing import Ask
 from workers.contract import Endpoint
 from workers.keys import DECISIONS_STREAM_MAX, CellKeys

@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from controlplane.policy.pace import Pace
 from controlplane.policy.perfbias import Bias
 from controlplane.policy.promises import Promise

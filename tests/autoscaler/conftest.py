@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from infra.local import roles
 from tests.autoscaler.fakes import FakeProvider
 from tests.world import World, build_world

@@ -8,7 +8,7 @@ import pytest
 
 from autoscaler.cell import Cell
 from autoscaler.cell.routing import BOUND_PER_CALL
-from controlplane.policy.fairness import Flow, Request
+from controlplane.policy.flows import Flow, Request
 from tests.queueing import CellQueue
 from workers.keys import CellKeys
 

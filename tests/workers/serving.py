@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import redis
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from workers import scripts
 from workers.accounting import Accounting
 from workers.config import FrontConfig, ServeTuning

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import redis
 
-from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, ANY_MS, FairQueue, Flow, Request
+from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, FairQueue
+from controlplane.policy.flows import ANY_MS, Flow, Request
 from controlplane.policy.prefix import mark_of
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from billing.money import TOKENS_PER_RATE, NanoPerMillion, Rates, request_cost, worst_case_cost
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from tests.records import expanded
 from tests.workers.test_scripts import KEYS, Cell
 from workers import scripts

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from tests.workers.serving import GATEWAY, NO_LIMIT, Cell, now_ms
 from workers import scripts
 from workers.contract import decode_error

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import redis
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from tests.records import expanded
 from workers import scripts
 from workers.contract import End, FinishReason, FrameEntry, celery_message, decode_frame, encode

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import redis
 
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from billing.usage_streams import UsageStreams
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from workers import scripts
 from workers.keys import RETENTION_MS, CellKeys
 from workers.records import decode_admitted

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from controlplane.policy import periods
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from controlplane.policy.periods import Period
 from tests.records import expanded
 from tests.workers.test_scripts import KEYS, Cell

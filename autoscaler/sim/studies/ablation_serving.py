@@ -19,7 +19,8 @@ from autoscaler.sim.scenario import Setting
 from autoscaler.sim.statistics import Interval, interval
 from autoscaler.sim.studies import lora, ordering, routing
 from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Table
-from controlplane.policy.fairness import AGE_MOST, TOKEN
+from controlplane.policy.fairness import AGE_MOST
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import QueueOrder
 
 HELP = "what each ingredient of queue, router and adapters is worth, on the workloads of their own studies"

@@ -25,7 +25,8 @@ from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Tab
 from autoscaler.sim.workload import WorkloadError, open_text, read_requests
 from autoscaler.sim.world import World
 from controlplane.policy.capacity import Mix, capacity
-from controlplane.policy.fairness import AGE_MOST, TOKEN
+from controlplane.policy.fairness import AGE_MOST
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import QueueOrder
 
 HELP = "mean and tail of completion times by order of the queue: Vicuna lengths, predicted classes, tenants"

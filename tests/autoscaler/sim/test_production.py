@@ -22,7 +22,7 @@ from autoscaler.types import ScalerSpec
 from controlplane.deployments.models import Deployment
 from controlplane.gateway import placements, routes
 from controlplane.policy import prefix
-from controlplane.policy.fairness import TOKEN
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.perfmodel import StepModel
 from controlplane.policy.routing import Ask, Board, Placed
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from controlplane.gateway.directory import PriceRow, RuleRow, SloBook, SloRow
 from controlplane.policy import prefix
-from controlplane.policy.fairness import TOKEN
+from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.prediction.lengths.features import BUCKETS, DENSE, features
 from controlplane.prediction.lengths.model import Head, LengthModel, save

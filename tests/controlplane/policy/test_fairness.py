@@ -7,18 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from controlplane.policy.fairness import (
-    AGE_FOLLOWS,
-    AGE_MOST,
-    FLEX_BAND,
-    TOKEN,
-    WAIT_SHARE,
-    FairQueue,
-    Flow,
-    Request,
-    service,
-    virtual,
-)
+from controlplane.policy.fairness import AGE_FOLLOWS, AGE_MOST, WAIT_SHARE, FairQueue
+from controlplane.policy.flows import FLEX_BAND, TOKEN, Flow, Request, service, virtual
 from tests.queueing import Tenant, World, twin
 
 MINUTE_MS = 60_000

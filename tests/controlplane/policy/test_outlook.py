@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.policy.fairness import ANY_MS, BESIDE, TOKEN, FairQueue, Flow, Request
+from controlplane.policy.fairness import BESIDE, FairQueue
+from controlplane.policy.flows import ANY_MS, TOKEN, Flow, Request
 from controlplane.policy.gpus import GPUS
 from controlplane.policy.models import MODELS
 from controlplane.policy.outlook import (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.policy.fairness import TOKEN, FairQueue, Flow, Request, service
+from controlplane.policy.fairness import FairQueue
+from controlplane.policy.flows import TOKEN, Flow, Request, service
 from controlplane.policy.prefix import mark_of, n_of_prompt
 
 FORMAL, CASUAL = (mark_of(name * 32) for name in "fc")

@@ -19,7 +19,7 @@ from controlplane.budgets import services as budgets
 from controlplane.gateway import windows
 from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
-from controlplane.policy.fairness import ANY_MS
+from controlplane.policy.flows import ANY_MS
 from controlplane.policy.periods import Period
 from controlplane.policy.shares import WHOLE_PPM
 from controlplane.tenants import services
