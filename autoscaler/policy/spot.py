@@ -232,7 +232,7 @@ def learn(view: FleetView, memory: SpotMemory) -> SpotMemory:
             held_h += passed_h
             n_usual += passed_h * usual_losses_per_h(up_h)
         is_told = offer.n_leaving > 0 and not memory.leaving.get(offer.name, 0)
-        is_lost = is_told or _took_back(offer, memory)
+        is_lost = is_told or _took_back(offer, view.now_s, memory)
         n_losses += is_lost
         gives = n_held > offer.n_leaving and not is_lost
         up_since_s = (known.up_since_s if known.up_since_s is not None else view.now_s) if gives else None
@@ -242,9 +242,11 @@ def learn(view: FleetView, memory: SpotMemory) -> SpotMemory:
     return replace(memory, at_s=view.now_s, offers=offers, leaving=leaving, ready=ready)
 
 
-def _took_back(offer: OfferView, memory: SpotMemory) -> bool:
-    """Without a word: fewer are ready than at the last look, and it refused or took back since."""
-    if memory.at_s is None or offer.refused_at_s is None or offer.refused_at_s < memory.at_s:
+def _took_back(offer: OfferView, now_s: float, memory: SpotMemory) -> bool:
+    """Without a word: fewer are ready than at the last look, and it refused or took back since. A refusal that lies
+    ahead is one that backs off."""
+    at_s = offer.refused_at_s
+    if memory.at_s is None or at_s is None or not memory.at_s <= at_s <= now_s:
         return False
     return offer.n_ready - offer.n_leaving < memory.ready.get(offer.name, 0)
 

@@ -120,8 +120,8 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             "loads": f"each adapter takes one of the trace's own measured LoRA update times (median {typical_s:.2f} s, "
             f"p99 {loads[int(0.99 * len(loads))]:.1f} s), beside the running batch; one in use is never evicted",
             "house": f"{_REPLICAS} replicas of {told(*_MODEL)}, {_SLOTS} slots; fresh loads",
-            "in the house": "the gateways serve no adapters yet: their boards have the rule, and hear of adapters only "
-            "here",
+            "in the house": "the boards of the gateways have the same rule, and hear of adapters from what replicas "
+            "say they hold; here they see it at once",
             "rules": "least recently used is evicted; `by_worth` (affinity's own): the least popularity x load time; "
             "resident-first: a replica that has it, else one with room, else the least loaded",
             "runs": f"{options['seeds']} seeds, 95 % intervals",

@@ -127,6 +127,8 @@ def test_a_loss_without_a_word_is_learned_and_a_machine_given_back_is_none() -> 
     lost = learn(view(taken, now_s=60.0), memory)
     assert lost.offers["a"].n_losses == pytest.approx(1, rel=0.01)
     assert learn(view(taken, now_s=60.0), lost).offers["a"].n_losses == lost.offers["a"].n_losses, "once"
+    backing_off = learn(view(replace(taken, refused_at_s=300.0), now_s=60.0), memory)
+    assert backing_off.offers["a"].n_losses == 0
     given_back = learn(view(OfferView("a", 1.0, n_ready=1), now_s=60.0), memory)
     assert given_back.offers["a"].n_losses == 0
 
