@@ -227,7 +227,9 @@ class Adapters:
 
     async def _fetch(self, spec: AdapterSpec) -> tuple[Path, Claim]:
         if self._store is None:
-            self._store = ModelStore(Path(self._config.model_cache))
+            self._store = ModelStore(
+                Path(self._config.model_cache), budget_bytes=self._config.model_cache_bytes
+            )
         store = self._store
         path, claim = await asyncio.to_thread(
             store.acquire, spec.digest, spec.source, None, spec.urls or None

@@ -138,6 +138,7 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str = ""
     # The machine's model store, which adapters come from and go to.
     model_cache: str = ""
+    model_cache_bytes: int | None = None
     # Its weights are still being fetched: load them as they come (workers/modelcache/arrival.py).
     arriving: bool = False
     # Milliseconds per stage before the fork, e.g. {"fetch": 12}.

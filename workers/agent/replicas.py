@@ -325,6 +325,7 @@ class Replicas:
             spec=without_urls(known.spec),
             model_dir=str(model_dir) if model_dir else "",
             model_cache=str(self._config.model_cache),
+            model_cache_bytes=self._config.model_cache_bytes,
             arriving=known.arriving,
             stages_ms=known.stages_ms,
             tuning=self._tuning,

@@ -222,6 +222,27 @@ def test_what_a_replica_says_its_memory_holds_is_noted_within_bounds(
         assert watch.cell.redis.hget(key, "kv") == noted
 
 
+def test_which_adapters_a_replica_has_in_memory_is_noted_for_gateways(watch: Watch, serving: Replica) -> None:
+    """By their ids alone, bounded, and again after Redis came back empty."""
+    key = watch.cell.keys.replica(serving.id.hex)
+    assert watch.cell.redis.hget(key, "ad") is None  # its engine takes none
+    held = ("a" * 32, "not an id", "b" * 32)
+    for seq, (told, noted) in enumerate([(held, b"a" * 32 + b" " + b"b" * 32), ((), b"")]):
+        beat = Heartbeat(
+            machine=serving.machine_id.hex,
+            seq=100 + seq,
+            at_ms=0,
+            replica=serving.id.hex,
+            phase=Reported.READY,
+            slots=4,
+            adapters=told,
+        )
+        at = watch.cell.keys.machine(serving.machine_id.hex).heartbeat(serving.id.hex)
+        watch.cell.redis.set(at, msgspec.json.encode(beat))
+        watch.turn(1.1)
+        assert watch.cell.redis.hget(key, "ad") == noted
+
+
 def test_a_machine_cannot_speak_for_anothers_replica(watch: Watch, loading: Replica) -> None:
     watch.say(loading, Reported.READY, machine="e" * 32, slots=4)
     watch.say(loading, Reported.FAILED, machine="e" * 32)
