@@ -94,6 +94,7 @@ def test_uploaded_checked_published_and_fetched(
     assert keys() == []
 
 
+@pytest.mark.full
 def test_a_missing_file_and_a_bad_one_are_refused_by_name(api: Api, tmp_path: Path) -> None:
     made = register(api, "absent")
     ended = complete(api, made["id"])
