@@ -17,6 +17,12 @@ def is_deactivated(*, organization_id: UUID, user_id: UUID, emails: Iterable[str
     return found.filter(Q(user_id=user_id) | Q(email__in=list(emails))).exists()
 
 
+def active_users(*, organization_id: UUID) -> frozenset[UUID]:
+    """Ids of the accounts whose places the directory has in hand."""
+    rows = ScimUser.objects.filter(organization_id=organization_id, is_active=True)
+    return frozenset(rows.values_list("user_id", flat=True))
+
+
 def user(*, organization_id: UUID, scim_user_id: UUID, is_locked: bool = False) -> ScimUser:
     """One entry with its account. Raises NotFoundError, also for another tenant's."""
     rows = ScimUser.objects.select_related("user")

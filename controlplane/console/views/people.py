@@ -17,6 +17,7 @@ from controlplane.console.forms import InviteForm
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.identity import invitations
 from controlplane.identity.models import Invitation
+from controlplane.scim import selectors as directory
 from controlplane.tenants import selectors
 from controlplane.tenants.models import Role
 from controlplane.tenants.rights import PERMISSIONS, Permission, cover, may
@@ -83,6 +84,7 @@ def _context(request: MemberRequest) -> dict[str, Any]:
     return {
         "now": now,
         "members": selectors.members(organization_id=organization_id),
+        "provisioned": directory.active_users(organization_id=organization_id),
         "invitations": [
             (row, row.status(now)) for row in waiting.order_by("-created_at", "-id")[:SHOWN_INVITATIONS]
         ],

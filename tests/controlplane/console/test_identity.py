@@ -113,6 +113,20 @@ def test_a_scim_token_is_shown_once_and_revoked(world: World, owner: Client) -> 
     assert tokens.find_directory(found[1]) is None
 
 
+def test_whose_place_the_directory_has_in_hand_is_marked(world: World, owner: Client) -> None:
+    from controlplane.identity import domains
+    from controlplane.scim import users
+
+    organization_id = world.organization.id
+    row = domains.claim(organization_id=organization_id, name="example.org")
+    domains.mark_verified(organization_id=organization_id, domain_id=row.id)
+    assert ">directory<" not in owner.get("/people").content.decode()
+    users.create_user(organization_id=organization_id, facts=users.Facts("bob", "bob@example.org"))
+    page = owner.get("/people").content.decode()
+    assert re.search(r"Bob <span[^>]*>directory</span>", page)
+    assert page.count(">directory<") == 1
+
+
 def test_who_may_not_see_it_is_not_shown_the_way(owner: Client, developer: Client) -> None:
     assert "/sign-in" in owner.get("/people").content.decode()
     assert 'href="/sign-in"' not in developer.get("/people").content.decode()

@@ -151,6 +151,23 @@ def test_servers_of_ones_own_are_not_ours_to_change(tmp_path: Path) -> None:
         rotation.rotate(["redis"])
 
 
+SEAL = """
+from controlplane.identity import providers
+from controlplane.tenants import services
+alice = services.create_user(email="alice@example.org", password="correct-horse-battery")
+acme = services.create_organization(name="Acme", slug="acme-seals", owner=alice)
+providers.create_provider(
+    organization_id=acme.id, kind="oidc", name="P", issuer="https://id.example.org", client_id="c",
+    client_secret="sealed under the first key",
+)
+"""
+OPEN = """
+from controlplane.identity import providers
+from controlplane.identity.models import IdentityProvider
+print(providers.secret_of(IdentityProvider.objects.get(name="P")))
+"""
+
+
 @pytest.mark.full
 @pytest.mark.stack
 @pytest.mark.timeout(900)
@@ -161,6 +178,8 @@ def test_all_secrets_of_a_running_stack() -> None:
     stack = WholeStack(directory / "var")
     try:
         stack.up()
+        sealed = stack.manage("shell", "-v", "0", "-c", SEAL)
+        assert sealed.returncode == 0, sealed.stderr
         for _ in range(2):
             before = environment.load(stack.var)
             done = stack.manage("rotate", "all", "--json")
@@ -175,7 +194,10 @@ def test_all_secrets_of_a_running_stack() -> None:
             assert stack.readyz("gateway") == stack.readyz("web") == 200
             assert all(process["phase"] in ("ready", "done") for process in stack.status()["processes"])
         assert stack.manage("rotate", "all", "--finish").returncode == 0
-        assert "key_pepper_previous" not in read_json(stack.var / "secrets.json")
+        kept = read_json(stack.var / "secrets.json") or {}
+        assert not {"key_pepper_previous", "secret_key_previous"} & kept.keys()
+        opened = stack.manage("shell", "-v", "0", "-c", OPEN)
+        assert opened.stdout.strip() == "sealed under the first key", opened.stderr
         assert stack.readyz("gateway") == stack.readyz("web") == 200
     finally:
         stack.manage("down")
