@@ -8,7 +8,7 @@ a new one do (`_may_move`); its name follows where no other organization knows t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -94,15 +94,18 @@ def change_user(*, organization_id: UUID, scim_user_id: UUID, facts: Facts) -> S
     """
     with tenant(organization_id):
         row = selectors.user(organization_id=organization_id, scim_user_id=scim_user_id, is_locked=True)
-        before = facts_of(row)
+        before, facts = facts_of(row), replace(facts, email=facts.email.strip().lower())
         if facts == before:
             return row
-        email = before.email if facts.email == before.email else _address(organization_id, facts.email)
+        is_back = facts.is_active and not before.is_active
+        email = before.email
+        if is_back or facts.email != email:  # a domain that was given up meanwhile lets nobody back in
+            email = _address(organization_id, facts.email)
         _set(row, facts, email)
         row.updated_at = clock.now()
         update(row, taken=_TAKEN)
         _follow(row, before, facts)
-        if row.is_active and not before.is_active:
+        if is_back:
             places.let_in(row)
         elif before.is_active and not row.is_active:
             places.put_out(row)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from django.test import Client
 
+from controlplane.identity import domains
+from controlplane.identity.models import Domain
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Member, Role, User
@@ -69,6 +71,17 @@ def test_only_addresses_in_proven_domains(world: World, directory: Directory) ->
         directory.patch(f"/Users/{scim_id}", body)
     assert User.objects.filter(email=ANN).exists()
     assert not User.objects.filter(email="eve@example.net").exists()
+
+
+def test_a_domain_that_was_given_up_lets_nobody_back_in(world: World, directory: Directory) -> None:
+    scim_id = directory.add_user(ANN)
+    directory.patch(f"/Users/{scim_id}", {"op": "replace", "path": "active", "value": False})
+    with tenant(world.organization.id):
+        row = Domain.objects.get(organization_id=world.organization.id)
+    domains.remove(organization_id=world.organization.id, domain_id=row.id)
+    response = directory.patch(f"/Users/{scim_id}", {"op": "replace", "path": "active", "value": True})
+    assert (response.status_code, "has not proven" in response.body["detail"]) == (400, True)
+    assert role_of(world.organization.id, ANN) is None
 
 
 def test_a_name_or_address_that_is_taken_is_a_conflict(world: World, directory: Directory) -> None:
@@ -295,4 +308,5 @@ def test_a_change_of_what_has_changed_meanwhile_is_refused(world: World, directo
     assert directory.get(f"/Users/{scim_id}")["ETag"] != now
     # What changes nothing leaves the version as it is.
     before = directory.get(f"/Users/{scim_id}")["ETag"]
-    assert directory.patch(f"/Users/{scim_id}", rename)["ETag"] == before
+    same_address = {"op": "replace", "path": "emails.value", "value": "ANN@Example.org"}
+    assert directory.patch(f"/Users/{scim_id}", rename, same_address)["ETag"] == before
