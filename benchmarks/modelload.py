@@ -3,8 +3,11 @@
 Alone: the download (the same connections and ranges, nothing hashed), the verification (the same pieces, as many at
 once, from the page cache), the load (the loader's tensors copied into memory that is there, from the page cache). At
 once: ModelStore.ensure in this process while the loader in another takes each tensor when its bytes are verified, as
-agent and engine core do. The stages of a pair run in a changing order on the same file and server. Server, fetcher and
-loader share this computer's cores: where a stage alone keeps them all busy, doing more at once cannot cost nothing.
+agent and engine core do. The stages of a pair run in a changing order on the same file and server.
+
+Server, fetcher and loader share this computer's cores: where the download alone keeps them busy, more at once cannot
+cost nothing. `--link-mb-s` gives it a link of that speed, by reading no faster (TCP then holds the server back, and
+waiting costs no CPU): so it is where the server is another computer.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from infra import objectstore
 from infra.objectstore import Place, publish, signed_urls
 from tests.cloud.s3 import s3_server
 from workers.engine.arriving import tensors
+from workers.modelcache import line
 from workers.modelcache.arrival import Arrival
 from workers.modelcache.line import Line
 from workers.modelcache.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file
@@ -45,9 +49,20 @@ _STAGES: Final = ("download", "verify", "load", "overlapped")
 
 
 def measure(
-    *, repeats: int = 7, size_mib: int = 512, progress: Callable[[str], None] = lambda text: None
+    *,
+    repeats: int = 7,
+    size_mib: int = 512,
+    link_mb_s: float = 0.0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The report that `--json` prints. Raises RuntimeError where what was loaded is not the file."""
+    with _link(link_mb_s * 1e6):
+        report = _measure(repeats, size_mib, progress)
+    report["assumptions"]["link_mb_s"] = link_mb_s
+    return report
+
+
+def _measure(repeats: int, size_mib: int, progress: Callable[[str], None]) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="modelload"))
     try:
         progress(f"making {size_mib} MiB of safetensors and an S3 server")
@@ -97,15 +112,15 @@ class _Bench:
                 starts: Iterator[int] = starts,
                 lock: threading.Lock = lock,
             ) -> None:
-                line = Line()
+                kept = Line()
                 while True:
                     with lock:
                         start = next(starts, None)
                     if start is None:
                         break
                     end = min(start + PIECE_BYTES, entry.size_bytes)
-                    line.fetch(self._urls[entry.name][0], start, end, descriptor, entry.name)
-                line.close()
+                    kept.fetch(self._urls[entry.name][0], start, end, descriptor, entry.name)
+                kept.close()
 
             threads = [threading.Thread(target=stream) for _ in range(Tuning().n_streams)]
             for thread in threads:
@@ -236,6 +251,31 @@ def _in_environment(environ: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def _link(bytes_per_s: float) -> Iterator[None]:
+    """All connections together bring no more than this; 0: as it comes."""
+    if not bytes_per_s:
+        yield
+        return
+    write, lock, free_at_s = line._write, threading.Lock(), 0.0
+
+    def paced(descriptor: int, block: memoryview, at: int, name: str) -> None:
+        nonlocal free_at_s
+        with lock:
+            now_s = time.monotonic()
+            free_at_s = max(free_at_s, now_s - 0.05) + len(block) / bytes_per_s
+            wait_s = free_at_s - now_s
+        write(descriptor, block, at, name)
+        if wait_s > 0:
+            time.sleep(wait_s)
+
+    line._write = paced
+    try:
+        yield
+    finally:
+        line._write = write
+
+
+@contextmanager
 def _loader() -> Iterator[Any]:
     """A process with torch imported that loads a directory when told its path; it answers the elements loaded."""
     spawn = multiprocessing.get_context("spawn")
@@ -304,7 +344,7 @@ def as_text(report: dict[str, Any]) -> str:
     mb = told["n_bytes"] / 1e6
     lines = [
         f"{mb:.0f} MB in {told['n_streams']} streams, {told['pairs']} interleaved pairs, {told['cores']} cores, "
-        f"{told['server']}"
+        f"{told['server']}" + (f", a link of {told['link_mb_s']:g} MB/s" if told["link_mb_s"] else "")
     ]
     for stage in _STAGES:
         s = report[f"{stage}_s"]

@@ -18,6 +18,7 @@ from csp.constants import NONCE, NONE, SELF
 from django.core.exceptions import ImproperlyConfigured
 
 from autoscaler.config import AutoscalerConfig
+from controlplane.deployments.licences import ENTRY as LICENCE
 from controlplane.logging import logging_config
 from controlplane.outbound import Network, allowed_networks
 from controlplane.tenants.api_keys import Peppers
@@ -60,6 +61,7 @@ class Environment:
     email_url: str = field(default="", repr=False)
     email_from: str = "Corral <corral@localhost>"
     adapter_store: str = ""  # s3://bucket/prefix that tenants upload LoRA adapters to; empty: there is none
+    model_licences: tuple[str, ...] = ()  # of models that may be served; empty: deployments/licences.py
     outbound_allow: tuple[Network, ...] = ()  # private networks that tenants' webhooks may call
     # 12 connections x (web + worker + beat) stays far below the embedded server's limit of 100.
     pg_pool_size: int = 12
@@ -128,6 +130,7 @@ class Environment:
             email_url=environ.get("CORRAL_EMAIL_URL", ""),
             email_from=environ.get("CORRAL_EMAIL_FROM", cls.email_from),
             adapter_store=adapter_store,
+            model_licences=_licences(environ.get("CORRAL_MODEL_LICENCES", "")),
             outbound_allow=networks,
             pg_pool_size=number("CORRAL_PG_POOL_SIZE", cls.pg_pool_size, 2, 200),
             allowed_hosts=tuple(hosts) or (*cls.allowed_hosts, *([console_host] if console_host else [])),
@@ -154,6 +157,16 @@ class Environment:
             raise ImproperlyConfigured(
                 f"set {', '.join(missing)} (`manage.py up` sets them for the local stack)"
             )
+
+
+def _licences(text: str) -> tuple[str, ...]:
+    found = tuple(filter(None, (each.strip() for each in text.split(","))))
+    for each in found:
+        if not LICENCE.fullmatch(each):
+            raise ImproperlyConfigured(
+                f"CORRAL_MODEL_LICENCES={text!r}: set licences by their short names, e.g. apache-2.0,mit"
+            )
+    return found
 
 
 ENV = Environment.read(os.environ)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 import structlog
+from django.conf import settings
 from django.db.models import F
 from django.utils import timezone
 
 from billing.prices import DEFAULT_PRICE, price_in_force
 from controlplane.deployments import profiles, selectors, sharing
+from controlplane.deployments.licences import refusal
 from controlplane.deployments.models import (
     MAX_WINDOW_TOKENS,
     Admission,
@@ -89,6 +91,8 @@ def create_model_version(
         raise InvalidInputError(f"size_bytes={size_bytes}: must not be negative", field="size_bytes")
     if max_model_len < 1:
         raise InvalidInputError(f"max_model_len={max_model_len}: must be at least 1", field="max_model_len")
+    if source_kind is not ModelSource.TOY and (why := refusal(licence, settings.ENV.model_licences)):
+        raise InvalidInputError(why, field="licence")
     with tenant(organization_id):
         versions = ModelVersion.objects.filter(organization_id=organization_id, digest=digest)
         known = versions.first()

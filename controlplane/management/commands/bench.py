@@ -138,7 +138,7 @@ BENCHES = {
         "a version from a real S3 server into an engine's memory: download, verify, load, alone and at once",
         modelload.measure,
         modelload.as_text,
-        options=("size_mib",),
+        options=("size_mib", "link_mb_s"),
     ),
     "slots": Bench(
         "gaps between tokens and throughput with standing slots and with slots that keep a promise",
@@ -180,6 +180,12 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--traces", type=Path, help="modelcache: a directory with the trace itself, instead of the law"
+        )
+        parser.add_argument(
+            "--link-mb-s",
+            type=float,
+            default=0.0,
+            help="modelload: over a link of this speed (default: as it comes)",
         )
         parser.add_argument("--size-mib", type=int, default=512, help="modelload: how large a version")
         parser.add_argument("--json", action="store_true")

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,28 @@ async def check_bad_input_is_refused_by_name(engine: VllmEngine) -> None:
         else:
             raise AssertionError(f"{code}: was not refused")
     assert (await read(engine, a_request(engine))).n_tokens  # and the engine lives
+
+
+async def check_templates_run_in_a_sandbox(engine: VllmEngine) -> None:
+    """A model's chat template is a program by a stranger: it reaches nothing but the messages."""
+    own = engine._hf.apply_chat_template  # the pool behind it has copies of the model's template
+    hostile = (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ messages.append(messages[0]) }}",
+        "{% include '/etc/passwd' %}",
+    )
+    try:
+        for template in hostile:
+            engine._hf.apply_chat_template = partial(own, chat_template=template)
+            try:
+                ids = await asyncio.to_thread(engine.tokenize_chat, [{"role": "user", "content": "x"}])
+            except EngineInputError as error:
+                assert error.code == "invalid_messages", error.code
+            else:
+                raise AssertionError(f"{template} gave {engine._hf.decode(ids)!r}")
+    finally:
+        del engine._hf.apply_chat_template
 
 
 async def check_cancelling_stops_the_core(engine: VllmEngine) -> None:
