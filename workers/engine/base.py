@@ -251,6 +251,9 @@ class EngineProfile:
     max_num_seqs: int = 64
     kv_cache_bytes: int = 256 << 20
     max_num_batched_tokens: int | None = None  # None: the engine's default (toy: 2048)
+    long_prefill_token_threshold: int = (
+        0  # a step computes so much of one prompt at most; 0: all it has room for
+    )
     enforce_eager: bool = True  # skips compilation: seconds of start for some speed; on a GPU choose False
     tensor_parallel_size: int = 1
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
@@ -282,6 +285,7 @@ class EngineProfile:
         _within("kv_cache_bytes", self.kv_cache_bytes, 1 << 20, 1 << 43)
         if self.max_num_batched_tokens is not None:
             _within("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs, 1_000_000)
+        _within("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 1_000_000)
         _within("tensor_parallel_size", self.tensor_parallel_size, 1, 64)
         _within("pipeline_parallel_size", self.pipeline_parallel_size, 1, 64)
         _within("data_parallel_size", self.data_parallel_size, 1, 64)

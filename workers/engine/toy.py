@@ -59,6 +59,7 @@ class ToyEngine:
         self.kv_tokens = self.n_blocks * self._block
         self._n_free = self.n_blocks
         self._budget = profile.max_num_batched_tokens or max(2048, profile.max_num_seqs)
+        self._portion = profile.long_prefill_token_threshold or self._budget  # of one prompt in a step
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._running: list[Sequence] = []
         self._n_arrived = 0
@@ -226,7 +227,7 @@ class ToyEngine:
         profile = self.profile
         if not (profile.toy_step_ms or profile.toy_seq_ms or profile.toy_prefill_ms):
             return 0.0
-        n_due = sum(seq.n_prompt + seq.n_out - seq.n_computed for seq in self._running)
+        n_due = sum(min(seq.n_prompt + seq.n_out - seq.n_computed, self._portion) for seq in self._running)
         if self._waiting:
             n_due += self._seat(self._budget - n_due)
         self._seated, self._n_left = True, len(self._waiting)
@@ -252,7 +253,7 @@ class ToyEngine:
             self._take(seq, n_context)
             self._running.append(seq)
             seq.n_computed = 0  # a preempted one is computed from the start again
-            n_due += n_context - seq.n_computed
+            n_due += min(n_context, self._portion)
         return n_due
 
     def _stride(self) -> None:
@@ -290,7 +291,7 @@ class ToyEngine:
         while at < len(running) and budget > 0:
             seq = running[at]
             n_context = seq.n_prompt + seq.n_out
-            target = min(n_context, seq.n_computed + budget)
+            target = min(n_context, seq.n_computed + min(budget, self._portion))
             if target > seq.n_room and not self._grow(seq, target):
                 break  # it was the last one and gave way itself
             budget -= target - seq.n_computed
@@ -333,7 +334,9 @@ class ToyEngine:
                 self._misbehave(seq)
             self._take(seq, n_context)
             self._running.append(seq)
-            seq.n_computed = min(n_context, budget)  # a preempted one is computed from the start again
+            seq.n_computed = min(
+                n_context, budget, self._portion
+            )  # a preempted one is computed from the start again
             budget -= seq.n_computed
             if seq.n_computed == n_context:
                 seq.advance()

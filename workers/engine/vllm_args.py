@@ -17,6 +17,7 @@ _SAME: Final = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "long_prefill_token_threshold",
     "block_size",
     "enforce_eager",
     "tensor_parallel_size",

@@ -112,6 +112,8 @@ def compile_profile(
             f"set at least {n_running}, or a smaller max_num_seqs",
         )  # fmt: skip
     values.append(chunk)
+    portion, why = batch.portion(best.pace, promise, n_running, int(chunk.value or 1))
+    values.append(_own(wish, "long_prefill_token_threshold", portion, why, {"itl_ms": promise.itl_ms}))
     values += lora_values
     values += _speculation_values(best, wish, n_running, model.n_params_active)
     values += _rest(model, wish)

@@ -83,6 +83,7 @@ def compile_cpu(model: ModelConfig, hardware: Hardware, promise: Promise, wish: 
         dtype, quantization, kv_dtype, context, n_seqs,
         _own(wish, Value("max_num_batched_tokens", max(CHUNK, int(n_seqs.value or 1)),
              "no model of a shared processor says more; live control of slots keeps the pace")),
+        _own(wish, Value("long_prefill_token_threshold", 0, "not measured here: a prompt may have a whole step")),
         kv_value,
         _own(wish, Value("block_size", None, "the engine's own (128); finer ones work and were not measured")),
         _own(wish, Value("enforce_eager", True, "compiling takes longer than the requests of an idle model last")),

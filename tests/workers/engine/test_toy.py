@@ -161,6 +161,25 @@ async def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> Non
     assert 27 <= n_steps <= 30
 
 
+async def test_a_short_prompt_finds_room_beside_a_long_one_where_one_may_not_fill_a_step() -> None:
+    steps = {}
+    for threshold in (0, 8):
+        async with running(
+            max_num_seqs=4, max_num_batched_tokens=16, max_model_len=512, toy_step_ms=2.0,
+            long_prefill_token_threshold=threshold,
+        ) as engine:  # fmt: skip
+            long = asyncio.create_task(
+                read(engine, EngineRequest("long", list(range(20, 420)), SamplingSpec(max_tokens=1)))
+            )
+            await until_running(engine, 1)
+            n_before = engine.stats().n_steps
+            await read(engine, EngineRequest("short", [21, 22, 23], SamplingSpec(max_tokens=1)))
+            steps[threshold] = engine.stats().n_steps - n_before
+            assert long.done() == (threshold == 0)
+            await long
+    assert steps[8] <= 3 < 20 < steps[0]
+
+
 async def test_when_blocks_run_out_the_last_admitted_gives_way_and_nobody_loses_a_token() -> None:
     async with running(max_num_seqs=32, kv_cache_bytes=1 << 20) as roomy:
         requests = [a_request(roomy, f"r{i}", ignore_eos=True, max_tokens=100) for i in range(32)]
