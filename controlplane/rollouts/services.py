@@ -15,10 +15,13 @@ import structlog
 from django.db.models import F
 from django.utils import timezone
 
+from controlplane.adapters.models import OPEN, Adapter
 from controlplane.deployments import profiles, selectors
 from controlplane.deployments.models import Deployment
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.operations import services as operations
+from controlplane.operations.models import OPEN as OPEN_OPERATIONS
+from controlplane.operations.models import Operation
 from controlplane.policy.canary import Limits
 from controlplane.rollouts.models import OPEN_STATES, PPM, Rollout, Wanted
 from controlplane.rollouts.profiles import digest_of, overrides, record
@@ -65,6 +68,15 @@ def begin(
             if deployment.model_version.retired_at is not None:
                 raise InvalidInputError(
                     "model_version_id: it was retired; choose another", field="model_version_id"
+                )
+            served = Adapter.objects.filter(
+                organization_id=organization_id, deployment_id=deployment_id, state__in=OPEN
+            ).exclude(base_digest=deployment.model_version.digest)
+            if served.exists():
+                raise InvalidInputError(
+                    "model_version_id: adapters are served that were made for the present weights, and a canary "
+                    "cannot choose its requests: retire them, or change the deployment",
+                    field="model_version_id",
                 )
         chosen = profiles.choose(
             deployment.model_version, deployment.slo_class, given, {**reasons, **(profile_reasons or {})}
@@ -192,9 +204,7 @@ def adopt(rollout: Rollout) -> None:
 
 def mend() -> int:
     """Open rollouts that no operation carries on get one: nothing may hold a canary for ever. Run by the clock."""
-    from controlplane.operations.models import OPEN, Operation
-
-    carried = Operation.objects.filter(state__in=OPEN, kind=CANARY).values_list("id", flat=True)
+    carried = Operation.objects.filter(state__in=OPEN_OPERATIONS, kind=CANARY).values_list("id", flat=True)
     left = Rollout.objects.filter(state__in=OPEN_STATES).exclude(operation_id__in=list(carried))
     left = left.select_related("deployment")[:100]
     for row in left:

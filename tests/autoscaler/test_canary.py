@@ -351,3 +351,17 @@ def test_two_rollouts_of_a_deployment_at_once_are_refused(scaling: Scaling) -> N
     begin(scaling)
     with pytest.raises(ConflictError, match="open already"):
         begin(scaling, engine_profile={"engine": "toy", "max_num_seqs": 16})
+
+
+def test_weights_that_adapters_were_not_made_for_are_not_tried(scaling: Scaling) -> None:
+    from controlplane.adapters import services as adapters
+    from tests.world import make_version
+
+    organization_id = scaling.world.organization.id
+    services_of = {"engine": "toy", "max_num_seqs": 4, "max_loras": 2}
+    scaling.change(engine_profile={**scaling.seen().engine_profile, **services_of})
+    adapters.register(organization_id=organization_id, deployment_id=scaling.deployment.id, name="formal")
+    other = make_version(organization_id, digest="f" * 64)
+    with pytest.raises(InvalidInputError, match="adapters are served") as refused:
+        begin(scaling, model_version_id=other.id, engine_profile=None)
+    assert refused.value.field == "model_version_id"
