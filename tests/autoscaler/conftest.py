@@ -73,7 +73,7 @@ class Scaling:
 
         return tick(self.deployment.id, self.house)
 
-    def queue(self, *requests: str) -> None:
+    def queue(self, *requests: str, candidates: tuple[str, ...] = ()) -> None:
         """Requests admitted; they wait where no replica has a free slot."""
         cell, did = self.house.cell, self.deployment.id.hex
         for n, request in enumerate(requests):
@@ -96,6 +96,7 @@ class Scaling:
                 0,
                 ANY_MS,
                 0,
+                *candidates,
             )
             assert verdict[0] in (b"queued", b"bound"), verdict
 

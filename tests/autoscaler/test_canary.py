@@ -115,18 +115,43 @@ def test_a_request_is_the_canarys_by_its_id_and_nothing_else_gets_there(
     assert cell.redis.hget(cell.keys.replica(stable.id.hex), "used") == b"4"
 
 
+def test_admission_gives_a_canary_that_a_gateway_names_its_own_requests_only(
+    observing: tuple[Scaling, Rollout, Replica, Replica],
+) -> None:
+    scaling, _, stable, tried = observing
+    cell, named = scaling.house.cell, (tried.id.hex, stable.id.hex)
+    ids = [new_id().hex for _ in range(200)]
+    other = next(each for each in ids if not takes(each, SHARE_PPM))
+    own = next(each for each in ids if takes(each, SHARE_PPM))
+    scaling.queue(other, own, candidates=named)
+    assert cell.redis.hget(cell.keys.request(other), "rid") == stable.id.hex.encode()
+    assert cell.redis.hget(cell.keys.request(own), "rid") == tried.id.hex.encode()
+
+
+def test_a_gateway_names_canaries_to_their_own_requests_first_and_to_others_never() -> None:
+    from controlplane.gateway.routes import _in_arms
+    from controlplane.policy.canary import threshold
+
+    shares = {"canary": threshold(SHARE_PPM)}
+    for request in (new_id().hex for _ in range(300)):
+        arms = ("canary", "a", "b") if takes(request, SHARE_PPM) else ("a", "b")
+        assert _in_arms(("a", "canary", "b"), shares, request) == arms
+
+
 def test_what_ran_before_never_goes_to_a_canary(observing: tuple[Scaling, Rollout, Replica, Replica]) -> None:
+    """Handed back, it waits for the others although the canary has room."""
     scaling, rollout, stable, tried = observing
     cell = scaling.house.cell
     Rollout.objects.filter(id=rollout.id).update(share_ppm=1_000_000)
     look(scaling, rollout)
+    scaling.queue(*[new_id().hex for _ in range(3)], candidates=(stable.id.hex,))  # it has one already
     request = new_id().hex
-    scaling.queue(request)
-    holder = cell.redis.hget(cell.keys.request(request), "rid")
-    assert holder is not None
-    cell.bind_again(_text(holder), stable.machine_id.hex, [request])  # handed back
-    if _text(holder) == tried.id.hex:
-        assert cell.redis.hget(cell.keys.request(request), "rid") == stable.id.hex.encode()
+    scaling.queue(request, candidates=(tried.id.hex,))
+    assert cell.redis.hget(cell.keys.request(request), "rid") == tried.id.hex.encode()
+    keys = cell.keys.machine(tried.machine_id.hex)
+    cell.redis.delete(keys.prefix + keys.queue_name(tried.id.hex))  # taken by its consumer
+    assert cell.bind_again(tried.id.hex, tried.machine_id.hex, [request]) == 1
+    assert cell.redis.hget(cell.keys.request(request), "state") == b"queued"
     assert cell.redis.sismember(cell.keys.replica_live(tried.id.hex), request) == 0
 
 
