@@ -1,6 +1,8 @@
 """`manage.py bench NAME`: the benchmarks behind every speed figure in the documentation."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +199,8 @@ class Command(BaseCommand):
             raise CommandError(f"--repeats {repeats}: give 1 to 100")
         if not 1 <= options["deployments"] <= options["replicas"] <= 100_000:
             raise CommandError("--deployments and --replicas: 1 to 100000, a replica for each at least")
+        # A run that is ended from outside ends its private stack, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         keywords = {name: options[name] for name in bench.options}
         report = bench.measure(repeats=repeats, progress=self.stderr.write, **keywords)
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else bench.as_text(report))
