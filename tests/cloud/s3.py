@@ -61,6 +61,7 @@ def s3_server(root: Path) -> Iterator[dict[str, str]]:
         "volume.port": str(volume),
         "filer.port": str(filer),
         "s3.port.iceberg": "0",
+        "s3.port.lance": "0",  # a fixed port otherwise: a second server at once would end
         "metricsPort": str(metrics),
         "master.volumeSizeLimitMB": "512",
         "volume.max": "20",
