@@ -94,8 +94,9 @@ _READ: Final = frozenset(
 )
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     Role.OWNER: frozenset(Permission),
+    # Whoever connects an identity provider can have it vouch for anybody, an owner included.
     Role.ADMIN: frozenset(Permission)
-    - {Permission.OWNERS_WRITE, Permission.DATA_READ, Permission.DATA_WRITE},
+    - {Permission.OWNERS_WRITE, Permission.SIGN_IN_WRITE, Permission.DATA_READ, Permission.DATA_WRITE},
     Role.BILLING: _READ | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.LIMITS_WRITE},
     Role.DEVELOPER: _READ | {Permission.KEYS_WRITE, Permission.DEPLOYMENTS_WRITE, Permission.MODELS_USE},
     Role.VIEWER: _READ,
@@ -109,9 +110,8 @@ def may(role: Role, permission: Permission) -> bool:
 def require(role: Role, permission: Permission, scopes: Set[Permission] | None = None) -> None:
     """Raise NotPermittedError naming what is missing and who can help. `scopes`: of a token, None for no bound."""
     if not may(role, permission):
-        raise NotPermittedError(
-            f"your role ({role.value}) may not {permission.sentence}: ask an owner or admin"
-        )
+        who = "an owner or admin" if may(Role.ADMIN, permission) else "an owner"
+        raise NotPermittedError(f"your role ({role.value}) may not {permission.sentence}: ask {who}")
     if scopes is not None and permission not in scopes:
         raise NotPermittedError(
             f"this token may not {permission.sentence}: make one with the scope {permission.value}"

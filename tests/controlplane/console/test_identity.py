@@ -84,7 +84,8 @@ def test_the_policy_is_shown_and_changed_as_it_is(world: World, owner: Client) -
         assert policies.policy(organization_id=organization_id).group_roles == row.group_roles
 
 
-def test_an_admin_gives_no_more_than_they_have_and_may_leave_what_an_owner_gave(world: World) -> None:
+def test_owners_alone_change_how_people_sign_in(world: World) -> None:
+    """Whoever connects a provider can have it vouch for an owner."""
     from controlplane.tenants import services
     from tests.world import PASSWORD
 
@@ -92,11 +93,12 @@ def test_an_admin_gives_no_more_than_they_have_and_may_leave_what_an_owner_gave(
     services.add_member(organization_id=world.organization.id, user=user, role=Role.ADMIN)
     admin, path = signed_in(user), "/sign-in/policy"
     values = {"default_role": "viewer", "group_roles": "kings = owner"}
+    assert admin.get("/sign-in").status_code == 200
     assert admin.post(path, values).status_code == 403
-    assert admin.post(path, {"default_role": "owner", "group_roles": ""}).status_code == 403
-    assert admin.post("/sign-in/scim-tokens", {"scim-name": "t"}).status_code == 200
-    policies.set_policy(organization_id=world.organization.id, group_roles={"kings": Role.OWNER})
-    assert admin.post(path, {**values, "just_in_time": "on"}).status_code == 302
+    assert admin.post(path, {"default_role": "viewer", "group_roles": ""}).status_code == 403
+    provider = {"kind": "oidc", "oidc-name": "x", "oidc-issuer": "https://idp.test"}
+    assert admin.post("/sign-in/providers", provider).status_code == 403
+    assert admin.post("/sign-in/domains", {"name": "example.net"}).status_code == 403
     assert admin.post("/sign-in/scim-tokens", {"scim-name": "t"}).status_code == 403
 
 

@@ -11,7 +11,7 @@ from controlplane.api.scim.urls import urlpatterns
 from controlplane.scim import tokens
 from controlplane.tenants import services
 from controlplane.tenants.models import Role
-from controlplane.tenants.rights import Permission
+from controlplane.tenants.rights import PERMISSIONS, Permission
 from tests.controlplane.scim.caller import Directory, token_of
 from tests.world import World
 
@@ -179,9 +179,14 @@ def test_who_could_not_give_a_role_makes_no_token_that_can(world: World, roles: 
     from tests.controlplane.api.caller import token_of as management_token
 
     admin, owner = (Api(management_token(world.organization.id, role)) for role in (Role.ADMIN, Role.OWNER))
-    assert admin.post("/scim-tokens", {"name": "a"}).status_code == 201
+    scopes = {*PERMISSIONS[Role.VIEWER], Permission.SIGN_IN_WRITE}
+    narrow = Api(management_token(world.organization.id, Role.OWNER, scopes=scopes))
+    assert narrow.post("/scim-tokens", {"name": "a"}).status_code == 201
     roles(kings=Role.OWNER)
-    assert admin.post("/scim-tokens", {"name": "b"}).status_code == 403
+    assert narrow.post("/scim-tokens", {"name": "b"}).status_code == 403
+    assert admin.post("/scim-tokens", {"name": "b"}).status_code == 403, (
+        "owners alone change how people sign in"
+    )
     made = owner.post("/scim-tokens", {"name": "b"})
     assert (made.status_code, made.body["base_url"]) == (201, "http://127.0.0.1:8401/scim/v2")
     assert Directory(made.body["token"]).get("/Users").status_code == 200
