@@ -31,6 +31,7 @@ from controlplane.api.resources import (
     scim_tokens,
     service_accounts,
     slo,
+    upstreams,
     usage,
     webhooks,
 )
@@ -73,6 +74,7 @@ for module in (
     budgets,
     webhooks,
     quotas,
+    upstreams,
     usage,
     decisions,
     audit,

@@ -45,6 +45,7 @@ _PREFIXES: Final = {
     "grant": ids.Prefix.GRANT,
     "webhook": ids.Prefix.WEBHOOK,
     "quota": ids.Prefix.QUOTA,
+    "upstream": ids.Prefix.UPSTREAM,
 }
 
 

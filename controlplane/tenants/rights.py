@@ -44,6 +44,8 @@ class Permission(StrEnum):
     WEBHOOKS_WRITE = "webhooks:write"
     QUOTAS_READ = "quotas:read"
     QUOTAS_WRITE = "quotas:write"
+    UPSTREAMS_READ = "upstreams:read"
+    UPSTREAMS_WRITE = "upstreams:write"
 
     @property
     def sentence(self) -> str:
@@ -79,6 +81,8 @@ _SENTENCES: Final[dict[Permission, str]] = {
     Permission.WEBHOOKS_WRITE: "create and change webhooks",
     Permission.QUOTAS_READ: "see quotas",
     Permission.QUOTAS_WRITE: "change quotas",
+    Permission.UPSTREAMS_READ: "see upstreams and what they cost",
+    Permission.UPSTREAMS_WRITE: "attach and change upstreams, and let prompts leave",
 }
 
 _READ: Final = frozenset(
@@ -97,8 +101,10 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     # Whoever connects an identity provider can have it vouch for anybody, an owner included.
     Role.ADMIN: frozenset(Permission)
     - {Permission.OWNERS_WRITE, Permission.SIGN_IN_WRITE, Permission.DATA_READ, Permission.DATA_WRITE},
-    Role.BILLING: _READ | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.LIMITS_WRITE},
-    Role.DEVELOPER: _READ | {Permission.KEYS_WRITE, Permission.DEPLOYMENTS_WRITE, Permission.MODELS_USE},
+    Role.BILLING: _READ
+    | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.LIMITS_WRITE, Permission.UPSTREAMS_READ},
+    Role.DEVELOPER: _READ
+    | {Permission.KEYS_WRITE, Permission.DEPLOYMENTS_WRITE, Permission.MODELS_USE, Permission.UPSTREAMS_READ},
     Role.VIEWER: _READ,
 }
 

@@ -63,7 +63,7 @@ _OURS: Final = frozenset(
     }
 )
 # name -> (least, most)
-_RANGES: Final[Mapping[str, tuple[int, int]]] = {
+RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "slots": (1, MAX_SLOTS),
     "overflow_after_ms": (0, 600_000),
     "shadow_ppm": (1, 1_000_000),
@@ -281,7 +281,7 @@ def _check(upstream: Upstream) -> None:
         raise InvalidInputError(
             f"max_tokens_field: choose one of {', '.join(TokenLimitField.values)}", field="max_tokens_field"
         )
-    for name, (least, most) in _RANGES.items():
+    for name, (least, most) in RANGES.items():
         value = getattr(upstream, name)
         if not least <= value <= most:
             raise InvalidInputError(f"{name}={value}: must be from {least} to {most}", field=name)

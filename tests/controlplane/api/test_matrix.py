@@ -87,6 +87,16 @@ BODIES: dict[str, Any] = {
     "rotate_webhook_secret": {},
     "try_webhook": {},
     "replay_delivery": {},
+    "create_upstream": {
+        "name": "other",
+        "role": "overflow",
+        "base_url": "https://api.example.org/v1",
+        "model": "m",
+        "api_key": "sk-theirs",
+    },
+    "change_upstream": {"slots": 4, "headers": {"X-Team": "a"}},
+    "delete_upstream": None,
+    "set_outside_consent": {"agreed": True},
 }
 READS = {
     "get_organization",
@@ -140,6 +150,11 @@ READS = {
     "list_webhooks",
     "get_webhook",
     "list_deliveries",
+    "list_upstreams",
+    "get_upstream",
+    "get_upstream_use",
+    "list_shadow_results",
+    "get_outside_consent",
     "list_audit",
     "get_usage",
     "list_requests",
@@ -179,6 +194,7 @@ class Acme:
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
+        from controlplane.upstreams import services as upstreams
         from controlplane.webhooks import services as webhooks
 
         organization_id = world.organization.id
@@ -228,6 +244,15 @@ class Acme:
         scim_token, _ = scim_tokens.create_token(organization_id=organization_id, name="acme-directory")
         domain = domains.claim(organization_id=organization_id, name="acme.example")
         domains.mark_verified(organization_id=organization_id, domain_id=domain.id)
+        upstream = upstreams.attach(
+            organization_id=organization_id,
+            deployment_id=deployment.id,
+            name="acme-overflow",
+            base_url="https://inference.acme.example/v1",
+            model="acme-large",
+            role="overflow",
+            change=upstreams.Change(api_key="sk-acme-upstream", headers={"X-Acme": "acme-header"}),
+        )
         booked = book_usage(world, key_id=key.id, model="served")
         annex = services.create_project(organization_id=organization_id, name="Annex", slug="annex")
         with acting_as("corral_operator"):
@@ -273,6 +298,7 @@ class Acme:
             "kind": "machines",
             "webhook_id": f"whk_{webhook.id.hex}",
             "delivery_id": f"dlv_{delivery.id.hex}",
+            "upstream_id": str(upstream),
         }
         self.ids["export_id"] = str(self._export(organization_id))
         self.secrets = [
@@ -282,6 +308,10 @@ class Acme:
             "guest@example.org",
             "login.acme.example",
             "acme-client-secret",
+            "acme-overflow",
+            "inference.acme.example",
+            "sk-acme-upstream",
+            "acme-header",
             "acme-directory",
             "program",
             "robot zero",
@@ -308,7 +338,7 @@ class Acme:
         body = BODIES.get(name)
         if name in ("create_key", "create_slo_rule"):
             return {**body, "project_id": self.ids["project_id"]}
-        if name == "create_adapter":
+        if name in ("create_adapter", "create_upstream"):
             return {**body, "deployment_id": self.ids["deployment_id"]}
         if name == "create_deployment":
             return {
@@ -358,6 +388,7 @@ def test_a_stranger_finds_nothing(world: World) -> None:
             "create_key",
             "create_deployment",
             "create_adapter",
+            "create_upstream",
             "create_slo_rule",
         ):
             assert response.status_code == 404, (name, response.body)
