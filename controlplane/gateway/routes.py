@@ -135,7 +135,15 @@ class RouteTable:
                 rows = await asyncio.gather(
                     *(
                         self._redis.call(
-                            "HMGET", self._keys.replica(r), "mid", "used", "slots", "kv", "ad", "share"
+                            "HMGET",
+                            self._keys.replica(r),
+                            "mid",
+                            "used",
+                            "slots",
+                            "kv",
+                            "ad",
+                            "share",
+                            "price",
                         )
                         for r in ids
                     )
@@ -148,8 +156,9 @@ class RouteTable:
                         int(slots or 0),
                         adapters=None if held is None else set(held.decode().split()),
                         kv_tokens=int(kv or 0),
+                        price=float(price or 1),
                     )
-                    for replica, (mid, used, slots, kv, held, _) in zip(ids, rows, strict=True)
+                    for replica, (mid, used, slots, kv, held, _, price) in zip(ids, rows, strict=True)
                     if mid
                 }
                 view.shares = {r: int(row[5]) for r, row in zip(ids, rows, strict=True) if row[5] is not None}
