@@ -196,7 +196,8 @@ class Ec2:
                     return _error_reply(400, "IdempotentParameterMismatch")
                 return _xml(known[1].decode())
             reply = self._create_fleet(form, environ)
-            self._replies[action, token] = (asked, reply[2])
+            if reply[0].startswith("200"):
+                self._replies[action, token] = (asked, reply[2])
             return reply
 
     def _create_fleet(

@@ -73,6 +73,15 @@ def test_the_launch_template_requires_session_tokens_and_encrypts_the_disk(
     assert data["BlockDeviceMapping.1.Ebs.Encrypted"] == "true"
 
 
+def test_a_launch_template_that_somebody_deleted_is_made_again(aws: AwsProvider, ec2: Ec2) -> None:
+    first = aws.launch(_spec(aws), _token())
+    for template in ec2.client("ec2").describe_launch_templates()["LaunchTemplates"]:
+        ec2.client("ec2").delete_launch_template(LaunchTemplateId=template["LaunchTemplateId"])
+    second = aws.launch(_spec(aws, "b2" * 16), _token())
+    assert {first.ref, second.ref} == set(ec2.alive())
+    assert ec2.count("CreateLaunchTemplate") == 2
+
+
 def test_a_zone_without_capacity_is_followed_by_the_next_in_the_same_call(aws: AwsProvider, ec2: Ec2) -> None:
     ec2.sell(SPOT[:2])
     bought = aws.launch(_spec(aws), _token())

@@ -37,6 +37,7 @@ from infra.providers.base import (
 ATTEMPTS: Final = 3  # of a call whose outcome is not known, with the same client token
 ATTEMPT_PAUSE_S: Final = 0.5
 MAX_MACHINES: Final = 10_000
+_NO_TEMPLATE: Final = "InvalidLaunchTemplateName.NotFoundException"
 _ALIVE: Final = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 
@@ -63,7 +64,17 @@ class AwsProvider:
             raise ProviderRefusedError(
                 "aws: no offering given: see `manage.py doctor aws` for what is sold here"
             )
+        known = len(self._templates)
         template = self._template(spec)
+        try:
+            return self._launch(template, spec, client_token)
+        except ProviderRefusedError as error:
+            if _NO_TEMPLATE not in str(error) or len(self._templates) != known:
+                raise
+            self._templates.discard(template)  # somebody deleted it; nothing was bought
+            return self._launch(self._template(spec), spec, client_token)
+
+    def _launch(self, template: str, spec: LaunchSpec, client_token: str) -> ProviderMachine:
         refusals: list[Refusal] = []
         for is_spot in (True, False):
             offers = [o for o in spec.offerings if o.is_spot is is_spot]
