@@ -21,32 +21,32 @@ import httpx
 from benchmarks.cpu import tree
 from benchmarks.stack import signal_all
 from infra.local.ports import free_port
+from workers.engine import vllm_args
 from workers.engine.base import EngineProfile
 from workers.engine.vllm import replica_environment
+from workers.engine.vllm_args import engine_args
 
 START_LIMIT_S = 180.0
 
 
 def arguments(profile: EngineProfile, model_dir: Path, model: str, port: int) -> list[str]:
-    """Command line: what workers/engine/vllm.py gives its engine, as flags."""
-    flags = {
-        "--host": "127.0.0.1",
-        "--port": port,
-        "--model": model_dir,
-        "--served-model-name": model,
-        "--dtype": profile.dtype,
-        "--max-model-len": profile.max_model_len,
-        "--max-num-seqs": profile.max_num_seqs,
-        "--max-num-batched-tokens": profile.max_num_batched_tokens,
-        "--kv-cache-memory-bytes": profile.kv_cache_bytes,
-        "--block-size": profile.block_size,
-        "--tensor-parallel-size": profile.tensor_parallel_size,
-        "--scheduling-policy": "priority",
-    }
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    argv += [str(part) for flag, value in flags.items() if value is not None for part in (flag, value)]
-    argv += ["--enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"]
-    return argv + (["--enforce-eager"] if profile.enforce_eager else [])
+    """Command line: what workers/engine/vllm.py gives its engine, as flags (workers/engine/vllm_args.py)."""
+    argv = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    argv += ["--model", str(model_dir), "--served-model-name", model]
+    return [
+        *argv,
+        *vllm_args.argv(engine_args(profile)),
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from controlplane.tenants.models import Organization
 MAX_SLOTS = 4096
 
 
-class Role(models.TextChoices):
+class UpstreamRole(models.TextChoices):
     """What an endpoint is to its deployment; as workers.contract.UpstreamRole."""
 
     REPLICA = "replica"  # takes requests beside the others, or alone
@@ -53,7 +53,7 @@ class Upstream(Rates):
         Deployment, on_delete=models.PROTECT, related_name="upstreams", db_constraint=False
     )
     name = models.CharField(max_length=64, validators=[check_name])
-    role = models.CharField(max_length=10, choices=Role.choices)
+    role = models.CharField(max_length=10, choices=UpstreamRole.choices)
     base_url = models.CharField(max_length=2000, help_text="up to and with /v1")
     model = models.CharField(max_length=200, help_text="what the endpoint calls it")
     slots = models.PositiveIntegerField(help_text="requests it is sent at once")
@@ -93,7 +93,7 @@ class Upstream(Rates):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["organization", "id"], name="upstream_tenant_unique"),
             models.UniqueConstraint(fields=["organization", "name"], name="upstream_name_unique"),
-            models.CheckConstraint(condition=Q(role__in=Role.values), name="upstream_role_known"),
+            models.CheckConstraint(condition=Q(role__in=UpstreamRole.values), name="upstream_role_known"),
             models.CheckConstraint(
                 condition=Q(slots__gte=1, slots__lte=MAX_SLOTS), name="upstream_slots_in_range"
             ),

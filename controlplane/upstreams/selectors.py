@@ -12,7 +12,7 @@ from django.db import connection
 from django.db.models import Avg, Count, Q, QuerySet, Sum
 
 from controlplane.errors import NotFoundError
-from controlplane.upstreams.models import OutsideConsent, Role, ShadowResult, Upstream, UpstreamDay
+from controlplane.upstreams.models import OutsideConsent, ShadowResult, Upstream, UpstreamDay, UpstreamRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +117,4 @@ def that_agreed(organization_ids: Iterable[UUID]) -> set[UUID]:
 
 def serving(*, deployment_id: UUID) -> QuerySet[Upstream]:
     """Endpoints that answer (or would, if enabled) requests of a deployment: shadows do not."""
-    return Upstream.objects.filter(deployment_id=deployment_id).exclude(role=Role.SHADOW)
+    return Upstream.objects.filter(deployment_id=deployment_id).exclude(role=UpstreamRole.SHADOW)

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import engine, vllmserver
 from benchmarks.engine import CASES, CORRAL, VLLM, bodies, compare, goals
 from workers.engine.base import EngineProfile
+from workers.engine.vllm_args import engine_args
 
 
 def pair(corral: float, vllm: float, more_ms: float = 1.0) -> dict[str, dict[str, float]]:
@@ -52,17 +53,15 @@ def test_both_sides_get_the_same_engine_settings() -> None:
         max_num_batched_tokens=99, enforce_eager=True, tensor_parallel_size=2, block_size=64,
     )  # fmt: skip
     argv = vllmserver.arguments(profile, Path("/models/m"), "m", 1234)
-    for name, value in profile.to_json().items():
-        if name == "engine" or name.startswith("toy_"):
-            continue
-        if name == "enforce_eager":
-            assert "--enforce-eager" in argv
+    handed = engine_args(profile)
+    assert {"dtype", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"} <= handed.keys()
+    for name, value in handed.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            assert (f"--{flag}" if value else f"--no-{flag}") in argv
         else:
-            flag = {"kv_cache_bytes": "--kv-cache-memory-bytes"}.get(name, f"--{name.replace('_', '-')}")
-            assert argv[argv.index(flag) + 1] == str(value)
-    assert "--enforce-eager" not in vllmserver.arguments(
-        replace(profile, enforce_eager=False), Path(), "m", 1
-    )
+            assert argv[argv.index(f"--{flag}") + 1] == str(value)
+    assert "--no-enforce-eager" in vllmserver.arguments(replace(profile, enforce_eager=False), Path(), "m", 1)
 
 
 def test_prompts_are_the_same_for_both_and_new_for_every_pair() -> None:

@@ -17,7 +17,6 @@ _SAME: Final = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
-    "long_prefill_token_threshold",
     "block_size",
     "enforce_eager",
     "tensor_parallel_size",
@@ -38,6 +37,8 @@ def engine_args(profile: EngineProfile) -> dict[str, Any]:
     found = {name: value for name in _SAME if (value := getattr(profile, name)) is not None}
     if profile.gpu_memory_utilization is None:
         found["kv_cache_memory_bytes"] = profile.kv_cache_bytes
+    if profile.long_prefill_token_threshold:
+        found["long_prefill_token_threshold"] = profile.long_prefill_token_threshold
     if profile.max_loras:
         found |= {"enable_lora": True, "max_loras": profile.max_loras, "max_lora_rank": profile.max_lora_rank}
     if profile.speculative_method:

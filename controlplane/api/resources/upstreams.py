@@ -18,7 +18,7 @@ from controlplane.deployments.models import NAME_SHAPE
 from controlplane.outbound import MAX_URL
 from controlplane.tenants.rights import Permission
 from controlplane.upstreams import selectors, services
-from controlplane.upstreams.models import Role, ShadowResult, TokenLimitField, Upstream
+from controlplane.upstreams.models import ShadowResult, TokenLimitField, Upstream, UpstreamRole
 from controlplane.upstreams.services import Change
 
 router = Router(tags=["upstreams"])
@@ -62,7 +62,7 @@ class UpstreamOut(Schema):
     id: UpstreamId
     name: str
     deployment_id: DeploymentId
-    role: Role
+    role: UpstreamRole
     base_url: str
     model: str
     slots: int
@@ -115,7 +115,7 @@ class NewUpstream(_Settings):
 
     name: Annotated[str, Field(pattern=NAME_SHAPE, description="Unique in the organization")]
     deployment_id: DeploymentId
-    role: Role
+    role: UpstreamRole
     base_url: _Url
     model: _Model
 
@@ -123,7 +123,7 @@ class NewUpstream(_Settings):
 class UpstreamChange(_Settings):
     """What is left out stays as it is; `api_key` "" and `headers` {} take them away."""
 
-    role: Role | None = None
+    role: UpstreamRole | None = None
     base_url: _Url | None = None
     model: _Model | None = None
 

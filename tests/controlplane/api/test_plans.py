@@ -40,6 +40,7 @@ NO_CHANGES = {
     "verify_domain": "the record is not in the DNS of tests, and nothing is changed without it",
     "replay_delivery": "likewise",
     "clear_quota": "the house's stays in force, Acme has set none",
+    "order_rollout": "Acme's has ended, and nothing is asked of it",
 }
 
 
@@ -167,7 +168,7 @@ def test_people_who_lose_rights_are_named(api: Api, world: World) -> None:
     (hit,) = api.call("PATCH", path, {"role": "viewer"}).body["disrupts"]["members"]
     assert (hit["email"], hit["loses"]) == (
         "bob@example.org",
-        ["deployments:write", "keys:write", "models:use"],
+        ["deployments:write", "keys:write", "models:use", "upstreams:read"],
     )
     (hit,) = api.call("DELETE", path).body["disrupts"]["members"]
     assert "projects:read" in hit["loses"]
