@@ -23,7 +23,7 @@ class UpstreamRole(models.TextChoices):
 
     REPLICA = "replica"  # takes requests beside the others, or alone
     OVERFLOW = "overflow"  # takes what would wait too long for the others
-    SHADOW = "shadow"  # is sent copies; what it answers is compared and dropped
+    SHADOW = "shadow"  # would be sent copies: none are yet, and services refuse it
 
 
 class TokenLimitField(models.TextChoices):

@@ -277,6 +277,10 @@ def _check_headers(headers: Mapping[str, str], *, has_key: bool) -> None:
 def _check(upstream: Upstream) -> None:
     if upstream.role not in UpstreamRole.values:
         raise InvalidInputError(f"role: choose one of {', '.join(UpstreamRole.values)}", field="role")
+    if upstream.role == UpstreamRole.SHADOW:
+        raise InvalidInputError(
+            "role: no copies of requests are sent to a shadow yet: choose replica or overflow", field="role"
+        )
     if upstream.max_tokens_field not in TokenLimitField.values:
         raise InvalidInputError(
             f"max_tokens_field: choose one of {', '.join(TokenLimitField.values)}", field="max_tokens_field"
@@ -311,8 +315,6 @@ def check_url(url: str) -> None:
 
 def _check_sharing(upstream: Upstream) -> None:
     """Nobody's prompts go elsewhere for another's decision."""
-    if upstream.role == UpstreamRole.SHADOW:
-        return  # of whose requests copies are made is asked for each (gateway/shadows.py)
     grants = Grant.objects.filter(deployment_id=upstream.deployment_id).exclude(
         grantee_id=upstream.organization_id
     )

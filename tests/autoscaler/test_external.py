@@ -209,13 +209,6 @@ def test_the_scaler_neither_counts_nor_ends_it_and_sees_what_it_took(elsewhere: 
     assert Machine.objects.get(id=replica.machine_id).gone_at is None
 
 
-def test_a_shadow_is_given_no_requests(elsewhere: Elsewhere) -> None:
-    elsewhere.attach("shadow")
-    replica = elsewhere.ready()
-    assert replica.phase != ReplicaPhase.FAILED
-    assert elsewhere.members("ovf") | elsewhere.members("reps") == set()
-
-
 def test_what_a_token_costs_weighs_in_routing() -> None:
     assert price_factor(0, 100) == 1.0
     assert price_factor(100, 0) == MOST

@@ -14,7 +14,8 @@
 --       43 share: with money for fewer than so many worst cases left, hold only 1/share of it (0: all of it),
 --       44 predicted ms that it keeps a slot busy, 45 most such ms that may wait before it (refused beyond, where there
 --       are replicas and none has a free slot), 46 most such ms that its organization may have waiting, if the slots
---       were its own, to be let in all the same where others wait, too (its share by weight), 47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
+--       were its own, to be let in all the same where others wait, too (its share by weight),
+--       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
 -- Returns {'bound', epoch, rid, hold_out, heads...}
 --       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
 --       | {'late', depth, ms before it, heads...} | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}

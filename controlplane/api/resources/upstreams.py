@@ -216,9 +216,9 @@ def list_upstreams(request: ApiRequest, query: Query[PageQuery]) -> Page[Upstrea
 
 @operation(router, "POST", "/upstreams", Permission.UPSTREAMS_WRITE, UpstreamOut, status=201)
 def create_upstream(request: ApiRequest, body: NewUpstream) -> UpstreamOut:
-    """Attach an endpoint to a deployment: beside its replicas, as their overflow, or as a shadow of them. It serves
-    within seconds. Prompts of callers of this deployment leave this house with it: where it is shared, they must have
-    agreed."""
+    """Attach an endpoint to a deployment, beside its replicas or as their overflow (`shadow` is refused: no copies are
+    sent yet). It serves within seconds. Prompts of callers of this deployment leave this house with it: where it is
+    shared, they must have agreed."""
     return upstream_out(
         services.attach(
             organization_id=request.caller.organization_id,
