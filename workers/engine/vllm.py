@@ -86,6 +86,7 @@ _PREIMPORTED: Final = (
     "vllm.tokenizers.hf",
     "workers.engine.arriving",
     "workers.engine.resume_penalties",
+    "workers.engine.uncompiled",
 )
 _PREIMPORTED_CPU: Final = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
 _SHUTDOWN_S: Final = 3.0
@@ -137,7 +138,9 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from workers.engine.resume_penalties import ResumePenalties
+        from workers.engine.uncompiled import uncompile
 
+        uncompile()
         self.profile = profile
         self._board = StatsBoard()
         args = AsyncEngineArgs(

@@ -32,7 +32,10 @@ PROFILE = EngineProfile(max_model_len=1024, max_num_seqs=32, kv_cache_bytes=64 <
 
 
 def run(argument: dict[str, Any]) -> None:
-    """Entry: all checks against one engine."""
+    """Entry: all checks against one engine, in whose core a function that would be compiled raises."""
+    import torch
+
+    torch.compiler.set_stance("fail_on_recompile")
     engine = VllmEngine(PROFILE, Path(argument["model_dir"]))
     results = {}
     loop = asyncio.new_event_loop()
