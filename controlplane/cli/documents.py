@@ -60,6 +60,51 @@ SHAPES: Final[Mapping[str, Shape]] = {
         },
         ("model",),
     ),
+    "SloRule": Shape(
+        ("class", "project"),
+        {
+            "key": (),
+            "deployment": (),
+            "is_default": (),
+            "ttft_ms": (),
+            "itl_ms": (),
+            "deadline_s": (),
+            "objective_ppm": (),
+        },
+    ),
+    "Quota": Shape(("name",), {"limit": (), "limit_usd_per_h": ()}),
+    "Webhook": Shape(("url",), {"events": (), "description": (), "enabled": ()}),
+    "Upstream": Shape(
+        ("name", "project"),
+        {
+            "deployment": (),
+            "role": (),
+            "base_url": (),
+            "model": (),
+            "slots": (),
+            "overflow_after_ms": (),
+            "shadow_ppm": (),
+            "connect_ms": (),
+            "first_token_ms": (),
+            "between_tokens_ms": (),
+            "n_retries": (),
+            "breaker_failures": (),
+            "breaker_pause_ms": (),
+            "extensions": (),
+            "stream_usage": (),
+            "max_tokens_field": (),
+            "input_nano_per_million": (),
+            "cached_nano_per_million": (),
+            "output_nano_per_million": (),
+            "input_usd_per_million": (),
+            "cached_usd_per_million": (),
+            "output_usd_per_million": (),
+            "api_key_env": (),
+            "headers_env": (),
+            "enabled": (),
+        },
+        ("deployment", "role", "base_url", "model"),
+    ),
     "Budget": Shape(
         ("name",),
         {
@@ -89,9 +134,13 @@ class Document:
 
     @property
     def title(self) -> str:
-        name = self.heads.get("name") or self.heads.get("email") or ""
+        name = next(
+            (self.heads[head] for head in ("name", "email", "url", "class") if head in self.heads), ""
+        )
+        about = [f"{part} {self.spec[part]}" for part in ("key", "deployment") if self.spec.get(part)]
+        of = f" of {' on '.join(about)}" if self.kind == "SloRule" and about else ""
         where = f" ({self.heads['project']})" if "project" in self.heads else ""
-        return f"{_words(self.kind)} {name}{where}".rstrip()
+        return f"{_words(self.kind)} {name}{of}{where}".rstrip()
 
     def at(self, path: str) -> str:
         """file:line of a value, or of what holds it."""

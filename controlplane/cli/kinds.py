@@ -207,6 +207,21 @@ KINDS: Final[Mapping[str, Kind]] = {
         },
         one=False,
     ),
+    "upstreams": Kind(
+        "/upstreams",
+        {
+            "ID": "id",
+            "NAME": "name",
+            "ROLE": "role",
+            "DEPLOYMENT": "deployment_id",
+            "URL": "base_url",
+            "MODEL": "model",
+            "SLOTS": "slots",
+            "ENABLED": "enabled",
+            "AGE": _age,
+        },
+        called=("name",),
+    ),
     "webhooks": Kind(
         "/webhooks",
         {
@@ -216,6 +231,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             "ENABLED": "enabled",
             "AGE": _age,
         },
+        called=("url",),
     ),
     "quotas": Kind(
         "/quotas",

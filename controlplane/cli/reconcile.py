@@ -1,19 +1,30 @@
-"""What `corral apply` has to call so that the organization looks as the documents say. Reads the API, changes nothing.
+"""Which steps make the organization look as the documents say: one maker for each kind. Changes nothing.
 
-A step is one thing with the calls that make it so. Only what a document names is compared: what it leaves out stays.
-Bodies may need the id of what an earlier step makes, hence they are made when they are sent.
+Only what a document names is compared: what it leaves out stays. Kinds that lead out of the house, promises and quotas
+are in outward.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
-from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
+from controlplane.cli import outward
 from controlplane.cli.documents import Document, walk
-from controlplane.cli.kinds import KINDS, listed
+from controlplane.cli.steps import (
+    Call,
+    Present,
+    Step,
+    covers,
+    given,
+    limits,
+    limits_in,
+    nano,
+    patch,
+    project_id,
+    same,
+    settled,
+)
 from controlplane.cli.transport import Api
 
 # What is needed comes before what needs it.
@@ -26,8 +37,11 @@ ORDER: Final = (
     "Key",
     "Limits",
     "Budget",
+    "SloRule",
+    "Quota",
+    "Webhook",
+    "Upstream",
 )
-_LIMIT_NAMES: Final = ("rpm", "input_tpm", "output_tpm", "max_concurrency", "budget_nano")
 # Fields of the API whose name in a file is another: where an error about them is shown.
 _IN_FILE: Final = {
     "model_version_id": "spec.model",
@@ -37,73 +51,17 @@ _IN_FILE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One write. `waits`: it names what an earlier step makes first. `under`: where its body stands in the file."""
-
-    method: str
-    path: Callable[[], str]
-    body: Callable[[], Any]
-    waits: bool = False
-    under: str = "spec"
-    keeps: Callable[[Any], None] = lambda _: None
-
-
-@dataclass(slots=True)
-class Step:
-    """One thing: created, changed, deleted, or as it should be already (no calls)."""
-
-    title: str
-    action: str
-    document: Document | None
-    calls: list[Call] = field(default_factory=list)
-    note: str = ""
-
-
-class Present:
-    """What is there, each list read once; `made` holds ids of what this run made."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        return self._lists(kind)
-
-    @cached_property
-    def _cache(self) -> dict[str, list[dict[str, Any]]]:
-        return {}
-
-    def _lists(self, kind: str) -> list[dict[str, Any]]:
-        if kind not in self._cache:
-            self._cache[kind] = listed(self._api, KINDS[kind])
-        return self._cache[kind]
-
-    @cached_property
-    def organization(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._api.get("/organization")
-        return found
-
-    def one(self, kind: str, **values: Any) -> dict[str, Any] | None:
-        """The newest row with these values."""
-        return next((row for row in self.rows(kind) if all(row.get(k) == v for k, v in values.items())), None)
-
-    def project(self, slug: str) -> dict[str, Any] | None:
-        return self.one("projects", slug=slug) or self.one("projects", id=slug)
-
-    def key(self, project_id: str, name: str) -> dict[str, Any] | None:
-        return self.one("keys", project_id=project_id, name=name, revoked_at=None)
-
-    def remember(self, kind: str) -> Callable[[Any], None]:
-        """What a call made counts as there from now on."""
-        return lambda made: self.rows(kind).insert(0, made)
-
-
-def steps(api: Api, documents: list[Document], *, prune: bool = False) -> list[Step]:
+def steps(api: Api, documents: list[Document], *, prune: bool = False, renew: bool = False) -> list[Step]:
     """In the order in which they are done. Raises Failure naming file and line."""
-    present = Present(api)
+    present = Present(api, renew=renew)
+    present.coming = {
+        (each.kind, each.heads["project"], each.heads["name"])
+        for each in documents
+        if each.kind in ("Key", "Deployment")
+    }
     named = {each.heads["name"] for each in documents if each.kind == "Project"}
     found = []
-    for document in walk(documents, *ORDER):
+    for document in walk(sorted(documents, key=outward.is_default), *ORDER):
         if "project" in document.heads and not (
             document.heads["project"] in named or present.project(document.heads["project"])
         ):
@@ -117,31 +75,33 @@ def steps(api: Api, documents: list[Document], *, prune: bool = False) -> list[S
 def field_in_file(call: Call, name: str) -> str:
     """Where in its document a field of the call's body stands."""
     head = name.split(".")[0]
+    if head in call.in_file:
+        return call.in_file[head]
     return _IN_FILE.get(head, name if name in ("name", "email") else f"{call.under}.{name}")
 
 
 def _organization(present: Present, document: Document) -> Step:
     row, spec = present.organization, document.spec
     step = Step(f"organization {row['slug']}", "update", document)
-    step.calls += _patch(document, "/organization", row, ("name", "timezone", "weight"))
-    step.calls += _limits(document, "/organization/limits", row, spec)
-    return _settled(step)
+    step.calls += patch(document, "/organization", row, ("name", "timezone", "weight"))
+    step.calls += limits(document, "/organization/limits", row, spec)
+    return settled(step)
 
 
 def _project(present: Present, document: Document) -> Step:
     name, spec = document.heads["name"], document.spec
     row = present.project(name)
-    values = {"name": spec.get("title", name), **_given(spec, "weight", "zero_retention")}
+    values = {"name": spec.get("title", name), **given(spec, "weight", "zero_retention")}
     if row is None:
-        body = {**values, "slug": name, **_limits_in(document, spec)}
+        body = {**values, "slug": name, **limits_in(document, spec)}
         call = Call("POST", lambda: "/projects", lambda: body, keeps=present.remember("projects"))
         return Step(document.title, "create", document, [call])
     if "title" not in spec:
         del values["name"]
     step = Step(document.title, "update", document)
-    step.calls += _patch(document, f"/projects/{row['id']}", row, (), values)
-    step.calls += _limits(document, f"/projects/{row['id']}/limits", row, spec)
-    return _settled(step)
+    step.calls += patch(document, f"/projects/{row['id']}", row, (), values)
+    step.calls += limits(document, f"/projects/{row['id']}/limits", row, spec)
+    return settled(step)
 
 
 def _service_account(present: Present, document: Document) -> Step:
@@ -153,7 +113,7 @@ def _service_account(present: Present, document: Document) -> Step:
         )
     if row["role"] != document.spec["role"]:
         raise document.wrong("spec.role", f"it is {row['role']}; an account keeps its role: make another one")
-    return _settled(Step(document.title, "update", document))
+    return settled(Step(document.title, "update", document))
 
 
 def _member(present: Present, document: Document) -> Step:
@@ -161,8 +121,8 @@ def _member(present: Present, document: Document) -> Step:
     row = present.one("members", email=email)
     if row is not None:
         step = Step(document.title, "update", document)
-        step.calls += _patch(document, f"/members/{row['id']}", row, ("role",))
-        return _settled(step)
+        step.calls += patch(document, f"/members/{row['id']}", row, ("role",))
+        return settled(step)
     waiting = present.one("invitations", email=email, status="open")
     if waiting is not None and waiting["role"] == role:
         return Step(document.title, "same", document, note="was invited")
@@ -176,16 +136,16 @@ def _key(present: Present, document: Document) -> Step:
     name, spec = document.heads["name"], document.spec
     project = present.project(document.heads["project"])
     row = present.key(project["id"], name) if project else None
-    values = _given(spec, "weight", "scopes", "aliases", "tags", "expires_at")
+    values = given(spec, "weight", "scopes", "aliases", "tags", "expires_at")
     if row is None:
         call = Call(
             "POST",
             lambda: "/keys",
             lambda: {
                 "name": name,
-                "project_id": _id_of(present, document),
+                "project_id": project_id(present, document),
                 **values,
-                **_limits_in(document, spec),
+                **limits_in(document, spec),
             },
             waits=project is None,
             keeps=present.remember("keys"),
@@ -193,17 +153,17 @@ def _key(present: Present, document: Document) -> Step:
         return Step(document.title, "create", document, [call])
     path = f"/keys/{row['id']}"
     step = Step(document.title, "update", document)
-    step.calls += _patch(document, path, row, ("aliases", "tags"))
-    if "scopes" in spec and not _covers(row.get("scopes") or {}, spec["scopes"]):
+    step.calls += patch(document, path, row, ("aliases", "tags"))
+    if "scopes" in spec and not covers(row.get("scopes") or {}, spec["scopes"]):
         scopes = spec["scopes"]
         step.calls.append(Call("PUT", lambda: f"{path}/scopes", lambda: scopes, under="spec.scopes"))
-    step.calls += _limits(document, f"{path}/limits", row, spec)
+    step.calls += limits(document, f"{path}/limits", row, spec)
     for fixed in ("weight", "expires_at"):
-        if fixed in spec and not _same(row.get(fixed), spec[fixed]):
+        if fixed in spec and not same(row.get(fixed), spec[fixed]):
             raise document.wrong(
                 f"spec.{fixed}", f"it is {row.get(fixed)}, and a key keeps it: rotate or make another"
             )
-    return _settled(step)
+    return settled(step)
 
 
 def _deployment(present: Present, document: Document) -> Step:
@@ -216,14 +176,14 @@ def _deployment(present: Present, document: Document) -> Step:
         call = Call(
             "POST",
             lambda: "/deployments",
-            lambda: {"name": name, "project_id": _id_of(present, document), **values},
+            lambda: {"name": name, "project_id": project_id(present, document), **values},
             waits=project is None,
             keeps=present.remember("deployments"),
         )
         return Step(document.title, "create", document, [call])
     step = Step(document.title, "update", document)
-    step.calls += _patch(document, f"/deployments/{row['id']}", row, (), values)
-    return _settled(step)
+    step.calls += patch(document, f"/deployments/{row['id']}", row, (), values)
+    return settled(step)
 
 
 def _limits_document(present: Present, document: Document) -> Step:
@@ -242,29 +202,29 @@ def _limits_document(present: Present, document: Document) -> Step:
             raise document.wrong(
                 "spec.key", f"{len(found)} keys are called {spec['key']!r}: name the project too"
             )
-        return _settled(
+        return settled(
             Step(
                 f"limits of key {found[0]['name']}",
                 "update",
                 document,
-                _limits(document, f"/keys/{found[0]['id']}/limits", found[0], spec),
+                limits(document, f"/keys/{found[0]['id']}/limits", found[0], spec),
             )
         )
     if "project" in spec:
         row = present.project(str(spec["project"]))
         if row is None:
             raise document.wrong("spec.project", f"there is no project {spec['project']!r}")
-        calls = _limits(document, f"/projects/{row['id']}/limits", row, spec)
-        return _settled(Step(f"limits of project {row['slug']}", "update", document, calls))
+        calls = limits(document, f"/projects/{row['id']}/limits", row, spec)
+        return settled(Step(f"limits of project {row['slug']}", "update", document, calls))
     row = present.organization
-    calls = _limits(document, "/organization/limits", row, spec)
-    return _settled(Step(f"limits of organization {row['slug']}", "update", document, calls))
+    calls = limits(document, "/organization/limits", row, spec)
+    return settled(Step(f"limits of organization {row['slug']}", "update", document, calls))
 
 
 def _budget(present: Present, document: Document) -> Step:
     name, spec = document.heads["name"], dict(document.spec)
     if "limit_usd" in spec:
-        spec["limit_nano"] = _nano(document, "spec.limit_usd", spec.pop("limit_usd"))
+        spec["limit_nano"] = nano(document, "spec.limit_usd", spec.pop("limit_usd"))
     for needed in ("limit_nano", "period"):
         if needed not in spec:
             raise document.wrong("spec", f"Budget needs {needed}")
@@ -282,8 +242,8 @@ def _budget(present: Present, document: Document) -> Step:
     for fixed in ("period", "rolling_hours", "model"):
         values.pop(fixed, None)
     step = Step(document.title, "update", document)
-    step.calls += _patch(document, f"/budgets/{row['id']}", row, (), values)
-    return _settled(step)
+    step.calls += patch(document, f"/budgets/{row['id']}", row, (), values)
+    return settled(step)
 
 
 _MAKERS: Final[Mapping[str, Callable[[Present, Document], Step]]] = {
@@ -295,6 +255,7 @@ _MAKERS: Final[Mapping[str, Callable[[Present, Document], Step]]] = {
     "Key": _key,
     "Limits": _limits_document,
     "Budget": _budget,
+    **outward.MAKERS,
 }
 
 
@@ -321,47 +282,6 @@ def _pruned(present: Present, documents: list[Document]) -> Iterator[Step]:
 _OF_PROJECT: Final = frozenset({"Project", "Deployment", "Key"})
 
 
-def _patch(
-    document: Document,
-    path: str,
-    row: Mapping[str, Any],
-    names: tuple[str, ...],
-    values: Mapping[str, Any] | None = None,
-) -> list[Call]:
-    """A PATCH of what differs; none where nothing does."""
-    wanted = {**_given(document.spec, *names), **(values or {})}
-    change = {name: value for name, value in wanted.items() if not _same(row.get(name), value)}
-    return [Call("PATCH", lambda: path, lambda: change)] if change else []
-
-
-def _limits(document: Document, path: str, row: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Call]:
-    """A PUT of all limits where one differs: those left out of `limits` are no limits."""
-    if "limits" not in spec:
-        return []
-    wanted = _limits_in(document, spec)["limits"]
-    if all(row["limits"].get(name) == wanted.get(name) for name in _LIMIT_NAMES):
-        return []
-    return [Call("PUT", lambda: path, lambda: wanted, under="spec.limits")]
-
-
-def _limits_in(document: Document, spec: Mapping[str, Any]) -> dict[str, Any]:
-    if "limits" not in spec:
-        return {}
-    limits = dict(spec["limits"])
-    if "budget_usd" in limits:
-        limits["budget_nano"] = _nano(document, "spec.limits.budget_usd", limits.pop("budget_usd"))
-    return {"limits": limits}
-
-
-def _nano(document: Document, path: str, dollars: Any) -> int | None:
-    if dollars is None:
-        return None
-    try:
-        return int(Decimal(str(dollars)) * 1_000_000_000)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise document.wrong(path, f"{dollars!r} is no amount of dollars") from None
-
-
 def _model(present: Present, document: Document) -> str:
     """Id of the newest version of that name that is not retired, or of the one with that id or digest."""
     wanted = document.spec["model"]
@@ -371,38 +291,3 @@ def _model(present: Present, document: Document) -> str:
             return str(row["id"])
     known = ", ".join(sorted({row["name"] for row in versions if not row["retired_at"]})) or "none"
     raise document.wrong("spec.model", f"there is no model version {wanted!r}; known: {known}")
-
-
-def _id_of(present: Present, document: Document) -> str:
-    found = present.project(document.heads["project"])
-    if found is None:
-        raise document.wrong("project", f"there is no project {document.heads['project']!r}")
-    return str(found["id"])
-
-
-def _given(spec: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: spec[name] for name in names if name in spec}
-
-
-def _same(present: Any, wanted: Any) -> bool:
-    """Of an object only what is named; instants as instants."""
-    if isinstance(present, dict) and isinstance(wanted, dict) and wanted:
-        return _covers(present, wanted)
-    if isinstance(present, str) and isinstance(wanted, str) and present != wanted:
-        from datetime import datetime
-
-        try:
-            return datetime.fromisoformat(present) == datetime.fromisoformat(wanted)
-        except (ValueError, TypeError):
-            return False
-    return bool(present == wanted)
-
-
-def _covers(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(_same(present.get(name), value) for name, value in wanted.items())
-
-
-def _settled(step: Step) -> Step:
-    if not step.calls:
-        step.action = "same"
-    return step

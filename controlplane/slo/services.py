@@ -1,12 +1,14 @@
 """Writes about service-class rules. Gateways hear of each after commit."""
 
+from collections.abc import Mapping
+from typing import Any, Final
 from uuid import UUID
 
 import structlog
 
 from controlplane.deployments import selectors as deployments
 from controlplane.errors import InvalidInputError
-from controlplane.saving import insert
+from controlplane.saving import insert, update
 from controlplane.slo import selectors
 from controlplane.slo.models import SloRule
 from controlplane.tenants import invalidation
@@ -15,6 +17,7 @@ from controlplane.tenants.context import tenant
 
 log = structlog.get_logger("corral.slo")
 
+CHANGEABLE: Final = frozenset({"is_default", "ttft_ms", "itl_ms", "deadline_s", "objective_ppm"})
 _TAKEN = {
     "slorule_unique": ("slo_class", "there is a rule for this class, key and deployment: delete it first"),
     "slorule_one_default": ("is_default", "another class is the default here: delete that rule first"),
@@ -63,6 +66,22 @@ def create_rule(
         insert(rule, taken=_TAKEN)
         invalidation.publish_after_commit(invalidation.project_ref(project_id))
     log.info("slo_rule.created", organization=organization_id.hex, rule=rule.id.hex, slo_class=slo_class)
+    return rule
+
+
+def change_rule(*, organization_id: UUID, rule_id: UUID, change: Mapping[str, Any]) -> SloRule:
+    """Set what `change` names of CHANGEABLE; None of a target: as the class says. Raises NotFoundError,
+    InvalidInputError, ConflictError (another class is the default)."""
+    if unknown := sorted(change.keys() - CHANGEABLE):
+        raise InvalidInputError(f"{unknown[0]}: cannot be changed", field=unknown[0])
+    with tenant(organization_id):
+        selectors.rule(organization_id=organization_id, rule_id=rule_id)
+        rule = SloRule.objects.select_for_update(of=("self",)).get(id=rule_id)
+        for name, value in change.items():
+            setattr(rule, name, value)
+        update(rule, taken=_TAKEN)
+        invalidation.publish_after_commit(invalidation.project_ref(rule.project_id))
+    log.info("slo_rule.changed", organization=organization_id.hex, rule=rule_id.hex)
     return rule
 
 

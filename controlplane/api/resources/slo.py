@@ -66,6 +66,16 @@ class NewSloRule(Body):
     objective_ppm: _Objective | None = None
 
 
+class SloRuleChange(Body):
+    """What is left out stays as it is; null of a target: what the class says itself. What it is about stays."""
+
+    is_default: bool = False
+    ttft_ms: _Ttft | None = None
+    itl_ms: _Itl | None = None
+    deadline_s: _Deadline | None = None
+    objective_ppm: _Objective | None = None
+
+
 class RulesQuery(PageQuery):
     """Which rules."""
 
@@ -115,6 +125,24 @@ def create_slo_rule(request: ApiRequest, body: NewSloRule) -> SloRuleOut:
         objective_ppm=body.objective_ppm,
     )
     return rule_out(made)
+
+
+@operation(
+    router,
+    "PATCH",
+    "/slo-rules/{rule_id}",
+    Permission.DEPLOYMENTS_WRITE,
+    SloRuleOut,
+    current=_current,
+)
+def change_slo_rule(request: ApiRequest, rule_id: SloRuleId, body: SloRuleChange) -> SloRuleOut:
+    """Change the targets of a rule, or whether its class is the default."""
+    changed = services.change_rule(
+        organization_id=request.caller.organization_id,
+        rule_id=rule_id,
+        change=body.model_dump(exclude_unset=True),
+    )
+    return rule_out(changed)
 
 
 @operation(

@@ -13,7 +13,8 @@ from controlplane.cli.failures import Failure, Refused
 from controlplane.cli.main import Session, shown_as
 from controlplane.cli.output import emit
 from controlplane.cli.planview import ask, headline, lines
-from controlplane.cli.reconcile import Call, Step, field_in_file, steps
+from controlplane.cli.reconcile import field_in_file, steps
+from controlplane.cli.steps import Call, Step
 
 
 @click.command()
@@ -23,9 +24,17 @@ from controlplane.cli.reconcile import Call, Step, field_in_file, steps
 @click.option(
     "--prune", is_flag=True, help="End keys and deployments of the named projects that no document names."
 )
+@click.option(
+    "--renew-secrets",
+    "renew",
+    is_flag=True,
+    help="Send keys and headers of upstreams although they have some.",
+)
 @shown_as
 @click.pass_obj
-def apply(session: Session, paths: tuple[str, ...], yes: bool, dry_run: bool, prune: bool) -> None:
+def apply(
+    session: Session, paths: tuple[str, ...], yes: bool, dry_run: bool, prune: bool, renew: bool
+) -> None:
     """Make the organization look like the documents of FILE, after showing what would change.
 
     Applying the same file again changes nothing. What a document leaves out stays as it is.
@@ -46,7 +55,7 @@ def apply(session: Session, paths: tuple[str, ...], yes: bool, dry_run: bool, pr
     """
     documents = [document for path in paths for document in files.read(path)]
     _refuse_twins(documents)
-    found = steps(session.api, documents, prune=prune)
+    found = steps(session.api, documents, prune=prune, renew=renew)
     plans = [_plan(session, step) for step in found]
     changing = [step for step in found if step.calls]
     if session.form == "table":
@@ -108,6 +117,8 @@ def _do(session: Session, changing: list[Step]) -> None:
                 answer = _send(session, step, call)
                 if isinstance(answer, dict) and "key" in answer:
                     secrets.append({"name": answer["name"], "id": answer["id"], "key": answer["key"]})
+                elif isinstance(answer, dict) and "secret" in answer:
+                    secrets.append({"url": answer["url"], "id": answer["id"], "secret": answer["secret"]})
         except Failure as error:
             _hand_out(session, secrets)
             done = f"\n{n} of {len(changing)} were applied; apply again when this is right" if n else ""
@@ -121,11 +132,12 @@ def _hand_out(session: Session, secrets: list[dict[str, Any]]) -> None:
     if not secrets:
         return
     if session.form != "table":
-        emit({"keys": secrets}, session.form)
+        of = {"keys": "key", "webhooks": "secret"}
+        emit({word: [s for s in secrets if name in s] for word, name in of.items()}, session.form)
         return
-    click.echo("Keys, shown this once:", err=True)
+    click.echo("Keys and secrets, shown this once:", err=True)
     for secret in secrets:
-        click.echo(f"{secret['name']}  {secret['key']}")
+        click.echo(f"{secret.get('name') or secret['url']}  {secret.get('key') or secret['secret']}")
 
 
 def _told(step: Step, plans: list[dict[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ BODIES: dict[str, Any] = {
     "request_erasure": {"confirm": "acme"},
     "cancel_erasure": None,
     "create_slo_rule": {"slo_class": "batch", "ttft_ms": 5000},
+    "change_slo_rule": {"ttft_ms": 400},
     "delete_slo_rule": None,
     "create_budget": {"name": "team", "limit_nano": 5, "period": "day"},
     "change_budget": {"limit_nano": 7},

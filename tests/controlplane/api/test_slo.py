@@ -32,6 +32,21 @@ def test_rules_are_made_listed_and_deleted(world: World, api: Api, stranger: Api
     assert api.get("/slo-rules").body["data"] == []
 
 
+def test_a_rule_is_changed_field_by_field(world: World, api: Api, stranger: Api) -> None:
+    project = f"prj_{world.project.id.hex}"
+    body = {"project_id": project, "slo_class": "interactive", "ttft_ms": 400, "itl_ms": 90}
+    path = f"/slo-rules/{api.post('/slo-rules', body).body['id']}"
+    changed = api.call("PATCH", path, {"ttft_ms": None, "is_default": True})
+    assert (changed.status_code, changed.body["ttft_ms"], changed.body["itl_ms"]) == (200, None, 90)
+    assert changed.body["is_default"] is True
+    other = api.post("/slo-rules", {"project_id": project, "slo_class": "batch"}).body["id"]
+    taken = api.call("PATCH", f"/slo-rules/{other}", {"is_default": True})
+    assert (taken.status_code, taken.body["errors"][0]["field"]) == (409, "is_default")
+    wrong = api.call("PATCH", path, {"slo_class": "batch"})
+    assert (wrong.status_code, wrong.body["errors"][0]["field"]) == (400, "slo_class")
+    assert stranger.call("PATCH", path, {"ttft_ms": 1}).status_code == 404
+
+
 def test_attainment_says_what_was_kept_what_is_left_and_how_fast_it_burns(
     world: World, api: Api, stranger: Api
 ) -> None:
