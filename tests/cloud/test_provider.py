@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from typing import Any
 
 import pytest
 
+from infra.providers.aws.clients import Clients
 from infra.providers.aws.config import AwsConfig
 from infra.providers.aws.provider import AwsProvider
 from infra.providers.base import (
@@ -19,6 +21,7 @@ from infra.providers.base import (
 )
 from tests.cloud.conftest import TYPE, aws_config
 from tests.cloud.ec2 import ZONES, Ec2, Fault
+from workers.config import AgentConfig
 
 SPOT = tuple(f"spot/{zone}/{TYPE}" for zone in ZONES)
 
@@ -71,6 +74,24 @@ def test_the_launch_template_requires_session_tokens_and_encrypts_the_disk(
     assert data["MetadataOptions.HttpPutResponseHopLimit"] == "1"
     assert data["MetadataOptions.InstanceMetadataTags"] == "enabled"
     assert data["BlockDeviceMapping.1.Ebs.Encrypted"] == "true"
+
+
+def test_a_bought_machine_shares_weights_and_bounds_its_cache_as_the_deployment_is_set(
+    ec2: Ec2, region: tuple[Ec2, Clients]
+) -> None:
+    told = {"CORRAL_MODEL_SHARE": "imds:7437", "CORRAL_MODEL_CACHE_GIB": "1.5"}
+    aws = AwsProvider(aws_config(ec2, **told), region[1], "c0", sleep=lambda _: None)
+    aws.launch(_spec(aws), _token())
+    [instance] = ec2.instances()
+    script = instance.user_data.decode()
+    [exported] = [line for line in script.splitlines() if line.startswith("export ")]
+    given = dict(word.split("=", 1) for word in shlex.split(exported)[1:])
+    agent = AgentConfig.from_args([], {**given, "CORRAL_MACHINE_VAR": "/var/lib/corral"})
+    assert (agent.model_share, agent.model_cache_bytes) == (("imds", 7437), 3 * 2**29)
+    [kept] = [line for line in script.splitlines() if "/etc/corral/agent.env" in line and "printf" in line]
+    assert {f"{name}={value}" for name, value in told.items()} <= set(shlex.split(kept)), (
+        "and after a restart"
+    )
 
 
 def test_a_launch_template_that_somebody_deleted_is_made_again(aws: AwsProvider, ec2: Ec2) -> None:
@@ -207,6 +228,11 @@ def test_an_offer_in_a_zone_without_a_subnet_names_the_setting(aws: AwsProvider)
         ("CORRAL_AWS_VOLUME_GIB", "5"),
         ("CORRAL_AWS_ON_DEMAND_USD", "g6.xlarge=free"),
         ("CORRAL_AWS_ON_DEMAND_USD", "g6.xlarge=-1"),
+        ("CORRAL_MODEL_SHARE", "10.0.0.7:7437"),
+        ("CORRAL_MODEL_SHARE", "imds:0"),
+        ("CORRAL_MODEL_CACHE_GIB", "all"),
+        ("CORRAL_MODEL_CACHE_GIB", "nan"),
+        ("CORRAL_MODEL_CACHE_GIB", "201"),
     ],
 )
 def test_a_wrong_setting_is_named(ec2: Ec2, name: str, value: str) -> None:

@@ -43,6 +43,9 @@ class AwsConfig:
         ""  # file: AWS's public RSA certificate for instance identity documents in this region
     )
     tag_prefix: str = "corral"
+    # Of each machine's agent: where siblings fetch model versions (`imds:port`), what versions take of the disk.
+    model_share: str = ""
+    model_cache_gib: str = ""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
@@ -93,7 +96,29 @@ class AwsConfig:
             ),
             queue_url=text("QUEUE_URL", "the URL of an SQS queue", ""),
             identity_certificate=text("IDENTITY_CERTIFICATE", "the path of a PEM file", ""),
+            model_share=_model_share(environ.get("CORRAL_MODEL_SHARE", "").strip()),
+            model_cache_gib=_model_cache_gib(environ.get("CORRAL_MODEL_CACHE_GIB", "").strip(), int(volume)),
         )
+
+
+def _model_share(text: str) -> str:
+    """The same for every machine, so that only `imds` can name each one's own address."""
+    host, _, port = text.rpartition(":")
+    if text and (host != "imds" or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535):
+        raise ProviderRefusedError(
+            f"CORRAL_MODEL_SHARE={text!r}: set imds:port, e.g. imds:7437, with which each machine shares at its own "
+            "private address"
+        )
+    return text
+
+
+def _model_cache_gib(text: str, volume_gib: int) -> str:
+    if text and not (re.fullmatch(r"\d{1,5}(\.\d{1,3})?", text) and 0 < float(text) <= volume_gib):
+        raise ProviderRefusedError(
+            f"CORRAL_MODEL_CACHE_GIB={text!r}: set GiB above 0 and at most the disk's {volume_gib} "
+            "(CORRAL_AWS_VOLUME_GIB)"
+        )
+    return text
 
 
 def _nano(usd: str, remedy: str) -> int:

@@ -53,6 +53,8 @@ def user_data(spec: LaunchSpec, config: AwsConfig, var_dir: str = "/var/lib/corr
         "CORRAL_ENGINE": spec.engine,
         "CORRAL_MACHINE_REDIS": spec.redis,
         "CORRAL_TAG_PREFIX": config.tag_prefix,
+        "CORRAL_MODEL_SHARE": config.model_share,
+        "CORRAL_MODEL_CACHE_GIB": config.model_cache_gib,
     }
     pairs = [f"{name}={value}" for name, value in environ.items() if value]
     exports = [f"{name}={shlex.quote(value)}" for name, value in environ.items() if value]

@@ -72,6 +72,19 @@ def test_cover_goes_when_its_replacement_is_ready_and_only_once() -> None:
     assert orders(inputs(replace(SPOT, held=replace(SPOT.held, n_replicas=1)))).is_quiet
 
 
+def test_a_machine_that_is_being_stood_in_for_is_neither_given_up_nor_filled_in_the_same_turn() -> None:
+    other = PoolMachine(Held("m2", 0.3, 1, 4, "1xl4"), "spot/a/g6", True)
+    found = orders(inputs(COVER, other))
+    assert found.buy == (Buy("spot/a/g6", "m1"),)
+    assert not found.give_up, (
+        "what is bought for m1 would come for nothing, or m2 would move to what goes next"
+    )
+    idle_market = orders(inputs(COVER, other, refused=True))
+    assert ([g.machine_id for g in idle_market.give_up], idle_market.buy) == (["m1"], ()), (
+        "else the dearer goes"
+    )
+
+
 def test_a_cheaper_on_demand_machine_stands_in_for_a_dear_one() -> None:
     cheap = {"offers": (Buyable("on-demand/a/g4", 0.5, 4, "1xl4"),), "spot": False}
     assert orders(inputs(COVER, refused=True, **cheap)).buy == (Buy("on-demand/a/g4", "m1"),)
