@@ -47,8 +47,11 @@ def act(
 ) -> bool:
     """Carry out one command; False if fresh rows speak against it. Raises what the database raises."""
     match command:
-        case LaunchMachine(command_id):
-            return launch.launch(UUID(command_id), provider, config, cell, deployment) is not None
+        case LaunchMachine(command_id, n_replicas):
+            machine = launch.launch(
+                UUID(command_id), provider, config, cell, deployment, n_replicas=n_replicas
+            )
+            return machine is not None
         case StartReplica(command_id, machine_id, canary):
             if deployment is None:
                 return False

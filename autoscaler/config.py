@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
+from autoscaler.policy.sizes import Need
+from controlplane.policy.gpus import accelerator
+
 
 class ConfigError(ValueError):
     """A knob is out of range; the message names it, its value and the range."""
@@ -21,7 +24,7 @@ class AutoscalerConfig:
 
     provider: str = "local"
     max_machines: int = 1  # of the whole pool: the local stack shares one computer
-    replicas_per_machine: int = 4  # where the machine does not say itself what it holds
+    replicas_per_machine: int = 4  # where neither the machine nor its GPUs say what it holds
     machine_nano_per_h: int = 0  # what one of the pool costs; 0: it is there anyway
     # Long enough to bridge a break between two questions, short enough to notice that it ends.
     machine_keep_warm_s: float = 900.0
@@ -49,7 +52,9 @@ class AutoscalerConfig:
     disruptions_per_h: int = 10
     give_up_grace_s: float = 900.0
     engine: str = "vllm"  # what the agent preloads
-    accelerator: str = "cpu"  # what one replica runs on, for its engine profile: cpu, l4, 4xl4, …
+    # What one replica runs on: cpu, l4, 4xl4, … Its engine profile is made for it; a machine with GPUs holds as many
+    # replicas as it has such sets of them, or of any that do at least as much.
+    accelerator: str = "cpu"
     model_cache: str = ""  # directory the agents of the local provider share; empty: <var>/models
     enrol_url: str = ""  # empty: <console_url>/internal/enrol
     machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do
@@ -90,6 +95,15 @@ class AutoscalerConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{_variable(name)}={value}: set a number from {low} to {high}")
+        try:
+            accelerator(self.accelerator)
+        except ValueError as error:
+            raise ConfigError(f"{_variable('accelerator')}: {error}, or cpu") from None
+
+    @property
+    def need(self) -> Need:
+        """What one replica runs on."""
+        return Need(*accelerator(self.accelerator))
 
     @classmethod
     def read(cls, environ: Mapping[str, str], *, console_url: str, var: Path) -> Self:

@@ -58,9 +58,11 @@ def launch(
     cell: Cell,
     deployment: Deployment | None = None,
     stand_in: StandIn | None = None,
+    n_replicas: int = 1,
 ) -> Machine | None:
-    """One machine for this command, of the offers of `stand_in` if given; None when the pool has no place, a quota
-    of the deployment's organization or of the house would be broken, or the provider has no machine.
+    """One machine for this command, of the offers of `stand_in` if given, else of what `n_replicas` without room are
+    served by most cheaply; None when the pool has no place, a quota of the deployment's organization or of the house
+    would be broken, or the provider has no machine.
 
     Called again with the same command, it answers the machine of the first call. Only who made the row asks
     the provider, since only they have the proof; a row left behind by a crash is completed by reconcile.
@@ -68,7 +70,9 @@ def launch(
     proof, digest = new_proof()
     machine = Machine.objects.filter(command_id=command_id).first()
     if machine is None:
-        machine, is_ours = _insert(command_id, digest, provider, config, cell.keys.cell, deployment, stand_in)
+        machine, is_ours = _insert(
+            command_id, digest, provider, config, cell.keys.cell, deployment, stand_in, n_replicas
+        )
         if machine is not None and is_ours:
             return machine if ask_provider(machine, proof, provider, config) else None
     return None if machine is None or machine.state == MachineState.GONE else machine
@@ -108,12 +112,12 @@ def ask_provider(machine: Machine, proof: str, provider: Provider, config: Autos
         mark_gone(machine.id, f"{error.code}: {error}")
         return False
     market.note_refusals(launched.refusals, machine.cell, provider.name)
-    adopt(machine, launched)
+    adopt(machine, launched, config)
     log.info("machine.launched", machine=machine.id.hex, provider=provider.name)
     return True
 
 
-def adopt(machine: Machine, seen: ProviderMachine) -> None:
+def adopt(machine: Machine, seen: ProviderMachine, config: AutoscalerConfig) -> None:
     """Note the provider's name of a machine whose row does not have it yet."""
     adopted = (
         Machine.objects.filter(id=machine.id, provider_ref="")
@@ -124,6 +128,7 @@ def adopt(machine: Machine, seen: ProviderMachine) -> None:
             offering=seen.offering,
             price_nano_per_h=market.price_nano_per_h(seen.offering, machine.cell, machine.provider),
             n_gpus=market.n_gpus(seen.offering, machine.cell, machine.provider),
+            n_places=market.least_places([seen.offering], machine.cell, machine.provider, config),
         )
     )
     if adopted and seen.offering:
@@ -201,12 +206,13 @@ def _insert(
     cell_name: str,
     deployment: Deployment | None,
     stand_in: StandIn | None,
+    n_replicas: int,
 ) -> tuple[Machine | None, bool]:
     """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
     every offer refuses; whether we made it.
     """
     if stand_in is None:
-        plan = market.plan(provider, config, cell_name, command_id=command_id)
+        plan = market.plan(provider, config, cell_name, command_id=command_id, n_replicas=n_replicas)
     else:
         plan = LaunchPlan(stand_in.names, ())
     if plan is not None and not plan.names:
@@ -232,9 +238,10 @@ def _insert(
                     pool_slot=slot,
                     launch_plan=names,
                     launched_for=None if deployment is None else deployment.organization_id,
-                    # Until the provider says which of the plan it is, it counts as the dearest.
+                    # Until the provider says which of the plan it is, it counts as the dearest, and as the smallest.
                     n_gpus=most.n_gpus,
                     price_nano_per_h=most.price_nano_per_h,
+                    n_places=market.least_places(names, cell_name, provider.name, config),
                     replaces=None if stand_in is None else stand_in.replaces,
                 )
                 return machine, True

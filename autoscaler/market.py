@@ -23,6 +23,7 @@ from autoscaler.policy import alternatives
 from autoscaler.policy.market import LaunchPlan, OnDemandOffer, Purchase, backoff_s, one_more
 from autoscaler.policy.poolplan import PoolMemory
 from autoscaler.policy.poolrest import NOTHING, WARM
+from autoscaler.policy.sizes import Scale, places
 from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
 from infra.providers.base import Offering, Provider, Refusal
 
@@ -67,8 +68,10 @@ def plan(
     cell: str,
     now: datetime | None = None,
     command_id: UUID | None = None,
+    n_replicas: int = 1,
 ) -> LaunchPlan | None:
-    """What the next machine of this pool may be; None where the provider has one kind only.
+    """What the next machine of this pool may be, for so many replicas without room; None where the provider has one
+    kind only.
 
     With the command that orders it the decision is kept.
     """
@@ -78,11 +81,17 @@ def plan(
         offers = fresh(provider, cell, now)
     if not offers:
         return None
-    spec = spot_spec(config)
+    offers = usable(offers, config)
+    if not offers:
+        return LaunchPlan((), (f"nothing on sale holds a replica that runs on {config.accelerator}",))
+    spec, scale = spot_spec(config), scale_of(offers, config)
+    n_missing = scale.needed(n_replicas)
     state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider.name)
-    view = one_more(fleet_view(offers, cell, provider.name, spec, now))
-    on_demand = on_demand_offers(offers)
-    purchase = Purchase(view, on_demand, spec, memory_from(state.memory), spot=config.spot)
+    view = one_more(fleet_view(offers, cell, provider.name, spec, now, scale, n_missing), n_missing)
+    on_demand = on_demand_offers(offers, scale, n_missing)
+    purchase = Purchase(
+        view, on_demand, spec, memory_from(state.memory), config.spot, scale, n_replicas=n_replicas
+    )
     chosen, memory = purchase.plan()
     if command_id is not None:
         pooldecisions.keep(
@@ -108,19 +117,54 @@ def spot_spec(config: AutoscalerConfig) -> SpotSpec:
     return SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
 
 
-def on_demand_offers(offers: Iterable[Offer]) -> tuple[OnDemandOffer, ...]:
-    """Those that are not taken back, as the policy sees them."""
+def places_of(offer: Offer, config: AutoscalerConfig) -> int:
+    """Replicas that a machine of it holds; 0: none runs there."""
+    return places(config.need, offer.gpu, offer.n_gpus, config.replicas_per_machine)
+
+
+def usable(offers: Iterable[Offer], config: AutoscalerConfig) -> list[Offer]:
+    """Those that hold a replica."""
+    return [o for o in offers if places_of(o, config)]
+
+
+def scale_of(offers: Iterable[Offer], config: AutoscalerConfig) -> Scale:
+    """Of usable offers: what policies count them in."""
+    return Scale.of({o.name: places_of(o, config) for o in offers})
+
+
+def least_places(names: Iterable[str], cell: str, provider: str, config: AutoscalerConfig) -> int:
+    """What a machine holds at least that may be any of these; 0 where its GPUs do not say."""
+    if not config.need.gpu:
+        return 0
+    offers = Offer.objects.filter(cell=cell, provider=provider, name__in=list(names))
+    return min((places_of(o, config) for o in offers), default=0)
+
+
+def on_demand_offers(offers: Iterable[Offer], scale: Scale, n_missing: int) -> tuple[OnDemandOffer, ...]:
+    """Those that are not taken back, as the policy sees them: at the price of a unit that is used."""
     return tuple(
         OnDemandOffer(
-            o.name, o.price_nano_per_h / NANO, o.refused_until.timestamp() if o.refused_until else None
+            o.name,
+            o.price_nano_per_h / NANO / scale.useful(o.name, n_missing),
+            o.refused_until.timestamp() if o.refused_until else None,
         )
         for o in offers
         if not o.is_spot
     )
 
 
-def fleet_view(offers: Iterable[Offer], cell: str, provider: str, spec: SpotSpec, now: datetime) -> FleetView:
-    """The pool as the buying policy sees it, without machines that we give up. `n_wanted` is left 0."""
+def fleet_view(
+    offers: Iterable[Offer],
+    cell: str,
+    provider: str,
+    spec: SpotSpec,
+    now: datetime,
+    scale: Scale,
+    n_used: int,
+) -> FleetView:
+    """The pool as the buying policy sees it, without machines that we give up, in units of the scale. Prices are those
+    of a unit where so many would be used. `n_wanted` is left 0.
+    """
     rows = Machine.objects.filter(cell=cell, provider=provider, given_up_at=None).exclude(
         state=MachineState.GONE
     )
@@ -136,25 +180,29 @@ def fleet_view(offers: Iterable[Offer], cell: str, provider: str, spec: SpotSpec
             leaving[name] += row.ends_at is not None
     known = list(offers)
     fixed = [o for o in known if not o.is_spot]
+
+    def usd_per_h(o: Offer) -> float:
+        return o.price_nano_per_h / NANO / scale.useful(o.name, n_used)
+
     return FleetView(
         now_s=now.timestamp(),
         n_wanted=0,
         offers=tuple(
             OfferView(
                 o.name,
-                o.price_nano_per_h / NANO,
-                pending[o.name],
-                ready[o.name],
-                leaving[o.name],
+                usd_per_h(o),
+                pending[o.name] * scale.units(o.name),
+                ready[o.name] * scale.units(o.name),
+                leaving[o.name] * scale.units(o.name),
                 # The policy counts a fixed time from a refusal; ours grows with their number.
                 o.refused_until.timestamp() - spec.retry_s if o.refused_until else None,
             )
             for o in known
             if o.is_spot
         ),
-        on_demand_usd_per_h=min((o.price_nano_per_h / NANO for o in fixed), default=_NO_PRICE_USD),
-        n_on_demand_pending=sum(pending[o.name] for o in fixed),
-        n_on_demand_ready=sum(ready[o.name] for o in fixed),
+        on_demand_usd_per_h=min((usd_per_h(o) for o in fixed), default=_NO_PRICE_USD),
+        n_on_demand_pending=sum(pending[o.name] * scale.units(o.name) for o in fixed),
+        n_on_demand_ready=sum(ready[o.name] * scale.units(o.name) for o in fixed),
     )
 
 
@@ -185,6 +233,15 @@ def price_nano_per_h(name: str, cell: str, provider: str) -> int:
         "price_nano_per_h", flat=True
     )
     return found.first() or 0
+
+
+def replica_usd_per_h(config: AutoscalerConfig, cell: str, now: datetime) -> float:
+    """A replica's share of one more machine: of the cheapest on-demand offer for it, else of any; as configured where
+    nothing is on sale."""
+    rows = Offer.objects.filter(cell=cell, provider=config.provider, priced_at__gt=now - STALE_AFTER)
+    prices = [(o.is_spot, o.price_nano_per_h / places_of(o, config)) for o in usable(rows, config)]
+    nano = min(prices)[1] if prices else config.machine_nano_per_h / config.replicas_per_machine
+    return nano / NANO
 
 
 def n_gpus(name: str, cell: str, provider: str) -> int:

@@ -14,11 +14,11 @@ from uuid import UUID
 
 from django.db.models import Count, Q
 
+from autoscaler import market
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import LIVE_PHASES, Replica
 from autoscaler.policy.fleet import at_most
 from autoscaler.policy.ration import Caps, Demand, Purse, ration
-from autoscaler.selectors import machine_price_nano_per_h
 from autoscaler.types import Observation, ScalerSpec
 from controlplane.budgets import selectors as budgets
 from controlplane.budgets.models import Budget
@@ -46,7 +46,7 @@ def granted(
     if left is None:
         return None
     tenant, own = str(deployment.organization), deployment.id.hex
-    each = machine_price_nano_per_h(config, cell) / NANO / config.replicas_per_machine
+    each = market.replica_usd_per_h(config, cell, now)
     demands = [Demand(own, tenant, n_wanted, each, n_least=min(deployment.min_replicas, n_wanted))]
     demands += [Demand(did, tenant, n, each, n_least=min(least, n)) for did, n, least in _others(deployment)]
     found = ration(demands, [Purse(tenant, left)], Caps(horizon_h=HORIZON_H))

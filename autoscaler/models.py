@@ -83,6 +83,12 @@ class Machine(models.Model):
         null=True, blank=True, help_text="the organization whose deployment it was bought for"
     )
     n_gpus = models.PositiveIntegerField(default=0, help_text="of what was bought, or may be")
+    n_places = models.PositiveIntegerField(
+        default=0,
+        db_default=0,
+        help_text="replicas that its GPUs hold: the least of what it may be until its provider has said; "
+        "0: as many as the house says",
+    )
     given_up_at = models.DateTimeField(
         null=True, blank=True, help_text="we move everything off it, of our own accord, to save money"
     )

@@ -97,11 +97,11 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
 
 
 def capacity(machine: Machine, config: AutoscalerConfig) -> int:
-    """Replicas a machine holds: what its agent reported, else the pool's default."""
+    """Replicas a machine holds: what its agent reported, else by its GPUs, else the pool's default."""
     told = machine.capabilities.get("max_replicas")
     if isinstance(told, int) and 1 <= told <= 256:
         return told
-    return config.replicas_per_machine
+    return machine.n_places or config.replicas_per_machine
 
 
 def _ask_redis(

@@ -7,6 +7,7 @@ pool's memory and acts. A provider with one kind of machine and no price has not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -17,6 +18,7 @@ from django.utils import timezone
 
 from autoscaler import launch, market, pooldecisions, timings
 from autoscaler.codec import to_json
+from autoscaler.config import AutoscalerConfig
 from autoscaler.models import (
     LIVE_PHASES,
     Machine,
@@ -34,7 +36,8 @@ from autoscaler.policy.ident import command_id
 from autoscaler.policy.ladder import Rung, Stakes
 from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, plan_pool
 from autoscaler.policy.poolrest import NOTHING, WARM, RestInputs
-from autoscaler.policy.spot import FleetView, SpotSpec, effective_usd_per_h
+from autoscaler.policy.sizes import Scale
+from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, effective_usd_per_h
 from autoscaler.tick import House
 from controlplane.deployments.models import Deployment
 from infra.providers.base import ProviderError
@@ -48,7 +51,7 @@ def turn(house: House, now: datetime | None = None) -> set[UUID]:
     """One turn; the deployments to tick, because they have replicas on a machine that is given up."""
     now = now or timezone.now()
     cell, provider = house.cell.keys.cell, house.provider.name
-    offers = market.fresh(house.provider, cell, now)
+    offers = market.usable(market.fresh(house.provider, cell, now), house.config)
     if not offers:
         return set()
     state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider)
@@ -75,9 +78,8 @@ def turn(house: House, now: datetime | None = None) -> set[UUID]:
 def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) -> PoolInputs:
     """The pool as plan_pool() takes it. Reads only."""
     config, cell = house.config, house.cell.keys.cell
-    spec = market.spot_spec(config)
+    spec, scale = market.spot_spec(config), market.scale_of(offers, config)
     learned = market.memory_from(state.memory)
-    view = market.fleet_view(offers, cell, house.provider.name, spec, now)
     all_rows = (
         Machine.objects.filter(cell=cell, provider=house.provider.name)
         .exclude(state=MachineState.GONE)
@@ -86,23 +88,17 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
     )
     rows = [row for row in all_rows if row.given_up_at is None]
     by_name = {o.name: o for o in offers}
-    places = {by_name[r.offering].instance_type: capacity(r, config) for r in rows if r.offering in by_name}
     machines = tuple(_machine(row, by_name, house) for row in rows)
-    n_wanted = sum(1 for m in machines if m.held.n_replicas and not m.held.is_leaving)
-    view = FleetView(
-        view.now_s,
-        n_wanted,
-        view.offers,
-        view.on_demand_usd_per_h,
-        view.n_on_demand_pending,
-        view.n_on_demand_ready,
+    n_wanted = sum(scale.needed(m.held.n_replicas) for m in machines if not m.held.is_leaving)
+    view = replace(
+        market.fleet_view(offers, cell, house.provider.name, spec, now, scale, n_wanted), n_wanted=n_wanted
     )
     buyable = tuple(
         Buyable(
             name=o.name,
-            usd_per_h=_price(o, view, spec, state),
-            n_places=places.get(o.instance_type, config.replicas_per_machine),
-            fits=_fits(o),
+            usd_per_h=_price(o, view, spec, learned, scale),
+            n_places=scale.places[o.name],
+            fits=_fits(o, config),
         )
         for o in offers
         if (config.spot or not o.is_spot) and (o.refused_until is None or o.refused_until <= now)
@@ -118,12 +114,16 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         memory=market.pool_memory_from(state.pool_memory),
         n_room=config.max_machines - sum(1 for row in all_rows if row.pool_slot is not None),
         max_spares=config.max_spares,
-        cover=min(((o.usd_per_h, o.name) for o in buyable if not by_name[o.name].is_spot), default=(0.0, ""))[
-            1
-        ],
+        cover=_cover([o for o in buyable if not by_name[o.name].is_spot], scale, n_wanted),
         spot=config.spot,
         rest=_rest(house, machines, buyable),
+        scale=scale,
     )
+
+
+def _cover(fixed: list[Buyable], scale: Scale, n_wanted: int) -> str:
+    """What is not taken back at the least for each unit that is used; '' where nothing is sold."""
+    return min(((o.usd_per_h / scale.useful(o.name, n_wanted), o.name) for o in fixed), default=(0.0, ""))[1]
 
 
 def _rest(house: House, machines: tuple[PoolMachine, ...], offers: tuple[Buyable, ...]) -> RestInputs:
@@ -155,7 +155,7 @@ def _machine(row: Machine, by_name: dict[str, Offer], house: House) -> PoolMachi
         usd_per_h=usd_per_h,
         n_replicas=n_live,
         n_places=capacity(row, house.config),
-        fits="" if offer is None else _fits(offer),
+        fits="" if offer is None else _fits(offer, house.config),
         is_ready=row.state in (MachineState.READY, MachineState.DRAINING),
         is_leaving=row.state == MachineState.DRAINING,
         # A start is paid for twice, at the price of its place.
@@ -165,16 +165,20 @@ def _machine(row: Machine, by_name: dict[str, Offer], house: House) -> PoolMachi
     return PoolMachine(held, name, name.startswith("spot/"))
 
 
-def _price(offer: Offer, view: FleetView, spec: SpotSpec, state: PoolState) -> float:
-    """With what losses cost, for spot."""
+def _price(offer: Offer, view: FleetView, spec: SpotSpec, learned: SpotMemory, scale: Scale) -> float:
+    """Of a machine, with what losses cost, for spot."""
     for each in view.offers:
         if each.name == offer.name:
-            return effective_usd_per_h(each, view, spec, market.memory_from(state.memory))
+            usd_per_h = effective_usd_per_h(each, view, spec, learned)
+            return usd_per_h * scale.useful(offer.name, view.n_wanted)
     return offer.price_nano_per_h / market.NANO
 
 
-def _fits(offer: Offer) -> str:
-    """Replicas move only between machines with the same GPUs; without, within one type."""
+def _fits(offer: Offer, config: AutoscalerConfig) -> str:
+    """Replicas move between all machines that hold one by their GPUs; where nobody says what a replica needs, between
+    those with the same GPUs, or without any, within one type."""
+    if config.need.gpu:
+        return config.accelerator
     return f"{offer.n_gpus}x{offer.gpu}" if offer.n_gpus else offer.instance_type
 
 
@@ -182,13 +186,13 @@ def _fits(offer: Offer) -> str:
 
 
 def _act(row: PoolDecision, orders: PoolOrders, inputs: PoolInputs, house: House, now: datetime) -> set[UUID]:
-    spot = [
-        o.name
-        for o in sorted(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
-        if o.name.startswith("spot/")
-    ]
+    by_price = sorted(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
+    spot = {o.name: o.n_places for o in by_price if o.name.startswith("spot/")}
+    n_replicas = {m.held.id: m.held.n_replicas for m in inputs.machines}
     for number, wanted in enumerate(orders.buy):
-        others = [name for name in spot if name != wanted.offer] if wanted.offer in spot else []
+        n_least = n_replicas.get(wanted.replaces, spot.get(wanted.offer, 0))
+        others = [name for name, n in spot.items() if name != wanted.offer and n >= n_least]
+        others = others if wanted.offer in spot else []
         stand_in = launch.StandIn(
             (wanted.offer, *others[: _MAX_ALTERNATIVES - 1]),
             UUID(hex=wanted.replaces) if wanted.replaces else None,

@@ -145,7 +145,7 @@ def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Rep
             launch.ask_provider(row, "", house.provider, house.config)
         return
     if not row.provider_ref:
-        launch.adopt(row, seen)
+        launch.adopt(row, seen, house.config)
     if seen.state is ProviderState.RUNNING and row.n_restarts and row.launched_at:
         if now - row.launched_at > RESTARTS_FORGIVEN_AFTER:
             Machine.objects.filter(id=row.id).update(n_restarts=0)

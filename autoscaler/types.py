@@ -223,10 +223,11 @@ class ScalerMemory:
 
 @dataclass(frozen=True, slots=True)
 class LaunchMachine:
-    """Buy one machine."""
+    """Buy one machine. `n_replicas` found no room: what it would hold beyond them is no gain."""
 
     KIND: ClassVar[str] = "launch_machine"
     command_id: str
+    n_replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     orders: list[Command] = [*late, *leaving, *surplus, *replaced, *tried]
     orders += [StartReplica("", machine_id) for machine_id in placement.machine_ids]
     orders += [StartReplica("", machine_id, canary=True) for machine_id in trial.machine_ids]
-    orders += [LaunchMachine("")] if placement.launch or trial.launch else []
+    if placement.launch or trial.launch:
+        orders.append(LaunchMachine("", max(placement.n_unplaced, trial.n_unplaced)))
     commands, memory = _number(orders, observation.deployment_id, memory)
     return Decision(commands, memory, tuple(reasons), want.n, verdict)
 

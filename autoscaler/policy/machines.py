@@ -43,9 +43,11 @@ def to_release(
 ) -> tuple[TerminateMachine, ...]:
     """Machines without a replica for `keep_warm_s`, or that did not come up in `pending_timeout_s`.
 
-    So many empty machines stay however long they have been empty.
+    So many empty machines stay however long they have been empty: those that hold most.
     """
     commands = []
+    empty = [m for m in machines if not m.n_replicas and m.state is MachineState.READY]
+    kept = {m.id for m in sorted(empty, key=lambda m: (-m.n_free, m.id))[:n_kept]}
     for machine in sorted(machines, key=lambda m: m.id):
         age_s = now_s - machine.created_at_s
         coming_up = machine.state in (MachineState.PENDING, MachineState.ENROLLED)
@@ -55,8 +57,7 @@ def to_release(
         elif machine.state is MachineState.DRAINING and machine.n_replicas == 0:
             reason = "drained"
         elif not coming_up and empty_s >= keep_warm_s and machine.n_replicas == 0:
-            if n_kept > 0:
-                n_kept -= 1
+            if machine.id in kept:
                 continue
             reason = f"no replica for {empty_s:.0f} s, kept warm for {keep_warm_s:g} s"
         else:

@@ -7,9 +7,10 @@ Called by autoscaler/market.py before a machine is ordered; the plan is stored w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, buy, effective_usd_per_h
 
 MAX_PLAN: Final = 12  # offers asked for one machine: more would only make the call longer
@@ -37,16 +38,37 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
-    """All that `plan_launch` is given, as it is stored with the machine that was ordered."""
+    """All that `plan_launch` is given, as it is stored with the machine that was ordered.
+
+    Counts and prices are those of the scale's units: what a machine costs for each unit that `n_replicas`, for which
+    there is no room, would use of it.
+    """
 
     view: FleetView
     on_demand: tuple[OnDemandOffer, ...]
     spec: SpotSpec
     memory: SpotMemory
     spot: bool = True
+    scale: Scale = field(default_factory=Scale)
+    n_replicas: int = 1
 
     def plan(self) -> tuple[LaunchPlan, SpotMemory]:
-        return plan_launch(self.view, self.on_demand, self.spec, self.memory, spot=self.spot)
+        plan, memory = plan_launch(self.view, self.on_demand, self.spec, self.memory, spot=self.spot)
+        if self.scale.is_mixed:
+            plan = replace(plan, reasons=(*plan.reasons, self._by_size(plan)))
+        return plan, memory
+
+    def _by_size(self, plan: LaunchPlan) -> str:
+        """The best of each size in the plan, at what a replica that is wanted pays for it."""
+        usd = {o.name: effective_usd_per_h(o, self.view, self.spec, self.memory) for o in self.view.offers}
+        usd |= {o.name: o.usd_per_h for o in self.on_demand}
+        best: dict[int, tuple[float, str]] = {}
+        for name in plan.names:
+            n = self.scale.places[name]
+            best[n] = min(best.get(n, (usd[name], name)), (usd[name], name))
+        sizes = ", ".join(f"{name} {usd:.4f} $/h (holds {n})" for n, (usd, name) in sorted(best.items()))
+        unit = "each" if self.scale.unit == 1 else f"every {self.scale.unit}"
+        return f"for {unit} of {self.n_replicas} replicas without room: {sizes}"
 
 
 def plan_launch(
@@ -104,10 +126,10 @@ def backoff_s(n_refusals: int) -> float:
     return float(min(BACKOFF_FIRST_S * 2 ** max(n_refusals - 1, 0), BACKOFF_MAX_S))
 
 
-def one_more(view: FleetView) -> FleetView:
-    """The same pool with one machine more wanted than it has or has ordered."""
+def one_more(view: FleetView, n: int = 1) -> FleetView:
+    """The same pool with `n` more wanted than it has or has ordered."""
     held = sum(o.n_pending + o.n_ready - o.n_leaving for o in view.offers)
-    return replace(view, n_wanted=held + view.n_on_demand_pending + view.n_on_demand_ready + 1)
+    return replace(view, n_wanted=held + view.n_on_demand_pending + view.n_on_demand_ready + n)
 
 
 def _refused(refused_at_s: float | None, view: FleetView, spec: SpotSpec) -> bool:

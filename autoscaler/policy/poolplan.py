@@ -22,6 +22,7 @@ from autoscaler.policy.disruption import (
     consolidate,
 )
 from autoscaler.policy.poolrest import WARM, RestInputs, RestMemory, next_rest
+from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
 
 MAX_BUYS: Final = 16  # machines a turn; the next one comes in seconds
@@ -48,7 +49,8 @@ class PoolMemory:
 
 @dataclass(frozen=True, slots=True)
 class PoolInputs:
-    """All that a turn is given. `view.n_wanted`: machines with work that stay. n_room: machines the pool may have more.
+    """All that a turn is given. The view counts units of the scale; `view.n_wanted`: those with work that stay. n_room:
+    machines the pool may have more.
     max_spares: machines without work at most. cover: the on-demand offer to buy cover of ('' = none sells). `spot`
     False: nothing is bought that can be taken back.
     """
@@ -66,6 +68,7 @@ class PoolInputs:
     cover: str = ""
     spot: bool = True
     rest: RestInputs = field(default_factory=RestInputs)
+    scale: Scale = field(default_factory=Scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class PoolOrders:
 
 def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     """Orders for now, and what to remember. Ties by id."""
-    wanted, learned = buy(inputs.view, inputs.spec, inputs.learned)
+    in_units, learned = buy(inputs.view, inputs.spec, inputs.learned)
+    wanted = inputs.scale.machines(in_units)
     staying = [m for m in sorted(inputs.machines, key=lambda m: m.held.id) if not m.held.is_leaving]
     buys = _buys(inputs, wanted, staying) if inputs.spot else []
 
@@ -120,13 +124,13 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     reasons = [*told.reasons]
     buys += [Buy(offer, machine) for offer, machine in told.launch]
     give_up = {each: _why(each, told.reasons) for each in told.give_up}
-    for name, n in ((_ON_DEMAND, wanted.release_on_demand), *wanted.release):
+    for name, n in ((_ON_DEMAND, in_units.release_on_demand), *in_units.release):
         released = _to_release(inputs, staying, name, n, disruption, set(give_up))
         give_up |= released
         reasons += [f"{machine}: {why}" for machine, why in released.items()]
         at_s = (inputs.view.now_s,) * len(released)
         disruption = DisruptionMemory((*disruption.given_up_at_s, *at_s))
-    cancel = _to_cancel(staying, wanted.cancel, wanted.cancel_on_demand) if inputs.view.n_wanted else []
+    cancel = _to_cancel(inputs, staying, in_units) if inputs.view.n_wanted else []
     resting, schedule = next_rest(inputs.rest, inputs.view.now_s, inputs.memory.rest)
     if schedule is not None and resting.rung == WARM and not inputs.machines and inputs.offers:
         best = min(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
@@ -144,21 +148,31 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         tuple(GiveUp(machine, "what is ready suffices") for machine in cancel),
         tuple(reasons),
     )
-    return orders, learned, PoolMemory(disruption, _n_spares(inputs, wanted) if inputs.spot else 0, resting)
+    return (
+        orders,
+        learned,
+        PoolMemory(disruption, _n_spares(inputs, in_units, staying) if inputs.spot else 0, resting),
+    )
 
 
 def _buys(inputs: PoolInputs, wanted: Orders, staying: list[PoolMachine]) -> list[Buy]:
-    """Machines that are missing: the first spot ones stand in for on-demand machines that have work, the others lie
-    ready as spares, as many as are allowed.
+    """Machines that are missing: the first spot ones stand in for on-demand machines that have work and whose replicas
+    they hold, the others lie ready as spares, as many as are allowed.
     """
     stood_in_for = {m.held.replaces for m in inputs.machines if m.held.replaces}
-    dear = [
-        m.held.id for m in staying if not m.is_spot and m.held.n_replicas and m.held.id not in stood_in_for
-    ]
+    dear = [m.held for m in staying if not m.is_spot and m.held.n_replicas and m.held.id not in stood_in_for]
     n_more = inputs.max_spares - sum(1 for m in staying if not m.held.n_replicas and not m.held.replaces)
-    names = [name for name, n in wanted.launch for _ in range(n)]
-    found = [Buy(name, machine) for name, machine in zip(names, dear, strict=False)]
-    spare = names[len(found) :] + ([inputs.cover] if inputs.cover else []) * wanted.launch_on_demand
+    holds = {o.name: o.n_places for o in inputs.offers}
+    found, spare = [], []
+    for name in (name for name, n in wanted.launch for _ in range(n)):
+        held = next((h for h in dear if h.n_replicas <= holds.get(name, h.n_places)), None)
+        if held is None:
+            spare.append(name)
+        else:
+            dear.remove(held)
+            found.append(Buy(name, held.id))
+    if inputs.cover:
+        spare += [inputs.cover] * -(-wanted.launch_on_demand // inputs.scale.units(inputs.cover))
     return found + [Buy(name) for name in spare[: max(n_more, 0)]]
 
 
@@ -170,8 +184,9 @@ def _to_release(
     memory: DisruptionMemory,
     gone: set[str],
 ) -> dict[str, str]:
-    """Ready machines with work, of an offer or on-demand ones, as far as the budget allows and their replicas fit on
-    machines that are ready and stay. Empty ones go when they have been so for long enough (machines.py)."""
+    """Ready machines with work, of an offer or on-demand ones, `n` units at most, as far as the budget allows and their
+    replicas fit on machines that are ready and stay. Empty ones go when they have been so for long (machines.py).
+    """
     if n <= 0 or not inputs.view.n_wanted:
         return {}
     left = allowance(
@@ -182,15 +197,19 @@ def _to_release(
     ready = [m for m in staying if m.held.is_ready and m.held.id not in gone]
     of_kind = [m for m in ready if (not m.is_spot if name == _ON_DEMAND else m.offering == name)]
     of_name = [m for m in of_kind if m.held.n_replicas]
-    n -= len(of_kind) - len(of_name)
+    units = inputs.scale.units
+    n -= sum(units(m.offering) for m in of_kind) - sum(units(m.offering) for m in of_name)
     of_name.sort(key=lambda m: (m.held.n_replicas, -m.held.usd_per_h, m.held.id))
     others = [m.held for m in ready if m not in of_kind]
     n_free = sum(h.n_places - h.n_replicas for h in others)
     found: dict[str, str] = {}
     for machine in of_name:
         held = machine.held
-        if len(found) >= min(n, left) or held.n_replicas > n_free:
+        if len(found) >= left or held.n_replicas > n_free:
             break
+        if units(machine.offering) > n:
+            continue
+        n -= units(machine.offering)
         n_free -= held.n_replicas
         found[held.id] = (
             "spot serves again: on-demand is not needed any more"
@@ -200,16 +219,27 @@ def _to_release(
     return found
 
 
-def _to_cancel(staying: list[PoolMachine], cancel: Iterable[tuple[str, int]], n_on_demand: int) -> list[str]:
+def _to_cancel(inputs: PoolInputs, staying: list[PoolMachine], wanted: Orders) -> list[str]:
     coming = [m for m in staying if not m.held.is_ready and not m.held.n_replicas]
-    found = [m.held.id for m in coming if not m.is_spot][:n_on_demand]
-    for name, n in cancel:
-        found += [m.held.id for m in coming if m.offering == name][:n]
+    found = _within([m for m in coming if not m.is_spot], wanted.cancel_on_demand, inputs.scale)
+    for name, n in wanted.cancel:
+        found += _within([m for m in coming if m.offering == name], n, inputs.scale)
     return found
 
 
-def _n_spares(inputs: PoolInputs, wanted: Orders) -> int:
-    """Machines beyond those with work once these orders are carried out."""
+def _within(machines: list[PoolMachine], n: int, scale: Scale) -> list[str]:
+    """The first of them that are `n` units together at most."""
+    found = []
+    for machine in machines:
+        if scale.units(machine.offering) <= n:
+            n -= scale.units(machine.offering)
+            found.append(machine.held.id)
+    return found
+
+
+def _n_spares(inputs: PoolInputs, wanted: Orders, staying: list[PoolMachine]) -> int:
+    """Machines beyond those with work once these orders (in units) are carried out: the largest first, as they are kept
+    (machines.py)."""
     view = inputs.view
     if not view.n_wanted:
         return 0
@@ -218,7 +248,20 @@ def _n_spares(inputs: PoolInputs, wanted: Orders) -> int:
     n += sum(n for _, n in wanted.launch) + wanted.launch_on_demand
     n -= sum(n for _, n in (*wanted.release, *wanted.cancel))
     n -= wanted.release_on_demand + wanted.cancel_on_demand
-    return min(max(n - view.n_wanted, 0), inputs.max_spares)
+    n -= view.n_wanted
+    empty = [inputs.scale.units(m.offering) for m in staying if not m.held.n_replicas]
+    empty += [
+        inputs.scale.units(name)
+        for name, n in wanted.launch
+        for _ in range(-(-n // inputs.scale.units(name)))
+    ]
+    n_machines = 0
+    for each in sorted(empty, reverse=True):
+        if n <= 0:
+            break
+        n -= each
+        n_machines += 1
+    return min(n_machines, inputs.max_spares)
 
 
 def _why(machine: str, reasons: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from controlplane.policy.engineprofile.types import (
     Value,
     Wish,
 )
+from controlplane.policy.gpus import accelerator as parse_accelerator
 from controlplane.policy.gpus import gpu
 from controlplane.prediction.perf.coefficients import coefficients
 from workers.engine.base import EngineProfile, ProfileError
@@ -47,14 +48,11 @@ class Chosen:
 
 def hardware(text: str) -> Hardware:
     """`cpu`, `l4`, `4xl4`: what one replica runs on. Raises InvalidInputError (field `accelerator`)."""
-    if text in ("", "cpu"):
-        return Hardware(None)
-    count, times, name = text.partition("x")
-    n, name = (int(count), name) if times and count.isdigit() and name else (1, text)
     try:
-        return Hardware(gpu(name), n)
+        name, n = parse_accelerator(text)
     except ValueError as error:
         raise InvalidInputError(f"accelerator={text!r}: {error}, or cpu", field="accelerator") from None
+    return Hardware(gpu(name), n) if name else Hardware(None)
 
 
 def promise(slo: SloClass) -> Promise:

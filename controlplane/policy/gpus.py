@@ -86,6 +86,17 @@ def gpu(name: str) -> Gpu:
     return found
 
 
+def accelerator(text: str) -> tuple[str, int]:
+    """(GPU, how many) of `l4` or `4xl4`; ("", 1) of `cpu` and of nothing. ValueError names what is known."""
+    if text in ("", "cpu"):
+        return "", 1
+    count, times, name = text.partition("x")
+    n, name = (int(count), name) if times and count.isascii() and count.isdigit() else (1, text)
+    if n < 1:
+        raise ValueError(f"{text!r}: at least one GPU")
+    return gpu(name).name, n
+
+
 # NVIDIA's compute capability, times ten: which arithmetic and which kernels a card has.
 CAPABILITIES: Final = MappingProxyType(
     {

@@ -16,10 +16,12 @@ from django.utils import timezone
 from autoscaler import reconcile
 from autoscaler.identity import Expected
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Offer, Replica
+from autoscaler.tick import House
 from autoscaler.watch.recorder import Recorder
 from autoscaler.watch.watcher import Watcher
 from infra.providers.aws.provider import AwsProvider
 from tests.autoscaler.conftest import Scaling, eventually, operator_db, scaling  # noqa: F401 - fixtures
+from tests.cloud.asking import Asker
 from tests.cloud.conftest import TYPE, aws_config
 from tests.cloud.ec2 import REGION, ZONES, Ec2
 from tests.cloud.hypervisor import Hypervisor
@@ -35,6 +37,11 @@ class Cloud:
     hypervisor: Hypervisor
     watcher: Watcher
     recorder: Recorder
+    asker: Asker
+
+    def rehouse(self, house: House) -> None:
+        """From now on the control loop works with this configuration and provider."""
+        self.scaling.house = self.recorder.house = house
 
     def wake(self, *requests: str) -> None:
         self.scaling.queue(*requests)
@@ -46,6 +53,42 @@ class Cloud:
 
     def machines(self) -> list[Machine]:
         return list(Machine.objects.exclude(state=MachineState.GONE).order_by("created_at"))
+
+    def answered(self, eventually: Callable[..., None], request: str) -> str:  # noqa: F811
+        """The text of its answer, which was whole."""
+        eventually(lambda: self.asker.answer(request)[1], "the request is answered", 60)
+        text, end = self.asker.answer(request)
+        assert end is not None
+        assert (end.error, end.n_completion) == (None, 8)
+        return text
+
+    def all_given_back(self, eventually: Callable[..., None]) -> None:  # noqa: F811
+        """Nobody wants the model any more: the control worker itself gives everything back, and nothing is left that a
+        row does not know of, or that a command bought twice."""
+        self.scaling.change(deleted_at=timezone.now())
+        self.recorder.want_tick(self.scaling.deployment.id.hex)
+        eventually(
+            lambda: not Replica.objects.filter(phase__in=LIVE_PHASES).exists(), "the replicas have ended", 30
+        )
+        house = self.scaling.house
+        cold = replace(house, config=replace(house.config, machine_keep_warm_s=0.0))
+        eventually(lambda: reconcile.reconcile(cold) and not self.ec2.alive(), "all is given back", 30)
+        eventually(lambda: self.machines() == [], "and the rows say so", 10)
+        assert_nothing_left(self.ec2)
+
+
+def assert_nothing_left(ec2: Ec2) -> None:
+    """No machine runs; each that ever did is in one row; and no command bought two."""
+    assert ec2.alive() == []
+    bought = {i.id: {t["key"]: t["value"] for t in i.get_tags()} for i in ec2.instances()}
+    rows = {m.provider_ref: m for m in Machine.objects.exclude(provider_ref="")}
+    assert set(bought) == set(rows), "an orphan, or a machine that never was"
+    for ref, tags in bought.items():
+        assert (tags["corral:token"], tags["corral:machine"]) == (
+            rows[ref].command_id.hex,
+            rows[ref].id.hex,
+        )
+    assert len({tags["corral:token"] for tags in bought.values()}) == len(bought), "bought twice"
 
 
 @pytest.fixture
@@ -77,7 +120,9 @@ def cloud(
     hypervisor.start()
     recorder.start()
     watcher.start()
-    yield Cloud(scaling, ec2, hypervisor, watcher, recorder)
+    asker = Asker(scaling.house.cell, scaling.deployment.id.hex)
+    yield Cloud(scaling, ec2, hypervisor, watcher, recorder, asker)
+    asker.close()
     watcher.stop()
     recorder.stop()
     for machine in aws.describe():

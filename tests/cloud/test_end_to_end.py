@@ -1,0 +1,116 @@
+"""Issue 6, end to end on the simulated region, one promise each: from a request with nothing running to its answer by a
+real agent, and at the end everything is given back by the control worker's own doing. test_one_tick.py has each promise
+without agents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autoscaler.models import Machine, MachineState, Offer, Replica
+from controlplane.deployments import services
+from controlplane.deployments.models import ModelSource
+from infra.objectstore import Place, publish
+from tests.autoscaler.conftest import eventually, operator_db, scaling  # noqa: F401 - fixtures
+from tests.cloud.conftest import TYPE
+from tests.cloud.ec2 import ZONES, Fault
+from tests.cloud.test_from_zero import Cloud, cloud  # noqa: F401 - fixture
+from tests.workers.modelcache.test_store import a_version
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.django_db(transaction=True, databases=["default", "operator"]),
+]
+Eventually = Callable[..., None]
+N_WEIGHTS = 4 << 20
+
+
+def test_from_zero_a_request_buys_a_spot_machine_that_boots_loads_weights_from_s3_and_answers(
+    cloud: Cloud,  # noqa: F811
+    s3: dict[str, str],
+    tmp_path: Path,
+    eventually: Eventually,  # noqa: F811
+) -> None:
+    weights = os.urandom(N_WEIGHTS)
+    source, place = tmp_path / "origin", Place("models", f"e2e-{os.urandom(4).hex()}")
+    manifest = a_version(source, {"config.json": b"{}", "model.safetensors": weights})
+    publish(source, manifest, place, lambda name, size: None)
+    version = services.create_model_version(
+        organization_id=cloud.scaling.world.organization.id,
+        digest=manifest.digest,
+        name="stored",
+        source_kind=ModelSource.DIRECTORY,
+        source_uri=place.uri,
+        size_bytes=N_WEIGHTS,
+        max_model_len=4096,
+        manifest={"files": [{"name": entry.name} for entry in manifest.files]},
+    )
+    cloud.scaling.change(model_version_id=version.id)
+    (source / "model.safetensors").unlink()  # nowhere but in the bucket
+    assert (cloud.ec2.alive(), cloud.machines()) == ([], [])
+
+    request = cloud.asker.ask("what is left when all is gone?")
+    text = cloud.answered(eventually, request)
+    assert text
+    [machine] = cloud.machines()
+    assert (machine.offering, machine.state) == (f"spot/{ZONES[0]}/{TYPE}", MachineState.READY)
+    [instance] = cloud.ec2.instances()
+    assert (instance.id, instance.lifecycle) == (machine.provider_ref, "spot")
+    assert machine.ready_at is not None
+    assert machine.launched_at is not None
+    assert machine.ready_at > machine.launched_at, "it booted"
+    [guest] = cloud.hypervisor.guests.values()
+    assert (guest.var / "models" / manifest.digest / "model.safetensors").read_bytes() == weights
+    assert cloud.answered(eventually, cloud.asker.ask("what is left when all is gone?")) == text
+    assert cloud.ec2.count("CreateFleet") == 1
+    cloud.all_given_back(eventually)
+
+
+def test_no_capacity_in_one_zone_buys_the_next_offering_in_the_same_tick(
+    cloud: Cloud,  # noqa: F811
+    eventually: Eventually,  # noqa: F811
+) -> None:
+    cloud.ec2.sell([f"spot/{zone}/{TYPE}" for zone in ZONES[:2]])
+    cloud.answered(eventually, cloud.asker.ask("who else sells?"))
+    [machine] = cloud.machines()
+    assert machine.offering == f"spot/{ZONES[2]}/{TYPE}"
+    assert cloud.ec2.count("CreateFleet") == 1, "one call asked all three zones"
+    assert Machine.objects.count() == 1, "no row of a machine that was not to be had"
+    refused = Offer.objects.filter(n_refusals=1, refused_until__gt=machine.created_at)
+    assert set(refused.values_list("name", flat=True)) == {f"spot/{zone}/{TYPE}" for zone in ZONES[:2]}
+    cloud.all_given_back(eventually)
+
+
+@pytest.mark.parametrize("n_lost", [1, 3], ids=["asked-again-at-once", "found-by-reconcile"])
+def test_a_lost_reply_of_create_fleet_is_exactly_one_machine(
+    cloud: Cloud,  # noqa: F811
+    eventually: Eventually,  # noqa: F811
+    n_lost: int,
+) -> None:
+    cloud.ec2.faults.append(Fault("CreateFleet", times=n_lost, lose_reply=True))
+    cloud.answered(eventually, cloud.asker.ask("did you hear me?"))
+    assert len(cloud.ec2.instances()) == 1
+    tokens = {form["ClientToken"] for action, form in cloud.ec2.calls if action == "CreateFleet"}
+    assert len(tokens) == 1, "every repetition was the same request to AWS"
+    assert cloud.ec2.count("CreateFleet") == min(n_lost + 1, 3)
+    cloud.all_given_back(eventually)
+    assert Replica.objects.count() == 1
+
+
+def test_throttling_is_backed_off_from_and_the_request_served_with_bounded_calls(
+    cloud: Cloud,  # noqa: F811
+    eventually: Eventually,  # noqa: F811
+) -> None:
+    """A whole round of three calls is refused, and the first of the next: the row of the first is gone, a later tick
+    buys, and the waiting request has lost nothing but time."""
+    cloud.ec2.faults.append(Fault("CreateFleet", times=4, code="RequestLimitExceeded", status=503))
+    cloud.answered(eventually, cloud.asker.ask("too fast?"))
+    assert cloud.ec2.count("CreateFleet") == 5
+    assert len(cloud.ec2.instances()) == 1
+    gone = Machine.objects.filter(state=MachineState.GONE)
+    assert [("RequestLimitExceeded" in m.reason, m.provider_ref) for m in gone] == [(True, "")]
+    cloud.all_given_back(eventually)
