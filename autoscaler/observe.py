@@ -91,6 +91,7 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
             created_at_s=row.created_at.timestamp(),
             empty_since_s=None if row.n_live else _latest_s((row.emptied_at, row.ready_at)),
             ends_at_s=_latest_s((row.ends_at,)),
+            ready_at_s=_latest_s((row.ready_at,)),
         )
         for row in rows
     )

@@ -31,7 +31,8 @@ from autoscaler.models import ScalerState
 from autoscaler.observe import observe
 from autoscaler.policy import alternatives
 from autoscaler.policy.decide import decide
-from autoscaler.policy.eta import eta_ms
+from autoscaler.policy.eta import Timings, eta_ms
+from autoscaler.policy.starts import COMING, starts
 from autoscaler.policyversion import policy_version
 from autoscaler.specs import scaler_spec
 from autoscaler.types import (
@@ -47,6 +48,7 @@ from autoscaler.types import (
 from controlplane import ids
 from controlplane.deployments.models import Deployment, Phase
 from controlplane.deployments.status import record_phase
+from controlplane.policy.coming import text as starts_text
 from infra.providers.base import Provider
 from workers.contract import Stage
 
@@ -144,7 +146,7 @@ def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -
             done=done,
             reasons=decision.reasons,
         )
-    _publish_stage(deployment, observation, decision, house)
+    _publish_stage(deployment, observation, spec, decision, house)
     return decision
 
 
@@ -173,21 +175,30 @@ def _store(
 
 
 def _publish_stage(
-    deployment: Deployment, observation: Observation, decision: Decision, house: House
+    deployment: Deployment, observation: Observation, spec: ScalerSpec, decision: Decision, house: House
 ) -> None:
-    """Tell waiting clients where they stand: on every change, and again while somebody waits."""
+    """Tell waiting clients where they stand: on every change, and again while somebody waits. And gateways, when which
+    replicas will be there."""
     status, cell, did = decision.status, house.cell, deployment.id.hex
     try:
-        last = cell.last_stage(did)
+        *last, told = cell.last_told(did)
         if status.stage is None:
-            if last != ("", ""):
+            if any((*last, told)):
                 cell.forget_stage(did)
             return
-        is_news = last != (status.stage.value, status.code)
+        averages: Timings | None = None
+        if any(r.phase in COMING for r in observation.replicas):
+            averages = timings.read(house.config.provider, deployment.model_version.digest)
+            coming = starts_text(starts(observation, spec, averages))
+        else:
+            coming = ""
+        if coming != told:
+            cell.tell_starts(did, coming)
+        is_news = last != [status.stage.value, status.code]
         somebody_waits = bool(observation.n_queued) and status.stage is not StageName.READY
         if not is_news and not somebody_waits:
             return
-        averages = timings.read(house.config.provider, deployment.model_version.digest)
+        averages = averages or timings.read(house.config.provider, deployment.model_version.digest)
         in_stage_s = observation.now_s - (status.stage_since_s or observation.now_s)
         cell.publish_stage(
             Stage(

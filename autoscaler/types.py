@@ -65,6 +65,7 @@ class MachineView:
     created_at_s: float
     empty_since_s: float | None = None  # since when no replica lives on it
     ends_at_s: float | None = None  # its provider takes it away then
+    ready_at_s: float | None = None  # since when its agent takes replicas
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `dep:<dep>:v` | hash | trusted | virtual counters of the flows; swept by the watcher |
 | `dep:<dep>:reps` | set of replica ids | trusted | replicas that may receive work |
 | `dep:<dep>:ovf` | set of replica ids | trusted | endpoints elsewhere that take what would wait too long |
-| `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail |
-| `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, KV tokens, why the slots changed last |
+| `dep:<dep>:stage` | hash | trusted | what a waiting client is told: stage, eta_ms, detail; and starts |
+| `rep:<rid>` | hash | trusted | machine, deployment, state, slots, used, KV tokens, pace, why the slots changed last |
 | `rep:<rid>:live` | set of request ids | trusted | requests bound to the replica |
 | `rep:<rid>:px` | zset of prefix hashes | trusted | what its cache probably holds, bounded |
 | `failed` | set of request ids | trusted | given up; until their gateways and holds were told |

@@ -26,16 +26,17 @@ class Routing(GivingUp):
         kv_tokens: int = 0,
         elsewhere: tuple[str, int, float] | None = None,
         share: int | None = None,
+        pace: str = "",
     ) -> int:
         """The replica takes requests; answers how many waiting ones were given out. Safe to repeat. `kv_tokens`: what
         its memory holds; 0 leaves what was said before. `elsewhere`: of an endpoint its role, after how many ms an
         overflow takes what waits, and what a token there costs to routing. `share`: of a canary (policy/canary.py:
-        threshold)."""
+        threshold). `pace`: how fast it should be (controlplane/policy/pace.py: Speed.text)."""
         extra: tuple[str | int, ...] = ()
         if elsewhere is not None:
             extra = (elsewhere[0], elsewhere[1], f"{elsewhere[2]:.3f}")
-        elif share is not None:
-            extra = ("", 0, 0, share)
+        elif share is not None or pace:
+            extra = ("", 0, 0, "" if share is None else share, pace)
         n_bound = n = int(self._run(ENROL, replica, machine, deployment, slots, kv_tokens, *extra))
         for _ in range(MAX_ENROL_CALLS):
             if n < BOUND_PER_CALL:

@@ -35,8 +35,23 @@ class Stages(Connection):
 
     def last_stage(self, deployment: str) -> tuple[str, str]:
         """(stage, code) as last published; ('', '') when there is none."""
-        stage, code = cast(list[bytes | None], self.redis.hmget(self.keys.stage(deployment), "stage", "code"))
-        return (stage or b"").decode(), (code or b"").decode()
+        stage, code, _ = self.last_told(deployment)
+        return stage, code
+
+    def last_told(self, deployment: str) -> tuple[str, str, str]:
+        """(stage, code) as last published, and starts as last told; each '' when there is none."""
+        asked = self.redis.hmget(self.keys.stage(deployment), "stage", "code", "starts")
+        stage, code, starts = ((value or b"").decode() for value in cast(list[bytes | None], asked))
+        return stage, code, starts
+
+    def tell_starts(self, deployment: str, starts: str) -> None:
+        """Which replicas are being started (controlplane/policy/coming.py: text); gateways look at once."""
+        key = self.keys.stage(deployment)
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.hset(key, "starts", starts)
+        pipeline.pexpire(key, RETENTION_MS)
+        pipeline.publish(self.keys.route_channel, deployment)
+        pipeline.execute()
 
     def forget_stage(self, deployment: str) -> None:
         self.redis.delete(self.keys.stage(deployment))

@@ -42,7 +42,7 @@ def status(
         return Status(DeploymentPhase.READY, trouble, StageName.READY, now_s)
     coming = [r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING)]
     if coming:
-        stage, since_s = _stage_of(coming, observation)
+        stage, since_s = _furthest(coming, observation)
         return Status(DeploymentPhase.STARTING, error, stage, since_s)
     if ordered is not None:
         return Status(DeploymentPhase.STARTING, error, ordered, now_s)
@@ -71,12 +71,19 @@ def status(
     return Status(DeploymentPhase.STARTING, error or no_room, StageName.WAKING, now_s)
 
 
-def _stage_of(coming: list[ReplicaView], observation: Observation) -> tuple[StageName, float]:
+def stage_of(replica: ReplicaView, observation: Observation) -> tuple[StageName, float]:
+    """Where a replica that is coming stands, and since when."""
+    if replica.phase is ReplicaPhase.LOADING:
+        return StageName.LOADING_MODEL, replica.phase_at_s
+    machine = next((m for m in observation.machines if m.id == replica.machine_id), None)
+    if machine is None or machine.state is not MachineState.READY:
+        return StageName.LAUNCHING_MACHINE, replica.phase_at_s
+    return StageName.STARTING_REPLICA, max(replica.phase_at_s, machine.ready_at_s or 0.0)
+
+
+def _furthest(coming: list[ReplicaView], observation: Observation) -> tuple[StageName, float]:
     """Stage of the replica that is furthest, and since when."""
-    states = {m.id: m.state for m in observation.machines}
-    loading = [r for r in coming if r.phase is ReplicaPhase.LOADING]
-    if loading:
-        return StageName.LOADING_MODEL, min(r.phase_at_s for r in loading)
-    since_s = min(r.phase_at_s for r in coming)
-    on_ready = any(states.get(r.machine_id) is MachineState.READY for r in coming)
-    return (StageName.STARTING_REPLICA if on_ready else StageName.LAUNCHING_MACHINE), since_s
+    order = list(StageName)
+    return min(
+        (stage_of(r, observation) for r in coming), key=lambda found: (-order.index(found[0]), found[1])
+    )

@@ -11,6 +11,7 @@ from uuid import UUID
 from django.db.models import F
 
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.watch import paces
 from controlplane.deployments.models import Deployment
 from controlplane.policy.canary import threshold
 from controlplane.policy.upstream import price_factor
@@ -46,6 +47,8 @@ class KnownReplica:
     elsewhere: Elsewhere | None = None
     # Of a canary: its share of the requests (policy/canary.py: threshold). None: as much as any replica.
     share: int | None = None
+    # How fast it should be, as gateways are told (watch/paces.py). '': nobody can tell.
+    pace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ def canary_shares(cell: str) -> dict[tuple[UUID, str], int]:
 
 
 def read(cell: str, version: int) -> Table:
-    """Four queries, and one more where endpoints are attached. Raises django.db errors when Postgres is away."""
+    """Four queries, one more where endpoints are attached, and some for what was never seen before. Raises
+    django.db errors when Postgres is away."""
     replicas = (
         Replica.objects.filter(phase__in=LIVE_PHASES, machine__cell=cell)
         .annotate(itl_ms=F("deployment__slo_class__itl_ms"))
@@ -77,7 +81,8 @@ def read(cell: str, version: int) -> Table:
     )
     shares = canary_shares(cell)
     pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
-    machines = list(pool.only("id", "state", "redis_password_digest", "provider"))
+    machines = list(pool.only("id", "state", "redis_password_digest", "provider", "offering"))
+    bought = {row.id: (row.offering, cell, row.provider) for row in machines}
     rows = list(replicas)
     external = {row.id.hex for row in machines if row.provider == ExternalProvider.name}
     elsewhere = _elsewhere([row.id for row in rows if row.machine_id.hex in external])
@@ -96,6 +101,7 @@ def read(cell: str, version: int) -> Table:
                 itl_ms=row.itl_ms or 0,
                 elsewhere=elsewhere.get(row.id),
                 share=shares.get((row.deployment_id, row.spec_digest)),
+                pace=paces.told(row.spec_digest, *bought[row.machine_id]) if row.machine_id in bought else "",
             )
             for row in rows
         },

@@ -421,6 +421,7 @@ class Watcher:
                 None if elsewhere is None else (elsewhere.role.value, elsewhere.after_ms, elsewhere.price)
             ),
             share=replica.share,
+            pace=replica.pace,
         )
         log.info("replica.enrolled", replica=replica.id, slots=wanted, n_given=n_given)
 

@@ -37,10 +37,12 @@ class Forecasts:
             if len(self._gates) >= _MAX_GATES:
                 self._gates.clear()
             gate = self._gates[deployment.id] = Gate()
+        if not gate.pace.n:
+            self._presume(gate, deployment.id)
         slots, n_prefill = self._routes.standing(
             deployment.id, candidates[0] if candidates else "", organization
         )
-        stream.slots = slots
+        stream.slots, stream.coming = slots, self._routes.coming(deployment.id, stream.admitted_at_ms)
         terms = stream.terms = gate.terms(
             organization,
             deployment.promise,
@@ -49,6 +51,7 @@ class Forecasts:
             slots=slots,
             n_prefill=n_prefill,
             predicts=deployment.predicts,
+            coming=stream.coming,
         )
         if terms.is_hopeless:
             raise self.refusal(stream, 0)
@@ -60,7 +63,7 @@ class Forecasts:
         gate = self._gates.get(stream.deployment.id)
         if gate is not None:
             stream.ahead_ms = ahead_ms
-            stream.total_s = gate.total_s(stream.terms, ahead_ms, stream.slots)
+            stream.total_s = gate.total_s(stream.terms, ahead_ms, stream.slots, stream.coming)
             _record(gate, stream).let_in(stream.terms)
 
     def refusal(self, stream: Stream, ahead_ms: int) -> ApiError:
@@ -69,10 +72,12 @@ class Forecasts:
         assert terms is not None
         self.n_refused += 1
         stream.ahead_ms = ahead_ms
-        stream.total_s = terms.first_s if terms.is_hopeless else gate.total_s(terms, ahead_ms, stream.slots)
+        stream.total_s = (
+            terms.first_s if terms.is_hopeless else gate.total_s(terms, ahead_ms, stream.slots, stream.coming)
+        )
         record = _record(gate, stream)
         seen = record.outlook(promise, stream.total_s)
-        retry_after_s = record.late(terms, ahead_ms, stream.slots)
+        retry_after_s = record.late(terms, ahead_ms, stream.slots, stream.coming)
         if terms.is_hopeless:
             retry_after_s = max(retry_after_s, min(terms.first_s, 60.0))
         return ApiError(
@@ -113,6 +118,12 @@ class Forecasts:
         elif placed is not None:
             gate.pace.saw_first(placed.n_before + placed.n_fresh, first_s)
         gate.pace.saw_answer(n_prompt, n_completion, stream.last_at - first_at)
+
+    def _presume(self, gate: Gate, deployment: str) -> None:
+        """Before anything was seen: as fast as the performance model says of the replicas that are there."""
+        told = self._routes.pace(deployment)
+        if told is not None and told != gate.presumed:
+            gate.presume(told)
 
     def coverage(self) -> float:
         """The least share of first words within the quantile for 90 %, over those that are judged."""

@@ -13,6 +13,9 @@ import contextlib
 import time
 from typing import Final
 
+from controlplane.policy import coming
+from controlplane.policy.coming import Coming
+from controlplane.policy.pace import Speed
 from controlplane.policy.routing import Ask, Board, Placed, ReplicaLoad
 from workers.keys import CellKeys
 from workers.redis_client import Client, RedisError
@@ -28,13 +31,15 @@ _UNKNOWN: Final = Ask(1)
 
 
 class _View:
-    __slots__ = ("again", "board", "looking", "replicas", "shares", "slots", "used_at")
+    __slots__ = ("again", "board", "looking", "pace", "replicas", "shares", "slots", "starts", "used_at")
 
     def __init__(self) -> None:
         self.board = Board(_CACHE_TOKENS)
         self.replicas: dict[str, ReplicaLoad] = {}
         self.shares: dict[str, int] = {}  # of canaries: of 65,536 requests, so many
         self.slots = 0  # of all of them
+        self.pace: Speed | None = None  # what the performance model says of them; None: nothing
+        self.starts: coming.Starts = ()  # replicas that are being started
         self.used_at = 0.0
         self.looking = False
         self.again = False  # it changed while being looked at
@@ -79,6 +84,16 @@ class RouteTable:
         """Slots of all ready replicas, as last seen, and prompt tokens of this flow that wait at this one."""
         view = self._views.get(deployment)
         return (0, 0) if view is None else (view.slots, view.board.n_own_prefill(replica, flow))
+
+    def coming(self, deployment: str, now_ms: int) -> tuple[Coming, ...]:
+        """Replicas that are being started, as last told."""
+        view = self._views.get(deployment)
+        return coming.NONE if view is None or not view.starts else coming.of(view.starts, now_ms)
+
+    def pace(self, deployment: str) -> Speed | None:
+        """How fast the ready replicas should be, by the performance model; None where it cannot tell."""
+        view = self._views.get(deployment)
+        return None if view is None else view.pace
 
     def scores(self, deployment: str, ask: Ask) -> list[tuple[ReplicaLoad, float, int, int]]:
         """What each replica would cost, as `candidates` ranks them; see Board.scores."""
@@ -132,7 +147,7 @@ class RouteTable:
                 view.again = False
                 members = await self._redis.call("SMEMBERS", self._keys.replicas(deployment))
                 ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
-                rows = await asyncio.gather(
+                *rows, (starts,) = await asyncio.gather(
                     *(
                         self._redis.call(
                             "HMGET",
@@ -144,10 +159,13 @@ class RouteTable:
                             "ad",
                             "share",
                             "price",
+                            "pace",
                         )
                         for r in ids
-                    )
+                    ),
+                    self._redis.call("HMGET", self._keys.stage(deployment), "starts"),
                 )
+                view.starts = coming.parse(starts)
                 view.replicas = {
                     replica: ReplicaLoad(
                         replica,
@@ -158,9 +176,10 @@ class RouteTable:
                         kv_tokens=int(kv or 0),
                         price=float(price or 1),
                     )
-                    for replica, (mid, used, slots, kv, held, _, price) in zip(ids, rows, strict=True)
+                    for replica, (mid, used, slots, kv, held, _, price, _) in zip(ids, rows, strict=True)
                     if mid
                 }
+                view.pace = Speed.mean([speed for row in rows if (speed := Speed.parse(row[7])) is not None])
                 view.shares = {r: int(row[5]) for r, row in zip(ids, rows, strict=True) if row[5] is not None}
                 view.board.see(view.replicas)
                 view.slots = sum(load.slots for load in view.replicas.values())

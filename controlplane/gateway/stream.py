@@ -15,6 +15,7 @@ from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.policy.admission import Hold
+from controlplane.policy.coming import NONE
 from controlplane.policy.outlook import Terms
 from controlplane.policy.routing import Placed
 from controlplane.prediction.lengths.model import Lengths
@@ -83,6 +84,7 @@ class Stream:
         "ahead_ms",
         "ask_after",
         "catching_up",
+        "coming",
         "comment_due",
         "counted",
         "deadline",
@@ -166,10 +168,11 @@ class Stream:
         # Output tokens as the length model sees them: none where no model was asked.
         self.predicted: Lengths | None = None
 
-        # What was predicted of it: the terms of its admission, over so many slots; slot time (ms) before it in the
-        # queue, and seconds to its first word, uncorrected, where it had to wait.
+        # What was predicted of it: the terms of its admission, over so many slots, and those that were being started;
+        # slot time (ms) before it in the queue, and seconds to its first word, uncorrected, where it had to wait.
         self.terms: Terms | None = None
         self.slots = 0
+        self.coming = NONE
         self.ahead_ms = 0
         self.total_s = 0.0
 

@@ -8,6 +8,7 @@ refused: nothing would be gained.
 
     first word = (slot time before it + one mean request) / slots + its own prefill
 
+where replicas that are being started add their slots from when they will probably be ready (coming.py). That is taken
 times a factor that is learned as quantiles of observed over predicted (perfbias.py), per organization and class.
 Between the two quantiles errors are taken as log-normal, which gives the probability of meeting any target. What is
 predicted is compared with what came: where the quantiles do not hold, nobody is refused by them until they do.
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from controlplane.policy.coming import NONE, Coming, drained_s, drains_in_s
 from controlplane.policy.flows import ANY_MS
-from controlplane.policy.pace import Pace
+from controlplane.policy.pace import Pace, Speed
 from controlplane.policy.perfbias import Bias
 from controlplane.policy.promises import Promise
 
@@ -116,10 +118,10 @@ class Record:
             total_s * bias.p50, total_s * bias.p90, attainment(promise.ttft_ms / 1000, total_s, bias)
         )
 
-    def late(self, terms: Terms, ahead_ms: int, slots: int) -> float:
+    def late(self, terms: Terms, ahead_ms: int, slots: int, coming: Sequence[Coming] = NONE) -> float:
         """A request was refused: seconds after which as much has drained as was too much."""
         self.n_late += 1
-        too_much_s = (ahead_ms - max(terms.most_ahead_ms, 0)) / 1000 / max(slots, 1)
+        too_much_s = drains_in_s((ahead_ms - max(terms.most_ahead_ms, 0)) / 1000, slots, coming)
         return min(max(too_much_s, _MIN_RETRY_S), _MAX_RETRY_S)
 
     def let_in(self, terms: Terms) -> None:
@@ -142,9 +144,14 @@ class Gate:
 
     def __init__(self, pace: Pace | None = None) -> None:
         self.pace = pace or Pace()
+        self.presumed: Speed | None = None
         self._records: OrderedDict[tuple[str, str], Record] = (
             OrderedDict()
         )  # the one not used for longest goes
+
+    def presume(self, speed: Speed) -> None:
+        """The pace begins with this, whatever it began with. For a pace that has not seen an answer yet."""
+        self.presumed, self.pace = speed, Pace(*speed)
 
     def records(self) -> Iterable[tuple[tuple[str, str], Record]]:
         """(organization, class) and its record, of those seen here lately."""
@@ -172,10 +179,11 @@ class Gate:
         slots: int,
         n_prefill: int = 0,
         predicts: bool = True,
+        coming: Sequence[Coming] = NONE,
     ) -> Terms:
         """For a request of `n_prompt` tokens and an answer of probably `n_output`. `slots`: of all ready replicas (0:
-        none is known); `n_prefill`: prompt tokens that wait for their first word where it would go. Without
-        `predicts` nothing is refused, and all is predicted all the same."""
+        none is known); `n_prefill`: prompt tokens that wait for their first word where it would go; `coming`: replicas
+        that are being started. Without `predicts` nothing is refused, and all is predicted all the same."""
         pace = self.pace
         slot_s = pace.slot_s(n_prompt, n_output)
         first_s = pace.first_s(n_prompt + n_prefill)
@@ -183,18 +191,19 @@ class Gate:
         record = self.record(organization, promise)
         if predicts and slots > 0 and pace.n >= MIN_SEEN and record.judges:
             longest_s = longest(promise, slot_s)
-            most = self._most_ms(longest_s * record.share - first_s, slots)
-            own = self._most_ms(longest_s * _SHARE - first_s, slots)
+            most = self._most_ms(longest_s * record.share - first_s, slots, coming)
+            own = self._most_ms(longest_s * _SHARE - first_s, slots, coming)
             is_hopeless = n_prefill > 0 and first_s > longest_s * _SHARE
         return Terms(max(1, int(slot_s * 1000)), most, own, first_s, is_hopeless)
 
-    def _most_ms(self, wait_s: float, slots: int) -> int:
+    def _most_ms(self, wait_s: float, slots: int, coming: Sequence[Coming]) -> int:
         """Slot time that drains in `wait_s`, less a request's own wait for a slot; at least -1."""
-        return max(-1, min(int((wait_s * slots - self.pace.mean_slot_s) * 1000), ANY_MS))
+        done_s = drained_s(wait_s, slots, coming) if coming else wait_s * slots
+        return max(-1, min(int((done_s - self.pace.mean_slot_s) * 1000), ANY_MS))
 
-    def total_s(self, terms: Terms, ahead_ms: int, slots: int) -> float:
+    def total_s(self, terms: Terms, ahead_ms: int, slots: int, coming: Sequence[Coming] = NONE) -> float:
         """Seconds to the first word of a request that must wait, uncorrected."""
-        return (ahead_ms / 1000 + self.pace.mean_slot_s) / max(slots, 1) + terms.first_s
+        return drains_in_s(ahead_ms / 1000 + self.pace.mean_slot_s, slots, coming) + terms.first_s
 
 
 def longest(promise: Promise, slot_s: float) -> float:

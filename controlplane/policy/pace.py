@@ -8,13 +8,40 @@ sums, no requests. Seconds are wall seconds as the gateway sees them, queueing e
 from __future__ import annotations
 
 import math
-from typing import Final
-
-from controlplane.policy.perfmodel import StepModel
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 _KEEP: Final = 0.98  # of the sums, per request: the last 50 have most of the say
 _PRIOR: Final = 2.0  # requests that what is said beforehand counts for
+_SLOWEST_S: Final = 100.0  # for a token or a step: nothing is slower and still served
 _PRIOR_TOKENS: Final = 1_000  # where the second point of the prior's line lies
+
+
+class Speed(NamedTuple):
+    """What the performance model says of a replica: seconds to a first word of no prompt at all, more per prompt token,
+    and per further token."""
+
+    base_s: float
+    token_s: float
+    step_s: float
+
+    @classmethod
+    def mean(cls, speeds: Sequence[Speed]) -> Speed | None:
+        """Of several replicas; None of none."""
+        return cls(*(sum(column) / len(speeds) for column in zip(*speeds, strict=True))) if speeds else None
+
+    @classmethod
+    def parse(cls, told: bytes | None) -> Speed | None:
+        """Of `text`; None for anything else, and for what cannot be: it is only a beginning."""
+        try:
+            found = cls(*map(float, (told or b"").split()))
+        except (TypeError, ValueError):
+            return None
+        return found if all(math.isfinite(value) and 0 <= value < _SLOWEST_S for value in found) else None
+
+    @property
+    def text(self) -> str:
+        return " ".join(f"{value:.6g}" for value in self)
 
 
 class Pace:
@@ -48,13 +75,6 @@ class Pace:
         self._slot_s, self._weight = 0.0, 0.0
         # Slot time of the requests seen; that of a short answer until there were any.
         self.mean_slot_s = self.slot_s(100, 64)
-
-    @classmethod
-    def of(cls, step: StepModel, n_running: int = 16) -> Pace:
-        """What the performance model says, at a batch of `n_running`."""
-        one_s = step.prefill_s(1)
-        token_s = (step.prefill_s(_PRIOR_TOKENS) - one_s) / (_PRIOR_TOKENS - 1)
-        return cls(one_s, token_s, step.step_s(0, 0.0, n_running, n_running * _PRIOR_TOKENS))
 
     def first_s(self, n_tokens: int) -> float:
         """From a slot to the first word, with so many prompt tokens to compute until then."""

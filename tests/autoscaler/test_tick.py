@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from autoscaler import reconcile
+from autoscaler import reconcile, timings
 from autoscaler.models import Decision, Machine, MachineState, Replica, ReplicaPhase, ScalerState
 from autoscaler.tick import replay, stored_commands
+from autoscaler.types import StageName
 from controlplane.deployments.models import Deployment, Phase
+from controlplane.policy import coming
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
 
@@ -308,3 +310,26 @@ def test_slots_are_observed_as_given_and_as_configured(scaling: Scaling) -> None
     assert seen.slots == 3.0
     scaling.house.cell.redis.delete(scaling.house.cell.keys.replica(replica.id.hex))
     assert scaling.tick().decision.memory.samples[-1].slots == 4.0
+
+
+def test_gateways_are_told_when_a_replica_that_starts_will_be_there(scaling: Scaling) -> None:
+    """As long as it starts, and no longer; what is told does not move while it goes by plan."""
+    timings.note("fake", "", StageName.LAUNCHING_MACHINE, 40_000)
+    digest = scaling.deployment.model_version.digest
+    timings.note("fake", digest, StageName.STARTING_REPLICA, 2_000)
+    timings.note("fake", digest, StageName.LOADING_MODEL, 3_000)
+    cell, did = scaling.house.cell, scaling.deployment.id.hex
+
+    def told() -> tuple[tuple[int, int], ...]:
+        scaling.tick()
+        return coming.parse(cell.last_told(did)[2].encode())
+
+    scaling.queue("a")
+    told()
+    began_ms = round(scaling.replica().phase_at.timestamp() * 1000)
+    assert told() == told() == ((4, began_ms + 45_000),)
+    ready_at = scaling.machine_up().ready_at
+    assert ready_at is not None
+    assert told() == ((4, round(ready_at.timestamp() * 1000) + 5_000),)
+    scaling.report(scaling.replica(), Reported.READY)
+    assert told() == ()

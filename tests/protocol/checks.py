@@ -208,6 +208,8 @@ def _answer(world: World, view: View, answer: Answer) -> None:
             not record and answer.returns
         ):  # told when it came back: the call that came back has no record of its own
             record = max(view.records().values(), key=lambda known: int(known.get(b"crashes", 0)), default={})
+        elif b"next" in record:  # it left and came back: the one that continued it died, under its name
+            record = world.record(record[b"next"].decode())
         n_deaths = int(record.get(b"crashes", 0))
         assert n_deaths >= 2, f"{name}: called poison after {n_deaths} deaths"
         return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from controlplane.gateway.directory import SloBook
+from controlplane.policy import coming
 from controlplane.policy.outlook import MIN_SEEN, Gate
-from controlplane.policy.pace import Pace
+from controlplane.policy.pace import Pace, Speed
 from controlplane.policy.perfbias import Bias
 from tests.controlplane.gateway.harness import CHAT, DEPLOYMENT, KEYS, Machine, Running, until
 from tests.controlplane.gateway.test_fair_queue import Held, change_book, occupy, says, send
@@ -129,7 +131,7 @@ async def test_a_gateway_learns_from_what_it_serves(gw: Running, held: Held) -> 
     held._go.clear()
     busy = await occupy(gw, held)
     waiting = await send(gw, says("a"))
-    stream = next(s for s in gw.gateway.inbox.streams.values() if s.queued)
+    stream = await until(lambda: next((s for s in gw.gateway.inbox.streams.values() if s.queued), None))
     assert stream.total_s > 0
     held.release_all()
     assert {(await task).status_code for task in (busy, waiting)} == {200}
@@ -142,3 +144,46 @@ async def test_a_gateway_learns_from_what_it_serves(gw: Running, held: Held) -> 
         record.waited(0.001, 10.0)  # always later than said, and ever later
         record.bias = Bias()
     assert (gw.gateway.forecasts.n_failing(), gw.gateway.forecasts.coverage() < 0.75) == (1, True)
+
+
+async def test_a_replica_that_is_being_started_counts_from_when_it_will_be_ready(
+    gw: Running, held: Held
+) -> None:
+    """As the control worker tells it (autoscaler/tick.py); one that should have been ready long ago counts no more."""
+    await known_slots(gw)
+    await occupy(gw, held)
+    gate = learn(gw, 0.3)
+    waiting = [await send(gw, says("a"))]
+    assert (await gw.post(says("b"))).status_code == 503
+    for in_s, is_admitted in ((0.05, True), (-100.0, False)):
+        starts = coming.text([(32, int((time.time() + in_s) * 1000))])
+        await gw.redis.hset(KEYS.stage(DEPLOYMENT), "starts", starts)
+        await gw.redis.publish(KEYS.route_channel, DEPLOYMENT)
+        await until(
+            lambda wanted=starts: gw.gateway.routes._views[DEPLOYMENT].starts == coming.parse(wanted.encode())
+        )
+        if is_admitted:
+            waiting.append(await send(gw, says("c")))
+            stream = max(gw.gateway.inbox.streams.values(), key=lambda s: s.number)
+            await until(lambda waits=stream: waits.queued)
+            assert stream.total_s < gate.total_s(stream.terms, stream.ahead_ms, stream.slots) / 2
+        else:
+            assert (await gw.post(says("d"))).status_code == 503
+    held.release_all()
+    assert {(await task).status_code for task in waiting} == {200}
+
+
+async def test_predictions_begin_with_what_the_performance_model_says(gw: Running, held: Held) -> None:
+    told = Speed(0.4, 0.003, 0.07)
+    for replica in await gw.redis.smembers(KEYS.replicas(DEPLOYMENT)):
+        await gw.redis.hset(KEYS.replica(replica.decode()), "pace", told.text)
+    await known_slots(gw)
+    held.release_all()
+    assert (await gw.post(says("a"))).status_code == 200
+    gate = gw.gateway.forecasts._gates[DEPLOYMENT]
+    assert gate.presumed == told
+    await until(lambda: gate.pace.n)
+    for _ in range(MIN_SEEN):
+        assert (await gw.post(says("a"))).status_code == 200
+    assert gate.pace.first_s(3) < 0.4, "what is seen takes its place"
+    assert gate.presumed == told

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from controlplane.policy.fairness import BESIDE, FairQueue
 from controlplane.policy.flows import ANY_MS, TOKEN, Flow, Request
-from controlplane.policy.gpus import GPUS
-from controlplane.policy.models import MODELS
 from controlplane.policy.outlook import (
     FLOOR,
     MAX_RECORDS,
@@ -26,7 +24,6 @@ from controlplane.policy.outlook import (
 )
 from controlplane.policy.pace import Pace
 from controlplane.policy.perfbias import Bias
-from controlplane.policy.perfmodel import roofline
 from controlplane.policy.promises import CLASSES, Promise
 
 INTERACTIVE, STANDARD, BATCH, FLEX = CLASSES
@@ -147,13 +144,6 @@ def test_prompts_of_one_length_do_not_tilt_the_line() -> None:
         pace.saw_first(64, 0.5)
     assert pace.first_s(64) == pytest.approx(0.5, rel=0.05)
     assert 0 <= pace.token_s < 0.01
-
-
-def test_the_performance_model_says_it_beforehand() -> None:
-    step = roofline(MODELS["llama-3.1-8b"], GPUS["h100_sxm"])
-    pace = Pace.of(step)
-    assert pace.first_s(1_000) == pytest.approx(step.prefill_s(1_000), rel=0.05)
-    assert 0.001 < pace.step_s < 0.1
 
 
 def test_quantiles_that_do_not_hold_refuse_nobody_until_they_do() -> None:
