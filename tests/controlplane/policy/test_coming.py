@@ -99,7 +99,7 @@ def served(told: bool, seed: int = 3) -> tuple[int, int]:
     queue.enrol("a", 8, 0)
     began_s, ready_s, slots = 10.0, 14.0, 8
     events: list[tuple[float, int, str]] = [(ready_s, 0, "")]
-    at_s, came = 0.0, {}
+    at_s, came = 0.0, dict[str, float]()
     while at_s < 20:
         at_s += rng.expovariate(16 / 2.1)  # an answer takes 2.1 s on average
         came[name := f"q{len(came)}"] = at_s
