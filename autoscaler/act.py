@@ -17,7 +17,7 @@ from django.utils import timezone
 from autoscaler import launch
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
-from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.observe import capacity
 from autoscaler.siblings import siblings_of
 from autoscaler.specs import candidate, desired_spec, engine_digest, replica_spec, slots, slots_of
@@ -25,9 +25,11 @@ from autoscaler.types import (
     Command,
     DrainReplica,
     LaunchMachine,
+    SleepReplica,
     StartReplica,
     StopReplica,
     TerminateMachine,
+    WakeReplica,
 )
 from controlplane import ids
 from controlplane.deployments.models import Deployment
@@ -61,6 +63,10 @@ def act(
         case StopReplica(_, replica_id, reason, failure_code):
             phase = ReplicaPhase.FAILED if failure_code else ReplicaPhase.STOPPED
             return end(UUID(replica_id), phase, failure_code, reason, cell)
+        case SleepReplica(_, replica_id, reason):
+            return sleep(UUID(replica_id), reason, cell)
+        case WakeReplica(_, replica_id):
+            return wake(UUID(replica_id), config, cell)
         case TerminateMachine(_, machine_id, reason):
             return launch.terminate(UUID(machine_id), reason, provider, cell)
 
@@ -69,7 +75,7 @@ def drain(replica_id: UUID, reason: str, cell: Cell) -> bool:
     """The replica takes nothing new and stops when it is done; False if it was draining or gone."""
     now = timezone.now()
     changed = Replica.objects.filter(
-        id=replica_id, phase__in=(ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY)
+        id=replica_id, phase__in=[phase for phase in LIVE_PHASES if phase != ReplicaPhase.DRAINING]
     ).update(phase=ReplicaPhase.DRAINING, phase_at=now, reason_message=reason[:_MAX_REASON])
     replica = (
         Replica.objects.select_related("machine").filter(id=replica_id, phase=ReplicaPhase.DRAINING).first()
@@ -80,6 +86,47 @@ def drain(replica_id: UUID, reason: str, cell: Cell) -> bool:
         _tell(lambda: cell.set_desired(replica.machine_id.hex, desired_spec(replica)), replica)
     if changed:
         log.info("replica.draining", replica=replica_id.hex, reason=reason)
+    return bool(changed)
+
+
+def sleep(replica_id: UUID, reason: str, cell: Cell) -> bool:
+    """The replica takes nothing new, and sleeps when it is done; False if it does not serve any more."""
+    changed = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.READY).update(
+        phase=ReplicaPhase.SLEEPING, phase_at=timezone.now(), reason_message=reason[:_MAX_REASON]
+    )
+    replica = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.SLEEPING).first()
+    if replica is not None:
+        _tell(lambda: cell.put_to_sleep(replica_id.hex), replica)
+        _tell(lambda: cell.set_desired(replica.machine_id.hex, desired_spec(replica)), replica)
+    if changed:
+        log.info("replica.sleeps", replica=replica_id.hex, reason=reason)
+    return bool(changed)
+
+
+def wake(replica_id: UUID, config: AutoscalerConfig, cell: Cell) -> bool:
+    """The replica is told to serve again; False if it does not sleep, or its machine has no place for it."""
+    sleeper = Replica.objects.filter(id=replica_id).first()
+    if sleeper is None:
+        return False
+    with transaction.atomic():  # as a start: two of them cannot take the same place
+        machine = (
+            Machine.objects.select_for_update()
+            .filter(id=sleeper.machine_id, state=MachineState.READY)
+            .first()
+        )
+        if machine is None:
+            return False
+        n_awake = Replica.objects.filter(machine=machine, phase__in=AWAKE_PHASES).count()
+        if n_awake >= capacity(machine, config):
+            return False
+        changed = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.SLEEPING).update(
+            phase=ReplicaPhase.WAKING, phase_at=timezone.now()
+        )
+    replica = Replica.objects.filter(id=replica_id, phase=ReplicaPhase.WAKING).first()
+    if replica is not None:
+        _tell(lambda: cell.set_desired(replica.machine_id.hex, desired_spec(replica)), replica)
+    if changed:
+        log.info("replica.wakes", replica=replica_id.hex)
     return bool(changed)
 
 
@@ -134,7 +181,7 @@ def _start(
             ).exists()
             if machine is None or not wanted:
                 return False
-            n_live = Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES).count()
+            n_live = Replica.objects.filter(machine_id=machine_id, phase__in=AWAKE_PHASES).count()
             if n_live >= capacity(machine, config):
                 return False
             replica_id = ids.new_id()

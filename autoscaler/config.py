@@ -25,6 +25,10 @@ class AutoscalerConfig:
     provider: str = "local"
     max_machines: int = 1  # of the whole pool: the local stack shares one computer
     replicas_per_machine: int = 4  # where neither the machine nor its GPUs say what it holds
+    # Replicas that may sleep on a machine beside those that serve: each keeps its weights in the machine's RAM. What
+    # one costs, as a share of the price of a place: RAM against an accelerator.
+    sleepers_per_machine: int = 2
+    sleep_share: float = 0.12
     machine_nano_per_h: int = 0  # what one of the pool costs; 0: it is there anyway
     # Long enough to bridge a break between two questions, short enough to notice that it ends.
     machine_keep_warm_s: float = 900.0
@@ -73,6 +77,8 @@ class AutoscalerConfig:
             ("max_machines", 1, 10_000),
             ("replicas_per_machine", 1, 256),
             ("machine_nano_per_h", 0, 10**15),
+            ("sleepers_per_machine", 0, 256),
+            ("sleep_share", 0, 1),
             ("machine_keep_warm_s", 0, 7 * 24 * 3600),
             ("machine_pending_timeout_s", 1, 3600),
             ("agent_restarts", 0, 100),

@@ -20,7 +20,7 @@ from django.utils import timezone
 from autoscaler import market, quotas
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
-from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
 from autoscaler.policy.market import LaunchPlan
 from controlplane import ids
 from controlplane.deployments.models import Deployment
@@ -136,19 +136,28 @@ def adopt(machine: Machine, seen: ProviderMachine, config: AutoscalerConfig) -> 
 
 
 def terminate(machine_id: UUID, reason: str, provider: Provider, cell: Cell) -> bool:
-    """Give a machine back; False if a replica lives on it or somebody else is doing it."""
+    """Give a machine back; False if a replica serves on it or somebody else is doing it. What sleeps there ends."""
     with transaction.atomic():
         machine = (
             Machine.objects.select_for_update().exclude(state=MachineState.GONE).filter(id=machine_id).first()
         )
-        if machine is None or Replica.objects.filter(machine_id=machine_id, phase__in=LIVE_PHASES).exists():
+        if machine is None or Replica.objects.filter(machine_id=machine_id, phase__in=AWAKE_PHASES).exists():
             return False
+        end_sleepers(machine_id, reason)
         # From here on nothing is placed on it, whatever becomes of us.
         Machine.objects.filter(id=machine_id).update(state=MachineState.DRAINING, reason=reason[:_MAX_REASON])
     if machine.provider_ref:
         provider.terminate(machine.provider_ref)
     gone(machine_id, reason, cell)
     return True
+
+
+def end_sleepers(machine_id: UUID, reason: str) -> None:
+    """In the transaction that has the machine's row locked, so that none of them wakes meanwhile."""
+    now = timezone.now()
+    Replica.objects.filter(machine_id=machine_id, phase=ReplicaPhase.SLEEPING).update(
+        phase=ReplicaPhase.STOPPED, phase_at=now, stopped_at=now, reason_message=reason[:_MAX_REASON]
+    )
 
 
 def gone(machine_id: UUID, reason: str, cell: Cell) -> list[UUID]:

@@ -16,6 +16,7 @@ from controlplane.deployments.models import Deployment
 from controlplane.tenants.models import Organization
 
 __all__ = [
+    "AWAKE_PHASES",
     "LIVE_PHASES",
     "Decision",
     "Machine",
@@ -38,6 +39,10 @@ class MachineState(models.TextChoices):
     ENROLLED = "enrolled"  # its agent proved itself and has its Redis user
     READY = "ready"  # its agent reports and takes replicas
     DRAINING = "draining"  # takes nothing new
+    # The stop/start rung: the row says what is wanted before the provider is asked, so a crash between loses nothing.
+    STOPPING = "stopping"
+    STOPPED = "stopped"  # its disk is kept, with weights and credentials; it holds no place in the pool
+    RESUMING = "resuming"  # told to start again
     GONE = "gone"
 
 
@@ -94,6 +99,9 @@ class Machine(models.Model):
     )
     replaces = models.UUIDField(
         null=True, blank=True, help_text="the machine that it was bought to stand in for"
+    )
+    rest_at = models.DateTimeField(
+        null=True, blank=True, help_text="when it was last told to stop or to start again"
     )
     launch_plan = models.JSONField(
         default=list,
@@ -189,12 +197,22 @@ class ReplicaPhase(models.TextChoices):
     STARTING = "starting"  # wanted; its process may not exist yet
     LOADING = "loading"  # process up, weights loading
     READY = "ready"  # takes requests
+    SLEEPING = "sleeping"  # told to sleep: its process and weights stay, it takes no place
+    WAKING = "waking"  # told to serve again
     DRAINING = "draining"  # finishes what it has
     STOPPED = "stopped"
     FAILED = "failed"  # reason_code says why
 
 
-LIVE_PHASES = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY, ReplicaPhase.DRAINING)
+# Those that take a place on their machine.
+AWAKE_PHASES = (
+    ReplicaPhase.STARTING,
+    ReplicaPhase.LOADING,
+    ReplicaPhase.READY,
+    ReplicaPhase.WAKING,
+    ReplicaPhase.DRAINING,
+)
+LIVE_PHASES = (*AWAKE_PHASES, ReplicaPhase.SLEEPING)
 
 
 class Replica(models.Model):

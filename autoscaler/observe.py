@@ -17,7 +17,7 @@ from django.db.models import Count, Max, Q
 from autoscaler import quotas
 from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
 from autoscaler.config import AutoscalerConfig
-from autoscaler.models import LIVE_PHASES, Machine, Replica, ReplicaPhase
+from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, Replica, ReplicaPhase
 from autoscaler.models import MachineState as MachineRowState
 from autoscaler.policy.pool import Pool
 from autoscaler.specs import candidate, engine_digest
@@ -39,7 +39,8 @@ MAX_FAILURES_SEEN = 20
 MACHINE_FAILURES_FOR = timedelta(hours=1)
 # Endpoints elsewhere (external.py) are not ours to scale.
 ELSEWHERE_Q = Q(machine__provider=ExternalProvider.name)
-LIVE_Q = Q(replicas__phase__in=LIVE_PHASES)
+LIVE_Q = Q(replicas__phase__in=AWAKE_PHASES)  # those with a place; sleepers have beds
+ASLEEP_Q = Q(replicas__phase=ReplicaPhase.SLEEPING)
 
 
 def observe(
@@ -79,7 +80,12 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
     rows = (
         Machine.objects.filter(cell=cell_name, provider=config.provider)
         .exclude(state=MachineRowState.GONE)
-        .annotate(n_live=Count("replicas", filter=LIVE_Q), emptied_at=Max("replicas__stopped_at"))
+        .annotate(
+            n_live=Count("replicas", filter=LIVE_Q),
+            n_asleep=Count("replicas", filter=ASLEEP_Q),
+            emptied_at=Max("replicas__stopped_at"),
+            bedded_at=Max("replicas__phase_at", filter=ASLEEP_Q),
+        )
         .order_by("id")
     )
     return tuple(
@@ -89,9 +95,10 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
             n_free=max(capacity(row, config) - row.n_live, 0),
             n_replicas=row.n_live,
             created_at_s=row.created_at.timestamp(),
-            empty_since_s=None if row.n_live else _latest_s((row.emptied_at, row.ready_at)),
+            empty_since_s=(None if row.n_live else _latest_s((row.emptied_at, row.bedded_at, row.ready_at))),
             ends_at_s=_latest_s((row.ends_at,)),
             ready_at_s=_latest_s((row.ready_at,)),
+            n_beds=max(config.sleepers_per_machine - row.n_asleep, 0),
         )
         for row in rows
     )

@@ -7,7 +7,7 @@ only.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import structlog
@@ -61,7 +61,7 @@ def replica_lost(replica_id: UUID, code: str, message: str, cell: Cell) -> UUID 
     replica = Replica.objects.filter(id=replica_id).first()
     if replica is None:
         return None
-    if replica.phase == ReplicaPhase.DRAINING:
+    if replica.phase in (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING):
         changed = end(replica_id, ReplicaPhase.STOPPED, code, message, cell)
     else:
         changed = end(replica_id, ReplicaPhase.FAILED, code, message, cell)
@@ -117,6 +117,8 @@ def _advance(replica: Replica, before: tuple[ReplicaPhase, ...], phase: ReplicaP
 def _ready(replica: Replica, status: ReplicaStatus) -> bool:
     now = timezone.now()
     with transaction.atomic():
+        if replica.phase == ReplicaPhase.WAKING:
+            return _woken(replica, now)
         changed = Replica.objects.filter(
             id=replica.id, phase__in=(ReplicaPhase.STARTING, ReplicaPhase.LOADING)
         ).update(phase=ReplicaPhase.READY, phase_at=now, ready_at=now)
@@ -125,6 +127,18 @@ def _ready(replica: Replica, status: ReplicaStatus) -> bool:
             timings.note_replica(replica, status.stages_ms)
     if changed:
         log.info("replica.ready", replica=replica.id.hex, stages_ms=status.stages_ms)
+    return bool(changed)
+
+
+def _woken(replica: Replica, now: datetime) -> bool:
+    """`ready_at` stays: since then it is known to be good."""
+    changed = Replica.objects.filter(id=replica.id, phase=ReplicaPhase.WAKING).update(
+        phase=ReplicaPhase.READY, phase_at=now, reason_message=""
+    )
+    if changed:
+        elapsed_ms = (now - replica.phase_at).total_seconds() * 1000
+        timings.note_woken(replica, elapsed_ms)
+        log.info("replica.woke", replica=replica.id.hex, elapsed_ms=round(elapsed_ms))
     return bool(changed)
 
 

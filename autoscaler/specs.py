@@ -13,6 +13,7 @@ from uuid import UUID
 
 import msgspec
 
+from autoscaler import resting
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Replica, ReplicaPhase
 from autoscaler.types import ScalerSpec
@@ -30,6 +31,7 @@ USUAL_LEADS = 5  # what is usual is what the last so many starts' durations have
 def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
     """The owner's wishes and the pool's limits, as the policy takes them."""
     suspended_at = deployment.organization.suspended_at
+    rungs, stakes = resting.rungs(deployment, config)
     return ScalerSpec(
         generation=deployment.generation,
         min_replicas=deployment.min_replicas,
@@ -44,6 +46,8 @@ def scaler_spec(deployment: Deployment, config: AutoscalerConfig) -> ScalerSpec:
         machine_timeout_s=config.machine_pending_timeout_s,
         lead_s=config.forecast_lead_s,
         usual_s=USUAL_LEADS * config.forecast_lead_s,
+        rungs=rungs,
+        stakes=stakes,
     )
 
 
@@ -95,7 +99,8 @@ def replica_spec(
 def desired_spec(replica: Replica) -> ReplicaSpec:
     """What the agent is told about a live replica."""
     is_draining = replica.phase == ReplicaPhase.DRAINING
-    spec = msgspec.convert({**replica.spec, "drain": is_draining}, ReplicaSpec)
+    sleeps = replica.phase == ReplicaPhase.SLEEPING
+    spec = msgspec.convert({**replica.spec, "drain": is_draining, "sleep": sleeps}, ReplicaSpec)
     if spec.model_source.startswith("s3://") and replica.phase in (
         ReplicaPhase.STARTING,
         ReplicaPhase.LOADING,

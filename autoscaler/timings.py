@@ -26,6 +26,7 @@ def read(provider: str, model_digest: str) -> Timings:
         launching_machine=found.get(StageName.LAUNCHING_MACHINE),
         starting_replica=found.get(StageName.STARTING_REPLICA),
         loading_model=found.get(StageName.LOADING_MODEL),
+        waking_replica=found.get(StageName.WAKING_REPLICA),
     )
 
 
@@ -70,6 +71,12 @@ def note_machine(machine_id: UUID) -> None:
     if machine.ready_at is not None:
         elapsed_ms = (machine.ready_at - machine.created_at).total_seconds() * 1000
         note(machine.provider, "", StageName.LAUNCHING_MACHINE, elapsed_ms)
+
+
+def note_woken(replica: Replica, elapsed_ms: float) -> None:
+    """A replica serves again, so long after it was told to wake."""
+    digest = str(replica.spec.get("model_digest", ""))
+    note(replica.machine.provider, digest, StageName.WAKING_REPLICA, elapsed_ms)
 
 
 def note_replica(replica: Replica, stages_ms: dict[str, int]) -> None:

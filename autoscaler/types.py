@@ -12,6 +12,8 @@ from enum import StrEnum
 from typing import ClassVar
 
 from autoscaler.policy.forecast import ForecastMemory
+from autoscaler.policy.ladder import Rung, Stakes
+from autoscaler.policy.poolrest import RestMemory
 from autoscaler.policy.usual import UsualMemory
 
 
@@ -21,6 +23,8 @@ class ReplicaPhase(StrEnum):
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"  # ordered to; takes no place, serves nobody, and wakes in a moment
+    WAKING = "waking"
     DRAINING = "draining"
 
 
@@ -66,6 +70,7 @@ class MachineView:
     empty_since_s: float | None = None  # since when no replica lives on it
     ends_at_s: float | None = None  # its provider takes it away then
     ready_at_s: float | None = None  # since when its agent takes replicas
+    n_beds: int = 0  # replicas that may yet sleep on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,10 @@ class ScalerSpec:
     cooldown_s: float = 300.0  # after max_failures: one more attempt per cool-down
     proven_s: float = 30.0  # a replica that served this long clears the failures before it
     max_machines: int = 1
+    # Rungs between serving and nothing that a replica may rest on when the idle timeout is over, at their prices of now
+    # (none: it ends), and what a request that waits is worth.
+    rungs: tuple[Rung, ...] = ()
+    stakes: Stakes | None = None
     no_room_patience_s: float = 20.0  # clients wait this long for room before they are told there is none
 
     def __post_init__(self) -> None:
@@ -220,6 +229,7 @@ class ScalerMemory:
     no_room_since_s: float | None = None
     forecast: ForecastMemory | None = None
     usual: UsualMemory | None = None
+    rest: RestMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +273,25 @@ class StopReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class SleepReplica:
+    """Give it nothing new; when it is done it frees the accelerator's memory, and keeps its process and its weights."""
+
+    KIND: ClassVar[str] = "sleep_replica"
+    command_id: str
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeReplica:
+    """Have a sleeping replica serve again."""
+
+    KIND: ClassVar[str] = "wake_replica"
+    command_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class TerminateMachine:
     """Give a machine back. Ordered for the pool (reconcile), never for one deployment."""
 
@@ -272,12 +301,16 @@ class TerminateMachine:
     reason: str
 
 
-Command = LaunchMachine | StartReplica | DrainReplica | StopReplica | TerminateMachine
+Command = (
+    LaunchMachine | StartReplica | DrainReplica | StopReplica | SleepReplica | WakeReplica | TerminateMachine
+)
 COMMANDS: tuple[type[Command], ...] = (
     LaunchMachine,
     StartReplica,
     DrainReplica,
     StopReplica,
+    SleepReplica,
+    WakeReplica,
     TerminateMachine,
 )
 
@@ -299,6 +332,7 @@ class StageName(StrEnum):
     LAUNCHING_MACHINE = "launching_machine"
     STARTING_REPLICA = "starting_replica"
     LOADING_MODEL = "loading_model"
+    WAKING_REPLICA = "waking_replica"
     READY = "ready"
     FAILED = "failed"
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_FORMAT: Final = struct.Struct("<4sd?")
+# The last byte was a bool: 0 and 1 mean what they meant, so that an agent and a front of neighbouring versions agree.
+_FORMAT: Final = struct.Struct("<4sdB")
 _MAGIC: Final = b"beat"
+_READY, _ASLEEP = 1, 2
 
 
 class BeatFile:
@@ -26,10 +28,10 @@ class BeatFile:
         self.at_s = 0.0
         self.touch(ready=False)
 
-    def touch(self, *, ready: bool) -> None:
+    def touch(self, *, ready: bool, asleep: bool = False) -> None:
         """`ready`: the replica has been READY, so starting is over."""
         self.at_s = time.monotonic()
-        os.pwrite(self._fd, _FORMAT.pack(_MAGIC, self.at_s, ready), 0)
+        os.pwrite(self._fd, _FORMAT.pack(_MAGIC, self.at_s, ready * _READY | asleep * _ASLEEP), 0)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -41,6 +43,7 @@ class Beat:
 
     at_s: float
     ready: bool
+    asleep: bool = False
 
 
 def read_beat(path: Path) -> Beat | None:
@@ -51,5 +54,5 @@ def read_beat(path: Path) -> Beat | None:
         return None
     if len(data) != _FORMAT.size or data[:4] != _MAGIC:
         return None
-    _, at_s, ready = _FORMAT.unpack(data)
-    return Beat(at_s, ready)
+    _, at_s, flags = _FORMAT.unpack(data)
+    return Beat(at_s, bool(flags & _READY), bool(flags & _ASLEEP))

@@ -259,6 +259,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     # Of an agent: its machine will be taken away in so many milliseconds (phase is then DRAINING). Relative, since
     # the machine's clock may be wrong.
     ends_in_ms: int | None = None
+    # It sleeps (workers/rest.py): `phase` is LOADING, since it takes nothing until it is READY again.
+    asleep: bool = False
     v: int = WIRE_VERSION
 
 
@@ -325,6 +327,8 @@ class ReplicaSpec(msgspec.Struct, kw_only=True):
     slots: int
     # True: finish or hand off what runs, take nothing new, then stop.
     drain: bool = False
+    # True: finish what runs, then give the accelerator's memory back and wait to be woken (workers/rest.py).
+    sleep: bool = False
     grace_s: float = 10.0
     # It tries something out: what it cannot even begin is handed back, and served elsewhere.
     canary: bool = False
@@ -390,6 +394,7 @@ class ReplicaStatus(msgspec.Struct, kw_only=True, omit_defaults=True):
     pid: int = 0
     # Milliseconds spent per start stage, e.g. {"fetch": 12, "fork": 40, "load": 610}.
     stages_ms: dict[str, int] = {}
+    asleep: bool = False  # `phase` is LOADING then
     v: int = WIRE_VERSION
 
 
@@ -397,7 +402,8 @@ class Stage(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What waiting clients are told about a deployment. `failed` ends their wait with a 503 and the message."""
 
     deployment: str
-    stage: str  # waking | launching_machine | starting_replica | loading_model | ready | failed
+    # waking | launching_machine | starting_machine | waking_replica | starting_replica | loading_model | ready | failed
+    stage: str
     eta_ms: int | None = None
     code: str = ""
     message: str = ""

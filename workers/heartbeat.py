@@ -49,6 +49,7 @@ class Reporter:
         self._seq = self._n_preemptions = 0
         self.phase = ReplicaPhase.LOADING
         self.reason = self._message = ""
+        self.asleep = False
         self.stages_ms: dict[str, int] = dict(config.stages_ms)
 
     async def run(self) -> None:
@@ -66,7 +67,8 @@ class Reporter:
 
     def beat(self) -> None:
         """One heartbeat, to Redis and to the agent."""
-        self._beat.touch(ready=self.phase is not ReplicaPhase.LOADING)
+        ready = self.asleep or self.phase is not ReplicaPhase.LOADING
+        self._beat.touch(ready=ready, asleep=self.asleep)
         self._seq += 1
         stats, steps = self._engine.stats(), self._engine.take_steps()
         gaps = gaps_of(steps.buckets)
@@ -80,6 +82,7 @@ class Reporter:
             replica=spec.replica,
             deployment=spec.deployment,
             phase=self.phase,
+            asleep=self.asleep,
             reason=self.reason,
             slots=self._offered(),
             note=self._engine.note if isinstance(self._engine, Offering) else "",
@@ -119,11 +122,12 @@ class Reporter:
         life_ms = self._config.tuning.heartbeat_life_ms
         self._client.fire("SET", key, _json.encode(report), "PX", life_ms)
 
-    def enter(self, phase: ReplicaPhase, code: str = "", message: str = "") -> None:
+    def enter(self, phase: ReplicaPhase, code: str = "", message: str = "", *, asleep: bool = False) -> None:
         """A new phase: written where control finds it, announced on the event channel, and beaten, at
         once.
         """
         self.phase, self.reason, self._message = phase, code, message
+        self.asleep = asleep
         status = self._status()
         self._client.fire("HSET", self._keys.actual, self._config.replica, status)
         self._client.fire("PUBLISH", self._keys.event_channel, status)
@@ -135,6 +139,7 @@ class Reporter:
             ReplicaStatus(
                 replica=spec.replica,
                 phase=self.phase,
+                asleep=self.asleep,
                 deployment=spec.deployment,
                 code=self.reason,
                 message=self._message,

@@ -114,6 +114,9 @@ class CellKeys:
     def stage(self, deployment_id: str) -> str:
         return f"{self.prefix}dep:{deployment_id}:stage"
 
+    def replica_prefixes(self, replica_id: str) -> str:
+        return f"{self.prefix}rep:{replica_id}:px"
+
     def replica(self, replica_id: str) -> str:
         return f"{self.prefix}rep:{replica_id}"
 

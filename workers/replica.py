@@ -20,11 +20,12 @@ from workers.beat import BeatFile
 from workers.config import EXIT_FAILED, FrontConfig
 from workers.contract import ReplicaPhase
 from workers.control import ControlChannel
-from workers.engine.base import Engine, EngineDead
+from workers.engine.base import Engine, EngineDead, Sleeper
 from workers.failure import ReplicaFailure, classify, write_outcome
 from workers.heartbeat import Reporter
 from workers.publisher import Publisher
 from workers.redis_client import Client, RedisError
+from workers.rest import Rest
 from workers.serve import Server
 from workers.spool import Spool
 from workers.watchdog import Glance
@@ -48,6 +49,7 @@ class Replica:
         self._serving = asyncio.Event()
         self._consuming = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._rest: Rest | None = None  # of an engine that can sleep
 
     # -- life
 
@@ -84,7 +86,10 @@ class Replica:
             self.server.cancel,
             self.server.moved,
             self.server.grant,
+            self._on_rest,
         )
+        if isinstance(self.engine, Sleeper) and self.engine.sleep_level:
+            self._rest = Rest(self.engine, self._say_asleep, self.reporter.stages_ms)
         self.accounting = Accounting(self.spool, self.client, config.keys, config.replica, tuning)
 
         started_s = time.monotonic()
@@ -98,6 +103,8 @@ class Replica:
             self.reporter.enter(ReplicaPhase.READY)
             log.info("ready", extra={"phase": "ready"})
         self._spawn(self.accounting.tick_forever(), self.accounting.sync_forever(), self._check_health())
+        if self._rest is not None:
+            self._spawn(self._sleep_and_wake(self._rest))
         if self.server.adapters.limit:
             self._spawn(self._forget_adapters())
 
@@ -116,7 +123,11 @@ class Replica:
     async def serve(self, request_id: str, epoch: int) -> None:
         """The pool's handler."""
         await self._serving.wait()
-        await self.server.serve(request_id, epoch)
+        if self._rest is None:
+            await self.server.serve(request_id, epoch)
+        else:
+            async with self._rest:
+                await self.server.serve(request_id, epoch)
 
     def drain(self) -> None:
         """SIGTERM has come: say so; the pool stops consuming and waits."""
@@ -170,6 +181,23 @@ class Replica:
             except EngineDead as error:
                 self._on_engine_dead(error)
                 return
+
+    def _on_rest(self, asleep: bool) -> None:
+        if self._rest is not None:
+            self._rest.order(asleep)
+
+    def _say_asleep(self, asleep: bool) -> None:
+        """One that drains goes on to do so."""
+        if self.reporter.phase is not ReplicaPhase.DRAINING:
+            self.reporter.enter(ReplicaPhase.LOADING if asleep else ReplicaPhase.READY, asleep=asleep)
+
+    async def _sleep_and_wake(self, rest: Rest) -> None:
+        try:
+            await rest.run()
+        except EngineDead as error:
+            self._on_engine_dead(error)
+        except Exception as error:  # an engine that cannot wake is of no use
+            self.fail(classify(error))
 
     async def _forget_adapters(self) -> None:
         """A retired adapter is its tenant's secret no longer needed here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import StrEnum
 from typing import Any, cast
 
 import msgspec
@@ -17,6 +18,23 @@ GENERATION_FIELD = "generation"
 _json = msgspec.json.Encoder()
 
 
+class Told(StrEnum):
+    """What a field of `desired` asks of its replica. SERVE is false."""
+
+    SERVE = ""
+    SLEEP = "sleep"
+    DRAIN = "drain"
+
+
+def _told(spec: ReplicaSpec) -> Told:
+    return Told.DRAIN if spec.drain else Told.SLEEP if spec.sleep else Told.SERVE
+
+
+def _told_in(payload: bytes) -> Told:
+    drains, sleeps = b'"drain":true' in payload, b'"sleep":true' in payload
+    return Told.DRAIN if drains else Told.SLEEP if sleeps else Told.SERVE
+
+
 class Desired(Connection):
     """Writes what the rows say; rings the agent's bell."""
 
@@ -28,16 +46,16 @@ class Desired(Connection):
         """The agent of this machine should not run these replicas."""
         self._change_desired(machine, {}, replicas)
 
-    def restore_desired(self, machine: str, wanted: dict[str, ReplicaSpec], seen: dict[str, bool]) -> bool:
+    def restore_desired(self, machine: str, wanted: dict[str, ReplicaSpec], seen: dict[str, Told]) -> bool:
         """Make the hash agree with rows read AFTER `seen` was (see read_desired); True if it did not.
 
-        Only a field that is missing, one too many, or one that must drain is touched: a change made meanwhile
-        is never undone.
+        Only a field that is missing, one too many, or one that must drain, sleep or wake is touched: a change made
+        meanwhile is not undone, but for an order to sleep or wake given in that moment, which the next pass repeats.
         """
         put = {
             rid: _json.encode(spec)
             for rid, spec in wanted.items()
-            if rid not in seen or (spec.drain and not seen[rid])
+            if rid not in seen or seen[rid] not in (_told(spec), Told.DRAIN)
         }
         drop = [rid for rid in seen if rid not in wanted and rid != GENERATION_FIELD]
         if not put and not drop and GENERATION_FIELD in seen:
@@ -58,10 +76,10 @@ class Desired(Connection):
         found = cast(list[bytes], self.redis.hkeys(self._machine(machine).prefetch))
         return frozenset(name.decode() for name in found)
 
-    def read_desired(self, machine: str) -> dict[str, bool]:
-        """Replica id -> whether it is told to drain; plus GENERATION_FIELD unless the hash was lost."""
+    def read_desired(self, machine: str) -> dict[str, Told]:
+        """Replica id -> what it is told; plus GENERATION_FIELD unless the hash was lost."""
         fields = cast(dict[bytes, bytes], self.redis.hgetall(self._machine(machine).desired))
-        return {name.decode(): b'"drain":true' in value for name, value in fields.items()}
+        return {name.decode(): _told_in(value) for name, value in fields.items()}
 
     def _change_desired(self, machine: str, put: dict[str, bytes], drop: Iterable[str]) -> None:
         keys = self._machine(machine)

@@ -76,6 +76,11 @@ class Routing(GivingUp):
         """The replica gets nothing new. Safe to repeat."""
         self._withdraw(replica, "drain")
 
+    def put_to_sleep(self, replica: str) -> None:
+        """As `drain`; and what its cache held is forgotten, since it will be. Safe to repeat."""
+        self._withdraw(replica, "drain")
+        self.redis.delete(self.keys.replica_prefixes(replica))
+
     def withdraw_dead(self, replica: str) -> int:
         """What the replica ran goes back to the queue, or fails as poison; how many went back. Repeatable."""
         n_requeued = 0

@@ -11,6 +11,7 @@ from autoscaler.policy.failures import Gate, gate
 from autoscaler.policy.ident import command_id
 from autoscaler.policy.placement import Placement, place
 from autoscaler.policy.replicas import wish
+from autoscaler.policy.resting import rest
 from autoscaler.types import (
     Command,
     Decision,
@@ -44,14 +45,24 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     reasons += want.reasons
     if observation.means:
         reasons.append(observation.means)
-    staying = tuple(r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING)
+    away = (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING)
+    staying = tuple(r for r in observation.replicas if r.phase not in away)
     present = tuple(r for r in staying if not r.canary)
     canaries = tuple(r for r in staying if r.canary)
     leaving_soon = retire.to_be_replaced(observation)
     current = tuple(r for r in present if not r.outdated and r.id not in leaving_soon)
     outdated = tuple(r for r in present if r.outdated or r.id in leaving_soon)
 
-    surplus = retire.surplus(current, len(current) - want.n, "surplus: " + want.reasons[-1])
+    resting = rest(observation, spec, memory, want.n, current)
+    observation, memory = resting.observation, resting.memory
+    reasons += resting.reasons
+    woken = {order.replica_id for order in resting.wake}
+    current += tuple(r for r in observation.replicas if r.id in woken)
+    present += tuple(r for r in observation.replicas if r.id in woken)
+    to_bed = {order.replica_id for order in resting.sleep}
+
+    awake = tuple(r for r in current if r.id not in to_bed)
+    surplus = retire.surplus(awake, len(current) - want.n - len(to_bed), "surplus: " + want.reasons[-1])
     # A suspended tenant gets nothing new, not even a successor of what is replaced.
     n_missing = max(want.n - len(current), 0) if spec.suspended_at_s is None else 0
     replica_gate = gate(observation.failures, observation.last_good_at_s, spec)
@@ -72,7 +83,7 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     if no_room:
         since_s = observation.now_s if memory.no_room_since_s is None else memory.no_room_since_s
     memory = replace(memory, no_room_since_s=since_s)
-    gone = retired | {r.replica_id for r in (*surplus, *replaced)}
+    gone = retired | to_bed | {r.replica_id for r in (*surplus, *replaced)}
     verdict = status.status(
         observation,
         spec,
@@ -86,6 +97,7 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         no_room_for_s=0.0 if since_s is None else observation.now_s - since_s,
     )
     orders: list[Command] = [*late, *leaving, *surplus, *replaced, *tried]
+    orders += [*resting.stop, *resting.sleep, *resting.wake]
     orders += [StartReplica("", machine_id) for machine_id in placement.machine_ids]
     orders += [StartReplica("", machine_id, canary=True) for machine_id in trial.machine_ids]
     if placement.launch or trial.launch:

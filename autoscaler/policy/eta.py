@@ -17,6 +17,7 @@ class Timings:
     launching_machine: float | None = None
     starting_replica: float | None = None
     loading_model: float | None = None
+    waking_replica: float | None = None
 
 
 def average(old_ms: float | None, measured_ms: float) -> float:
@@ -36,6 +37,9 @@ def eta_ms(stage: StageName, in_stage_s: float, timings: Timings) -> int | None:
     )
     if stage is StageName.READY:
         return 0
+    if stage is StageName.WAKING_REPLICA:  # nothing comes after it
+        ms = timings.waking_replica
+        return None if ms is None else round(max(ms - in_stage_s * 1000, 0))
     at = {StageName.WAKING: StageName.STARTING_REPLICA}.get(stage, stage)
     names = [name for name, _ in order]
     if at not in names:

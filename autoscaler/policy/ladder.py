@@ -96,14 +96,14 @@ class Rest:
         return self.steps[bisect.bisect_right([s.from_s for s in self.steps], idle_s) - 1].rung
 
 
-def rest(rungs: Sequence[Rung], stakes: Stakes, gaps: Gaps) -> Rest:
-    """The schedule for the next gap. ValueError without a rung."""
+def rest(rungs: Sequence[Rung], stakes: Stakes, gaps: Gaps, *, climbs: bool = True) -> Rest:
+    """The schedule for the next gap; without `climbs` it only descends. ValueError without a rung."""
     useful = efficient(rungs)
     if gaps.weight < MIN_GAPS:
         return Rest(
             envelope(useful, stakes), None, f"{gaps.weight:.1f} gaps seen, {MIN_GAPS:g} needed: envelope"
         )
-    steps, usd = cheapest(useful, stakes, gaps)
+    steps, usd = cheapest(useful, stakes, gaps, climbs=climbs)
     names = ", ".join(f"{s.rung.name} from {s.from_s:.0f} s" for s in steps)
     return Rest(steps, usd, f"{gaps.weight:.1f} gaps seen: {names}")
 
@@ -136,8 +136,12 @@ def envelope(rungs: Sequence[Rung], stakes: Stakes) -> tuple[Step, ...]:
         steps = [s for s in steps if s.from_s < hours * 3600] + [Step(hours * 3600, at)]
 
 
-def cheapest(rungs: Sequence[Rung], stakes: Stakes, gaps: Gaps) -> tuple[tuple[Step, ...], float]:
+def cheapest(
+    rungs: Sequence[Rung], stakes: Stakes, gaps: Gaps, *, climbs: bool = True
+) -> tuple[tuple[Step, ...], float]:
     """Steps at bin edges with the least expected cost for these gaps, and that cost in USD per gap.
+
+    Rungs dearest first.
 
     Backward induction: value[bin][rung] is the cost to come of an idle spare that reaches the bin on the rung. Within a
     bin a gap ends at its middle on average; beyond the last edge it lasts as long again.
@@ -157,7 +161,9 @@ def cheapest(rungs: Sequence[Rung], stakes: Stakes, gaps: Gaps) -> tuple[tuple[S
         held_h = hours if is_last else hours * (1 - ends / 2)
         stay = [rungs[k].usd_per_h * held_h + ends * wake[k] + (1 - ends) * after[k] for k in range(n)]
         # Ties: where it is already, then the cheaper rung.
-        best = [min((stay[k] + climb[j][k], k != j, -k) for k in range(n)) for j in range(n)]
+        best = [
+            min((stay[k] + climb[j][k], k != j, -k) for k in range(0 if climbs else j, n)) for j in range(n)
+        ]
         choices.append([-found[2] for found in best])
         after = [found[0] for found in best]
     at = min(range(n), key=lambda k: rungs[k].wake_s)  # a request has just been served

@@ -31,9 +31,11 @@ def fresh(beats: tuple[Beat, ...], now_s: float, spec: ScalerSpec) -> frozenset[
 def load_now(observation: Observation, beats: tuple[Beat, ...], spec: ScalerSpec) -> tuple[float, float]:
     """(known, possible) requests, queued and running. `possible` is at least `known`.
 
-    What runs on draining replicas is left out: it needs no capacity that we could add or keep.
+    What runs on draining replicas, and on those told to sleep, is left out: it needs no capacity that we could add or
+    keep.
     """
-    serving = [r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING]
+    away = (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING)
+    serving = [r for r in observation.replicas if r.phase not in away]
     known = float(observation.n_queued or 0)
     possible = known
     believed = fresh(beats, observation.now_s, spec)

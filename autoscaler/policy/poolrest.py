@@ -34,6 +34,7 @@ class RestInputs:
     emptied_at_s: float | None = None
     rungs: tuple[Rung, ...] = ()
     stakes: Stakes = field(default_factory=lambda: Stakes(2.0, 0.02, 0.002, 0.0))
+    climbs: bool = True  # whether it may wake before anybody asks
 
 
 def next_rest(inputs: RestInputs, now_s: float, memory: RestMemory) -> tuple[RestMemory, Rest | None]:
@@ -47,5 +48,5 @@ def next_rest(inputs: RestInputs, now_s: float, memory: RestMemory) -> tuple[Res
         since_s = now_s if inputs.emptied_at_s is None else min(inputs.emptied_at_s, now_s)
     if not inputs.rungs:
         return replace(memory, idle_since_s=since_s, rung=""), None
-    schedule = rest(inputs.rungs, inputs.stakes, memory.gaps)
+    schedule = rest(inputs.rungs, inputs.stakes, memory.gaps, climbs=inputs.climbs)
     return replace(memory, idle_since_s=since_s, rung=schedule.at(now_s - since_s).name), schedule

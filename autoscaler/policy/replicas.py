@@ -25,7 +25,8 @@ def wish(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> Wi
         (*memory.samples, Sample(now_s, known, possible, 0, slots_now(observation, beats, spec))), now_s, spec
     )
     memory = replace(memory, samples=samples)
-    present = [r for r in observation.replicas if r.phase is not ReplicaPhase.DRAINING and not r.canary]
+    away = (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING)
+    present = [r for r in observation.replicas if r.phase not in away and not r.canary]
     n_outdated = sum(1 for r in present if r.outdated)
     n_live = max(len(present) - n_outdated, n_outdated)  # a replica and its successor are one
     slots = mean([s.slots or spec.slots for s in samples if s.at_s > now_s - spec.stable_window_s])

@@ -15,7 +15,7 @@ from autoscaler.types import (
 )
 
 Retirement = DrainReplica | StopReplica
-_COMING_UP = (ReplicaPhase.STARTING, ReplicaPhase.LOADING)
+_COMING_UP = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.WAKING)
 
 
 def overdue(observation: Observation, spec: ScalerSpec) -> tuple[Retirement, ...]:
@@ -47,6 +47,9 @@ def on_leaving_machines(observation: Observation, spec: ScalerSpec) -> tuple[Ret
     for replica in _sorted(observation.replicas):
         machine = leaving.get(replica.machine_id)
         if machine is None or replica.phase is ReplicaPhase.DRAINING:
+            continue
+        if replica.phase is ReplicaPhase.SLEEPING:
+            found.append(StopReplica("", replica.id, "its machine leaves"))
             continue
         if machine.ends_at_s is None or replica.phase in _COMING_UP:
             found.append(retire(replica, "its machine is draining"))
@@ -82,7 +85,7 @@ def retire(replica: ReplicaView, reason: str) -> Retirement:
 
 
 def _value(replica: ReplicaView) -> tuple[int, int, float, str]:
-    rank = {ReplicaPhase.STARTING: 0, ReplicaPhase.LOADING: 1}.get(replica.phase, 2)
+    rank = {ReplicaPhase.STARTING: 0, ReplicaPhase.LOADING: 1, ReplicaPhase.WAKING: 1}.get(replica.phase, 2)
     used = replica.slots if replica.used is None else replica.used  # unseen counts as full
     return (rank, used, -replica.created_at_s, replica.id)
 

@@ -13,7 +13,7 @@ from autoscaler.policy.status import stage_of
 from autoscaler.types import Observation, ReplicaPhase, ScalerSpec
 from controlplane.policy.coming import Starts
 
-COMING: Final = (ReplicaPhase.STARTING, ReplicaPhase.LOADING)
+COMING: Final = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.WAKING)
 
 
 def starts(observation: Observation, spec: ScalerSpec, timings: Timings) -> Starts:

@@ -40,7 +40,9 @@ def status(
     if any(r.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) for r in live):
         trouble = (error or no_room) if n_missing else ""  # what serves has outlived what failed before
         return Status(DeploymentPhase.READY, trouble, StageName.READY, now_s)
-    coming = [r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING)]
+    coming = [
+        r for r in live if r.phase in (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.WAKING)
+    ]
     if coming:
         stage, since_s = _furthest(coming, observation)
         return Status(DeploymentPhase.STARTING, error, stage, since_s)
@@ -73,6 +75,8 @@ def status(
 
 def stage_of(replica: ReplicaView, observation: Observation) -> tuple[StageName, float]:
     """Where a replica that is coming stands, and since when."""
+    if replica.phase is ReplicaPhase.WAKING:
+        return StageName.WAKING_REPLICA, replica.phase_at_s
     if replica.phase is ReplicaPhase.LOADING:
         return StageName.LOADING_MODEL, replica.phase_at_s
     machine = next((m for m in observation.machines if m.id == replica.machine_id), None)

@@ -63,6 +63,8 @@ BACKOFF_MAX_S = 0.5
 _ID = re.compile(rb"[0-9a-f]{32}\Z")
 _CHANGED_DEPLOYMENT = re.compile(rb"dep:([0-9a-f]{32})\Z")
 _OVER = (Phase.FAILED, Phase.STOPPED)
+_TAKE_NOTHING = (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING)
+_HAVE_SERVED = (ReplicaPhase.READY, ReplicaPhase.SLEEPING, ReplicaPhase.WAKING, ReplicaPhase.DRAINING)
 
 
 class Watcher:
@@ -237,9 +239,12 @@ class Watcher:
 
     def _reported(self, known: KnownReplica, status: ReplicaStatus) -> None:
         """Routes first, rows later: a request must not wait for Postgres."""
-        if known.id in self._over or self._told.get(known.id) == (status.phase, status.code):
+        is_news = self._told.get(known.id) != (status.phase, status.code)
+        # One that is told to wake before it slept has nothing new to say.
+        woke = known.phase is ReplicaPhase.WAKING and status.phase is Phase.READY
+        if known.id in self._over or not (is_news or woke):
             return
-        if status.phase is Phase.READY and known.phase is not ReplicaPhase.DRAINING:
+        if status.phase is Phase.READY and known.phase not in _TAKE_NOTHING:
             self._enrol(known, status.slots, status.kv_tokens)
         elif status.phase is Phase.DRAINING:
             self.cell.drain(known.id)
@@ -287,7 +292,7 @@ class Watcher:
         """Dead when it should serve and its beat stands still; routed to when it serves and is not yet."""
         beat = reading.beat
         stale = self._beats.look(replica.id, None if beat is None else beat.seq, now_s)
-        serves = replica.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING) or reading.state == "ready"
+        serves = replica.phase in _HAVE_SERVED or reading.state == "ready"
         if stale and serves:
             self._withdraw(replica)
             message = f"no heartbeat for {self._beats.stale_after_s:g} s"
@@ -300,7 +305,7 @@ class Watcher:
             and not stale
             and beat.phase is Phase.READY
             and reading.state == ""
-            and replica.phase is not ReplicaPhase.DRAINING
+            and replica.phase not in _TAKE_NOTHING
         ):
             self._enrol(replica, beat.slots, beat.kv_tokens)  # its event was lost, or the cell was
         held = None if beat is None else beat.adapters

@@ -38,7 +38,7 @@ from controlplane.tenants.rights import PERMISSIONS
 from controlplane.upstreams.models import UpstreamReplica
 
 MAX_LISTED: Final = 200  # of each kind
-_RUNNING: Final = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.READY)
+_RUNNING: Final = (ReplicaPhase.STARTING, ReplicaPhase.LOADING, ReplicaPhase.WAKING, ReplicaPhase.READY)
 _ENGINE: Final = frozenset({"engine_profile", "model_version_id"})
 
 

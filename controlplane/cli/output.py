@@ -22,6 +22,10 @@ _COLOURS: Final = {
     "draining": "yellow",
     "pending": "yellow",
     "running": "yellow",
+    "waking": "yellow",
+    "resuming": "yellow",
+    "stopping": "yellow",
+    "sleeping": "blue",
     "idle": "blue",
 }
 

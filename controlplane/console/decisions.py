@@ -17,6 +17,10 @@ _ORDERS: Final = {
     "start_replica": "Start a replica",
     "drain_replica": "Drain replica",
     "stop_replica": "Stop replica",
+    "sleep_replica": "Put replica to sleep",
+    "wake_replica": "Wake replica",
+    "start_machine": "Start stopped machine",
+    "stop_machine": "Stop machine",
     "terminate_machine": "Terminate machine",
 }
 

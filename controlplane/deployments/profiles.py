@@ -33,7 +33,10 @@ from controlplane.prediction.perf.coefficients import coefficients
 from workers.engine.base import EngineProfile, ProfileError
 
 # Who asks for such a knob insists; the rest is the compiler's.
-OWN_KNOBS: Final = ("engine", "toy_step_ms", "toy_seq_ms", "toy_prefill_ms", "toy_fail_every", "toy_faults")
+OWN_KNOBS: Final = (
+    *("engine", "toy_step_ms", "toy_seq_ms", "toy_prefill_ms", "toy_fail_every", "toy_faults"),
+    "toy_weights_bytes",
+)
 MAX_REASON: Final = 300
 
 

@@ -115,6 +115,12 @@ class Scaling:
 
         return Deployment.objects.get(id=self.deployment.id)
 
+    def deployment_row(self) -> Deployment:
+        """With its version, as a tick has it."""
+        from controlplane.deployments.models import Deployment
+
+        return Deployment.objects.select_related("model_version", "organization").get(id=self.deployment.id)
+
     def machine_up(self) -> Machine:
         """The last launched machine has enrolled and its agent beats."""
         from autoscaler import records, services

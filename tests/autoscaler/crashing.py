@@ -26,6 +26,7 @@ EFFECTS = (
             "delete_machine",
             "withdraw_dead",
             "drain",
+            "put_to_sleep",
             "publish_stage",
         )
     ),

@@ -16,7 +16,9 @@ from django.utils import timezone
 from autoscaler import reconcile, records, services
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ScalerState
 from autoscaler.models import Decision as DecisionRow
+from autoscaler.models import ReplicaPhase as ReplicaRow
 from infra.providers.base import Offering
+from tests.autoscaler import test_sleeping
 from tests.autoscaler.conftest import Scaling
 from tests.autoscaler.crashing import Crash, Effects, crashing
 from workers.contract import ReplicaPhase
@@ -59,10 +61,21 @@ def _drained(scaling: Scaling) -> None:
     scaling.report(replica, ReplicaPhase.STOPPED)
 
 
+def _sleepy(scaling: Scaling) -> None:
+    test_sleeping.serving(scaling)
+
+
+def _asleep(scaling: Scaling) -> None:
+    test_sleeping.asleep(scaling)
+    scaling.queue("b")
+
+
 SCENES: dict[str, tuple[Callable[[Scaling], None], Callable[[Scaling, datetime], None]]] = {
     "launch": (_nothing, _launch),
     "drain": (_serving, _drain),
     "terminate": (_drained, _terminate),
+    "sleep": (_sleepy, _launch),
+    "wake": (_asleep, _launch),
 }
 
 
@@ -70,6 +83,8 @@ MUST_STRIKE = {
     "launch": {"FakeProvider.launch", "QuerySet.create", "Cell.set_desired"},
     "drain": {"QuerySet.update", "Cell.drain", "Cell.set_desired"},
     "terminate": {"FakeProvider.terminate", "QuerySet.update", "Cell.delete_machine"},
+    "sleep": {"QuerySet.update", "Cell.put_to_sleep", "Cell.set_desired"},
+    "wake": {"QuerySet.update", "Cell.set_desired"},
 }
 
 
@@ -100,8 +115,10 @@ def _check(scaling: Scaling, where: str) -> None:
     )
     for row in live:
         wanted = {r.id.hex for r in Replica.objects.filter(machine=row, phase__in=LIVE_PHASES)}
-        told = set(scaling.house.cell.read_desired(row.id.hex)) - {"generation"}
-        assert told == wanted, f"{where}: Redis and rows disagree"
+        told = scaling.house.cell.read_desired(row.id.hex)
+        assert set(told) - {"generation"} == wanted, f"{where}: Redis and rows disagree"
+        asleep = Replica.objects.filter(machine=row, phase=ReplicaRow.SLEEPING)
+        assert {r for r in wanted if told[r] == "sleep"} == {r.id.hex for r in asleep}, f"{where}: asleep"
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,14 @@ def test_restoring_never_undoes_what_was_ordered_meanwhile(scaling: Scaling) -> 
     Replica.objects.update(phase=ReplicaPhase.DRAINING)
     cell.set_desired(mid, desired_spec(scaling.replica()))
     assert not cell.restore_desired(mid, stale, cell.read_desired(mid))
-    assert cell.read_desired(mid)[replica.id.hex] is True
+    assert cell.read_desired(mid)[replica.id.hex] == "drain"
 
 
 def test_a_drain_that_redis_missed_is_restored(scaling: Scaling) -> None:
     replica = scaling.serving()
     Replica.objects.update(phase=ReplicaPhase.DRAINING)
     reconcile.restore(scaling.house)
-    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] is True
+    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] == "drain"
     assert (
         scaling.house.cell.redis.hget(scaling.house.cell.keys.replica(replica.id.hex), "state") == b"draining"
     )

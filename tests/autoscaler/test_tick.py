@@ -29,7 +29,7 @@ def test_a_waiting_request_buys_a_machine_and_places_a_replica_on_it_at_once(sca
     assert (machine.state, machine.provider_ref) == (MachineState.PENDING, "ref-1")
     assert (replica.phase, replica.machine_id, replica.slots) == (ReplicaPhase.STARTING, machine.id, 4)
     desired = scaling.house.cell.read_desired(machine.id.hex)
-    assert desired == {"generation": False, replica.id.hex: False}
+    assert desired == {"generation": "", replica.id.hex: ""}
     assert scaling.house.cell.redis.llen(scaling.house.cell.keys.machine(machine.id.hex).bell) == 1
     assert scaling.house.cell.last_stage(scaling.deployment.id.hex) == ("launching_machine", "")
     assert scaling.seen().phase == Phase.STARTING
@@ -250,13 +250,13 @@ def test_a_deleted_deployment_loses_its_replicas(scaling: Scaling) -> None:
     scaling.change(deleted_at=timezone.now(), phase=Phase.DELETED)
     scaling.tick()
     assert scaling.replica().phase == ReplicaPhase.DRAINING
-    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] is True
+    assert scaling.house.cell.read_desired(replica.machine_id.hex)[replica.id.hex] == "drain"
     assert (
         scaling.house.cell.redis.hget(scaling.house.cell.keys.replica(replica.id.hex), "state") == b"draining"
     )
     scaling.report(replica, Reported.STOPPED)
     assert scaling.replica().phase == ReplicaPhase.STOPPED
-    assert scaling.house.cell.read_desired(replica.machine_id.hex) == {"generation": False}
+    assert scaling.house.cell.read_desired(replica.machine_id.hex) == {"generation": ""}
 
 
 def test_a_suspended_tenant_loses_its_replicas_after_the_grace(scaling: Scaling) -> None:
@@ -297,7 +297,7 @@ def test_redis_away_does_not_lose_an_order(scaling: Scaling) -> None:
     scaling.house = replace(scaling.house, cell=good)
     assert good.read_desired(replica.machine_id.hex) == {}
     assert reconcile.restore(scaling.house) == 1
-    assert good.read_desired(replica.machine_id.hex) == {"generation": False, replica.id.hex: False}
+    assert good.read_desired(replica.machine_id.hex) == {"generation": "", replica.id.hex: ""}
     assert reconcile.restore(scaling.house) == 0
 
 

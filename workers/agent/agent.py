@@ -100,7 +100,7 @@ class Agent:
         replicas = self._replicas = Replicas(
             self._config, credentials.cell, credentials.redis_url, lambda: self._zygote, self._report,
             box_key=credentials.box_key,
-            limits=self._limits, tuning=self._tuning,
+            limits=self._limits, tuning=self._tuning, order=self._order,
         )  # fmt: skip
         spools = DeadSpools(self._config.dirs, self._client, self._keys, self._tuning)
         if self._zygote.done():
@@ -308,6 +308,9 @@ class Agent:
         while True:
             await adapters.tick()
             await asyncio.sleep(_ADAPTERS_S)
+
+    def _order(self, replica: str, order: str) -> None:
+        self._client.fire("PUBLISH", self._keys.control_channel(replica), order)
 
     def _report(self, status: ReplicaStatus) -> None:
         payload = _json.encode(status)

@@ -18,6 +18,7 @@ class Life(enum.Enum):
 
     STARTING = "starting"  # fetching the model, waiting for the zygote, forking
     RUNNING = "running"
+    ASLEEP = "asleep"  # its process lives, and has said that it sleeps
     STOPPING = "stopping"  # told to drain
     ENDED = "ended"
 
@@ -25,6 +26,8 @@ class Life(enum.Enum):
 class Step(enum.Enum):
     START = "start"
     STOP = "stop"  # drain, then end
+    SLEEP = "sleep"  # tell it again: it sleeps when it is done, and says so
+    WAKE = "wake"
     FORGET = "forget"  # ended, and control no longer wants to know
 
 
@@ -52,4 +55,8 @@ def plan(desired: Mapping[str, ReplicaSpec] | None, known: Mapping[str, Life]) -
                 actions.append(Action(Step.FORGET, replica))
         elif life is not Life.STOPPING and not wanted:
             actions.append(Action(Step.STOP, replica))
+        elif spec is not None and spec.sleep and life is Life.RUNNING:
+            actions.append(Action(Step.SLEEP, replica))
+        elif spec is not None and not spec.sleep and life is Life.ASLEEP:
+            actions.append(Action(Step.WAKE, replica))
     return actions

@@ -26,6 +26,7 @@ from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.beat import read_beat
 from workers.config import AgentConfig, FrontConfig, ServeTuning
 from workers.contract import MACHINE_STOPPED, ReplicaPhase, ReplicaSpec, ReplicaStatus
+from workers.control import SLEEP, WAKE
 from workers.failure import ReplicaFailure, read_outcome
 from workers.modelcache.store import ModelStore, ModelStoreError
 from workers.modelcache.uses import Claim
@@ -81,7 +82,10 @@ class Replicas:
         limits: Limits,
         tuning: ServeTuning,
         box_key: str = "",
+        order: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
+        """order: tells a replica's front (replica, SLEEP or WAKE); it must not block."""
+        self._order = order
         self._config = config
         self._dirs = config.dirs
         self._cell = cell
@@ -120,7 +124,7 @@ class Replicas:
     def reconcile(self, desired: Mapping[str, ReplicaSpec] | None) -> list[str]:
         """Begin what `plan` says; returns at once. Answers the replicas to be deleted from `actual`."""
         forgotten = []
-        lives = {replica: known.life for replica, known in self._known.items()}
+        lives = {replica: self._life(known) for replica, known in self._known.items()}
         for action in plan(desired, lives):
             if action.step is Step.START:
                 assert desired is not None
@@ -128,10 +132,20 @@ class Replicas:
             elif action.step is Step.STOP:
                 spec = desired.get(action.replica) if desired else None
                 self._stop(action.replica, spec.grace_s if spec else None)
+            elif action.step in (Step.SLEEP, Step.WAKE):
+                self._order(action.replica, SLEEP if action.step is Step.SLEEP else WAKE)
             else:
                 self._forget(action.replica)
                 forgotten.append(action.replica)
         return forgotten
+
+    def _life(self, known: Known) -> Life:
+        """As far as the agent knows; whether what runs is asleep, its own beat says."""
+        if known.life is Life.RUNNING:
+            beat = read_beat(self._dirs.beat(known.spec.replica))
+            if beat is not None and beat.asleep:
+                return Life.ASLEEP
+        return known.life
 
     async def stop_all(self, grace_s: float) -> None:
         """The machine ends: everybody drains for `grace_s`, hands back what is left, and is gone."""

@@ -232,6 +232,22 @@ class Offering(Protocol):
         """How many of these to use now."""
 
 
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that can give its accelerator's memory back and take it again without starting anew."""
+
+    @property
+    def sleep_level(self) -> int:
+        """0: it cannot, as it was configured. 1: weights stay in RAM. 2: they are read again from the disk."""
+
+    async def sleep(self) -> None:
+        """Free it all; nothing runs and nothing may be asked for until `wake`. Raises EngineDead."""
+
+    async def wake(self) -> None:
+        """As before the sleep, with an empty KV cache. Raises EngineDead, also where the weights are not what they
+        were."""
+
+
 class ProfileError(ValueError):
     """An engine profile holds a value the engine cannot run with; the message names knob, value and range."""
 
@@ -268,12 +284,16 @@ class EngineProfile:
     enable_prefix_caching: bool = True
     attention_backend: str | None = None  # None: the engine chooses
     load_format: str = "auto"
+    sleep_level: int = (
+        0  # what its sleep keeps: 1 the weights in RAM, 2 nothing (read again); 0: it does not sleep
+    )
     speculative_method: str = ""  # ngram or eagle; empty: off
     num_speculative_tokens: int = 0
     speculative_model: str = ""  # eagle: directory of the drafting head
     toy_step_ms: float = 10.0  # 0 = as fast as the loop turns
     toy_seq_ms: float = 0.0  # a step takes so much longer per running sequence
     toy_prefill_ms: float = 0.0  # ... and per 1,000 prompt tokens that it computes
+    toy_weights_bytes: int = 0  # it takes memory for so much weights and for its KV cache; 0: it pretends
     toy_fail_every: int = 0  # tests: every so many-th request fails before its first token; 0: none
     toy_faults: bool = False  # tests: the words <die> and <hang> in a prompt do what they say
 
@@ -301,6 +321,12 @@ class EngineProfile:
             _within("block_size", self.block_size, 1, 4096)
         _within("max_loras", self.max_loras, 0, 256)
         _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
+        _within("sleep_level", self.sleep_level, 0, 2)
+        if self.sleep_level == 2 and self.max_loras:
+            raise ProfileError(
+                "engine profile: sleep_level = 2 loses the adapters (max_loras > 0); choose 1, which keeps them"
+            )
+        _within("toy_weights_bytes", self.toy_weights_bytes, 0, 1 << 34)
         _within("toy_step_ms", self.toy_step_ms, 0, 60_000)
         _within("toy_seq_ms", self.toy_seq_ms, 0, 1_000)
         _within("toy_fail_every", self.toy_fail_every, 0, 1_000_000)

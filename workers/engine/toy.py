@@ -38,6 +38,7 @@ from workers.engine.base import (
     context_exceeded,
 )
 from workers.engine.steps import Steps, StepWindow
+from workers.engine.toy_memory import ToyMemory
 from workers.engine.toy_sequence import Sequence
 
 # Real-time signals: Celery has handlers of its own for the ordinary ones.
@@ -79,6 +80,10 @@ class ToyEngine:
         self._seated = False  # the step under way has taken in who waited when it began
         self._n_left = 0  # who waited all the same, for want of a slot or of blocks
         self._steps = StepWindow()
+        self._memory: ToyMemory | None = None
+        if profile.toy_weights_bytes:
+            self._memory = ToyMemory(profile.toy_weights_bytes, profile.kv_cache_bytes)
+        self._asleep = False
         self._adapters: dict[str, int] = {}  # adapter -> what it adds to a prompt's seed
 
     # -- the Engine interface
@@ -107,6 +112,24 @@ class ToyEngine:
     async def check_health(self) -> None:
         if self._dead is not None:
             raise EngineDead(f"toy engine: {self._dead}")
+
+    @property
+    def sleep_level(self) -> int:
+        return self.profile.sleep_level
+
+    async def sleep(self) -> None:
+        """Its memory is the kernel's again; what prefix its KV cache held is not pretended to be known either."""
+        await self.check_health()
+        if not self._asleep and self._memory is not None:
+            await asyncio.to_thread(self._memory.sleep, self.profile.sleep_level)
+        self._asleep = True
+
+    async def wake(self) -> None:
+        await self.check_health()
+        if self._asleep and self._memory is not None and not await asyncio.to_thread(self._memory.wake):
+            self._die("woke with other weights than it slept with")
+            await self.check_health()
+        self._asleep = False
 
     async def load_adapter(self, adapter: str, directory: Path) -> None:
         """Its weights' checksum is all that matters of it: equal weights give equal answers."""
@@ -141,6 +164,8 @@ class ToyEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         await self.check_health()
+        if self._asleep:
+            raise EngineDead("toy engine: asked while asleep")
         seq = self._admit(request)
         if self.profile.toy_fail_every and self._n_arrived % self.profile.toy_fail_every == 0:
             self._abort(seq)

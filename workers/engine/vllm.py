@@ -31,7 +31,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -242,6 +242,32 @@ class VllmEngine:
         if not is_loaded:
             raise AdapterRefused("the engine did not take it")
         self._loras[adapter] = request
+
+    @property
+    def sleep_level(self) -> int:
+        return self.profile.sleep_level
+
+    async def sleep(self) -> None:
+        await self._asked(self._llm.sleep(level=self.profile.sleep_level))
+
+    async def wake(self) -> None:
+        """Level 2 has dropped the weights: they are read again from the model's directory before KV memory is taken,
+        in vLLM's own order."""
+        if self.profile.sleep_level == 2:
+            await self._asked(self._llm.wake_up(tags=["weights"]))
+            await self._asked(self._llm.collective_rpc("reload_weights"))
+            await self._asked(self._llm.wake_up(tags=["kv_cache"]))
+        else:
+            await self._asked(self._llm.wake_up())
+
+    @staticmethod
+    async def _asked(call: Coroutine[Any, Any, Any]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await call
+        except EngineDeadError as error:
+            raise EngineDead("the engine core has ended") from error
 
     async def unload_adapter(self, adapter: str) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError

@@ -39,6 +39,8 @@ def engine_args(profile: EngineProfile) -> dict[str, Any]:
         found["kv_cache_memory_bytes"] = profile.kv_cache_bytes
     if profile.long_prefill_token_threshold:
         found["long_prefill_token_threshold"] = profile.long_prefill_token_threshold
+    if profile.sleep_level:
+        found["enable_sleep_mode"] = True
     if profile.max_loras:
         found |= {"enable_lora": True, "max_loras": profile.max_loras, "max_lora_rank": profile.max_lora_rank}
     if profile.speculative_method:

@@ -21,10 +21,14 @@ _TONES: Final = {
     "ready": "ok",
     "starting": "busy",
     "loading": "busy",
+    "waking": "busy",
+    "resuming": "busy",
+    "stopping": "busy",
     "pending": "busy",
     "draining": "warn",
     "failed": "bad",
     "idle": "rest",
+    "sleeping": "rest",
     "stopped": "rest",
     "deleted": "rest",
 }
@@ -37,6 +41,8 @@ _RESULTS: Final = {
 _STAGES: Final = {
     "waking": "waking up",
     "launching_machine": "launching a machine",
+    "starting_machine": "starting a stopped machine",
+    "waking_replica": "waking a replica",
     "starting_replica": "starting a replica",
     "loading_model": "loading the model",
 }

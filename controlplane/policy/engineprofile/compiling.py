@@ -312,6 +312,9 @@ def _rest(model: ModelConfig, wish: Wish) -> list[Value]:
         _own(wish, "enforce_eager", False, "captured graphs take the launch of kernels off every decoding step"),
         _own(wish, "attention_backend", None, "the engine picks the quickest that this GPU and dtype have"),
         _own(wish, "load_format", "safetensors", "the model cache holds nothing else, and has just written the files"),
+        _own(wish, "sleep_level", 0, (
+            "idle replicas end: sleeping was not measured on a GPU yet; 1 keeps the weights in the machine's RAM"
+        )),
     ]  # fmt: skip
 
 

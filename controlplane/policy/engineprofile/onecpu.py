@@ -79,6 +79,12 @@ def compile_cpu(model: ModelConfig, hardware: Hardware, promise: Promise, wish: 
         raise ImpossibleError((Refusal(
             "tensor_parallel_size", "one_processor", f"{tp.value} processors in one replica", "leave it 1 on the CPU"
         ),))  # fmt: skip
+    sleep = wish.get("sleep_level")
+    if sleep is not None and sleep.value != 0:
+        raise ImpossibleError((Refusal(
+            "sleep_level", "no_sleep_on_cpu", "vLLM has no sleep mode on a processor (0.32 refuses to start)",
+            "leave it 0: a warm machine forks a replica anew in about a second",
+        ),))  # fmt: skip
     values = [
         dtype, quantization, kv_dtype, context, n_seqs,
         _own(wish, Value("max_num_batched_tokens", max(CHUNK, int(n_seqs.value or 1)),
@@ -91,6 +97,7 @@ def compile_cpu(model: ModelConfig, hardware: Hardware, promise: Promise, wish: 
         _own(wish, Value("tensor_parallel_size", 1, "there is one processor, and nothing to share")),
         _own(wish, Value("max_loras", min(wish.n_adapters, 16), f"{wish.n_adapters} adapters are to be served")),
         _own(wish, Value("load_format", "safetensors", "the model cache holds nothing else")),
+        _own(wish, Value("sleep_level", 0, "vLLM has no sleep mode on a processor; the fork server takes its place")),
         _own(wish, Value("speculative_method", "", "rejected drafts doubled the CPU time of a token")),
     ]  # fmt: skip
     chunk = next(v for v in values if v.name == "max_num_batched_tokens")

@@ -10,6 +10,8 @@ const STAGES = {
   queued: "Waiting in the queue",
   waking: "Waking the deployment",
   launching_machine: "Launching a machine",
+  starting_machine: "Starting a stopped machine",
+  waking_replica: "Waking a replica",
   starting_replica: "Starting a replica",
   loading_model: "Loading the model",
   ready: "Almost there",

@@ -226,3 +226,9 @@ def test_a_mixture_reads_few_of_its_parameters() -> None:
     found = model_config("qwen3-30b-a3b", config)
     assert found.n_params == pytest.approx(30.5e9, rel=0.02)
     assert found.n_params_active == pytest.approx(3.3e9, rel=0.1)
+
+
+def test_sleeping_is_for_accelerators_and_for_who_asks_for_it() -> None:
+    assert refusal(LLAMA_8B, "cpu", sleep_level=1)[:2] == ("sleep_level", "no_sleep_on_cpu")
+    assert {v.name: v.value for v in compiled(LLAMA_8B, "h100_sxm").values}["sleep_level"] == 0
+    assert {v.name: v.value for v in compiled(LLAMA_8B, "h100_sxm", sleep_level=1).values}["sleep_level"] == 1
