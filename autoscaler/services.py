@@ -1,18 +1,21 @@
 """Enrolment: a machine proves that it is the one we launched, once, and is given a Redis user of its own.
 
 Called by controlplane/api/internal.py in the web process. The user reaches the machine's own keys only
-(workers/keys.py); its password is made here, told once and stored as a digest. Neither proof nor password is
-ever logged.
+(workers/keys.py); its password is made here and stored as a digest. Whoever spent the proof may ask again for a short
+while, by the nonce that they made it with, since answers get lost. Neither proof, nonce nor password is ever logged.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
 from urllib.parse import quote, urlsplit, urlunsplit
 from uuid import UUID
 
@@ -20,6 +23,7 @@ import redis
 import structlog
 from django.conf import settings
 from django.utils import timezone
+from django.utils.crypto import salted_hmac
 
 from autoscaler.cell import Cell
 from autoscaler.identity import Expected, verify
@@ -31,6 +35,9 @@ log = structlog.get_logger("corral.autoscaler")
 
 MAX_CAPABILITIES_BYTES = 8192
 MAX_PROOF_CHARS = 256
+NONCE_CHARS = (32, 128)  # a machine makes 43, of 256 bits
+# A lost answer is asked for again after 30 s (workers/agent/enrol.py), or by an agent that was started again.
+AGAIN_FOR: Final = timedelta(minutes=5)
 
 
 class CellUnavailableError(CorralError):
@@ -57,8 +64,12 @@ def enrol(
     cell: Cell,
     identity: Mapping[str, object] | None = None,
     expected: Expected | None = None,
+    nonce: str = "",
 ) -> Enrolled:
     """Spend the proof, make the machine's user.
+
+    The same machine with the same nonce (and the same key for sealed boxes) is answered the same again for
+    `AGAIN_FOR`; with the proof alone nobody is.
 
     Where the provider signs who its machines are, `identity` stands for the proof and is held against `expected`.
     Raises InvalidInputError, NotPermittedError (unknown machine or wrong proof, told alike), ConflictError (the
@@ -77,6 +88,10 @@ def enrol(
         raise InvalidInputError(
             f"capabilities: at most {MAX_CAPABILITIES_BYTES} bytes of JSON", field="capabilities"
         )
+    if nonce and not NONCE_CHARS[0] <= len(nonce) <= NONCE_CHARS[1]:
+        raise InvalidInputError(
+            f"nonce: give {NONCE_CHARS[0]} to {NONCE_CHARS[1]} random characters, or none", field="nonce"
+        )
     machines = Machine.objects.using(database()).filter(id=mid, cell=cell.keys.cell)
     machine = machines.first()
     # The same work and the same answer for a machine that never was.
@@ -92,7 +107,7 @@ def enrol(
     if not is_it or machine is None:
         raise NotPermittedError("the proof is not this machine's: launch the machine again", field="proof")
 
-    password = secrets.token_urlsafe(32)
+    password = _password(mid, nonce)
     digest = hashlib.sha256(password.encode()).hexdigest()
     spent = machines.filter(
         state=MachineState.PENDING, enroll_used_at=None, enroll_proof_digest=stored
@@ -103,20 +118,42 @@ def enrol(
         redis_user=cell.keys.machine(mid.hex).redis_user,
         redis_password_digest=digest,
     )
-    if not spent:
+    if not spent and not _is_again(machines.first(), nonce, digest, capabilities):
         raise ConflictError(
             "the proof was used before, or the machine is gone: launch the machine again", field="proof"
         )
     try:
         cell.set_user(mid.hex, digest)
     except redis.RedisError as error:
-        machines.filter(state=MachineState.ENROLLED, redis_password_digest=digest).update(
-            state=MachineState.PENDING, enroll_used_at=None, redis_user="", redis_password_digest=""
-        )
+        if spent:
+            machines.filter(state=MachineState.ENROLLED, redis_password_digest=digest).update(
+                state=MachineState.PENDING, enroll_used_at=None, redis_user="", redis_password_digest=""
+            )
         log.warning("machine.enrol_failed", machine=mid.hex, error=type(error).__name__)
         raise CellUnavailableError("the cell's Redis is away: try again in a few seconds") from None
-    log.info("machine.enrolled", machine=mid.hex)
+    log.info("machine.enrolled", machine=mid.hex, again=not spent)
     return Enrolled(mid.hex, cell.keys.cell, _machine_url(cell, mid.hex, password))
+
+
+def _password(machine_id: UUID, nonce: str) -> str:
+    """Of 256 bits: at random, or the one that this nonce gives with our secret, so that it need not be kept."""
+    if not nonce:
+        return secrets.token_urlsafe(32)
+    made = salted_hmac("corral.machine-password", f"{machine_id.hex} {nonce}", algorithm="sha256").digest()
+    return base64.urlsafe_b64encode(made).decode().rstrip("=")
+
+
+def _is_again(machine: Machine | None, nonce: str, digest: str, capabilities: Mapping[str, object]) -> bool:
+    """Whether this very enrolment succeeded a moment ago: its first password is what the nonce gives."""
+    return (
+        machine is not None
+        and bool(nonce)
+        and machine.state == MachineState.ENROLLED
+        and machine.enroll_used_at is not None
+        and timezone.now() - machine.enroll_used_at < AGAIN_FOR
+        and hmac.compare_digest(machine.redis_password_digest, digest)
+        and machine.capabilities.get("box_public") == capabilities.get("box_public")
+    )
 
 
 def database() -> str:

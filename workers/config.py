@@ -52,6 +52,16 @@ class MachineDirs:
         return self.root / "credentials.json"
 
     @property
+    def enrolling(self) -> Path:
+        """What an enrolment was begun with, until its answer is in `credentials`."""
+        return self.root / "enrolling.json"
+
+    @property
+    def password(self) -> Path:
+        """The machine's Redis password, once the one of its enrolment was replaced."""
+        return self.root / "redis-password"
+
+    @property
     def notice(self) -> Path:
         """Written by whoever takes the machine away (workers/agent/notice.py)."""
         return self.root / "notice.json"

@@ -1,6 +1,6 @@
 """`POST /internal/enrol`: the one address a new machine talks to before it has credentials.
 
-{"machine_id", "proof", "capabilities"} -> {"machine_id", "cell", "redis_url"}; what it means is in
+{"machine_id", "proof", "nonce", "capabilities"} -> {"machine_id", "cell", "redis_url"}; what it means is in
 autoscaler/services.py. No session, no tenant, no cookie; bounded in size and rate, since anybody may call it.
 """
 
@@ -68,12 +68,13 @@ def enrol(request: HttpRequest) -> JsonResponse:
     if length > MAX_BODY_BYTES:
         return _refuse(413, "body_too_large", f"send at most {MAX_BODY_BYTES} bytes")
     try:
-        machine_id, proof, identity, capabilities = _parse(request.body)
+        machine_id, proof, identity, nonce, capabilities = _parse(request.body)
         enrolled = enrol_machine(
             machine_id=machine_id,
             proof=proof,
             identity=identity,
             expected=expected_identity(),
+            nonce=nonce,
             capabilities=capabilities,
             cell=build_cell(),
         )
@@ -88,8 +89,8 @@ def enrol(request: HttpRequest) -> JsonResponse:
     return JsonResponse(asdict(enrolled), headers={"Cache-Control": "no-store"})
 
 
-def _parse(body: bytes) -> tuple[str, str, dict[str, object] | None, dict[str, object]]:
-    """(machine id, proof, identity, capabilities); one of proof and identity."""
+def _parse(body: bytes) -> tuple[str, str, dict[str, object] | None, str, dict[str, object]]:
+    """(machine id, proof, identity, nonce, capabilities); one of proof and identity."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidInputError(f"send at most {MAX_BODY_BYTES} bytes")
     try:
@@ -99,16 +100,18 @@ def _parse(body: bytes) -> tuple[str, str, dict[str, object] | None, dict[str, o
     if not isinstance(value, dict):
         raise InvalidInputError("the body must be a JSON object")
     machine_id, proof, identity = value.get("machine_id"), value.get("proof", ""), value.get("identity")
-    capabilities = value.get("capabilities", {})
+    nonce, capabilities = value.get("nonce", ""), value.get("capabilities", {})
     if not isinstance(machine_id, str):
         raise InvalidInputError("machine_id: expected 32 hex digits", field="machine_id")
     if not isinstance(proof, str) or (not proof and identity is None):
         raise InvalidInputError("proof: expected text", field="proof")
     if identity is not None and not isinstance(identity, dict):
         raise InvalidInputError("identity: expected an object", field="identity")
+    if not isinstance(nonce, str):
+        raise InvalidInputError("nonce: expected text", field="nonce")
     if not isinstance(capabilities, dict):
         raise InvalidInputError("capabilities: expected an object", field="capabilities")
-    return machine_id, proof, identity, capabilities
+    return machine_id, proof, identity, nonce, capabilities
 
 
 def _refuse(

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 import redis
 from django.test import Client
+from django.utils import timezone
 
 from autoscaler import reconcile
-from autoscaler.models import MachineState
+from autoscaler.models import Machine, MachineState
 from controlplane.api import internal
 from tests.autoscaler.conftest import Scaling
 
@@ -69,6 +72,65 @@ def test_a_used_proof_is_refused_and_the_first_user_stays(launched: tuple[Scalin
         assert client.ping()
 
 
+NONCE = "n" * 43
+
+
+def test_whoever_lost_the_answer_is_answered_the_same_again_and_nobody_else_is(
+    launched: tuple[Scaling, str, str],
+) -> None:
+    scaling, machine_id, proof = launched
+    asked = {"machine_id": machine_id, "proof": proof, "nonce": NONCE, "capabilities": {"box_public": "b"}}
+    first = _post(asked)
+    scaling.house.cell.redis.acl_deluser(
+        f"m-{machine_id}"
+    )  # lost with the answer: the process died before it
+    again = _post(asked)
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert again.json() == first.json()
+    with redis.Redis.from_url(again.json()["redis_url"]) as client:
+        assert client.ping()
+    others: tuple[dict[str, Any], ...] = (
+        {"nonce": "m" * 43},  # another process that has the proof
+        {"nonce": ""},
+        {"capabilities": {"box_public": "c"}},
+        {"machine_id": "f" * 32},
+        {"proof": "x" + proof[1:]},
+    )
+    for other in others:
+        assert _post({**asked, **other}).status_code in (403, 409), other
+    with redis.Redis.from_url(first.json()["redis_url"]) as client:
+        assert client.ping()
+
+
+@pytest.mark.parametrize("later", ["five minutes", "renewed", "ready", "gone"])
+def test_the_same_question_is_answered_for_a_short_while_only(
+    launched: tuple[Scaling, str, str], later: str
+) -> None:
+    _, machine_id, proof = launched
+    asked = {"machine_id": machine_id, "proof": proof, "nonce": NONCE}
+    assert _post(asked).status_code == 200
+    changes: dict[str, Any] = {
+        "five minutes": {"enroll_used_at": timezone.now() - timedelta(minutes=5)},
+        "renewed": {"redis_password_digest": "0" * 64},
+        "ready": {"state": MachineState.READY},
+        "gone": {"state": MachineState.GONE, "gone_at": timezone.now()},
+    }[later]
+    Machine.objects.update(**changes)
+    assert _post(asked).status_code == 409
+
+
+def test_the_password_is_not_what_the_nonce_alone_gives(
+    launched: tuple[Scaling, str, str], settings: Any
+) -> None:
+    from autoscaler.services import _password
+
+    made = _password(UUID(int=1), NONCE)
+    assert (len(made), made == _password(UUID(int=1), NONCE)) == (43, True)
+    others = {_password(UUID(int=2), NONCE), _password(UUID(int=1), "m" * 43), _password(UUID(int=1), "")}
+    settings.SECRET_KEY = "another secret of the house"
+    assert made not in others | {_password(UUID(int=1), NONCE)}
+
+
 def test_wrong_proof_and_unknown_machine_look_alike(launched: tuple[Scaling, str, str]) -> None:
     scaling, machine_id, proof = launched
     wrong = _post({"machine_id": machine_id, "proof": proof + "x"})
@@ -89,6 +151,8 @@ def test_wrong_proof_and_unknown_machine_look_alike(launched: tuple[Scaling, str
         ({"machine_id": "f" * 32, "proof": ""}, "proof"),
         ({"machine_id": "f" * 32, "proof": "x" * 1000}, "proof"),
         ({"machine_id": "f" * 32, "proof": "x", "capabilities": [1]}, "capabilities"),
+        ({"machine_id": "f" * 32, "proof": "x", "nonce": 3}, "nonce"),
+        ({"machine_id": "f" * 32, "proof": "x", "nonce": "short"}, "nonce"),
         ({"machine_id": "f" * 32, "proof": "x", "capabilities": {"a": "b" * 9000}}, "capabilities"),
     ],
 )

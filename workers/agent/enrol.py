@@ -1,8 +1,9 @@
 """Enrolment: a single-use proof against the machine's own Redis user, kept in a file so that a restart
 needs no proof.
 
-POST {machine_id, capabilities, proof or (signed by EC2) identity} to the control plane; the answer holds the URL of the
-cell's Redis with this machine's user and password. None of proof, identity and URL is ever logged.
+POST {machine_id, capabilities, nonce, proof or (signed by EC2) identity} to the control plane; the answer holds the URL
+of the cell's Redis with this machine's user and password. The nonce is made here, kept on disk before it is sent, and
+gets the same answer again should the first be lost. None of proof, identity, nonce and URL is ever logged.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -23,10 +25,11 @@ from workers import sealed
 from workers.agent.imds import Metadata, MetadataError
 from workers.config import AgentConfig
 from workers.keys import DEFAULT_CELL
+from workers.redis_address import with_password_file
 
 log = logging.getLogger(__name__)
 
-# Long: an answer that is given up is a proof that is spent, and the machine has to be bought again.
+# Long: the control plane may be busy enrolling a fleet.
 _TIMEOUT_S: Final = 30.0
 _GIVE_UP_S: Final = 240.0
 _MAX_ANSWER_BYTES: Final = 65_536
@@ -47,14 +50,26 @@ class Credentials(msgspec.Struct, kw_only=True):
     box_key: str = ""
 
 
+class Asking(msgspec.Struct, kw_only=True):
+    """An enrolment that was begun: what its answer, when it comes, belongs to. The content of enrolling.json."""
+
+    machine_id: str
+    nonce: str
+    box_key: str
+
+
+_Kept = TypeVar("_Kept", Credentials, Asking)
+
+
 async def credentials_of(config: AgentConfig) -> Credentials:
     """Stored credentials, else enrol and store them. EnrolRefused when that is hopeless."""
     path = config.dirs.credentials
-    found = _read(path, config.machine)
+    found = _read(path, config.machine, Credentials)
     if found is None:
         found = await _enrol(config)
         _write(path, found)
-    found.redis_url = _at_address(found.redis_url, config.redis)
+        config.dirs.enrolling.unlink(missing_ok=True)
+    found.redis_url = with_password_file(_at_address(found.redis_url, config.redis), config.dirs.password)
     return found
 
 
@@ -69,9 +84,12 @@ async def _enrol(config: AgentConfig) -> Credentials:
             asked["identity"] = await asyncio.to_thread(lambda: Metadata().identity())
         except MetadataError as error:
             raise EnrolRefused(f"cannot prove which machine this is: {error}") from None
-    box_key = sealed.new_key() if config.engine == "upstream" else ""
-    if box_key:
-        asked["capabilities"] = {**capabilities(config), "box_public": sealed.public_of(box_key)}
+    asking = _read(config.dirs.enrolling, config.machine, Asking)
+    if asking is None:
+        asking = Asking(machine_id=config.machine, nonce=secrets.token_urlsafe(32), box_key=sealed.new_key())
+        _write(config.dirs.enrolling, asking)
+    asked["nonce"] = asking.nonce
+    asked["capabilities"] = {**capabilities(config), "box_public": sealed.public_of(asking.box_key)}
     question = msgspec.json.encode(asked)
     deadline_s = asyncio.get_running_loop().time() + _GIVE_UP_S
     wait_s = 0.1
@@ -91,7 +109,7 @@ async def _enrol(config: AgentConfig) -> Credentials:
         if found.machine_id != config.machine:
             raise EnrolRefused(f"enrolled as {found.machine_id!r}, expected {config.machine!r}")
         log.info("enrolled")
-        found.box_key = box_key
+        found.box_key = asking.box_key
         return found
 
 
@@ -121,21 +139,21 @@ def _post(url: str, body: bytes) -> bytes:
         raise
 
 
-def _read(path: Path, machine: str) -> Credentials | None:
+def _read(path: Path, machine: str, kind: type[_Kept]) -> _Kept | None:
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Credentials)
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError):
         return None
     return found if found.machine_id == machine else None
 
 
-def _write(path: Path, credentials: Credentials) -> None:
+def _write(path: Path, kept: Credentials | Asking) -> None:
     """Whole or not at all, readable by us only."""
     scratch = path.with_suffix(".new")
     scratch.unlink(missing_ok=True)
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(credentials))
+        file.write(msgspec.json.encode(kept))
         file.flush()
         os.fsync(file.fileno())
     scratch.rename(path)

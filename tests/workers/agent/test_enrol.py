@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from workers import sealed
 from workers.agent.enrol import EnrolRefused, credentials_of
 from workers.config import AgentConfig
+from workers.redis_address import with_password_file
 
 GOOD = {"machine_id": "m1", "cell": "c3", "redis_url": "redis://m-m1:pw@10.0.0.1:6379/0", "heartbeat_ms": 500}
 
@@ -65,7 +67,8 @@ def config(server: Server, var: Path, **options: Any) -> AgentConfig:
 async def test_credentials_are_stored_privately_and_used_again(server: Server, tmp_path: Path) -> None:
     server.answers = [(200, GOOD)]
     first = await credentials_of(config(server, tmp_path))
-    assert (first.cell, first.redis_url, first.heartbeat_ms) == ("c3", GOOD["redis_url"], 500)
+    assert (first.cell, first.heartbeat_ms) == ("c3", 500)
+    assert first.redis_url == with_password_file(str(GOOD["redis_url"]), tmp_path / "redis-password")
     assert server.asked[0]["proof"] == "p" and server.asked[0]["capabilities"]["n_cpus"] >= 1
     assert stat.S_IMODE((tmp_path / "credentials.json").stat().st_mode) == 0o600
     again = await credentials_of(config(server, tmp_path, proof=""))
@@ -76,6 +79,23 @@ async def test_busy_control_plane_is_asked_again(server: Server, tmp_path: Path)
     server.answers = [(503, {}), (502, "nonsense"), (200, "nonsense"), (200, GOOD)]
     assert (await credentials_of(config(server, tmp_path))).machine_id == "m1"
     assert len(server.asked) == 4
+
+
+async def test_what_is_asked_again_is_the_same_even_by_the_next_agent(server: Server, tmp_path: Path) -> None:
+    server.answers = [(503, {})]
+    task = asyncio.create_task(credentials_of(config(server, tmp_path)))
+    while len(server.asked) < 2:
+        await asyncio.sleep(0.005)
+    task.cancel()  # killed before an answer came
+    await asyncio.gather(task, return_exceptions=True)
+    kept = tmp_path / "enrolling.json"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    server.answers = [(200, GOOD)]
+    found = await credentials_of(config(server, tmp_path))
+    assert len({json.dumps(asked, sort_keys=True) for asked in server.asked}) == 1
+    assert len(server.asked[0]["nonce"]) == 43
+    assert sealed.public_of(found.box_key) == server.asked[0]["capabilities"]["box_public"]
+    assert not kept.exists(), "the next enrolment of this directory is another one"
 
 
 @pytest.mark.parametrize("answer", [(403, {"error": "used"}), (200, {**GOOD, "machine_id": "m2"})])
@@ -102,7 +122,7 @@ async def test_credentials_of_another_machine_are_not_used(server: Server, tmp_p
 async def test_redis_may_be_reached_at_another_address(server: Server, tmp_path: Path) -> None:
     server.answers = [(200, GOOD)]
     found = await credentials_of(config(server, tmp_path, redis="127.0.0.1:7777"))
-    assert found.redis_url == "redis://m-m1:pw@127.0.0.1:7777/0"
+    assert found.redis_url.partition("?")[0] == "redis://m-m1:pw@127.0.0.1:7777/0"
     stored = json.loads((tmp_path / "credentials.json").read_text())
     assert stored["redis_url"] == GOOD["redis_url"]
 
