@@ -108,12 +108,22 @@ def digest_of(upstream: Upstream) -> str:
 
 
 def _drop(live: list[Replica], wanted: dict[UUID, Upstream], house: House) -> set[UUID]:
-    """Drain what nobody wants any more, or not like this; the endpoints that have their replica."""
+    """Drain what nobody wants any more, or not like this; the endpoints that have their replica.
+
+    One on a machine that leaves serves until another one does.
+    """
     current: set[UUID] = set()
+    leaving: list[tuple[UUID, Replica]] = []
+    ready: set[UUID] = set()
     for row in live:
         upstream_id = UUID(hex=row.spec["upstream"]["upstream"])
         upstream = wanted.get(upstream_id)
         as_wanted = upstream is not None and row.spec_digest == digest_of(upstream)
+        if row.machine.state == MachineState.DRAINING and as_wanted:
+            leaving.append((upstream_id, row))
+            continue
+        if as_wanted and row.phase == ReplicaPhase.READY:
+            ready.add(upstream_id)
         if as_wanted and upstream_id not in current and row.phase != ReplicaPhase.DRAINING:
             current.add(upstream_id)
         elif row.phase != ReplicaPhase.DRAINING:
@@ -121,6 +131,9 @@ def _drop(live: list[Replica], wanted: dict[UUID, Upstream], house: House) -> se
                 "its upstream was changed" if upstream is not None else "its upstream is not wanted any more"
             )
             drain(row.id, why, house.cell)
+    for upstream_id, row in leaving:
+        if upstream_id in ready and row.phase != ReplicaPhase.DRAINING:
+            drain(row.id, "its machine leaves, and another one serves", house.cell)
     return current
 
 

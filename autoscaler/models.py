@@ -69,6 +69,20 @@ class Machine(models.Model):
     redis_password_digest = models.CharField(
         max_length=64, blank=True, help_text="SHA-256 (hex) of its Redis password: the user can be made again"
     )
+    redis_password_next = models.CharField(
+        max_length=64,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="digest of the one that is to replace it: both are valid",
+    )
+    redis_password_at = models.DateTimeField(
+        null=True, blank=True, help_text="when its password was last replaced; null: it has its first"
+    )
+    redis_password_offered_at = models.DateTimeField(null=True, blank=True)
+    redis_password_offers = models.PositiveIntegerField(
+        default=0, db_default=0, help_text="new ones offered since then"
+    )
     pool_slot = models.PositiveIntegerField(
         null=True, help_text="its place among the machines the pool may have; unique while it exists"
     )
@@ -107,6 +121,11 @@ class Machine(models.Model):
         default=list,
         help_text="names of the offerings it may be, best first; fixed before the provider is asked",
     )
+
+    @property
+    def password_digests(self) -> tuple[str, ...]:
+        """What its Redis user is let in by: one, or two while one is being replaced."""
+        return tuple(filter(None, (self.redis_password_digest, self.redis_password_next)))
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [

@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ import structlog
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import launch, market, metrics, prefetch
+from autoscaler import launch, market, metrics, prefetch, renewal
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.models import (
@@ -42,6 +43,7 @@ MAX_PRUNED = 5000
 SETTLED_AFTER = timedelta(seconds=15)
 RESTARTS_FORGIVEN_AFTER = timedelta(minutes=2)
 ENDED_LATELY = timedelta(hours=6)
+_IS_ID = re.compile(r"[0-9a-f]{32}")
 MAX_ENDED = 1000  # of those that ended lately, the newest, looked at per pass
 
 
@@ -201,16 +203,37 @@ def _restore(house: House, report: Report, now: datetime) -> None:
     pool = Machine.objects.filter(provider=house.provider.name, cell=cell.keys.cell)
     for row in pool.exclude(state=MachineState.GONE):
         mid = row.id.hex
-        if row.redis_password_digest and not cell.has_user(mid):
-            cell.set_user(mid, row.redis_password_digest)
+        if _restore_user(row, house):
             log.warning("machine.user_restored", machine=mid)
             report.n_restored += 1
         seen = cell.read_desired(mid)  # first: see Cell.restore_desired
         live = Replica.objects.filter(machine_id=row.id, phase__in=LIVE_PHASES)
         if cell.restore_desired(mid, {r.id.hex: desired_spec(r) for r in live}, seen):
             report.n_restored += 1
+    _shut_out(house, report)
     _unroute(house, report, now)
     _withdraw(house, report, now)
+
+
+def _restore_user(row: Machine, house: House) -> bool:
+    """A Redis that came back without it, or with what let it in earlier, lets it in as its row says."""
+    found = house.cell.user_digests(row.id.hex)
+    if not row.redis_password_digest or found == frozenset(row.password_digests):
+        return False
+    row.refresh_from_db(fields=["redis_password_digest", "redis_password_next"])
+    if not row.redis_password_digest or found == frozenset(row.password_digests):
+        return False
+    renewal.let_in(row.id, row.password_digests, house)
+    return True
+
+
+def _shut_out(house: House, report: Report) -> None:
+    """Users of machines that are gone: one was made again by somebody who read its row a moment too early."""
+    ids = [UUID(hex=mid) for mid in house.cell.machine_users() if _IS_ID.fullmatch(mid)]
+    for gone in Machine.objects.filter(id__in=ids, state=MachineState.GONE).values_list("id", flat=True):
+        house.cell.delete_user(gone.hex)
+        log.warning("machine.user_deleted", machine=gone.hex)
+        report.n_restored += 1
 
 
 def _prefetch(house: House, report: Report, now: datetime) -> None:

@@ -18,6 +18,7 @@ from autoscaler import (
     market,
     notices,
     pool,
+    renewal,
 )
 from autoscaler import tick as ticking
 from autoscaler.house import build_external_house, build_house
@@ -91,6 +92,16 @@ def refresh_market() -> int:
     except ProviderError as error:
         log.warning("market.not_refreshed", code=error.code, error=str(error))
         return 0
+
+
+@shared_task(name="autoscaler.renew_passwords")  # type: ignore[untyped-decorator]
+def renew_passwords() -> None:
+    """Machines' Redis passwords that are due, taken or over; what runs on a machine that took none moves at once."""
+    house = build_house()
+    touched = renewal.renew(house)
+    renewal.renew(build_external_house())
+    for deployment_id in sorted(touched):
+        ticking.tick(deployment_id, house)
 
 
 @shared_task(name="autoscaler.heed_notices")  # type: ignore[untyped-decorator]

@@ -32,6 +32,7 @@ from tests.cloud.s3 import s3_server
 
 TYPE: Final = "g6.xlarge"
 KEEP_WARM_S: Final = 5.0
+PASSWORD_S: Final = 60.0  # life of machines' Redis passwords: replaced after half of it, under the streams
 GIVEN_BACK_WITHIN_S: Final = 90.0
 _WARNING: Final = "EC2 Spot Instance Interruption Warning"
 
@@ -85,6 +86,7 @@ def region_for(var: Path) -> Iterator[Region]:
             "CORRAL_PROVIDER": "aws",
             "CORRAL_MAX_MACHINES": "4",
             "CORRAL_MACHINE_KEEP_WARM_S": f"{KEEP_WARM_S:g}",
+            "CORRAL_MACHINE_PASSWORD_S": f"{PASSWORD_S:g}",
             "CORRAL_AWS_REGION": REGION,
             "CORRAL_AWS_SUBNETS": ",".join(f"{zone}={subnet}" for zone, subnet in ec2.subnets.items()),
             "CORRAL_AWS_AMI": ec2.ami,
@@ -178,7 +180,8 @@ def account(stack: BenchStack, region: Region) -> dict[str, Any]:
         "n_bought_twice": len(twice),
         "n_create_fleet_calls": calls["CreateFleet"],
         "n_terminate_calls": calls["TerminateInstances"],
-        "weather": f"spot in {ZONES[0]} sold out, one purchase throttled, one answer lost, lists 2 s late",
+        "weather": f"spot in {ZONES[0]} sold out, one purchase throttled, one answer lost, lists 2 s late, "
+        f"machines' passwords replaced every {PASSWORD_S / 2:g} s",
         "problems": problems,
     }
 

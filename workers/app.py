@@ -23,6 +23,7 @@ from celery.platforms import SecurityWarning
 from kombu import Exchange, Queue
 
 from workers.contract import SERVE_TASK
+from workers.redis_address import without_password_file
 from workers.strategy import LightStrategy
 
 MAX_IN_FLIGHT: Final = 1024  # jobs of one consumer; slots keep real replicas far below it
@@ -71,10 +72,12 @@ def make_app(config: ConsumerConfig) -> Celery:
         fixups=[],
         amqp="workers.broker_connection:Amqp",
     )
+    broker_url, password_file = without_password_file(config.redis_url)
     app.conf.update(
-        broker_url=config.redis_url,
+        broker_url=broker_url,
         broker_transport="workers.transport:Transport",
         broker_transport_options={
+            "password_file": password_file,
             "global_keyprefix": config.key_prefix,
             # One consumer per queue for life: its records are its own, and its death is the reaper's affair.
             "unacked_key": f"unacked.{config.replica_id}",

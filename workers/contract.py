@@ -261,6 +261,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     ends_in_ms: int | None = None
     # It sleeps (workers/rest.py): `phase` is LOADING, since it takes nothing until it is READY again.
     asleep: bool = False
+    # Of an agent: SHA-256 (hex) of the Redis password that its processes connect with.
+    password: str = ""
     v: int = WIRE_VERSION
 
 

@@ -38,6 +38,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `m:<mid>:models` | string | machine | model versions it holds, and how siblings reach them (`ModelShelf`, JSON) |
 | `m:<mid>:prefetch` | hash | machine | model versions to fetch when it is idle (`PrefetchSpec`, JSON), by digest |
 | `m:<mid>:adapters` | hash | machine | LoRA adapters that replicas here may be asked for (`AdapterSpec`, JSON) |
+| `m:<mid>:pw` | string | machine | its next password, sealed for its agent, until that takes it; expires |
 | `m:<mid>:actual` | hash | machine | what the agent runs, with phase and reason |
 """
 
@@ -280,6 +281,11 @@ class MachineKeys:
         return f"{self.prefix}bell"
 
     @property
+    def password(self) -> str:
+        """Its next password, in a box that only its agent opens; the agent deletes it."""
+        return f"{self.prefix}pw"
+
+    @property
     def actual(self) -> str:
         return f"{self.prefix}actual"
 
@@ -294,15 +300,15 @@ class MachineKeys:
         """PUBLISH by the trusted side of a request id (cancel it) or `@<request id>` (its client reads elsewhere)."""
         return f"{self.prefix}ctl:{replica_id}"
 
-    def acl_rules(self, password_sha256_hex: str) -> list[str]:
+    def acl_rules(self, *passwords_sha256_hex: str) -> list[str]:
         """Arguments of ACL SETUSER for this machine: its own keys and channels, and a command list.
 
-        `password_sha256_hex` is the digest, so that the password itself is stored nowhere on the trusted side.
+        Digests, so that a password itself is stored nowhere on the trusted side; two while one is being replaced.
         """
         return [
             "reset",
             "on",
-            f"#{password_sha256_hex}",
+            *(f"#{digest}" for digest in passwords_sha256_hex),
             f"~{self.prefix}*",
             "resetchannels",
             f"&{self.prefix}*",

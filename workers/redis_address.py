@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Address:
     username: str | None
     password: str | None = field(repr=False)
     tls: ssl.SSLContext | None = field(repr=False)
+    # Where it says so, the password is what this file holds at the moment of connecting: it is replaced now and then.
+    password_file: str = ""
+
+    def password_now(self) -> str | None:
+        """The file's, where there is one to be read; else the URL's."""
+        return read_password(self.password_file) or self.password
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
@@ -26,6 +33,7 @@ class Address:
 def parse_url(url: str) -> Address:
     """`redis://`, `rediss://` (TLS, verified) or `unix://` → Address; ValueError names the part at fault.
 
+    All take `?password_file=` (a path).
     rediss:// takes `?ssl_ca_certs=`, `ssl_certfile=` and `ssl_keyfile=` (paths); unix:// takes `?db=`.
     """
     parts = urlsplit(url)
@@ -48,4 +56,30 @@ def parse_url(url: str) -> Address:
         username=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
         tls=tls,
+        password_file=query.get("password_file", ""),
     )
+
+
+def read_password(path: str) -> str:
+    """What is in a password file; '' without one."""
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def with_password_file(url: str, path: Path) -> str:
+    """The URL of somebody whose password may be replaced by what this file comes to hold."""
+    parts = urlsplit(url)
+    query = urlencode({**dict(parse_qsl(parts.query)), "password_file": str(path)})
+    return urlunsplit(parts._replace(query=query))
+
+
+def without_password_file(url: str) -> tuple[str, str]:
+    """(the URL as others read it, path of the password file or '')."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    path = query.pop("password_file", "")
+    return (urlunsplit(parts._replace(query=urlencode(query))) if path else url), path

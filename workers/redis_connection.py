@@ -229,8 +229,9 @@ async def _handshake(
 ) -> None:
     """One round trip. PING proves that Redis serves (not LOADING); a user may lack PING or SETNAME."""
     commands: list[tuple[str | int, ...]] = []
-    if address.password is not None:
-        commands.append(("AUTH", *([address.username] if address.username else []), address.password))
+    password = address.password_now()
+    if password is not None:
+        commands.append(("AUTH", *([address.username] if address.username else []), password))
     if address.db:
         commands.append(("SELECT", address.db))
     commands += [("CLIENT", "SETNAME", client_name), ("PING",)]

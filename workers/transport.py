@@ -19,9 +19,11 @@ import msgspec
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.json import loads as kombu_loads
+from redis.credentials import CredentialProvider
 from redis.exceptions import NoPermissionError, NoScriptError
 
 from workers.acks import AckPipe
+from workers.redis_address import read_password
 from workers.redis_connection import pack
 from workers.scripts import POP
 
@@ -85,15 +87,17 @@ class QoS(_StockQoS):
 
 
 class Channel(_StockChannel):
-    """One more transport option: `redeliver_overdue` (default True, as stock).
+    """Two more transport options.
 
-    False where a queue has one consumer for its whole life and recovery is somebody else's: nothing is then
-    redelivered after the visibility timeout, and the consumer's user needs no lock.
+    redeliver_overdue (default True, as stock): False where a queue has one consumer for its whole life and recovery is
+    somebody else's: nothing is then redelivered after the visibility timeout, and the consumer's user needs no lock.
+    password_file: where the password is read at every connect.
     """
 
     QoS = QoS
-    from_transport_options = (*_StockChannel.from_transport_options, "redeliver_overdue")
+    from_transport_options = (*_StockChannel.from_transport_options, "redeliver_overdue", "password_file")
     redeliver_overdue = True
+    password_file = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.is_recorded = False  # the message being delivered came from the pop script
@@ -108,6 +112,13 @@ class Channel(_StockChannel):
             self._prefixed(self.unacked_key),
             self._prefixed(self.unacked_index_key),
         )
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = super()._connparams(asynchronous)
+        if self.password_file:
+            user, given = found.pop("username", None), found.pop("password", None)
+            found["credential_provider"] = _FromFile(user, given, self.password_file)
+        return found
 
     # -- consuming
 
@@ -294,6 +305,16 @@ class Transport(_StockTransport):
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.cycle.hub_readers = loop.readers
         super().register_with_event_loop(connection, loop)
+
+
+class _FromFile(CredentialProvider):  # type: ignore[misc, unused-ignore]
+    """A user whose password may be replaced by what a file comes to hold (redis_address.py)."""
+
+    def __init__(self, user: str | None, given: str | None, path: str) -> None:
+        self._user, self._given, self._path = user or "default", given or "", path
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._user, read_password(self._path) or self._given
 
 
 def _is_pattern(topic: str) -> bool:

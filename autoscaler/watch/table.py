@@ -59,7 +59,7 @@ class Table:
     replicas: dict[str, KnownReplica] = field(default_factory=dict)
     machines: dict[str, MachineState] = field(default_factory=dict)
     # Of the machines' Redis passwords: enough to make their users again in a Redis that lost them.
-    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    digests: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     deployments: tuple[str, ...] = ()
 
 
@@ -81,7 +81,8 @@ def read(cell: str, version: int) -> Table:
     )
     shares = canary_shares(cell)
     pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
-    machines = list(pool.only("id", "state", "redis_password_digest", "provider", "offering"))
+    fields = ("id", "state", "redis_password_digest", "redis_password_next", "provider", "offering")
+    machines = list(pool.only(*fields))
     bought = {row.id: (row.offering, cell, row.provider) for row in machines}
     rows = list(replicas)
     external = {row.id.hex for row in machines if row.provider == ExternalProvider.name}
@@ -106,7 +107,7 @@ def read(cell: str, version: int) -> Table:
             for row in rows
         },
         machines={row.id.hex: MachineState(row.state) for row in machines},
-        digests={row.id.hex: row.redis_password_digest for row in machines if row.redis_password_digest},
+        digests={row.id.hex: row.password_digests for row in machines if row.redis_password_digest},
         deployments=tuple(did.hex for did in deployments),
     )
 

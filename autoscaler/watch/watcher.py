@@ -179,9 +179,9 @@ class Watcher:
 
     def _restore_users(self) -> None:
         """An empty Redis knows no machine: they must be able to come back although Postgres may be away, too."""
-        for mid, digest in self.recorder.table.digests.items():
+        for mid, digests in self.recorder.table.digests.items():
             if not self.cell.has_user(mid):
-                self.cell.set_user(mid, digest)
+                self.cell.set_user(mid, *digests)
                 log.warning("machine.user_restored", machine=mid)
 
     def _disconnected(self) -> None:

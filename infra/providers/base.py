@@ -136,6 +136,9 @@ class Provider(Protocol):
     def terminate(self, ref: str) -> None:
         """End it and all that runs on it; a machine that is gone is fine."""
 
+    def leaving(self, ref: str, in_s: float) -> None:
+        """We move everything off it, within `in_s`. Where machines share a computer, its successor takes its place."""
+
     def describe(self) -> list[ProviderMachine]:
         """Every machine of ours that exists, known to the caller or not."""
 

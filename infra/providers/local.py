@@ -148,6 +148,12 @@ class LocalProvider:
         for old in sorted(ended, key=lambda path: path.name)[:-KEEP_TERMINATED]:  # ids sort by time
             shutil.rmtree(old, ignore_errors=True)
 
+    def leaving(self, ref: str, in_s: float) -> None:
+        """As if notice were given: this computer has room for its successor, and it is ended then."""
+        directory = self._dir(ref)
+        if directory.is_dir() and _notice_of(directory) is None:
+            give_notice(directory, in_s)
+
     def describe(self) -> list[ProviderMachine]:
         """See Provider; oldest first. Whose notice has run out is ended first, ready or not."""
         for path in self.root.glob("*/notice.json"):

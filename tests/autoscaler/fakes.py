@@ -35,6 +35,7 @@ class FakeProvider:
         self._numbers = itertools.count(1)
         self.n_blind = 0  # so many lists do not show anything yet
         self.waiting_notices: list[CentralNotice] = []
+        self.left: list[str] = []  # refs we said we move everything off
         self.kinds: list[Offering] = []
         self.exhausted: dict[str, str] = {}  # offering -> code
 
@@ -93,6 +94,9 @@ class FakeProvider:
     def terminate(self, ref: str) -> None:
         self.terminated.append(ref)
         self.machines.pop(ref, None)
+
+    def leaving(self, ref: str, in_s: float) -> None:
+        self.left.append(ref)
 
     def describe(self) -> list[ProviderMachine]:
         if self.n_blind:

@@ -36,6 +36,7 @@ class EnrolServer:
         self.cell = cell
         self.proofs: set[str] = set()
         self.n_enrolled = 0
+        self.asked: list[dict[str, Any]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +63,7 @@ class EnrolServer:
         if question["proof"] not in self.proofs:
             return 403, {"error": "unknown or used proof"}
         self.proofs.remove(question["proof"])
+        self.asked.append(question)
         self.n_enrolled += 1
         machine = question["machine_id"]
         return 200, {

@@ -23,6 +23,7 @@ from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
 from workers.agent.prefetch import Prefetch
+from workers.agent.renewal import Renewal
 from workers.agent.replicas import Limits, Replicas
 from workers.agent.shelf import Shelf
 from workers.agent.spools import DeadSpools
@@ -95,6 +96,7 @@ class Agent:
         self._credentials = credentials
         self._keys = MachineKeys(credentials.cell, self._config.machine)
         self._client = Client(credentials.redis_url, name="agent")
+        self._renewal = Renewal(self._client, self._keys, credentials.box_key, self._config.dirs.password)
         with contextlib.suppress(RedisError):  # it goes on trying
             await self._client.connect()
         replicas = self._replicas = Replicas(
@@ -230,6 +232,7 @@ class Agent:
             phase=phase if notice is None else ReplicaPhase.DRAINING,
             n_running=len(replicas.alive),
             ends_in_ms=None if notice is None else notice.ends_in_ms(time.time()),
+            password=self._renewal.digest,
         )
         life_ms = self._tuning.heartbeat_life_ms
         self._client.fire("SET", self._keys.heartbeat(), _json.encode(heartbeat), "PX", life_ms)
@@ -267,6 +270,7 @@ class Agent:
         while True:
             try:
                 desired = await self._read_desired()
+                await self._renewal.look()
             except RedisError:
                 desired = None
             for replica in replicas.reconcile(desired):

@@ -95,6 +95,9 @@ class AwsProvider:
     def terminate(self, ref: str) -> None:
         self._end([ref])
 
+    def leaving(self, ref: str, in_s: float) -> None:
+        """Nothing: its successor is a computer of its own."""
+
     def describe(self) -> list[ProviderMachine]:
         """Instances with our cell's tag that are not terminated, oldest first."""
         filters = [
