@@ -66,6 +66,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: int | None = None
     ignore_eos: bool = False
     logit_bias: dict[str, float] = {}
+    json_schema: str | None = None  # JSON text of the schema that the answer must follow
 
 
 class Slo(msgspec.Struct, frozen=True, array_like=True):

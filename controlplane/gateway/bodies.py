@@ -37,6 +37,20 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     refusal: str | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """What an answer must look like. `strict` changes nothing: a schema is always kept."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -78,9 +92,9 @@ class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
     prediction: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     # Accepted at their neutral values only: see UNSUPPORTED in schemas.py.
     store: bool | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None

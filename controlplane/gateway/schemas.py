@@ -15,6 +15,7 @@ import msgspec
 
 from controlplane.gateway.bodies import ChatBody, CompletionBody, Message
 from controlplane.gateway.errors import ApiError, bad_request
+from controlplane.gateway.structured import json_schema_of
 from workers.contract import Endpoint, Sampling
 
 MAX_STOPS: Final = 16
@@ -37,6 +38,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
     slo_class: str | None = None  # named by a header
     end_customer: str | None = None  # named by a header, or in OpenAI's words in the body
     tier: str | None = None  # `service_tier`; None, "auto": the default of whoever asks
+    json_schema: str | None = None  # JSON text of the schema that the answer follows
 
     def prompt_bytes(self) -> bytes:
         """The prompt's text for finding its beginnings again; not what the model reads."""
@@ -80,6 +82,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
             logprobs=self.logprobs,
             ignore_eos=bool(body.ignore_eos),
             logit_bias=body.logit_bias or {},
+            json_schema=self.json_schema,
         )
 
 
@@ -90,7 +93,6 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "best_of": ((None, 1), "leave it out"),
     "echo": ((None, False), "leave it out and prepend the prompt yourself"),
     "suffix": ((None, ""), "leave it out"),
-    "response_format": ((None, {"type": "text"}), 'leave it out or send {"type": "text"}'),
     "tools": ((None, []), "leave it out"),
     "tool_choice": ((None, "none", "auto"), "leave it out"),
     "functions": ((None, []), "leave it out"),
@@ -164,6 +166,7 @@ def _request(
         stop=_stops(body.stop),
         logprobs=_logprobs(body),
         tier=body.service_tier,
+        json_schema=_json_schema(body),
     )
 
 
@@ -203,6 +206,15 @@ def _logprobs(body: ChatBody | CompletionBody) -> int | None:
     if body.top_logprobs:
         raise bad_request("top_logprobs is only allowed when logprobs is true", "top_logprobs")
     return None
+
+
+def _json_schema(body: ChatBody | CompletionBody) -> str | None:
+    if isinstance(body, CompletionBody) or body.response_format is None:
+        return None
+    schema = json_schema_of(body.response_format)
+    if schema is not None and body.ignore_eos:
+        raise bad_request("ignore_eos and response_format exclude each other; leave one out", "ignore_eos")
+    return schema
 
 
 def _check_bias(bias: dict[str, float]) -> None:

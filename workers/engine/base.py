@@ -80,6 +80,9 @@ class SamplingSpec:
     logprobs: int | None = None  # number of alternatives per token; 0 = the chosen one only; None = off
     ignore_eos: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
+    json_schema: str | None = (
+        None  # JSON text of the schema that the whole output must follow; None = free text
+    )
 
 
 @dataclass(frozen=True, slots=True)

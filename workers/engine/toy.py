@@ -197,6 +197,12 @@ class ToyEngine:
         n_context = min(self.max_model_len, self.n_blocks * self._block)
         if not n_prompt:
             raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
+        if request.sampling.json_schema is not None:
+            raise EngineInputError(
+                "unsupported_parameter",
+                "response_format",
+                "response_format is not supported by the toy engine that serves this model: leave it out",
+            )
         if n_prompt >= n_context:
             raise context_exceeded(n_prompt, n_context)
         self._n_arrived += 1

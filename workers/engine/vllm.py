@@ -85,6 +85,7 @@ _PREIMPORTED: Final = (
     "vllm.model_executor.model_loader.default_loader",
     "vllm.tokenizers.hf",
     "workers.engine.arriving",
+    "workers.engine.resume_grammar",
     "workers.engine.resume_penalties",
     "workers.engine.uncompiled",
 )
@@ -137,10 +138,12 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from workers.engine.resume_grammar import continue_grammars
         from workers.engine.resume_penalties import ResumePenalties
         from workers.engine.uncompiled import uncompile
 
         uncompile()
+        continue_grammars()
         self.profile = profile
         self._board = StatsBoard()
         args = AsyncEngineArgs(
@@ -364,7 +367,8 @@ class VllmEngine:
         except EngineGenerateError as error:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
         except (VLLMClientError, ValueError) as error:
-            param = getattr(error, "parameter", None) or "body"
+            schema_given = request.sampling.json_schema is not None
+            param = getattr(error, "parameter", None) or ("response_format" if schema_given else "body")
             raise EngineInputError("invalid_request", param, str(error)) from None
 
     def _logprobs(self, completion: Any, at: int, n: int) -> tuple[TokenLogprob, ...]:
@@ -416,13 +420,20 @@ def _load_format(profile: EngineProfile, arriving: bool) -> dict[str, Any]:
 
 def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    presence, frequency, extra = sampling.presence_penalty, sampling.frequency_penalty, None
+    from workers.engine import resume_grammar, resume_penalties
+
+    presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+    extra: dict[str, Any] = {}
     if prior_token_ids and (presence or frequency):
-        from workers.engine.resume_penalties import extra_args
-
-        extra, presence, frequency = extra_args(prior_token_ids, presence, frequency), 0.0, 0.0
+        extra |= resume_penalties.extra_args(prior_token_ids, presence, frequency)
+        presence = frequency = 0.0
+    structured = None
+    if sampling.json_schema is not None:
+        structured = StructuredOutputsParams(json=sampling.json_schema)
+        if prior_token_ids:
+            extra |= resume_grammar.extra_args(prior_token_ids)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=sampling.temperature,
@@ -436,7 +447,8 @@ def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: l
         logprobs=sampling.logprobs,
         ignore_eos=sampling.ignore_eos,
         logit_bias=sampling.logit_bias or None,
-        extra_args=extra,
+        extra_args=extra or None,
+        structured_outputs=structured,
         detokenize=False,  # ours is exact across attempts, see text.py
         output_kind=RequestOutputKind.DELTA,
     )

@@ -31,6 +31,11 @@ _SAME: Final = (
     "enable_prefix_caching",
 )
 
+# Answers that follow a schema. vLLM's own choice (xgrammar) let control characters into strings in 16 of 20 answers of
+# a random model, guidance none of 20 (measured 2026-11-20); free white space lets a model that has lost its way
+# write blanks up to its limit.
+STRUCTURED_OUTPUTS: Final = {"backend": "guidance", "disable_any_whitespace": True}
+
 
 def engine_args(profile: EngineProfile) -> dict[str, Any]:
     """Keyword arguments of AsyncEngineArgs, by its own names; without the model and what is ours alone."""
@@ -53,7 +58,12 @@ def engine_args(profile: EngineProfile) -> dict[str, Any]:
         if profile.speculative_method == "ngram":
             told |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
         found["speculative_config"] = told
-    return {**found, "scheduling_policy": "priority", "trust_remote_code": False}
+    return {
+        **found,
+        "scheduling_policy": "priority",
+        "trust_remote_code": False,
+        "structured_outputs_config": STRUCTURED_OUTPUTS,
+    }
 
 
 def argv(args: dict[str, Any]) -> list[str]:

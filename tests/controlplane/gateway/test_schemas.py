@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,32 @@ from tests.controlplane.gateway.harness import CHAT
 from workers.contract import Endpoint
 
 PROMPT = {"model": "tiny", "prompt": "Say"}
+
+
+SCHEMA_AT = "response_format.json_schema.schema"
+
+
+def schema(value: dict[str, Any], name: str = "answer") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": value, "strict": True}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"not": nested(depth - 1)} if depth > 1 else {}
+
+
+def test_a_schema_travels_with_the_sampling_and_costs_nothing_without_one() -> None:
+    for asked, travels in (
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (
+            schema({"$ref": "#/$defs/a", "$defs": {"a": nested(30)}}),
+            {"$ref": "#/$defs/a", "$defs": {"a": nested(30)}},
+        ),
+    ):
+        sampling = parse(Endpoint.CHAT, json.dumps(chat(response_format=asked)).encode()).sampling(5)
+        assert (json.loads(sampling.json_schema) if sampling.json_schema else None) == travels
+        assert (b"json_schema" in msgspec.json.encode(sampling)) == (travels is not None)
 
 
 def chat(**changes: Any) -> dict[str, Any]:
@@ -84,7 +111,23 @@ def refusal(body: Any, endpoint: Endpoint = Endpoint.CHAT) -> ApiError:
         (chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
         (chat(tool_choice="required"), "tool_choice", "unsupported_parameter"),
         (chat(functions=[{}]), "functions", "unsupported_parameter"),
-        (chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"),
+        (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
+        (chat(response_format={"type": "json_schema"}), SCHEMA_AT, "missing_required_parameter"),
+        (
+            chat(response_format={"type": "json_object", "json_schema": {"name": "a"}}),
+            "response_format.type",
+            "invalid_value",
+        ),
+        (
+            chat(response_format=schema({}, name="no spaces")),
+            "response_format.json_schema.name",
+            "invalid_value",
+        ),
+        (chat(response_format=schema({"$ref": "https://host/x"})), SCHEMA_AT, "invalid_schema"),
+        (chat(response_format=schema({"anyOf": [{"$ref": "file:x"}]})), SCHEMA_AT, "invalid_schema"),
+        (chat(response_format=schema(nested(33))), SCHEMA_AT, "invalid_schema"),
+        (chat(response_format=schema({"enum": ["x" * 65_536]})), SCHEMA_AT, "schema_too_large"),
+        (chat(response_format={"type": "json_object"}, ignore_eos=True), "ignore_eos", "invalid_value"),
         (chat(top_logprobs=2), "top_logprobs", "invalid_value"),
         (chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
         (chat(logprobs=3), "logprobs", "invalid_type"),

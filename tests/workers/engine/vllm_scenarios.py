@@ -286,6 +286,55 @@ async def check_logprobs_cover_every_token_in_order(engine: VllmEngine) -> None:
         assert lp.top[0][0] == lp.token_id  # greedy
 
 
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 6},
+            "age": {"type": "integer", "minimum": 10, "maximum": 99},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+)
+
+
+async def check_an_answer_follows_its_schema_also_when_it_is_continued_anywhere(engine: VllmEngine) -> None:
+    """Greedy, so every continuation must be the undisturbed answer; a random model would never write JSON itself."""
+    request = a_request(engine, json_schema=SCHEMA, max_tokens=120)
+    whole = await read(engine, request)
+    said = json.loads(whole.text)
+    assert list(said) == ["name", "age", "tags"]
+    assert 10 <= said["age"] <= 99
+    assert len(said["name"]) <= 6
+    assert set(said["tags"]) <= {"a", "b"}
+    assert whole.finish is FinishReason.STOP
+    for n in range(1, len(whole.token_ids)):
+        rest = await read(engine, replace(request, id=f"rest{n}", prior_token_ids=whole.token_ids[:n]))
+        assert whole.token_ids[:n] + rest.token_ids == whole.token_ids, n
+
+
+async def check_a_schema_that_no_grammar_can_follow_is_refused_by_name(engine: VllmEngine) -> None:
+    for schema in (
+        '{"type": "nonsense"}',
+        '{"type": "object", "patternProperties": {"x": {}}, "$ref": "#/no"}',
+    ):
+        try:
+            await read(engine, a_request(engine, json_schema=schema))
+        except EngineInputError as error:
+            assert error.param == "response_format", error.param
+        else:
+            raise AssertionError("accepted")
+
+
+async def check_what_a_schema_never_allowed_cannot_be_continued(engine: VllmEngine) -> None:
+    plain = await read(engine, a_request(engine, ignore_eos=True))
+    request = a_request(engine, json_schema=SCHEMA)
+    answer = await read(engine, replace(request, id="foreign", prior_token_ids=plain.token_ids[:4]))
+    assert answer.finish is FinishReason.ERROR, answer
+
+
 async def check_stats_tell_work_from_idleness(engine: VllmEngine) -> None:
     await asyncio.sleep(0.2)
     idle = engine.stats()
