@@ -2,16 +2,22 @@
 
 Steps: a base, a share per running sequence, a share per prompt token (autoscaler/sim and the performance model have
 these terms). Around the engine: the way of a request through gateway, Redis and worker to it and of its first token
-back, as one duration; and by how much a gap that a client sees differs from the step that made it (flushes, sockets,
-other processes on the same cores). Pure arithmetic on records of replay.py.
+back, as one duration; how long a flush keeps the next one back, so that the tokens of quick steps reach the client
+several at a time (workers/publisher.py); and by how much a gap that a client sees differs from what these make of it
+(sockets, other processes on the same cores). Pure arithmetic on records of replay.py.
+
+What a client reads is not what the engine steps: the tiny model makes a token in 3 ms, and a client reads two or three
+of them every 8 ms. Time is therefore measured over the tokens that were made, as the usage tells, never over reads.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +28,22 @@ from controlplane.policy.perfmodel import StepModel
 from controlplane.prediction.perf.nnls import nnls
 
 WARM_UP = 4
-_MIN_GAPS = 10  # of a size of batch, for a median
+_MIN_STRETCHES = 3  # of a size of batch, for a median
+_STRETCH = 8  # reads: their jitter is gone from a sum, a stall of the machine spoils one stretch only
+TOGETHER_S = 0.0005  # what comes within it was sent at once
+_MERGED = 1.2  # tokens a read, alone: below it what comes together came so by chance
 _N_NOISE = 200  # quantiles kept of each noise
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """`way_s`: to the engine and back, median. Noises: quantiles, evenly spaced, of what a client saw over what the
-    step model says; of gaps and of first tokens, in seconds."""
+    """`way_s`: to the engine and back, median. `flush_s`: tokens made within it reach the client together, with the one
+    after it. Noises: quantiles, evenly spaced, of what a client saw over what the step model says; of gaps and of first
+    tokens, in seconds."""
 
     step: StepModel
     way_s: float
+    flush_s: float
     gap_noise_s: tuple[float, ...]
     first_noise_s: tuple[float, ...]
 
@@ -48,9 +59,9 @@ def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
     gaps = _gaps(whole)
     firsts = [one for one in seen[:alone] if one.is_whole]
     by_n: dict[int, list[float]] = defaultdict(list)
-    for gap_s, n in gaps:
-        by_n[n].append(gap_s)
-    sizes = {n: found for n, found in by_n.items() if len(found) >= _MIN_GAPS}
+    for n, stretch in _stretches(gaps):
+        by_n[n].append(sum(g.seconds for g in stretch) / sum(g.n_tokens for g in stretch))
+    sizes = {n: found for n, found in by_n.items() if len(found) >= _MIN_STRETCHES}
     if len(sizes) < 3 or len(firsts) < 6:
         raise ValueError(
             f"{len(sizes)} sizes of batches, {len(firsts)} requests alone: too few to calibrate from"
@@ -63,8 +74,31 @@ def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
     left = [one.tokens_s[0] - one.sent_s - base_s - token_s * one.n_prompt for one in firsts]
     way_s = max(statistics.median(left), 0.0)
     step = StepModel(base_s, 0.0, token_s, max(per_seq_s - token_s, 0.0), 0.0, 0.0)
-    gap_noise = [gap_s - step.step_s(0, 0.0, n, 0) for gap_s, n in gaps]
-    return Calibrated(step, way_s, _quantiles(gap_noise), _quantiles([value - way_s for value in left]))
+    n_together = statistics.fmean(g.n_tokens for g in gaps if g.n_running == 1)
+    flush_s = (n_together - 0.5) * step.step_s(0, 0.0, 1, 0) if n_together > _MERGED else 0.0
+    gap_noise = []
+    for gap in gaps:
+        step_s = step.step_s(0, 0.0, gap.n_running, 0)
+        gap_noise.append(gap.seconds - step_s * together(step_s, flush_s))
+    noises = _quantiles(gap_noise), _quantiles([value - way_s for value in left])
+    return Calibrated(step, way_s, flush_s, *noises)
+
+
+def together(step_s: float, flush_s: float) -> int:
+    """Steps whose tokens leave in one flush: those that end before the flush before it is answered, and one more."""
+    return max(1, math.ceil(flush_s / step_s)) if step_s > 0 else 1
+
+
+def reads(one: Seen) -> list[tuple[float, float]]:
+    """(instant, tokens) of what the client read at once."""
+    n_each = one.n_output / len(one.tokens_s) if one.tokens_s else 0.0
+    found: list[tuple[float, float]] = []
+    for at_s in one.tokens_s:
+        if found and at_s - found[-1][0] < TOGETHER_S:
+            found[-1] = (found[-1][0], found[-1][1] + n_each)
+        else:
+            found.append((at_s, n_each))
+    return found
 
 
 def _line(points: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
@@ -75,23 +109,47 @@ def _line(points: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
     return float(x[0]), float(x[1])
 
 
-def _gaps(whole: Sequence[Seen]) -> list[tuple[float, int]]:
-    """Of each gap its length and the requests that were decoding; without those near somebody's first token, of which
-    clients cannot tell in which step its prompt was computed."""
+@dataclass(frozen=True)
+class _Gap:
+    """Between two reads of one client: so many tokens in the second; requests that were decoding meanwhile.
+    `is_next`: it follows the one before it in the list."""
+
+    seconds: float
+    n_tokens: float
+    n_running: int
+    is_next: bool
+
+
+def _gaps(whole: Sequence[Seen]) -> list[_Gap]:
+    """Without those near somebody's first token, of which clients cannot tell in which step its prompt was computed."""
     starts = sorted(one.tokens_s[0] for one in whole)
     ends = sorted(one.tokens_s[-1] for one in whole)
-    all_s = [b - a for one in whole for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False)]
+    of = [reads(one) for one in whole]
+    all_s = [b - a for found in of for (a, _), (b, _) in itertools.pairwise(found)]
     usual_s = statistics.median(all_s) if all_s else 0.0
-    found = []
-    for one in whole:
-        for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False):
-            if b - a < usual_s / 10:
-                continue  # two tokens in one read
+    gaps = []
+    for found in of:
+        is_next = False
+        for (a, _), (b, n_tokens) in itertools.pairwise(found):
             if bisect_right(starts, b + usual_s) > bisect_left(starts, a - usual_s):
+                is_next = False
                 continue
             n = bisect_right(starts, a) - bisect_left(ends, (a + b) / 2)
-            found.append((b - a, max(n, 1)))
-    return found
+            gaps.append(_Gap(b - a, n_tokens, max(n, 1), is_next))
+            is_next = True
+    return gaps
+
+
+def _stretches(gaps: Sequence[_Gap]) -> Iterator[tuple[int, list[_Gap]]]:
+    """Gaps of one client in a row beside as many others, some at a time."""
+    row: list[_Gap] = []
+    for gap in gaps:
+        if row and (not gap.is_next or gap.n_running != row[0].n_running or len(row) == _STRETCH):
+            yield row[0].n_running, row
+            row = []
+        row.append(gap)
+    if row:
+        yield row[0].n_running, row
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, ...]:

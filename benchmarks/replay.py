@@ -18,6 +18,7 @@ from pathlib import Path
 import uvloop
 
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":(\d+)')
+_OUTPUT_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 _TAIL = 2048  # bytes kept to find the usage in
 
 
@@ -34,11 +35,13 @@ class ReplayPlan:
 
 @dataclass
 class Seen:
-    """One request as its client saw it. `tokens_s`: when each token came; empty when it was refused or cut off."""
+    """One request as its client saw it. `tokens_s`: when each piece of text came; empty when it was refused or cut off.
+    `n_output`: tokens that were made, by its usage: a piece holds several where steps are quicker than their way."""
 
     sent_s: float
     status: str = ""
     n_prompt: int = 0
+    n_output: int = 0
     tokens_s: list[float] = field(default_factory=list)
     is_whole: bool = False
 
@@ -77,8 +80,9 @@ async def _answer(reader: asyncio.StreamReader, seen: Seen, began_s: float) -> N
         n = data.count(b'"content":"') - data.count(b'"content":""')  # the role's chunk is no token
         seen.tokens_s += [now_s] * n
     found = _PROMPT_TOKENS.search(tail)
-    seen.n_prompt = int(found[1]) if found else 0
-    seen.is_whole = bool(seen.tokens_s and found)
+    made = _OUTPUT_TOKENS.search(tail)
+    seen.n_prompt, seen.n_output = int(found[1]) if found else 0, int(made[1]) if made else 0
+    seen.is_whole = bool(seen.tokens_s and found and made)
 
 
 async def run(plan: ReplayPlan) -> list[Seen]:

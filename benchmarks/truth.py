@@ -8,6 +8,7 @@ clients saw them, stand beside the simulated ones. Every error is the median of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from autoscaler.sim.queues import Fair
 from autoscaler.sim.routers import LeastLoad
 from autoscaler.sim.workload import read_requests
 from autoscaler.sim.world import World
-from benchmarks.calibration import WARM_UP, Calibrated, calibrate
+from benchmarks.calibration import WARM_UP, Calibrated, calibrate, reads, together
 from benchmarks.replay import ReplayPlan, Seen
 from benchmarks.stack import ROOT, BenchStack, bench_stack
 from controlplane.policy.capacity import Mix, capacity
@@ -39,6 +40,8 @@ from controlplane.policy.capacity import Mix, capacity
 SECONDS = 35.0  # of a judged load
 GOAL = {"p50": 0.10, "p99": 0.15}
 LIMIT_S = 30.0
+LATER_S = 1e6  # between two runs, on one clock
+MIN_TOKENS = 8  # of an answer, for the mean time of its tokens
 KV_TOKENS = 1_000_000  # more than all slots can fill: KV is not what is compared here
 
 
@@ -104,17 +107,19 @@ def measure(
         )  # fmt: skip
         api_key = str(key["api_key"])
         alone, ramp = _calibration_load(case)
-        seen = _send(stack, api_key, [*alone, *ramp], "calibration")
-        found = calibrate(seen, len(alone))
-        progress(f"calibrated: {_told(found)}")
-        per_word = sum(one.n_prompt for one in seen) / sum(one.n_words for one in (*alone, *ramp))
-        rate = case.utilisation * _most_per_s(case, found, per_word)
-        runs = []
+        before = _send(stack, api_key, [*alone, *ramp], "calibration")
+        first = calibrate(before, len(alone))
+        progress(f"calibrated: {_told(first)}")
+        per_word = sum(one.n_prompt for one in before) / sum(one.n_words for one in (*alone, *ramp))
+        rate = case.utilisation * _most_per_s(case, first, per_word)
+        loads = []
         for number in range(repeats):
             load = _load(case, rate, 1000 + number, requests)
-            seen = _send(stack, api_key, load, f"load {number}")
-            runs.append(compare(seen, found, case.slots))
-            progress(f"load {number + 1} of {repeats}: {runs[-1]}")
+            loads.append(_send(stack, api_key, load, f"load {number}"))
+            progress(f"load {number + 1} of {repeats} was sent")
+        after = _send(stack, api_key, [*alone, *ramp], "calibration, again")
+    found = calibrate(*joined(before, after, len(alone)))
+    runs = [compare(seen, found, case.slots) for seen in loads]
     return {
         "assumptions": {
             "engine": f"{case.model}, {', '.join(case.profile)}, {case.slots} slots, class flex",
@@ -122,7 +127,10 @@ def measure(
             f"{SECONDS:g} s each, "
             + (f"span of {requests.name}" if requests else "gamma arrivals, coefficient of variation 1.5"),
             "calibrated": _told(found),
-            "seen": "by clients over HTTP: sending to first token; gaps between tokens of a stream",
+            "before the loads": _told(first),
+            "after the loads": _told(calibrate(after, len(alone))),
+            "seen": "by clients over HTTP: ttft from sending to the first token; itl between reads of a stream; tpot "
+            "from its first to its last token, a token",
             "repeats": repeats,
         },
         "runs": runs,
@@ -134,7 +142,8 @@ def _told(found: Calibrated) -> str:
     step = found.step
     return (
         f"step {step.base_s * 1e3:.2f} ms + {(step.seq_s + step.token_s) * 1e3:.3f} ms per request + "
-        f"{step.token_s * 1e6:.2f} ms per 1,000 prompt tokens; way {found.way_s * 1e3:.2f} ms"
+        f"{step.token_s * 1e6:.2f} ms per 1,000 prompt tokens; way {found.way_s * 1e3:.2f} ms, "
+        f"flush {found.flush_s * 1e3:.2f} ms"
     )
 
 
@@ -142,19 +151,27 @@ def _told(found: Calibrated) -> str:
 
 
 def _calibration_load(case: Case) -> tuple[list[Request], list[Request]]:
-    """Requests alone with short and long prompts; then one more every moment, until all slots are taken, and down."""
+    """Requests alone with short and long prompts; then one more every moment, until all slots are taken, and down. Sent
+    before the loads and after them: what else the machine does changes by the minute."""
     sizes = (8, case.prompt_words, case.max_words * 3 // 4)
-    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(24 + WARM_UP)]
-    ramp = []
+    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(12 + WARM_UP)]
     start_s = alone[-1].at_s + 2.0
-    for _ in range(2):
-        ramp += [
-            Request(start_s + 0.7 * n, sizes[n % 3], case.max_tokens)
-            for n in range(case.slots // 2)
-            for _ in range(2)
-        ]
-        start_s += 0.7 * case.slots / 2 + 8.0
+    ramp = [
+        Request(start_s + 0.7 * n, sizes[n % 3], case.max_tokens)
+        for n in range(case.slots // 2)
+        for _ in range(2)
+    ]
     return alone, ramp
+
+
+def joined(before: Sequence[Seen], after: Sequence[Seen], n_alone: int) -> tuple[list[Seen], int]:
+    """Both calibration runs as one, and how many of it met an idle engine: those come first."""
+    late = [
+        replace(one, sent_s=one.sent_s + LATER_S, tokens_s=[at_s + LATER_S for at_s in one.tokens_s])
+        for one in after[WARM_UP:]
+    ]
+    cut = n_alone - WARM_UP
+    return [*before[:n_alone], *late[:cut], *before[n_alone:], *late[cut:]], n_alone + cut
 
 
 def _most_per_s(case: Case, found: Calibrated, tokens_per_word: float = 1.0) -> float:
@@ -238,37 +255,45 @@ class _Gaps(Histogram):
 class _Firsts:
     def __init__(self) -> None:
         self.ttft_s: list[float] = []
+        self.tpot_s: list[float] = []
 
     def on_event(self, world: World) -> None:
         pass
 
     def on_end(self, world: World, job: Job) -> None:
         self.ttft_s.append(job.ttft_s)
+        if job.n_output >= MIN_TOKENS:
+            self.tpot_s.append(job.itl_s)
 
 
 def simulate(
     arrivals: Sequence[tuple[float, int, int]], found: Calibrated, slots: int
-) -> tuple[Any, Any, Any]:
-    """First tokens, gaps and how often each gap, in seconds, without what clients add: of (instant, prompt tokens,
-    answer tokens), through the production queue with one replica."""
+) -> tuple[Any, Any, Any, Any]:
+    """First tokens, times per token of answers, gaps between flushes and how often each, in seconds, without what
+    clients add: of (instant, prompt tokens, answer tokens), through the production queue with one replica."""
     kernel, firsts = Kernel(), _Firsts()
     world = World(kernel, Fair(), LeastLoad(), (Conservation(), firsts), dispatch_s=found.way_s)
     world.gaps = gaps = _Gaps()
     world.add_replica(EngineSpec(found.step, KV_TOKENS, slots, max(2048, slots)), slots)
     world.feed(iter(Job(i, at_s, p, o) for i, (at_s, p, o) in enumerate(sorted(arrivals))))
     kernel.run()
-    values, counts = zip(*gaps.found, strict=True)
-    return np.array(firsts.ttft_s), np.array(values), np.array(counts, dtype=float)
+    n_each = [together(gap_s, found.flush_s) for gap_s, _ in gaps.found]
+    values = [gap_s * n for (gap_s, _), n in zip(gaps.found, n_each, strict=True)]
+    counts = [count / n for (_, count), n in zip(gaps.found, n_each, strict=True)]
+    return np.array(firsts.ttft_s), np.array(firsts.tpot_s), np.array(values), np.array(counts)
 
 
 def compare(seen: Sequence[Seen], found: Calibrated, slots: int) -> dict[str, dict[str, float]]:
     """Quantiles in milliseconds: measured, simulated, and the relative error."""
-    firsts, gaps, counts = simulate([(s.sent_s, s.n_prompt, len(s.tokens_s)) for s in seen], found, slots)
+    firsts, tpots, gaps, counts = simulate([(s.sent_s, s.n_prompt, s.n_output) for s in seen], found, slots)
     ttft = [s.tokens_s[0] - s.sent_s for s in seen]
-    itl = [b - a for s in seen for a, b in zip(s.tokens_s, s.tokens_s[1:], strict=False)]
+    tpot = [(s.tokens_s[-1] - s.tokens_s[0]) / (s.n_output - 1) for s in seen if s.n_output >= MIN_TOKENS]
+    of = [reads(s) for s in seen]
+    itl = [b - a for found_s in of for (a, _), (b, _) in itertools.pairwise(found_s)]
     pairs = {
         "ttft": (np.array(ttft), *with_noise(firsts, np.ones(len(firsts)), found.first_noise_s)),
         "itl": (np.array(itl), *with_noise(gaps, counts, found.gap_noise_s)),
+        "tpot": (np.array(tpot), tpots, np.ones(len(tpots))),
     }
     out = {}
     for name, (measured, values, weights) in pairs.items():

@@ -27,6 +27,7 @@ class Drill:
     part of them only (0: none). recovery_limit_s: median silence that passes, with the toy engine; 0: not judged.
     reconnects: clients come back with their idempotency key. limit_s: of the clients' patience, from the first byte.
     loses_s: so much of what ended before the fault may be missing in the counters of budgets (never in the ledger).
+    beside: requests that the strike itself sends, while all streams run.
     probes: short requests at a steady pace beside the streams tell who is refused, and since when no more.
     """
 
@@ -40,6 +41,7 @@ class Drill:
     recovery_limit_s: float = 0.0
     reconnects: bool = False
     probes: bool = False
+    beside: int = 0
     loses_s: float = 0.0
     limit_s: float = 120.0
 
@@ -90,6 +92,13 @@ DRILLS: dict[str, Drill] = {
         machine.duplicate,
         recovery_limit_s=5.0,
     ),
+    "poison": Drill(
+        "a request ends the engine that begins it, twice: it is given up and told, those beside it finish",
+        machine.poison,
+        Expected(attempts=(3, 3)),
+        n_tokens=600,
+        beside=1,
+    ),
     "kill-agent": Drill(
         "SIGKILL to the machine's agent: streams go on, its successor adopts the replicas",
         machine.kill_agent,
@@ -117,6 +126,13 @@ DRILLS: dict[str, Drill] = {
         reconnects=True,
         probes=True,
         limit_s=400.0,
+    ),
+    "kill-control": Drill(
+        "SIGKILL to the control worker: streams go on, its successor adopts machines and replicas and buys nothing",
+        servers.kill_control,
+        ONCE,
+        n_tokens=800,
+        probes=True,
     ),
     "kill-gateway": Drill(
         "SIGKILL to one gateway: its requests run on, its clients come back to the other and get the rest",

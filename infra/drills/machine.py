@@ -39,6 +39,21 @@ def kill_engine(scene: Scene, strike: Strike) -> None:
     _until_replaced(scene, replica)
 
 
+def poison(scene: Scene, strike: Strike) -> None:
+    """A request ends every engine that begins it: it is given up, and those that ran beside it are not."""
+    if scene.engine != "toy":
+        raise DrillError("only the toy engine has a word that ends it: leave --engine out")
+    replica = scene.serving()
+    strike.done("a request whose prompt ends the engine")
+    status, code = scene.ask("<die> at once", timeout_s=_REPLACED_WITHIN_S)
+    strike.notes["poison"] = f"answered {status} {code}, {time.monotonic() - (strike.at_s or 0):.1f} s later"
+    strike.require(
+        (status, code) == (500, "request_poison"),
+        f"poison should end with request_poison, not {status} {code}",
+    )
+    _until_replaced(scene, replica)
+
+
 def hang_engine(scene: Scene, strike: Strike) -> None:
     """The engine core stops in its tracks: no error, no end, only no step any more."""
     replica = scene.serving()

@@ -33,6 +33,7 @@ from workers.keys import CellKeys
 # In the environment of every process of a simulated instance, with its id: its agent's own mark is overwritten by its
 # user data. The file `instance` of a machine's directory says which.
 INSTANCE_MARK = "CORRAL_SIMULATED_INSTANCE"
+MAX_ANSWER_BYTES = 65_536
 REGION_FILE = "region.json"  # {"url"}: where the simulated region that this stack buys from takes orders
 REGION_BUCKET = "s3://models/drills"
 
@@ -141,17 +142,26 @@ class Scene:
 
     def ask_with_unseen_key(self) -> int:
         """Status of one plain request under a key that no gateway has seen yet; 0 when nobody answers."""
+        return self.ask("hello", timeout_s=10.0)[0]
+
+    def ask(self, text: str, *, timeout_s: float) -> tuple[int, str]:
+        """(status, error code) of one plain request beside the streams, under a key of its own; 0 when nobody
+        answers."""
         if self.unseen is None:
             raise DrillError("this drill needs a key that was never used")
         body = {
             "model": self.unseen.model,
-            "messages": [{"role": "user", "content": "hello"}],
+            "messages": [{"role": "user", "content": text}],
             "max_tokens": 1,
         }
         headers = {"authorization": f"Bearer {self.unseen.api_key}", "content-type": "application/json"}
-        return _status_of(
-            self.unseen.host, self.unseen.port, "POST", self.unseen.path, json.dumps(body), headers
+        status, answer = _answer_of(
+            self.unseen.host, self.unseen.port, "POST", self.unseen.path, json.dumps(body), headers, timeout_s
         )
+        try:
+            return status, str(json.loads(answer)["error"]["code"])
+        except (ValueError, LookupError, TypeError):
+            return status, ""
 
     def console_status(self) -> int:
         """Status of a console page that needs the database (a visitor with a session of unknown worth)."""
@@ -304,12 +314,19 @@ def _no_upgrade() -> dict[str, str]:
 def _status_of(
     host: str, port: int, method: str, path: str, body: str | None, headers: dict[str, str]
 ) -> int:
-    connection = http.client.HTTPConnection(host, port, timeout=10.0)
+    return _answer_of(host, port, method, path, body, headers, 10.0)[0]
+
+
+def _answer_of(
+    host: str, port: int, method: str, path: str, body: str | None, headers: dict[str, str], timeout_s: float
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request(method, path, body, headers)
-        return connection.getresponse().status
+        answer = connection.getresponse()
+        return answer.status, answer.read(MAX_ANSWER_BYTES)
     except (OSError, http.client.HTTPException):
-        return 0
+        return 0, b""
     finally:
         connection.close()
 

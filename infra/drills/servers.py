@@ -40,6 +40,24 @@ def kill_gateway(scene: Scene, strike: Strike) -> None:
     _until_back(scene, strike, "gateway-1", before)
 
 
+def kill_control(scene: Scene, strike: Strike) -> None:
+    """The control worker dies: streams do not notice, and its successor adopts what runs instead of buying again."""
+    replica, before = scene.serving(), scene.process("control")
+    machines = _machines(scene)
+    scene.signal(before, signal.SIGKILL)
+    strike.done(f"SIGKILL to the control worker, pid {before.pid}")
+    _until_back(scene, strike, "control", before)
+    _require_kept(scene, strike, replica)
+    strike.require(scene.serving() == replica, "another replica serves")
+    strike.require(_machines(scene) == machines, "a machine was bought or given up")
+
+
+def _machines(scene: Scene) -> list[str]:
+    """Of which something runs."""
+    names = sorted(path.name for path in (scene.var / "machines").iterdir())
+    return [name for name in names if not scene.machine_ends(name)]
+
+
 def rotate_secrets(scene: Scene, strike: Strike) -> None:
     """Pepper, secret key, logins of the database and Redis's password are replaced; every process learns of it."""
     before = {p.name: p.pid for p in scene.record().processes}

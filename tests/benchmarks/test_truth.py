@@ -23,7 +23,7 @@ def served(load: list[Request], step: StepModel = STEP, noise_s: float = 0.0005)
     """What clients of such an engine would see, step by step: slots bound late, prompts computed whole, noise."""
     dice = random.Random(5)
     coming = sorted(load, key=lambda one: one.at_s)
-    seen = [Seen(one.at_s, "200", one.n_words, [], True) for one in coming]
+    seen = [Seen(one.at_s, "200", one.n_words, one.n_tokens, [], True) for one in coming]
     to_come = list(range(len(coming)))
     queue: list[int] = []
     on_way: list[tuple[float, int]] = []  # when it reaches the engine

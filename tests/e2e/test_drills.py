@@ -61,7 +61,9 @@ def test_a_drill_that_cannot_be_carried_out_says_so_and_is_no_pass(stack: BenchS
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["kill-engine", "hang-engine", "spot-notice", "duplicate", "kill-agent"])
+@pytest.mark.parametrize(
+    "name", ["kill-engine", "hang-engine", "spot-notice", "duplicate", "kill-agent", "poison"]
+)
 def test_sixty_four_streams(stack: BenchStack, name: str) -> None:
     assert_nothing_lost(drill(stack, name), 64)
 

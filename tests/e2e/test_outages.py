@@ -26,9 +26,18 @@ def test_an_empty_redis_costs_retryable_errors_and_no_replica(stack: BenchStack)
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name", ["kill-gateway", "kill-redis", "trim-redis", "promote-redis", "lose-redis", "kill-postgres"]
+    "name",
+    [
+        "kill-gateway",
+        "kill-redis",
+        "trim-redis",
+        "promote-redis",
+        "lose-redis",
+        "kill-postgres",
+        "kill-control",
+    ],
 )
 def test_the_whole_drill_with_64_streams(stack: BenchStack, name: str) -> None:
     report = drill(stack, name)
-    if name in ("kill-gateway", "kill-postgres"):
+    if name in ("kill-gateway", "kill-postgres", "kill-control"):
         assert_nothing_lost(report, 64)

@@ -42,6 +42,7 @@ def test_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -
 
 @KINDS
 @pytest.mark.full
+@pytest.mark.timeout(900)  # 50 stories, 15 s alone, minutes beside other work
 @pytest.mark.parametrize("block", range(1000, 3000, 50))
 def test_many_stories(make_world: MakeWorld, block: int, faults: tuple[Fault, ...]) -> None:
     assert all(tell(make_world, seed, faults) for seed in range(block, block + 50))

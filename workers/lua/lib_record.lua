@@ -1,7 +1,8 @@
 -- Included by every trusted script that reads or writes what a request was admitted with. That never changes, so it
 -- lies in one field of the record, `adm` (msgpack; workers/records.py reads it, too): a field each would
 -- cost Redis three times the CPU and memory. What changes is a field of its own: state, gw, stream, epoch, attempt,
--- rid, mid, and, where they differ from what was admitted or from 0, money, hold_out, granted, pred, n, chg, crashes.
+-- rid, mid, and, where they differ from what was admitted or from 0, money, hold_out, granted, pred, n, chg, and
+-- of deaths (withdraw.lua) crashes, deaths, death_n.
 --
 -- Places in `adm`: deployment, price version, prompt tokens (estimate), output tokens asked, money held (nano), instant
 -- of admission (ms), band, output tokens expected, prefix hashes, note, key, project, organization, their weights, and

@@ -185,7 +185,7 @@ class Command(BaseCommand):
         self, drill: Drill, tenant: tenants.DrillTenant, name: str, engine: str, n_streams: int, n_tokens: int
     ) -> Result:
         env = settings.ENV
-        n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0)
+        n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0) + drill.beside
         deployment_id = tenants.deploy(tenant, name, engine, n_slots)
         scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, engine, tenants.end_of)
         scene.on_renewal = _renew
