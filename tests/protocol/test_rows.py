@@ -505,6 +505,26 @@ def test_inference_goes_on_without_postgres_and_is_booked_when_it_is_back(w: Wor
     w.run(story())
 
 
+def test_a_key_nobody_knows_yet_is_no_401_while_postgres_is_away(w: World) -> None:
+    async def story() -> None:
+        w.allowed_codes = {"auth_unavailable"}
+        for door in w.doors:
+            w.client.ask(f"first at {door.process.name}", 1, door=door)
+        await w.until(lambda: all(a.over for a in w.answers))
+        w.postgres_up = w.directory.up = False
+        unknown = w.key_with(budget_nano=10_000)
+        unsure, known = w.client.ask("unsure", SHORT, key=unknown), w.client.ask("known", SHORT)
+        await w.until(lambda: unsure.over and known.over)
+        assert (unsure.status, unsure.code) == (503, "auth_unavailable")
+        assert known.complete
+        w.postgres_up = w.directory.up = True
+        again = w.client.ask("again", SHORT, key=unknown)
+        await w.rest()
+        assert again.complete
+
+    w.run(story())
+
+
 # -- poison
 
 
