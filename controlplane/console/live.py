@@ -33,7 +33,8 @@ _beat_decoder = msgspec.json.Decoder(Heartbeat)
 @dataclass(frozen=True, slots=True)
 class ReplicaLive:
     """A replica now. `beat`: it has a heartbeat. `tokens_per_s` is None until two of them were seen. `slots_why`: the
-    sentence with which its slots were changed last. `itl_p95_ms` 0: no tokens lately.
+    sentence with which its slots were changed last. `itl_p95_ms` 0: no tokens lately. `note`: how an
+    endpoint elsewhere is treated, and why.
     """
 
     used: int = 0
@@ -44,6 +45,7 @@ class ReplicaLive:
     tokens_per_s: float | None = None
     slots_why: str = ""
     itl_p95_ms: float = 0.0
+    note: str = ""
 
     @property
     def kv_used_percent(self) -> int:
@@ -129,6 +131,7 @@ def _replica(replica_id: UUID, slots: list[bytes | None], beat: bytes | None) ->
         tokens_per_s=RATES.rate(replica_id, heartbeat.at_ms, heartbeat.n_tokens_total),
         slots_why=why,
         itl_p95_ms=max(heartbeat.itl_p95_ms, 0.0),
+        note=heartbeat.note[:80],
     )
 
 

@@ -72,6 +72,17 @@ def served(*, organization_id: UUID, upstream_id: UUID, since: date) -> Served:
     return Served(**{name: value or 0 for name, value in sums.items()})
 
 
+def served_by(*, organization_id: UUID, since: date) -> dict[UUID, Served]:
+    """Of every endpoint that served something from this UTC day on."""
+    rows = UpstreamDay.objects.filter(organization_id=organization_id, day__gte=since)
+    sums = rows.values("upstream_id").annotate(**{name: Sum(name) for name in Served.__dataclass_fields__})
+    found: list[Any] = list(sums.order_by("upstream_id"))
+    return {
+        row["upstream_id"]: Served(**{name: row[name] or 0 for name in Served.__dataclass_fields__})
+        for row in found
+    }
+
+
 def shadow_results(*, organization_id: UUID, upstream_id: UUID) -> QuerySet[ShadowResult]:
     return ShadowResult.objects.filter(organization_id=organization_id, upstream_id=upstream_id)
 

@@ -16,6 +16,7 @@ from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
 from controlplane.budgets import services as budgets
+from controlplane.deployments import sharing
 from controlplane.identity import domains, invitations, providers
 from controlplane.identity.models import ProviderKind
 from controlplane.policy.periods import Period
@@ -24,8 +25,11 @@ from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Role
 from controlplane.tenants.rights import PERMISSIONS, Permission
+from controlplane.upstreams import services as upstreams
+from controlplane.webhooks import services as webhooks
 from tests.booked import book_usage
 from tests.controlplane.console.conftest import signed_in
+from tests.database import acting_as
 from tests.world import PASSWORD, World, make_deployment
 
 
@@ -43,6 +47,19 @@ class Row:
         return self.method == "GET" if self.while_suspended is None else self.while_suspended
 
 
+UPSTREAM_SETTINGS = {
+    "role": "replica",
+    "base_url": "https://inference.example.org/v1",
+    "model": "m",
+    "slots": "3",
+    "overflow_after_ms": "10",
+    "connect_ms": "1000",
+    "first_token_ms": "1000",
+    "between_tokens_ms": "1000",
+    "n_retries": "1",
+    "breaker_failures": "2",
+    "breaker_pause_ms": "1000",
+}
 ROWS: dict[str, tuple[Row, ...]] = {
     "": (Row(),),
     "live": (Row(),),
@@ -98,6 +115,41 @@ ROWS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "budgets/<str:budget>": (Row("POST", Permission.LIMITS_WRITE, {"limit": "7.50"}),),
+    "upstreams": (Row("GET", Permission.UPSTREAMS_READ),),
+    "upstreams/attach": (
+        Row(
+            "POST",
+            Permission.UPSTREAMS_WRITE,
+            {
+                "name": "new",
+                "deployment": "{deployment_hex}",
+                "role": "overflow",
+                "base_url": "https://inference.example.org/v1",
+                "model": "m",
+                "slots": "4",
+            },
+        ),
+    ),
+    "upstreams/consent": (Row("POST", Permission.UPSTREAMS_WRITE, {"agreed": "1"}),),
+    "upstreams/<str:upstream>": (Row("GET", Permission.UPSTREAMS_READ),),
+    "upstreams/<str:upstream>/change": (
+        Row("POST", Permission.UPSTREAMS_WRITE, {"enabled": "0"}),
+        Row("POST", Permission.UPSTREAMS_WRITE, {**UPSTREAM_SETTINGS}),
+    ),
+    "upstreams/<str:upstream>/detach": (Row("POST", Permission.UPSTREAMS_WRITE),),
+    "webhooks": (Row("GET", Permission.WEBHOOKS_READ),),
+    "webhooks/create": (Row("POST", Permission.WEBHOOKS_WRITE, {"url": "https://hooks.example.net/new"}),),
+    "webhooks/<str:webhook>": (Row("GET", Permission.WEBHOOKS_READ),),
+    "webhooks/<str:webhook>/change": (
+        Row("POST", Permission.WEBHOOKS_WRITE, {"url": "https://hooks.example.net/other"}),
+        Row("POST", Permission.WEBHOOKS_WRITE, {"enabled": "0"}),
+        Row("POST", Permission.WEBHOOKS_WRITE, {"delete": "1"}),
+    ),
+    "webhooks/<str:webhook>/rotate": (Row("POST", Permission.WEBHOOKS_WRITE),),
+    "webhooks/<str:webhook>/test": (Row("POST", Permission.WEBHOOKS_WRITE),),
+    "deliveries/<str:delivery>/replay": (Row("POST", Permission.WEBHOOKS_WRITE),),
+    "sharing": (Row("GET", Permission.DEPLOYMENTS_READ),),
+    "sharing/<str:grant>/withdraw": (Row("POST", Permission.DEPLOYMENTS_WRITE),),
     "usage": (Row(),),
     "usage.csv": (Row(),),
 }
@@ -178,7 +230,33 @@ class Acme:
         self.scim_token, scim_plaintext = scim_tokens.create_token(
             organization_id=organization_id, name="acme-secret-directory"
         )
+        self.upstream = upstreams.attach(
+            organization_id=organization_id,
+            deployment_id=self.deployment.id,
+            name="acme-secret-upstream",
+            base_url="https://acme-secret-inference.example/v1",
+            model="acme-secret-there",
+            role="overflow",
+            change=upstreams.Change(api_key="sk-acme-secret"),
+        )
+        self.webhook, webhook_secret = webhooks.create_endpoint(
+            organization_id=organization_id, url="https://acme-secret-hook.example/"
+        )
+        self.delivery = webhooks.try_endpoint(organization_id=organization_id, endpoint_id=self.webhook.id)
+        annex = services.create_project(organization_id=organization_id, name="Annex", slug="annex")
+        with acting_as("corral_operator"):
+            self.grant = sharing.grant(
+                organization_id=organization_id,
+                deployment_id=self.deployment.id,
+                grantee_id=organization_id,
+                project_id=annex.id,
+            )
         self.values = {
+            "upstream": str(self.upstream),
+            "webhook": str(self.webhook),
+            "delivery": str(self.delivery),
+            "grant": f"grt_{self.grant.id.hex}",
+            "deployment_hex": self.deployment.id.hex,
             "domain": str(self.domain),
             "provider": str(self.provider),
             "scim_token": str(self.scim_token),
@@ -196,6 +274,7 @@ class Acme:
             self.key.lookup,
             self.plaintext,
             scim_plaintext,
+            webhook_secret,
             self.domain.token,
             "alice@example.org",
             "bob@example.org",
@@ -212,6 +291,10 @@ class Acme:
                     self.domain.id,
                     self.provider.id,
                     self.scim_token.id,
+                    self.upstream.id,
+                    self.webhook.id,
+                    self.delivery.id,
+                    self.grant.id,
                 )
             ),
             str(organization_id),
@@ -342,6 +425,8 @@ def test_a_teammate_sees_the_same_pages_as_the_owner(world: World, acme: Acme) -
     )
     for name in (
         "acme-secret-model",
+        "acme-secret-upstream",
+        acme.grant.id.hex,
         "acme-secret-key",
         "acme-secret-guest",
         "Acme Secret Works",

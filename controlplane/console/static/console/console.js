@@ -1,4 +1,4 @@
-/* Small behaviours of every page: copy buttons, the confirm dialog, focus after a swap, and "live" that tells the
+/* Small behaviours of every page: copy buttons, confirm dialogs, focus after a swap, and "live" that tells the
    truth. Pages work without it, except for copying. */
 (() => {
   "use strict";
@@ -30,6 +30,29 @@
       menu.open = false;
       menu.querySelector("summary").focus();
     }
+  });
+
+  // Forms that say what they end: asked once, in the page's own dialog.
+  document.addEventListener("submit", (event) => {
+    const form = event.target.closest("form[data-confirm]");
+    const dialog = document.getElementById("dialog");
+    if (!form || !dialog || form.dataset.sure) return;
+    event.preventDefault();
+    const button = event.submitter;
+    const part = (tag, text, className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
+    const box = part("div", "", "confirm");
+    const title = part("h2", form.dataset.confirm);
+    title.id = "dialog-title";
+    const row = part("div", "", "row end");
+    const stay = part("button", "Cancel", "button");
+    stay.dataset.close = "";
+    const go = part("button", button?.textContent.trim() || "Yes", `button primary${button?.classList.contains("danger") ? " danger" : ""}`);
+    go.addEventListener("click", () => { form.dataset.sure = "1"; dialog.close(); form.requestSubmit(button); });
+    row.append(stay, go);
+    box.append(title, row);
+    dialog.replaceChildren(box);
+    dialog.showModal();
+    go.focus();
   });
 
   async function copyText(text) {
