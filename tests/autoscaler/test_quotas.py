@@ -5,20 +5,26 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from django.db import connections
 from django.utils import timezone
 
-from autoscaler import launch
+from autoscaler import launch, quotas
+from autoscaler.cell import Cell
 from autoscaler.models import Machine, MachineState
+from controlplane.deployments import services as deployments
+from controlplane.deployments.models import Deployment
 from controlplane.errors import InvalidInputError
 from controlplane.quotas import selectors, services
 from controlplane.quotas.models import QuotaKind
 from controlplane.webhooks.models import Event
 from infra.providers.base import Offering
 from tests.autoscaler.conftest import Scaling
+from tests.autoscaler.fakes import FakeProvider
+from workers.keys import CellKeys
 
 SMALL = Offering(
     instance_type="g6.xlarge", zone="z-a", is_spot=False, price_nano_per_h=800_000_000, gpu="l4", n_gpus=1
@@ -87,6 +93,65 @@ def test_of_many_launches_at_once_only_as_many_as_the_quota_has_are_made(
     for thread in threads:
         thread.join(30)
     assert len([m for m in found if m]) == Machine.objects.count() == scaling.provider.n_launch_calls == 2
+
+
+@pytest.mark.parametrize("by_house", [True, False])
+def test_two_cells_that_order_at_once_never_exceed_a_quota(
+    scaling: Scaling, redis_url: str, by_house: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each cell with its own provider, deployment and keys, on one Postgres. Whoever has checked first waits until the
+    other has checked too, or cannot: without the lock both would find the last place free."""
+    scaling.configure(max_machines=9)
+    organization = scaling.world.organization
+    if by_house:
+        services.set_ceiling(organization_id=None, kind=QuotaKind.MACHINES, limit=1)
+    else:
+        own(scaling, QuotaKind.MACHINES, 1)
+    first = scaling.house.cell
+    second = Cell(redis_url, CellKeys("c1"))
+    elsewhere = deployments.create_deployment(
+        organization_id=organization.id,
+        project_id=scaling.world.project.id,
+        name="toy-elsewhere",
+        model_version_id=scaling.deployment.model_version_id,
+        engine_profile={"engine": "toy"},
+    )
+    Deployment.objects.filter(id=elsewhere.id).update(cell="c1")
+    sides = [
+        (first, scaling.provider, scaling.seen()),
+        (second, FakeProvider(), Deployment.objects.get(id=elsewhere.id)),
+    ]
+    check, both, checked = quotas.reached, threading.Condition(), [0]
+
+    def check_and_wait(*args: Any) -> Any:
+        found = check(*args)
+        with both:
+            checked[0] += 1
+            both.notify_all()
+            both.wait_for(lambda: checked[0] >= 2, 0.5)
+        return found
+
+    monkeypatch.setattr(quotas, "reached", check_and_wait)
+    begin = threading.Barrier(2)
+    most = [0]
+
+    def orders(cell: Cell, provider: FakeProvider, deployment: Deployment) -> None:
+        try:
+            begin.wait(10)
+            for _ in range(3):
+                launch.launch(uuid4(), provider, scaling.house.config, cell, deployment)
+                most[0] = max(most[0], Machine.objects.exclude(state=MachineState.GONE).count())
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=orders, args=side) for side in sides]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    bought = [(side[0].keys.cell, side[1].n_launch_calls) for side in sides]
+    assert most[0] == Machine.objects.count() == sum(n for _, n in bought) == 1, bought
+    assert {row.cell for row in Machine.objects.all()} == {cell for cell, n in bought if n}
 
 
 def test_a_place_in_a_quota_is_free_again_when_its_machine_is_gone(scaling: Scaling) -> None:
