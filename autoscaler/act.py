@@ -54,10 +54,8 @@ def act(
                 UUID(command_id), provider, config, cell, deployment, n_replicas=n_replicas
             )
             return machine is not None
-        case StartReplica(command_id, machine_id, canary):
-            if deployment is None:
-                return False
-            return _start(UUID(command_id), UUID(machine_id), deployment, config, cell, canary)
+        case StartReplica():
+            return deployment is not None and _start(command, deployment, config, cell)
         case DrainReplica(_, replica_id, reason):
             return drain(UUID(replica_id), reason, cell)
         case StopReplica(_, replica_id, reason, failure_code):
@@ -160,14 +158,8 @@ def end(replica_id: UUID, phase: ReplicaPhase, code: str, message: str, cell: Ce
     return bool(changed)
 
 
-def _start(
-    command_id: UUID,
-    machine_id: UUID,
-    deployment: Deployment,
-    config: AutoscalerConfig,
-    cell: Cell,
-    canary: bool,
-) -> bool:
+def _start(command: StartReplica, deployment: Deployment, config: AutoscalerConfig, cell: Cell) -> bool:
+    command_id, machine_id, canary = UUID(command.command_id), UUID(command.machine_id), command.canary
     tried = candidate(deployment) if canary else None
     if canary and tried is None:
         return False  # its rollout is over
@@ -195,6 +187,7 @@ def _start(
                 command_id=command_id,
                 spec=replica_spec(deployment, replica_id, tried),
                 spec_digest=engine_digest(deployment) if tried is None else tried.digest,
+                planned_source=command.source,
             )
     except IntegrityError:  # this command was carried out before
         found = Replica.objects.filter(command_id=command_id).first()

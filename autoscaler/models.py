@@ -255,6 +255,13 @@ class Replica(models.Model):
     phase_at = models.DateTimeField(default=timezone.now, help_text="when it entered its phase")
     spec = models.JSONField(default=dict, help_text="ReplicaSpec as the agent is given it, without `drain`")
     spec_digest = models.CharField(max_length=64, blank=True, help_text="SHA-256 of model and engine profile")
+    planned_source = models.CharField(
+        max_length=16,
+        blank=True,
+        db_default="",
+        default="",
+        help_text="where its weights should come from: ram, disk, sibling, store; empty: not weighed",
+    )
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [

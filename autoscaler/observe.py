@@ -14,7 +14,7 @@ import redis
 import structlog
 from django.db.models import Count, Max, Q
 
-from autoscaler import quotas
+from autoscaler import quotas, weights
 from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, Replica, ReplicaPhase
@@ -57,7 +57,8 @@ def observe(
     replicas = tuple(
         _replica_view(row, readings, digest, "" if tried is None else tried.digest) for row in rows
     )
-    pool = Pool(machine_views(config, cell.keys.cell))
+    loading, machines = weights.look(deployment, machine_views(config, cell.keys.cell), config, cell)
+    pool = Pool(machines)
     reached = quotas.why_none(deployment, cell.keys.cell, config.provider, now)
     return Observation(
         now_s=now.timestamp(),
@@ -65,7 +66,8 @@ def observe(
         # What an overflow holds would wait if it were not there.
         n_queued=None if load is None else load.n_queued + load.n_overflowed,
         replicas=replicas,
-        machines=pool.view(replicas, spec.max_replicas),
+        machines=pool.view(replicas, spec.max_replicas, loading),
+        loading=loading,
         n_machines=pool.n_machines,
         failures=failures,
         last_good_at_s=last_good_at_s,

@@ -12,9 +12,13 @@ from django.db.models import F
 
 from autoscaler.models import Machine, Replica, StartTiming
 from autoscaler.policy.eta import Timings, average
+from autoscaler.policy.startup import Tier
 from autoscaler.types import StageName
 
 MAX_MS = 24 * 3600 * 1000.0
+GIB = 1 << 30
+MIN_READING_S = 0.05
+INIT_STAGE = "engine_init"  # of a start: what it takes beside its weights
 UNKNOWN_START_S = 5.0  # until a replica has been started
 
 
@@ -47,7 +51,7 @@ def usual_boot_s(provider: str) -> float | None:
     return None if found is None else found.average_ms / 1000
 
 
-def note(provider: str, model_digest: str, stage: StageName, measured_ms: float) -> None:
+def note(provider: str, model_digest: str, stage: str, measured_ms: float) -> None:
     """One more measurement; absurd ones (a stopped clock) are dropped."""
     if not 0 <= measured_ms <= MAX_MS:
         return
@@ -89,3 +93,43 @@ def note_replica(replica: Replica, stages_ms: dict[str, int]) -> None:
     load_ms = min(float(max(stages_ms.get("load", 0), 0)), total_ms)
     note(provider, digest, StageName.LOADING_MODEL, load_ms)
     note(provider, digest, StageName.STARTING_REPLICA, total_ms - load_ms)
+    if replica.planned_source:
+        _note_reading(replica, Tier(replica.planned_source), stages_ms, total_ms / 1000)
+
+
+def speeds(provider: str) -> dict[Tier, float]:
+    """Bytes a second by where weights came from, as far as measured."""
+    rows = StartTiming.objects.filter(provider=provider, model_digest="", stage__in=map(_stage, Tier))
+    found = {row.stage: row.average_ms for row in rows}
+    return {tier: 1000 * GIB / found[_stage(tier)] for tier in Tier if found.get(_stage(tier), 0) > 0}
+
+
+def init_s(provider: str, model_digest: str) -> float:
+    """What a start takes beside the weights; 0 until measured."""
+    found = StartTiming.objects.filter(provider=provider, model_digest=model_digest, stage=INIT_STAGE).first()
+    return 0.0 if found is None else found.average_ms / 1000
+
+
+def _note_reading(replica: Replica, tier: Tier, stages_ms: dict[str, int], total_s: float) -> None:
+    """How fast the weights came, or what the start took beside them.
+
+    A fetch says its own duration, or went on beside the load. Of weights that were here only the whole is known: those
+    in memory tell what the rest takes, and with that known those on disk tell how fast the disk is.
+    """
+    provider, digest = replica.machine.provider, str(replica.spec.get("model_digest", ""))
+    size_bytes = replica.deployment.model_version.size_bytes
+    if not size_bytes or replica.deployment.model_version.digest != digest:
+        return
+    if tier in (Tier.STORE, Tier.SIBLING):
+        seconds = stages_ms.get("fetch", stages_ms.get("load", 0)) / 1000
+    elif tier is Tier.DISK and init_s(provider, digest):
+        seconds = total_s - init_s(provider, digest)
+    else:
+        note(provider, digest, INIT_STAGE, total_s * 1000)
+        return
+    if seconds >= MIN_READING_S:  # else they were here already
+        note(provider, "", _stage(tier), 1000 * seconds * GIB / size_bytes)
+
+
+def _stage(tier: Tier) -> str:
+    return f"gib_from_{tier.value}"

@@ -71,6 +71,27 @@ class MachineView:
     ends_at_s: float | None = None  # its provider takes it away then
     ready_at_s: float | None = None  # since when its agent takes replicas
     n_beds: int = 0  # replicas that may yet sleep on it
+    # Whether it holds the weights that this deployment would start, and would send them to a sibling; bytes that its
+    # links have yet to carry for others.
+    in_ram: bool = False
+    on_disk: bool = False
+    sends: bool = False
+    nic_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What it takes to load a deployment's weights: their size, bytes a second as measured, and the rest of a start."""
+
+    size_bytes: int
+    ram_bps: float
+    disk_bps: float
+    nic_bps: float
+    store_bps: float
+    store_bytes: float = 0.0  # that the object store is sending already
+    init_s: float = 0.0
+    boot_s: float = 0.0  # of a machine that was ordered a moment ago
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +128,8 @@ class Observation:
     machine_failures: tuple[Failure, ...] = ()
     last_machine_good_at_s: float | None = None
     last_request_at_s: float | None = None
+    # None: nothing to load, or not known how much.
+    loading: Loading | None = None
     # Why no machine may be bought for this tenant now ('' = one may).
     quota: str = ""
     # Why it may have fewer replicas than its owner allows: its money (autoscaler/means.py; '' = it may have all).
@@ -249,6 +272,9 @@ class StartReplica:
     command_id: str
     machine_id: str
     canary: bool = False  # of what a rollout tries out
+    # Where its weights should come from (policy/startup.py: Tier; '': not weighed), and in how long it should serve.
+    source: str = ""
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -368,6 +368,8 @@ class ModelShelf(msgspec.Struct, kw_only=True, omit_defaults=True):
     url: str = ""
     key: bytes = b""
     free_bytes: int = 0  # room for more, without anything leaving
+    # Of the digests those that lie in the page cache, too.
+    resident: tuple[str, ...] = ()
     v: int = WIRE_VERSION
 
 

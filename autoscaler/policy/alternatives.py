@@ -14,6 +14,7 @@ from typing import Final
 from autoscaler.policy.forecast import forecast
 from autoscaler.policy.load import mean
 from autoscaler.policy.market import LaunchPlan, Purchase
+from autoscaler.policy.nearness import nearness
 from autoscaler.policy.placement import RANK, preference
 from autoscaler.policy.poolplan import PoolInputs, PoolOrders
 from autoscaler.policy.poolrest import next_rest
@@ -167,13 +168,22 @@ def _machines(observation: Observation, spec: ScalerSpec, decision: Decision) ->
     if not starts and not launches:
         return []
 
-    def rank(machine: MachineView) -> tuple[bool, bool, tuple[int, int, str]]:
+    near = nearness(observation)
+
+    def rank(machine: MachineView) -> tuple[bool, bool, int, tuple[int, int, str]]:
         fits = machine.state in RANK and machine.n_free > 0
-        return machine.id not in starts, not fits, preference(machine) if fits else (0, 0, machine.id)
+        steps = near[machine.id].steps if near and fits else 0
+        return machine.id not in starts, not fits, steps, preference(machine) if fits else (0, 0, machine.id)
 
     found = []
     for machine in sorted(observation.machines, key=rank)[:MAX_EACH]:
         why = f"{machine.state.value}, {machine.n_free} places free, {machine.n_replicas} replicas on it"
+        if near:
+            best = near[machine.id]
+            sender = f" {best.start.sibling}" if best.start.sibling else ""
+            why += (
+                f", {best.seconds:.1f} s to serve there with the weights from {best.start.tier.value}{sender}"
+            )
         if machine.ends_at_s is not None:
             why += f", taken away in {max(machine.ends_at_s - observation.now_s, 0):.0f} s"
         found.append(Alternative("machine", machine.id, machine.id in starts, why))

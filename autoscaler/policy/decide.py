@@ -98,12 +98,21 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     )
     orders: list[Command] = [*late, *leaving, *surplus, *replaced, *tried]
     orders += [*resting.stop, *resting.sleep, *resting.wake]
-    orders += [StartReplica("", machine_id) for machine_id in placement.machine_ids]
-    orders += [StartReplica("", machine_id, canary=True) for machine_id in trial.machine_ids]
+    orders += _starts(placement)
+    orders += [replace(start, canary=True) for start in _starts(trial)]
     if placement.launch or trial.launch:
         orders.append(LaunchMachine("", max(placement.n_unplaced, trial.n_unplaced)))
     commands, memory = _number(orders, observation.deployment_id, memory)
     return Decision(commands, memory, tuple(reasons), want.n, verdict)
+
+
+def _starts(placement: Placement) -> list[StartReplica]:
+    if not placement.near:
+        return [StartReplica("", machine_id) for machine_id in placement.machine_ids]
+    return [
+        StartReplica("", machine_id, source=near.start.tier.value, start_s=round(near.seconds, 1))
+        for machine_id, near in zip(placement.machine_ids, placement.near, strict=True)
+    ]
 
 
 def _in_order(observation: Observation) -> Observation:
@@ -141,7 +150,9 @@ def _place(
         n = 1
     found = place(n, observation, spec)
     if found.machine_ids:
-        reasons.append(f"{len(found.machine_ids)} on machines we have")
+        soonest = ", ".join(f"{n.start.tier.value} {n.seconds:.1f} s" for n in found.near[:4])
+        told = f": weights from {soonest}" if soonest else ""
+        reasons.append(f"{len(found.machine_ids)} on machines we have{told}")
     if found.launch and not machine_gate.is_open(now_s):
         reasons.append(
             f"no new machine for {machine_gate.retry_at_s - now_s:.1f} s: {machine_gate.n} failed in a row"

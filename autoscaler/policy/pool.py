@@ -8,9 +8,13 @@ cannot tell the difference, which a test holds. Used by observe.py for one deplo
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Final
 
+from autoscaler.policy.nearness import Yards
 from autoscaler.policy.placement import RANK, preference
-from autoscaler.types import Command, LaunchMachine, MachineView, ReplicaView, StartReplica
+from autoscaler.types import Command, LaunchMachine, Loading, MachineView, ReplicaView, StartReplica
+
+MAX_SENDERS: Final = 3  # as many as siblings.py names
 
 
 class Pool:
@@ -29,17 +33,33 @@ class Pool:
             if _takes_more(machine):
                 self._open.setdefault(preference(machine)[:-1], []).append(mid)
 
-    def view(self, replicas: tuple[ReplicaView, ...], n_new: int) -> tuple[MachineView, ...]:
-        """Machines of `replicas`, and enough candidates for `n_new` more: place() uses one machine each at most."""
+    def view(
+        self, replicas: tuple[ReplicaView, ...], n_new: int, loading: Loading | None = None
+    ) -> tuple[MachineView, ...]:
+        """Machines of `replicas`, and enough candidates for `n_new` more: place() uses one machine each at most. Where
+        weights are to be loaded, those where that is soonest, and a few that could send them.
+        """
         found = {r.machine_id for r in replicas}
         n_left = n_new
-        for group in sorted(self._open):
+        if loading is not None:
+            found.update(self._nearest(n_new, loading))
+            n_left = 0
+        for group in sorted(self._open) if n_left > 0 else ():
             ids = self._open[group][: max(n_left, 0)]
             n_left -= len(ids)
             found.update(ids)
             if n_left <= 0:
                 break
         return tuple(self._machines[mid] for mid in sorted(found) if mid in self._machines)
+
+    def _nearest(self, n_new: int, loading: Loading) -> set[str]:
+        machines = tuple(self._machines.values())
+        holders = sorted((not m.in_ram, m.id) for m in machines if m.sends and (m.in_ram or m.on_disk))
+        yards = Yards(machines, loading)
+        ranked = sorted((yards.near(m).steps, *preference(m)) for m in machines if _takes_more(m))
+        # Loads make links busy, and another machine the nearer one: some more than are needed.
+        chosen = {mid for *_, mid in ranked[: 2 * n_new + MAX_SENDERS]}
+        return chosen | {mid for _, mid in holders[:MAX_SENDERS]}
 
     def book(self, commands: Iterable[Command]) -> None:
         """Take note of what was ordered, so that the next deployment sees the room that is left."""
