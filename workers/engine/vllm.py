@@ -36,7 +36,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from workers.contract import FinishReason
+from workers.contract import Endpoint, FinishReason
 from workers.engine import forking
 from workers.engine.base import (
     AdapterRefused,
@@ -292,6 +292,8 @@ class VllmEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         sampling, prior = request.sampling, request.prior_token_ids
         n_prompt = len(request.prompt_token_ids)
+        # A chat names as many as were asked for; a completion the chosen token beside them.
+        n_top = sampling.logprobs if request.endpoint is Endpoint.CHAT else None
         if not n_prompt:
             raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
         if n_prompt >= self._max_model_len:
@@ -336,7 +338,9 @@ class VllmEngine:
                             text,
                             ends,
                             min(output.num_cached_tokens or 0, n_prompt),
-                            None if sampling.logprobs is None else self._logprobs(completion, at, n_ids),
+                            None
+                            if sampling.logprobs is None
+                            else self._logprobs(completion, at, n_ids, n_top),
                         )
                         if ends is not None:
                             return  # after a stop string this aborts the sequence in the core
@@ -371,12 +375,12 @@ class VllmEngine:
             param = getattr(error, "parameter", None) or ("response_format" if schema_given else "body")
             raise EngineInputError("invalid_request", param, str(error)) from None
 
-    def _logprobs(self, completion: Any, at: int, n: int) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, completion: Any, at: int, n: int, n_top: int | None) -> tuple[TokenLogprob, ...]:
         found = []
         known = (completion.logprobs or ())[at : at + n]
         for token_id, alternatives in zip(completion.token_ids[at : at + n], known, strict=False):
             # vLLM lists the chosen token first, then the best ones; the chosen one may be among them.
-            top = sorted(alternatives.items(), key=lambda item: item[1].rank)
+            top = sorted(alternatives.items(), key=lambda item: item[1].rank)[:n_top]
             found.append(
                 TokenLogprob(
                     token_id,

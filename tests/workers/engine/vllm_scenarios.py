@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.workers.engine.reading import read
-from workers.contract import FinishReason
+from workers.contract import Endpoint, FinishReason
 from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
 from workers.engine.forking import UnsafeForkError
 from workers.engine.steps import gaps_of, quantile_ms
@@ -281,9 +281,15 @@ async def check_logprobs_cover_every_token_in_order(engine: VllmEngine) -> None:
     for lp in answer.logprobs:
         assert lp.logprob <= 0
         ranked = [p for _, _, p in lp.top]
-        assert len(ranked) >= 3
+        assert len(ranked) == 3
         assert ranked == sorted(ranked, reverse=True)
         assert lp.top[0][0] == lp.token_id  # greedy
+    hot = a_request(engine, logprobs=2, max_tokens=8, ignore_eos=True, temperature=2.0, seed=1)
+    chat, legacy = await read(engine, hot), await read(engine, replace(hot, endpoint=Endpoint.COMPLETIONS))
+    assert {len(lp.top) for lp in chat.logprobs} == {2}  # also where the chosen token is none of them
+    assert 3 in {len(lp.top) for lp in legacy.logprobs}
+    chosen = await read(engine, a_request(engine, logprobs=0, max_tokens=2, ignore_eos=True))
+    assert [lp.top for lp in chosen.logprobs] == [(), ()]
 
 
 SCHEMA = json.dumps(
