@@ -17,6 +17,8 @@ from controlplane.policy.outlook import MIN_JUDGED, Gate, Outlook, Record, Terms
 from controlplane.policy.routing import Ask
 
 _MAX_GATES: Final = 10_000
+# In place of the slot time that may wait before a request: it is for an overflow or refused, free slot or not.
+_OVERFLOW_ONLY_MS: Final = -2
 
 
 class Forecasts:
@@ -28,9 +30,9 @@ class Forecasts:
         self._gates: dict[str, Gate] = {}
 
     def terms(self, stream: Stream, ask: Ask, candidates: Sequence[str]) -> Terms:
-        """What the script goes by. ApiError where so much prefill of its own waits already at the best replica that the
-        target will be missed there, free slot or not. Another's prompts refuse nobody: who waits in the queue is what
-        holds them back."""
+        """What the script goes by. Where so much prefill of its own waits already at the best replica that the target
+        will be missed there, free slot or not, an overflow may take it; ApiError where none is there. Another's prompts
+        refuse nobody: who waits in the queue is what holds them back."""
         deployment, organization = stream.deployment, stream.key.organization
         gate = self._gates.get(deployment.id)
         if gate is None:
@@ -54,7 +56,9 @@ class Forecasts:
             coming=stream.coming,
         )
         if terms.is_hopeless:
-            raise self.refusal(stream, 0)
+            if not self._routes.overflows(deployment.id):
+                raise self.refusal(stream, 0)
+            terms = stream.terms = terms._replace(most_ahead_ms=_OVERFLOW_ONLY_MS)
         return terms
 
     def queued(self, stream: Stream, ahead_ms: int) -> None:

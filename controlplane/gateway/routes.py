@@ -31,7 +31,18 @@ _UNKNOWN: Final = Ask(1)
 
 
 class _View:
-    __slots__ = ("again", "board", "looking", "pace", "replicas", "shares", "slots", "starts", "used_at")
+    __slots__ = (
+        "again",
+        "board",
+        "looking",
+        "overflows",
+        "pace",
+        "replicas",
+        "shares",
+        "slots",
+        "starts",
+        "used_at",
+    )
 
     def __init__(self) -> None:
         self.board = Board(_CACHE_TOKENS)
@@ -40,6 +51,7 @@ class _View:
         self.slots = 0  # of all of them
         self.pace: Speed | None = None  # what the performance model says of them; None: nothing
         self.starts: coming.Starts = ()  # replicas that are being started
+        self.overflows = False  # there are replicas that take what would be refused
         self.used_at = 0.0
         self.looking = False
         self.again = False  # it changed while being looked at
@@ -95,6 +107,11 @@ class RouteTable:
         view = self._views.get(deployment)
         return None if view is None else view.pace
 
+    def overflows(self, deployment: str) -> bool:
+        """Whether replicas are there, as last seen, that only take what would be refused or wait too long."""
+        view = self._views.get(deployment)
+        return view is not None and view.overflows
+
     def scores(self, deployment: str, ask: Ask) -> list[tuple[ReplicaLoad, float, int, int]]:
         """What each replica would cost, as `candidates` ranks them; see Board.scores."""
         view = self._views.get(deployment)
@@ -145,7 +162,10 @@ class RouteTable:
             view.again = True
             while view.again:
                 view.again = False
-                members = await self._redis.call("SMEMBERS", self._keys.replicas(deployment))
+                members, n_overflow = await asyncio.gather(
+                    self._redis.call("SMEMBERS", self._keys.replicas(deployment)),
+                    self._redis.call("SCARD", self._keys.overflow(deployment)),
+                )
                 ids = sorted(raw.decode() for raw in members)[:_MAX_REPLICAS]
                 *rows, (starts,) = await asyncio.gather(
                     *(
@@ -183,6 +203,7 @@ class RouteTable:
                 view.shares = {r: int(row[5]) for r, row in zip(ids, rows, strict=True) if row[5] is not None}
                 view.board.see(view.replicas)
                 view.slots = sum(load.slots for load in view.replicas.values())
+                view.overflows = n_overflow > 0
         except RedisError:
             pass  # the old view serves until the next poll
         finally:

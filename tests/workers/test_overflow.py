@@ -84,6 +84,21 @@ def test_what_would_be_refused_overflows_instead(cell: Cell) -> None:
     assert cell.r.scard(cell.keys.replica_live("u1")) == 2
 
 
+def test_what_is_hopeless_goes_nowhere_else(cell: Cell) -> None:
+    """Slots are free, and what waits for its first token behind them makes it late (gateway/forecasts.py)."""
+    enrol(cell, "r1", 4)
+    assert admit(cell, 1, most_ahead_ms=-2, candidates=("r1",))[0] == b"late"
+    assert admit(cell, 2, most_ahead_ms=-2, bound=0)[0] == b"late"
+    assert cell.r.exists(cell.keys.body(f"{1:032x}"), cell.keys.request(f"{1:032x}")) == 0
+    enrol(cell, "u1", 1, "overflow")
+    taken = admit(cell, 3, most_ahead_ms=-2, candidates=("r1",))
+    assert (taken[0], taken[2]) == (b"bound", b"u1")
+    assert admit(cell, 4, most_ahead_ms=-2, candidates=("r1",))[0] == b"late"  # it is full, too
+    assert (
+        admit(cell, 5, most_ahead_ms=-1, candidates=("r1",))[2] == b"r1"
+    )  # a free slot is given all the same
+
+
 def test_where_nobody_else_is_it_takes_all_and_still_wakes_the_others(cell: Cell) -> None:
     heard = cell.r.pubsub(ignore_subscribe_messages=True)
     heard.subscribe(cell.keys.wake_channel)

@@ -13,8 +13,9 @@
 --       38 band, 39 output tokens expected, 40 prefix hashes, 41 fairness window (counter units), 42 age_ms,
 --       43 share: with money for fewer than so many worst cases left, hold only 1/share of it (0: all of it),
 --       44 predicted ms that it keeps a slot busy, 45 most such ms that may wait before it (refused beyond, where there
---       are replicas and none has a free slot), 46 most such ms that its organization may have waiting, if the slots
---       were its own, to be let in all the same where others wait, too (its share by weight),
+--       are replicas and none has a free slot; -2: only an overflow may have it, free slot or not), 46 most such ms
+--       that its organization may have waiting, if the slots were its own, to be let in all the same where others wait,
+--       too (its share by weight),
 --       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
 -- Returns {'bound', epoch, rid, hold_out, heads...}
 --       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
@@ -29,6 +30,7 @@ local n_in, n_out, money = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[1
 local prompt_money, out_rate, share = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[43])
 local n_carried = tonumber(ARGV[16])
 local rec_key = P .. 'req:' .. id
+local OVERFLOW_ONLY = -2
 local n_args, budgets = #ARGV, nil
 -- Unpacked already where several admissions came together; ids and numbers are printable, a msgpack array never is.
 if type(ARGV[n_args]) == 'table' then
@@ -91,7 +93,8 @@ end
 local q = P .. 'dep:' .. did .. ':q'
 local depth = n_waiting(P, did)
 local rid, mid, n_free = nil, nil, 0
-if depth == 0 then
+local is_hopeless = tonumber(ARGV[45]) == OVERFLOW_ONLY
+if depth == 0 and not is_hopeless then
   for i = 47, n_args do
     mid, n_free = with_slot(P, ARGV[i], id)
     if mid and not (n_carried > 0 and replica_of(P, ARGV[i]).ext) then rid = ARGV[i]; break end
@@ -110,11 +113,11 @@ if not rid then
     before = ahead_of(P, did, flow, tonumber(ARGV[41]))
   end
   write_replicas()
-  local is_late = not whose and before > tonumber(ARGV[45]) and is_taken(P, did)
-    and not (flow and within_share(P, did, flow, tonumber(ARGV[46])))
+  local is_late = is_hopeless or (not whose and before > tonumber(ARGV[45]) and is_taken(P, did)
+    and not (flow and within_share(P, did, flow, tonumber(ARGV[46]))))
   is_alone = redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0
   if (whose or is_late or is_alone) and n_carried == 0 then rid, mid, n_free = overflow_slot(P, did) end
-  if not rid and whose then
+  if not rid and whose and not is_hopeless then
     drop_body()
     return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
   elseif not rid and is_late then

@@ -237,9 +237,15 @@ class Machine:
     """A replica's front as Redis sees it: takes messages, claims, serves each with `behaviour`."""
 
     def __init__(
-        self, url: str, machine: str = "m1", replica: str = "r1", deployment: str = DEPLOYMENT
+        self,
+        url: str,
+        machine: str = "m1",
+        replica: str = "r1",
+        deployment: str = DEPLOYMENT,
+        role: str = "",
     ) -> None:
         self.deployment = deployment
+        self.role = role
         self.keys = KEYS.machine(machine)
         self.machine_id, self.replica = machine, replica
         self.redis = aioredis.Redis.from_url(url)
@@ -257,7 +263,9 @@ class Machine:
         self._spawn(self._hear_cancels())
 
     async def enrol(self, slots: int = 4, kv_tokens: int = 0) -> None:
-        args = (self.replica, self.machine_id, self.deployment, slots, kv_tokens)
+        args: tuple[Any, ...] = (self.replica, self.machine_id, self.deployment, slots, kv_tokens)
+        if self.role:  # as of an endpoint elsewhere
+            args = (*args, self.role, 60_000, 1)
         await self.redis.evalsha(scripts.ENROL.sha, 0, KEYS.prefix, _now_ms(), *args)
 
     async def withdraw(self, mode: str = "dead") -> list[Any]:

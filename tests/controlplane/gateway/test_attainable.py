@@ -112,6 +112,18 @@ async def test_prompts_that_wait_at_the_only_replica_refuse_what_they_would_dela
         refused = await gw.post(long)
         assert refused.json()["error"]["code"] == "slo_unattainable"
         assert len(machine.jobs) == 1
+        overflow = Machine(redis_url, "m2", "u1", role="overflow")
+        await overflow.start(slots=1)
+        try:
+            await until(lambda: gw.gateway.routes.overflows(DEPLOYMENT))
+            taken = await gw.post(long)
+            assert (taken.status_code, len(overflow.jobs), len(machine.jobs)) == (200, 1, 1)
+            await overflow.withdraw("drain")
+            gw.gateway.routes.on_change(DEPLOYMENT)
+            await until(lambda: not gw.gateway.routes.overflows(DEPLOYMENT))
+            assert (await gw.post(long)).json()["error"]["code"] == "slo_unattainable"
+        finally:
+            await overflow.stop()
         go.set()
         assert (await first).status_code == 200
         assert (await gw.post(long)).status_code == 200, "nothing waits before it any more"
