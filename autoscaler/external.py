@@ -93,6 +93,7 @@ def spec_of(upstream: Upstream) -> UpstreamSpec:
 def _wanted(cell: str) -> Iterable[Upstream]:
     found = Upstream.objects.filter(
         disabled_at=None,
+        target=None,
         deployment__cell=cell,
         deployment__deleted_at=None,
         organization__suspended_at=None,
@@ -103,7 +104,7 @@ def _wanted(cell: str) -> Iterable[Upstream]:
 def digest_of(upstream: Upstream) -> str:
     """SHA-256 of all that its replica is told."""
     told = [msgspec.to_builtins(spec_of(upstream)), upstream.slots, upstream.secrets_version]
-    told += [upstream.overflow_after_ms, upstream.shadow_ppm]
+    told += [upstream.overflow_after_ms]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from billing.models import PriceVersion, UsageEvent, Witness
 from billing.money import NanoPerMillion, Rates
+from billing.rating import FREE
 from billing.vetting import Usage
 from controlplane.slo import rollup
 from controlplane.upstreams import rollup as upstreams
@@ -92,9 +93,9 @@ class Books:
         self._connection = connection
 
     def rates(self, version_ids: set[UUID]) -> dict[UUID, Rates]:
-        """Rates of those price versions that exist."""
+        """Rates of those price versions that exist; FREE is one."""
         versions = PriceVersion.objects.using(self._connection.alias).filter(id__in=version_ids)
-        return {
+        found = {
             version.id: Rates(
                 input=NanoPerMillion(version.input_nano_per_million),
                 cached=NanoPerMillion(version.cached_nano_per_million),
@@ -102,6 +103,9 @@ class Books:
             )
             for version in versions
         }
+        if FREE in version_ids:
+            found[FREE] = Rates(NanoPerMillion(0), NanoPerMillion(0), NanoPerMillion(0))
+        return found
 
     def ensure_partitions(self, days_ahead: int) -> int:
         """Partitions exist from yesterday to `days_ahead`; how many were made."""

@@ -15,6 +15,10 @@ from billing.money import Rates
 # A price list has some hundred versions at most; beyond this the oldest read is forgotten and read again.
 MAX_KEPT: Final = 4096
 
+# What an endpoint elsewhere answers as a shadow: nobody here is paid for it, and its own price is counted by
+# controlplane/upstreams/rollup.py. No row: it is no price that a deployment can have. On the wire, 32 zeros.
+FREE: Final = UUID(int=0)
+
 FetchRates = Callable[[set[UUID]], Mapping[UUID, Rates]]
 
 

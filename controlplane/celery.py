@@ -46,6 +46,8 @@ EVERY_S: Final = {
     "autoscaler.keep_upstreams": 2.0,
     "decisions.intake": 2.0,
     "decisions.prune": 60.0,
+    "upstreams.intake": 2.0,
+    "upstreams.prune": 600.0,
     "slo.alert": 30.0,
     "slo.prune": 600.0,
     "billing.intake": 1.0,
@@ -107,6 +109,7 @@ app.autodiscover_tasks(
         "controlplane.rollouts",
         "controlplane.slo",
         "controlplane.tenants",
+        "controlplane.upstreams",
         "controlplane.webhooks",
     ]
 )

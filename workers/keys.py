@@ -23,6 +23,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
 | `bud:<budget>`, `bud:<budget>:b` | hashes | trusted | a budget's window, its buckets: lua/lib_windows.lua |
 | `decisions` | stream | trusted | what gateways decided, until intake has kept it; bounded |
+| `shadows` | stream | trusted | what copies of requests came to, until intake has kept it; bounded |
 | `usage:bad` | list | trusted | usage entries that intake put aside, newest first, bounded |
 | `lock:intake` | string | trusted | which control process books usage now; expires |
 | `lock:webhooks` | string | trusted | which control process sends webhooks now; expires |
@@ -55,6 +56,7 @@ LEASE_GC_MS: Final = 6 * 60 * 60 * 1000
 USAGE_STREAM_MAX: Final = 200_000
 # Batches of decisions, each of a gateway's second and at most some 500 KB; what nobody reads is dropped.
 DECISIONS_STREAM_MAX: Final = 200
+SHADOWS_STREAM_MAX: Final = 200  # likewise, of some 100 KB at most
 
 SCOPES: Final = ("key", "prj", "org")
 
@@ -147,6 +149,10 @@ class CellKeys:
     @property
     def decisions(self) -> str:
         return f"{self.prefix}decisions"
+
+    @property
+    def shadows(self) -> str:
+        return f"{self.prefix}shadows"
 
     @property
     def intake_lock(self) -> str:

@@ -29,7 +29,8 @@ class Elsewhere:
     role: UpstreamRole
     after_ms: int = 0
     price: float = 1.0
-    shadow_ppm: int = 0
+    # Of a shadow: the endpoint's id, under which gateways find it, as if it were a deployment. Empty: it is detached.
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,13 @@ class KnownReplica:
     share: int | None = None
     # How fast it should be, as gateways are told (watch/paces.py). '': nobody can tell.
     pace: str = ""
+
+    @property
+    def serves(self) -> str:
+        """The deployment whose requests it takes; a shadow stands under its endpoint's id and takes copies only."""
+        if self.elsewhere is not None and self.elsewhere.role is UpstreamRole.SHADOW:
+            return self.elsewhere.upstream
+        return self.deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +138,6 @@ def _elsewhere(replica_ids: list[UUID]) -> dict[UUID, Elsewhere]:
                 UpstreamRole(row.role),
                 row.overflow_after_ms,
                 price_factor(row.output_nano_per_million, sale_nano),
-                row.shadow_ppm,
+                row.id.hex,
             )
     return found

@@ -263,7 +263,7 @@ class Watcher:
         self._adapters = {rid: held for rid, held in self._adapters.items() if rid in known}
         self._beats.forget_all_but(set(known))
         self._agents.forget_all_but(set(table.machines))
-        readings = self.cell.read_replicas([(r.id, r.machine, r.deployment) for r in known.values()])
+        readings = self.cell.read_replicas([(r.id, r.machine, r.serves) for r in known.values()])
         for replica in known.values():
             reading = readings[replica.id]
             if replica.id not in self._over:
@@ -413,18 +413,20 @@ class Watcher:
         if replica.id in self._over:
             return
         elsewhere = replica.elsewhere
-        if elsewhere is not None and elsewhere.role is UpstreamRole.SHADOW:
-            return
+        stands_for = None
+        if elsewhere is not None:
+            if not replica.serves:
+                return
+            role = UpstreamRole.OVERFLOW if _is_overflow(replica) else UpstreamRole.REPLICA
+            stands_for = (role.value, elsewhere.after_ms, elsewhere.price)
         wanted = self._slots.slots_for(replica, slots)
         n_given = self.cell.enrol(
             replica=replica.id,
             machine=replica.machine,
-            deployment=replica.deployment,
+            deployment=replica.serves,
             slots=wanted,
             kv_tokens=min(max(kv_tokens, 0), MAX_KV_TOKENS),
-            elsewhere=(
-                None if elsewhere is None else (elsewhere.role.value, elsewhere.after_ms, elsewhere.price)
-            ),
+            elsewhere=stands_for,
             share=replica.share,
             pace=replica.pace,
         )

@@ -24,6 +24,7 @@ from controlplane.gateway.directory import (
     KeyRecord,
     LeaseRow,
     Limits,
+    ShadowRow,
     SloBook,
 )
 from controlplane.gateway.errors import ApiError, unavailable
@@ -63,7 +64,7 @@ class Deployment:
     price_version: str
     rates: Rates
     promise: Promise
-    slo: Slo  # the same, as it travels with a request
+    slo: Slo | None  # the same, as it travels with a request; None: nothing is promised
     own_class: str  # the deployment's own, whatever the default here is
     predicts: bool  # refuses what would probably miss its target
     queue_order: QueueOrder
@@ -72,6 +73,8 @@ class Deployment:
     # The LoRA adapter that answers, and the name of the deployment it is one of; empty for the model as it is.
     adapter: str = ""
     base: str = ""
+    # What is sent copies of its requests, where the key's organization agreed to that (shadows.py).
+    shadows: tuple[ShadowRow, ...] = ()
     # The same for each service class that a request may name, with its promise and price.
     classes: dict[str, Deployment] = field(default_factory=dict, repr=False, compare=False)
 
@@ -122,7 +125,10 @@ def context_of(record: KeyRecord) -> KeyContext:
     weights = (key.weight, project.weight, organization.weight)
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
-    served = {row.name: _deployment(row, key.id, classes, rules, record.slo) for row in record.deployments}
+    served = {
+        row.name: _deployment(row, key.id, classes, rules, record.slo, record.shadows)
+        for row in record.deployments
+    }
     if record.adapters:
         served |= _adapted(record.adapters, served)
     scopes_row = key.scopes
@@ -157,9 +163,15 @@ def context_of(record: KeyRecord) -> KeyContext:
 
 
 def _deployment(
-    row: DeploymentRow, key: str, classes: tuple[Promise, ...], rules: tuple[Rule, ...], book: SloBook
+    row: DeploymentRow,
+    key: str,
+    classes: tuple[Promise, ...],
+    rules: tuple[Rule, ...],
+    book: SloBook,
+    shadows: tuple[ShadowRow, ...],
 ) -> Deployment:
     promise, allowed = promises(row.slo.promise(), row.id, key, classes, rules)
+    copied = tuple(shadow for shadow in shadows if shadow.deployment == row.id) if shadows else ()
     prices = book.prices.get(row.id, {})
     each = {
         name: Deployment(
@@ -175,6 +187,7 @@ def _deployment(
             queue_order=row.queue_order,
             window=row.locality_window_tokens * TOKEN,
             created_at_s=row.created_at_ms // 1000,
+            shadows=copied,
         )
         for name, promised in allowed.items()
     }
@@ -193,7 +206,9 @@ def _adapted(rows: Iterable[AdapterRow], served: Mapping[str, Deployment]) -> di
             continue
         at_s = row.created_at_ms // 1000
         each = {
-            name: replace(one, name=row.name, adapter=row.id, base=base.name, created_at_s=at_s, classes={})
+            name: replace(
+                one, name=row.name, adapter=row.id, base=base.name, created_at_s=at_s, classes={}, shadows=()
+            )
             for name, one in base.classes.items()
         }
         for one in each.values():

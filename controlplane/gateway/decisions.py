@@ -114,7 +114,7 @@ class Decisions:
             return
         error.details = {**error.details, "decision_url": self.url(request)}
         if stream is not None and error.status == CAPACITY and len(self._refusals) < MAX_SERIES:
-            slo = stream.deployment.slo
+            slo = stream.deployment.promise
             whose = (key.organization, key.project, stream.deployment.id, slo.name, slo.objective_ppm)
             if not stream.admitted:  # else its machine tells of it
                 self._refusals[whose] += 1

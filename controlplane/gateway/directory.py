@@ -175,8 +175,28 @@ class BudgetRow(msgspec.Struct, frozen=True):
     rolling_hours: int | None = None
 
 
+class ShadowRow(msgspec.Struct, frozen=True):
+    """What is sent copies of a deployment's requests: an endpoint elsewhere, or `target`, a deployment of the same
+    project. `organization`, `project`: whose it is. Rates are the endpoint's own."""
+
+    id: str
+    deployment: str
+    organization: str
+    project: str
+    name: str
+    share_ppm: int
+    rpm: int
+    slots: int
+    budget_nano: int
+    target: str = ""
+    max_model_len: int = 2048
+    input_nano_per_million: int = 0
+    cached_nano_per_million: int = 0
+    output_nano_per_million: int = 0
+
+
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup_slo, with budgets and adapters: one key with all that a request under it needs."""
+    """Answer of corral_key_lookup_slo, with budgets, adapters and shadows: one key with all that its requests need."""
 
     key: KeyRow
     project: ProjectRow
@@ -187,6 +207,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     slo: SloBook = SloBook()
     budgets: tuple[BudgetRow, ...] = ()
     adapters: tuple[AdapterRow, ...] = ()
+    shadows: tuple[ShadowRow, ...] = ()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -267,13 +288,12 @@ class PgDirectory:
             raise DirectoryUnavailable
         found = await self._ask(
             "SELECT CASE WHEN corral_key_known(%s, %s) "
-            "THEN corral_with_adapters(corral_with_budgets(corral_key_lookup_slo(%s, %s), %s), %s) END",
+            "THEN corral_with_shadows(corral_with_adapters(corral_with_budgets("
+            "corral_key_lookup_slo(%s, %s), %s), %s), %s) END",
             lookup,
             [digest.hex() for digest in digests],
             lookup,
-            self._cell,
-            self._cell,
-            self._cell,
+            *[self._cell] * 4,
         )
         return None if found is None else msgspec.convert(found, KeyRecord)
 

@@ -57,7 +57,9 @@ class Dispatcher:
         forecasts: Forecasts,
         decisions: Decisions,
         lengths: LengthModel | None = None,
+        first_number: int = 0,
     ) -> None:
+        """`first_number`: streams are numbered from there, so that two of these may share an inbox."""
         self._redis = redis
         self._lengths = lengths
         self._keys = keys
@@ -75,7 +77,7 @@ class Dispatcher:
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
         self._body_ms = int(request_timeout_s * 1000) + RETENTION_MS
         self._digests = digests
-        self._n_streams = 0
+        self._n_streams = first_number
 
     def open(
         self,

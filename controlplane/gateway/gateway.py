@@ -31,8 +31,10 @@ from controlplane.gateway.placements import Placements
 from controlplane.gateway.requestlog import RequestLog
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.routes import RouteTable
+from controlplane.gateway.shadows import FIRST_NUMBER, Shadows
 from controlplane.gateway.stages import StageBoard
 from controlplane.gateway.watch import Watch
+from controlplane.prediction.lengths.model import LengthModel
 from controlplane.prediction.lengths.model import load as load_lengths
 from controlplane.tenants.api_keys import Peppers
 from workers.contract import Notice
@@ -100,22 +102,21 @@ class Gateway:
             url=config.console_url,
         )
         self.digests = Digests(config.digest_secret or config.key_pepper)
-        self.dispatcher = Dispatcher(
+        self.dispatcher = self._dispatcher(
+            self.decisions,
+            queue_bound=config.queue_bound,
+            lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
+        )
+        # Copies never wait for a slot, and their admissions are no decisions that anybody asks about.
+        silent = Decisions(
+            self.redis, keys, config.name, self.routes, self.forecasts, sample=0, url=config.console_url
+        )
+        self.shadows = Shadows(
             self.redis,
             keys,
-            self.id,
-            self.directory,
             self.routes,
             self.ends,
-            queue_bound=config.queue_bound,
-            queue_age_s=config.queue_age_s,
-            request_timeout_s=config.request_timeout_s,
-            stream_buffer=config.stream_buffer,
-            digests=self.digests,
-            placements=self.placements,
-            forecasts=self.forecasts,
-            decisions=self.decisions,
-            lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
+            self._dispatcher(silent, queue_bound=0, first_number=FIRST_NUMBER),
         )
         self.resumer = Resumer(
             self.redis,
@@ -136,7 +137,7 @@ class Gateway:
         )
         self.metrics = GatewayMetrics(config.name)
         self.request_log = request_log or RequestLog(config.log_sample)
-        generator = Generator(self.dispatcher, self.resumer, self.ends, self.board)
+        generator = Generator(self.dispatcher, self.resumer, self.ends, self.board, self.shadows)
         self.app = GatewayApp(
             config,
             self.key_cache,
@@ -175,6 +176,7 @@ class Gateway:
         await self.watch.close()
         await self.feed.close()
         await self.board.close()
+        await self.shadows.close()
         await self.ends.drain()
         await self.inbox.close()
         self.placements.close()
@@ -185,6 +187,34 @@ class Gateway:
         if self._pg is not None:
             await self._pg.close()
         await self.request_log.close()
+
+    def _dispatcher(
+        self,
+        decisions: Decisions,
+        *,
+        queue_bound: int,
+        lengths: LengthModel | None = None,
+        first_number: int = 0,
+    ) -> Dispatcher:
+        config = self.config
+        return Dispatcher(
+            self.redis,
+            self.keys,
+            self.id,
+            self.directory,
+            self.routes,
+            self.ends,
+            queue_bound=queue_bound,
+            queue_age_s=config.queue_age_s,
+            request_timeout_s=config.request_timeout_s,
+            stream_buffer=config.stream_buffer,
+            digests=self.digests,
+            placements=self.placements,
+            forecasts=self.forecasts,
+            decisions=decisions,
+            lengths=lengths,
+            first_number=first_number,
+        )
 
     def end_streams(self) -> None:
         """The grace is over: what still runs is told to go on elsewhere. A plain request that nobody could collect is
@@ -245,6 +275,7 @@ class Gateway:
         name = "corral_gateway_"
         self.metrics.gauges |= {
             f"{name}in_flight": ("Generation requests under way.", lambda: self.app.n_in_flight),
+            f"{name}shadow_copies_running": ("Copies to shadows under way.", lambda: self.shadows.n_running),
             f"{name}streams": ("Streams known, cancelled ones included.", lambda: len(inbox.streams)),
             f"{name}redis_up": ("Whether Redis is connected.", lambda: float(self.redis.connected)),
             f"{name}prediction_coverage": (
@@ -285,6 +316,11 @@ class Gateway:
             f"{name}decisions_dropped": (
                 "Decisions beyond what one tenant or second may have.",
                 lambda: self.decisions.n_dropped,
+            ),
+            f"{name}shadow_copies": ("Copies that shadows answered.", lambda: self.shadows.n_copied),
+            f"{name}shadow_skips": (
+                "Requests chosen for a shadow and not copied.",
+                lambda: self.shadows.n_skipped,
             ),
             f"{name}cancelled": ("Cancels sent.", lambda: ends.n_cancelled),
             f"{name}key_cache_hits": ("Keys found fresh in the cache.", lambda: cache.n_hits),

@@ -20,6 +20,7 @@ from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire
 from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.identity import Asked
 from controlplane.gateway.resume import Resumer
+from controlplane.gateway.shadows import Shadows
 from controlplane.gateway.sse import ChunkWriter, answer
 from controlplane.gateway.stages import StageBoard, comment_of
 from controlplane.gateway.stream import Origin, Stream
@@ -50,11 +51,14 @@ class Outcome:
 class Generator:
     """Serves generation requests with the parts of one process."""
 
-    def __init__(self, dispatcher: Dispatcher, resumer: Resumer, ends: Ends, board: StageBoard) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, resumer: Resumer, ends: Ends, board: StageBoard, shadows: Shadows
+    ) -> None:
         self._dispatcher = dispatcher
         self._resumer = resumer
         self._ends = ends
         self._board = board
+        self._shadows = shadows
 
     async def serve(
         self,
@@ -146,6 +150,8 @@ class Generator:
             if stream.queued:
                 self._board.leave(stream)
             self._ends.close(stream)
+            if stream.deployment.shadows:
+                self._shadows.offer(stream, request, body)
 
     @staticmethod
     async def _answer(

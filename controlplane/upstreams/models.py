@@ -23,7 +23,7 @@ class UpstreamRole(models.TextChoices):
 
     REPLICA = "replica"  # takes requests beside the others, or alone
     OVERFLOW = "overflow"  # takes what would wait too long for the others
-    SHADOW = "shadow"  # would be sent copies: none are yet, and services refuse it
+    SHADOW = "shadow"  # is sent copies; what it answers is compared and dropped
 
 
 class TokenLimitField(models.TextChoices):
@@ -54,14 +54,22 @@ class Upstream(Rates):
     )
     name = models.CharField(max_length=64, validators=[check_name])
     role = models.CharField(max_length=10, choices=UpstreamRole.choices)
-    base_url = models.CharField(max_length=2000, help_text="up to and with /v1")
-    model = models.CharField(max_length=200, help_text="what the endpoint calls it")
+    # Of a shadow: a deployment of ours that answers the copies, in place of an address.
+    target = models.ForeignKey(
+        Deployment, null=True, blank=True, on_delete=models.PROTECT, related_name="+", db_constraint=False
+    )
+    base_url = models.CharField(max_length=2000, blank=True, help_text="up to and with /v1")
+    model = models.CharField(max_length=200, blank=True, help_text="what the endpoint calls it")
     slots = models.PositiveIntegerField(help_text="requests it is sent at once")
     overflow_after_ms = models.PositiveIntegerField(
         default=1_000, help_text="of an overflow: a request waits so long before it goes there"
     )
     shadow_ppm = models.PositiveIntegerField(
         default=10_000, help_text="of a shadow: millionths of the requests that are copied"
+    )
+    shadow_rpm = models.PositiveIntegerField(default=60, help_text="of a shadow: most copies a minute")
+    shadow_budget_nano = models.BigIntegerField(
+        default=1_000_000_000, help_text="of a shadow: most that copies may cost in a UTC day, nano-dollars"
     )
     connect_ms = models.PositiveIntegerField(default=5_000)
     first_token_ms = models.PositiveIntegerField(default=30_000)
@@ -98,6 +106,14 @@ class Upstream(Rates):
                 condition=Q(slots__gte=1, slots__lte=MAX_SLOTS), name="upstream_slots_in_range"
             ),
             models.CheckConstraint(condition=Q(shadow_ppm__lte=1_000_000), name="upstream_ppm_in_range"),
+            models.CheckConstraint(
+                condition=Q(shadow_budget_nano__gte=0), name="upstream_budget_not_negative"
+            ),
+            models.CheckConstraint(
+                condition=Q(target=None) & ~Q(base_url="")
+                | Q(target__isnull=False, base_url="", role="shadow"),
+                name="upstream_one_destination",
+            ),
             models.CheckConstraint(
                 condition=Q(
                     input_nano_per_million__gte=0,
@@ -167,7 +183,8 @@ class UpstreamDay(models.Model):
 
 
 class OutsideConsent(models.Model):
-    """An organization agrees that its prompts go to shadows, and to endpoints that others attached. No row: no."""
+    """An organization agrees that its requests are copied to shadows, and that its prompts go to endpoints that others
+    attached. No row: no."""
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.OneToOneField(Organization, on_delete=models.PROTECT, related_name="+")
@@ -178,7 +195,8 @@ class OutsideConsent(models.Model):
 
 
 class ShadowResult(models.Model):
-    """What a shadow made of one request, beside what the request's own answer was. Never billed; kept for a month."""
+    """What a shadow made of one request, beside what the request's own answer was: counts, times and how alike the
+    texts are, never a text. Written from what gateways tell (intake.py); kept for a month, bounded per shadow."""
 
     id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+")
@@ -187,15 +205,21 @@ class ShadowResult(models.Model):
     at = models.DateTimeField()
     status = models.PositiveSmallIntegerField(help_text="200, or as a client would have been told")
     code = models.CharField(max_length=40, blank=True)
-    first_token_ms = models.PositiveIntegerField(null=True)
+    finish_reason = models.CharField(max_length=12, blank=True)
+    first_token_ms = models.PositiveIntegerField(null=True, help_text="NULL where the caller did not stream")
+    itl_us = models.PositiveIntegerField(null=True, help_text="mean gap between tokens, microseconds")
     duration_ms = models.PositiveIntegerField()
     n_prompt_tokens = models.PositiveIntegerField()
     n_completion_tokens = models.PositiveIntegerField()
     cost_nano = models.BigIntegerField()
+    own_finish_reason = models.CharField(max_length=12, blank=True)
     own_first_token_ms = models.PositiveIntegerField(null=True)
+    own_itl_us = models.PositiveIntegerField(null=True)
     own_duration_ms = models.PositiveIntegerField(null=True)
     own_n_completion_tokens = models.PositiveIntegerField(null=True)
-    is_same = models.BooleanField(null=True, help_text="word for word; NULL where nothing was compared")
+    is_same = models.BooleanField(
+        null=True, help_text="letter for letter; NULL unless the request was greedy"
+    )
     similarity_ppm = models.PositiveIntegerField(null=True, help_text="of the words' triples (Jaccard)")
 
     class Meta:
@@ -209,3 +233,19 @@ class ShadowResult(models.Model):
 
     def __str__(self) -> str:
         return str(self.request_id)
+
+
+class ShadowSkip(models.Model):
+    """Requests of a UTC day that were chosen and not copied, by reason: without them shares would mislead."""
+
+    pk = models.CompositePrimaryKey("organization_id", "upstream_id", "day", "reason")
+    organization = models.ForeignKey(
+        Organization, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    upstream_id = models.UUIDField()
+    day = models.DateField()
+    reason = models.CharField(max_length=12, help_text="controlplane/upstreams/wire.py: Skipped")
+    n = models.BigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"{self.upstream_id} {self.day} {self.reason}"

@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 import structlog
 from django.conf import settings
+from django.db.models import Q
 from django.utils import timezone
 
 from controlplane import outbound, secretbox
@@ -67,6 +68,8 @@ RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "slots": (1, MAX_SLOTS),
     "overflow_after_ms": (0, 600_000),
     "shadow_ppm": (1, 1_000_000),
+    "shadow_rpm": (1, 600),
+    "shadow_budget_nano": (0, MAX_RATE),
     "connect_ms": (100, 60_000),
     "first_token_ms": (100, 600_000),
     "between_tokens_ms": (100, 600_000),
@@ -90,6 +93,8 @@ class Change:
     slots: int | None = None
     overflow_after_ms: int | None = None
     shadow_ppm: int | None = None
+    shadow_rpm: int | None = None
+    shadow_budget_nano: int | None = None
     connect_ms: int | None = None
     first_token_ms: int | None = None
     between_tokens_ms: int | None = None
@@ -115,15 +120,22 @@ def attach(
     organization_id: UUID,
     deployment_id: UUID,
     name: str,
-    base_url: str,
-    model: str,
     role: str,
     change: Change,
+    base_url: str = "",
+    model: str = "",
+    target_deployment_id: UUID | None = None,
 ) -> Upstream:
-    """A new endpoint for a deployment. Raises NotFoundError, InvalidInputError, and ConflictError (the name is taken,
-    too many, or prompts of a tenant that did not agree would go there)."""
+    """A new endpoint for a deployment; a shadow may be another deployment in place of an address. Raises NotFoundError,
+    InvalidInputError, and ConflictError (the name is taken, too many, or prompts of a tenant that did not agree would
+    go there)."""
     with tenant(organization_id):
         deployment = deployments.deployment(organization_id=organization_id, deployment_id=deployment_id)
+        target = None
+        if target_deployment_id is not None:
+            target = deployments.deployment(
+                organization_id=organization_id, deployment_id=target_deployment_id
+            )
         Organization.objects.select_for_update(no_key=True).get(id=organization_id)
         if selectors.upstreams(organization_id=organization_id).count() >= MAX_UPSTREAMS:
             raise ConflictError(f"there are {MAX_UPSTREAMS} upstreams already: delete one first")
@@ -134,6 +146,7 @@ def attach(
             base_url=base_url,
             model=model,
             role=role,
+            target=target,
             slots=16,
         )
         secret = _apply(made, change, UpstreamSecret())
@@ -177,13 +190,15 @@ def detach(*, organization_id: UUID, upstream_id: UUID) -> None:
 
 
 def detach_all(*, organization_id: UUID, deployment_id: UUID) -> None:
-    """Of a deployment that is deleted."""
-    for each in selectors.upstreams(organization_id=organization_id, deployment_id=deployment_id):
+    """Of a deployment that is deleted: what is attached to it, and shadows that it was."""
+    own = selectors.upstreams(organization_id=organization_id)
+    for each in own.filter(Q(deployment_id=deployment_id) | Q(target_id=deployment_id)):
         detach(organization_id=organization_id, upstream_id=each.id)
 
 
 def set_consent(*, organization_id: UUID, agreed: bool) -> None:
-    """Whether prompts of this organization may go to shadows, and to endpoints that others attached. Raises
+    """Whether requests of this organization may be copied to shadows, and prompts go to endpoints that others attached.
+    Where that ends, gateways make no more copies within a second. Raises
     ConflictError while it uses a shared deployment that such an endpoint serves."""
     with tenant(organization_id):
         if agreed:
@@ -277,10 +292,6 @@ def _check_headers(headers: Mapping[str, str], *, has_key: bool) -> None:
 def _check(upstream: Upstream) -> None:
     if upstream.role not in UpstreamRole.values:
         raise InvalidInputError(f"role: choose one of {', '.join(UpstreamRole.values)}", field="role")
-    if upstream.role == UpstreamRole.SHADOW:
-        raise InvalidInputError(
-            "role: no copies of requests are sent to a shadow yet: choose replica or overflow", field="role"
-        )
     if upstream.max_tokens_field not in TokenLimitField.values:
         raise InvalidInputError(
             f"max_tokens_field: choose one of {', '.join(TokenLimitField.values)}", field="max_tokens_field"
@@ -289,7 +300,32 @@ def _check(upstream: Upstream) -> None:
         value = getattr(upstream, name)
         if not least <= value <= most:
             raise InvalidInputError(f"{name}={value}: must be from {least} to {most}", field=name)
+    if upstream.target is not None:
+        _check_target(upstream, upstream.target)
+        return
+    if not upstream.model:
+        raise InvalidInputError("model: say what the endpoint calls it", field="model")
     check_url(upstream.base_url)
+
+
+def _check_target(upstream: Upstream, target: Deployment) -> None:
+    """A deployment that is a shadow: charged to the project whose requests are copied, so it must be that project's."""
+    field = "target_deployment_id"
+    if upstream.role != UpstreamRole.SHADOW:
+        raise InvalidInputError("role: another deployment can only be a shadow", field="role")
+    if upstream.base_url or upstream.model:
+        raise InvalidInputError(f"{field}: send it, or base_url and model, not both", field=field)
+    if upstream.has_api_key or upstream.header_names:
+        raise InvalidInputError(
+            "api_key, headers: a deployment of your own is called without", field="api_key"
+        )
+    own = upstream.deployment
+    if target.id == own.id:
+        raise InvalidInputError(f"{field}: a deployment cannot be its own shadow", field=field)
+    if (target.project_id, target.cell) != (own.project_id, own.cell):
+        raise InvalidInputError(
+            f"{field}: it must be of the same project and cell as the deployment that is copied", field=field
+        )
 
 
 def check_url(url: str) -> None:
@@ -314,7 +350,16 @@ def check_url(url: str) -> None:
 
 
 def _check_sharing(upstream: Upstream) -> None:
-    """Nobody's prompts go elsewhere for another's decision."""
+    """Nobody's prompts go elsewhere for another's decision. Of whose requests a shadow gets copies gateways ask of each
+    organization; without its owner's own leave it would get none of theirs."""
+    if upstream.role == UpstreamRole.SHADOW:
+        if not selectors.has_agreed(organization_id=upstream.organization_id):
+            raise ConflictError(
+                "requests are copied to a shadow where their organization agrees to that, and yours has not: agree "
+                "first (PUT /api/v1/outside-consent)",
+                field="role",
+            )
+        return
     grants = Grant.objects.filter(deployment_id=upstream.deployment_id).exclude(
         grantee_id=upstream.organization_id
     )

@@ -23,6 +23,7 @@ from controlplane.upstreams.models import Upstream, UpstreamReplica
 from controlplane.upstreams.services import Change
 from tests.autoscaler.conftest import Scaling
 from tests.autoscaler.fakes import FakeProvider
+from tests.world import make_deployment
 from workers import sealed
 from workers.contract import Heartbeat, ReplicaSpec, ReplicaStatus, UpstreamSecret
 from workers.contract import ReplicaPhase as Reported
@@ -207,6 +208,43 @@ def test_the_scaler_neither_counts_nor_ends_it_and_sees_what_it_took(elsewhere: 
     assert (report.n_gone, Replica.objects.get(id=replica.id).phase) == (0, ReplicaPhase.READY)
     reconcile(scaling.house)
     assert Machine.objects.get(id=replica.machine_id).gone_at is None
+
+
+def test_a_shadow_is_found_under_its_own_id_and_given_no_requests(elsewhere: Elsewhere) -> None:
+    upstreams.set_consent(organization_id=elsewhere.scaling.world.organization.id, agreed=True)
+    upstream = elsewhere.attach("shadow")
+    replica = elsewhere.ready()
+    cell = elsewhere.house.cell
+    assert elsewhere.members("ovf") | elsewhere.members("reps") == set()
+    copies = cell.keys.replicas(upstream.id.hex)
+    assert cell.redis.smembers(copies) == {replica.id.hex.encode()}
+    elsewhere.scaling.queue("one")
+    elsewhere.turn()
+    assert cell.redis.scard(cell.keys.replica_live(replica.id.hex)) == 0
+    upstreams.change_upstream(
+        organization_id=upstream.organization_id, upstream_id=upstream.id, change=Change(shadow_ppm=7)
+    )
+    assert elsewhere.keep() == [replica]  # a share is the gateways' business
+    upstreams.detach(organization_id=upstream.organization_id, upstream_id=upstream.id)
+    elsewhere.keep()
+    elsewhere.turn()
+    assert cell.redis.exists(copies) == 0
+
+
+def test_a_shadow_that_is_a_deployment_needs_no_replica(elsewhere: Elsewhere) -> None:
+    scaling = elsewhere.scaling
+    organization_id = scaling.world.organization.id
+    upstreams.set_consent(organization_id=organization_id, agreed=True)
+    second = make_deployment(scaling.world, "second", model_version_id=scaling.deployment.model_version_id)
+    upstreams.attach(
+        organization_id=organization_id,
+        deployment_id=scaling.deployment.id,
+        name="second",
+        role="shadow",
+        target_deployment_id=second.id,
+        change=Change(),
+    )
+    assert (elsewhere.keep(), Machine.objects.filter(provider="external").count()) == ([], 0)
 
 
 def test_what_a_token_costs_weighs_in_routing() -> None:

@@ -6,6 +6,7 @@ import redis
 
 from billing.intake import Intake
 from billing.models import UsageEvent as Row
+from billing.rating import FREE
 from controlplane import ids
 from controlplane.upstreams.models import UpstreamDay, UpstreamReplica
 from tests.billing.test_intake import COST, MACHINE
@@ -41,6 +42,25 @@ def test_each_request_counts_once_at_the_endpoints_rates(
         "upstream",
         "upstream",
     ]
+
+
+def test_a_copy_costs_its_owner_what_the_endpoint_takes_and_nothing_here(
+    world: World, intake: Intake, client: redis.Redis
+) -> None:
+    tenant, replica, upstream_id = Tenant(), new_hex(), ids.new_id()
+    UpstreamReplica.objects.create(
+        replica_id=replica, organization=world.organization, upstream_id=upstream_id, deployment_id=ids.new_id(),
+        input_nano_per_million=50_000_000, cached_nano_per_million=0, output_nano_per_million=200_000_001,
+    )  # fmt: skip
+    deliver(
+        client,
+        MACHINE,
+        event(tenant, MACHINE, replica=replica, counted_by="upstream", price_version=FREE.hex),
+    )
+    assert intake.run([MACHINE], budget_s=5).n_booked == 1
+    assert Row.objects.get().cost_nano == 0
+    day = UpstreamDay.objects.get()
+    assert (day.n_requests, day.cost_nano, day.revenue_nano) == (1, 60 * 50 + 20 * 200, 0)
 
 
 def test_who_counted_is_one_of_few_words(intake: Intake, client: redis.Redis) -> None:

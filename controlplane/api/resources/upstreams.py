@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from typing import Annotated, Any
 
@@ -38,6 +39,10 @@ _After = Annotated[
     int, _ranged("overflow_after_ms", "Of an overflow: a request waits so long before it goes there")
 ]
 _Share = Annotated[int, _ranged("shadow_ppm", "Of a shadow: millionths of the requests that are copied")]
+_ShadowRpm = Annotated[int, _ranged("shadow_rpm", "Of a shadow: most copies a minute")]
+_ShadowBudget = Annotated[
+    int, _ranged("shadow_budget_nano", "Of a shadow: most that copies may cost in a UTC day, nano-dollars")
+]
 _Connect = Annotated[int, _ranged("connect_ms", "Most that a connection may take")]
 _First = Annotated[int, _ranged("first_token_ms", "Most that the first token may take")]
 _Between = Annotated[int, _ranged("between_tokens_ms", "Most between two pieces of an answer")]
@@ -63,11 +68,16 @@ class UpstreamOut(Schema):
     name: str
     deployment_id: DeploymentId
     role: UpstreamRole
+    target_deployment_id: DeploymentId | None = Field(
+        description="Of a shadow that is a deployment of yours: that one; it has no address"
+    )
     base_url: str
     model: str
     slots: int
     overflow_after_ms: int
     shadow_ppm: int
+    shadow_rpm: int
+    shadow_budget_nano: int
     connect_ms: int
     first_token_ms: int
     between_tokens_ms: int
@@ -93,6 +103,8 @@ class _Settings(Body):
     slots: _Slots | None = None
     overflow_after_ms: _After | None = None
     shadow_ppm: _Share | None = None
+    shadow_rpm: _ShadowRpm | None = None
+    shadow_budget_nano: _ShadowBudget | None = None
     connect_ms: _Connect | None = None
     first_token_ms: _First | None = None
     between_tokens_ms: _Between | None = None
@@ -111,13 +123,17 @@ class _Settings(Body):
 
 
 class NewUpstream(_Settings):
-    """An endpoint to be. Its address must be public, unless the operator allows others."""
+    """An endpoint to be, by `base_url` and `model`; a shadow may be a second deployment instead, by
+    `target_deployment_id`. Its address must be public, unless the operator allows others."""
 
     name: Annotated[str, Field(pattern=NAME_SHAPE, description="Unique in the organization")]
     deployment_id: DeploymentId
     role: UpstreamRole
-    base_url: _Url
-    model: _Model
+    base_url: _Url | None = None
+    model: _Model | None = None
+    target_deployment_id: DeploymentId | None = Field(
+        None, description="Of the same project; its answers to the copies are charged to that as any other's"
+    )
 
 
 class UpstreamChange(_Settings):
@@ -155,26 +171,66 @@ class UpstreamUse(Schema):
 
 
 class ShadowResultOut(Schema):
-    """What a shadow made of one request. Nothing of it was shown or billed."""
+    """What a shadow made of one request beside the caller's own answer. Nothing of it was shown, or billed to the
+    caller. Times to tokens are known of callers that stream."""
 
     request_id: str = Field(pattern="^req_[0-9a-f]{32}$")
     at: datetime
     status: int
     code: str
+    finish_reason: str
     first_token_ms: int | None
+    itl_us: int | None = Field(description="Mean gap between tokens, microseconds")
     duration_ms: int
     n_prompt_tokens: int
     n_completion_tokens: int
     cost_nano: int
+    own_finish_reason: str
     own_first_token_ms: int | None
+    own_itl_us: int | None
     own_duration_ms: int | None
     own_n_completion_tokens: int | None
-    is_same: bool | None
+    is_same: bool | None = Field(description="Letter for letter; only of requests at temperature 0")
     similarity_ppm: int | None
 
 
+class Compared(Schema):
+    """A figure of the shadow beside the callers' own, over copies that have both."""
+
+    n: int
+    p50: float | None
+    p99: float | None
+    own_p50: float | None
+    own_p99: float | None
+    difference_p50: float | None = Field(description="Of each pair: the shadow's less the caller's own")
+    difference_p99: float | None
+
+
+class ShadowSummaryOut(Schema):
+    """Whether callers would have noticed the shadow in place of what answered them. Shares in millionths."""
+
+    upstream_id: UpstreamId
+    since: date
+    n: int = Field(description="Copies that were answered, or failed")
+    n_failed: int
+    n_compared: int = Field(description="... whose texts should be the same: of requests at temperature 0")
+    same_ppm: int | None = Field(description="Share of those that are, letter for letter")
+    similarity_ppm: int | None = Field(description="Mean share of triples of words in common, of all")
+    same_finish_ppm: int | None = Field(description="Share with the caller's own finish reason")
+    first_token_ms: Compared
+    itl_us: Compared
+    duration_ms: Compared
+    completion_tokens: Compared
+    cost_nano: int
+    errors: dict[str, int] = Field(description="Failed copies by code")
+    skipped: dict[str, int] = Field(
+        description="Chosen and not copied: `crowded`, `rate`, `busy`, `budget` or `lost`"
+    )
+
+
 class Consent(Schema):
-    """Whether this organization's prompts may go to shadows, and to endpoints that others attached."""
+    """Whether this organization's requests may be copied to shadows, and its prompts go to endpoints that others
+    attached."""
 
     agreed: bool
 
@@ -190,8 +246,9 @@ class UseQuery(Schema):
 
 
 def upstream_out(row: Upstream) -> UpstreamOut:
-    names = UpstreamOut.model_fields.keys() - {"enabled"}
-    return UpstreamOut(**{name: getattr(row, name) for name in names}, enabled=row.disabled_at is None)
+    names = UpstreamOut.model_fields.keys() - {"enabled", "target_deployment_id"}
+    told = {name: getattr(row, name) for name in names}
+    return UpstreamOut(**told, target_deployment_id=row.target_id, enabled=row.disabled_at is None)
 
 
 def shadow_out(row: ShadowResult) -> ShadowResultOut:
@@ -216,16 +273,17 @@ def list_upstreams(request: ApiRequest, query: Query[PageQuery]) -> Page[Upstrea
 
 @operation(router, "POST", "/upstreams", Permission.UPSTREAMS_WRITE, UpstreamOut, status=201)
 def create_upstream(request: ApiRequest, body: NewUpstream) -> UpstreamOut:
-    """Attach an endpoint to a deployment, beside its replicas or as their overflow (`shadow` is refused: no copies are
-    sent yet). It serves within seconds. Prompts of callers of this deployment leave this house with it: where it is
-    shared, they must have agreed."""
+    """Attach an endpoint to a deployment: beside its replicas, as their overflow, or as a shadow that is sent copies of
+    a share of the requests. It serves within seconds. Prompts of callers of this deployment leave this house with it:
+    where it is shared, they must have agreed; to be copied, everybody must have."""
     return upstream_out(
         services.attach(
             organization_id=request.caller.organization_id,
             deployment_id=body.deployment_id,
             name=body.name,
-            base_url=body.base_url,
-            model=body.model,
+            base_url=body.base_url or "",
+            model=body.model or "",
+            target_deployment_id=body.target_deployment_id,
             role=body.role.value,
             change=_change(_Settings(**body.model_dump(include=set(_Settings.model_fields)))),
         )
@@ -306,14 +364,31 @@ def list_shadow_results(
     return page(rows, query, shadow_out)
 
 
+@operation(
+    router, "GET", "/upstreams/{upstream_id}/shadow-summary", Permission.UPSTREAMS_READ, ShadowSummaryOut
+)
+def get_shadow_summary(
+    request: ApiRequest, upstream_id: UpstreamId, query: Query[UseQuery]
+) -> ShadowSummaryOut:
+    """How a shadow compares with what callers were given: texts, finish reasons, tokens, times (p50 and p99 of both,
+    and of the differences), errors, and what was not copied. Over the results that are kept."""
+    organization_id = request.caller.organization_id
+    selectors.upstream(organization_id=organization_id, upstream_id=upstream_id)
+    since = timezone.now().date() - timedelta(days=query.days - 1)
+    found = selectors.shadow_summary(organization_id=organization_id, upstream_id=upstream_id, since=since)
+    return ShadowSummaryOut(upstream_id=upstream_id, since=since, **asdict(found))
+
+
 @operation(router, "GET", "/outside-consent", Permission.ORGANIZATION_READ, Consent)
 def get_outside_consent(request: ApiRequest) -> Consent:
-    """Whether this organization's prompts may go to shadows, and to endpoints that others attached."""
+    """Whether this organization's requests may be copied to shadows, and its prompts go to endpoints that others
+    attached."""
     return Consent(agreed=selectors.has_agreed(organization_id=request.caller.organization_id))
 
 
 @operation(router, "PUT", "/outside-consent", Permission.UPSTREAMS_WRITE, Consent)
 def set_outside_consent(request: ApiRequest, body: NewConsent) -> Consent:
-    """Agree, or not any more, that this organization's prompts go to shadows, and to endpoints that others attached."""
+    """Agree, or not any more, that this organization's requests are copied to shadows, and that its prompts go to
+    endpoints that others attached. Copies end within a second."""
     services.set_consent(organization_id=request.caller.organization_id, agreed=body.agreed)
     return Consent(agreed=body.agreed)

@@ -154,6 +154,7 @@ READS = {
     "list_upstreams",
     "get_upstream",
     "get_upstream_use",
+    "get_shadow_summary",
     "list_shadow_results",
     "get_outside_consent",
     "list_audit",

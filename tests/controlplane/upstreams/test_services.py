@@ -84,7 +84,6 @@ def test_key_and_headers_are_sealed_and_shown_nowhere(world: World, deployment: 
         ({"base_url": "https://example.org/v1?x=1"}, "base_url"),
         ({"base_url": "ftp://example.org/v1"}, "base_url"),
         ({"role": "boss"}, "role"),
-        ({"role": "shadow"}, "role"),
         ({"name": "no spaces"}, "name"),
         ({"slots": 0}, "slots"),
         ({"shadow_ppm": 0}, "shadow_ppm"),
