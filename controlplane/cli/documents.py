@@ -79,11 +79,14 @@ SHAPES: Final[Mapping[str, Shape]] = {
         {
             "deployment": (),
             "role": (),
+            "target": (),
             "base_url": (),
             "model": (),
             "slots": (),
             "overflow_after_ms": (),
             "shadow_ppm": (),
+            "shadow_rpm": (),
+            "shadow_budget_nano": (),
             "connect_ms": (),
             "first_token_ms": (),
             "between_tokens_ms": (),
@@ -103,7 +106,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
             "headers_env": (),
             "enabled": (),
         },
-        ("deployment", "role", "base_url", "model"),
+        ("deployment", "role"),
     ),
     "Budget": Shape(
         ("name",),

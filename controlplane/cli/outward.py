@@ -20,10 +20,12 @@ _PLACES: Final = {
     "key_id": "spec.key",
     "deployment_id": "spec.deployment",
     "deployment": "spec.deployment",
+    "target_deployment_id": "spec.target",
     "api_key": "spec.api_key_env",
     "headers": "spec.headers_env",
     "url": "url",
 }
+_KIND: Final = {"target": "deployment"}  # what a word names, where it is not its own
 
 
 def is_default(document: Document) -> bool:
@@ -127,12 +129,14 @@ def _upstream(present: Present, document: Document) -> Step:
     name, spec = document.heads["name"], document.spec
     project = present.project(document.heads["project"])
     deployment, waits = _named(present, document, "deployment", project)
+    target, target_waits = _named(present, document, "target", project)
     row = present.one("upstreams", name=name)
     secrets = _secrets(present, document, row)
     values = {
         key: value
         for key, value in spec.items()
-        if key not in ("deployment", "api_key_env", "headers_env") and not key.endswith("_usd_per_million")
+        if key not in ("deployment", "target", "api_key_env", "headers_env")
+        and not key.endswith("_usd_per_million")
     }
     places = dict(_PLACES)
     for rate in _RATES:
@@ -147,10 +151,11 @@ def _upstream(present: Present, document: Document) -> Step:
             lambda: {
                 "name": name,
                 "deployment_id": _id(present, document, "deployment"),
+                "target_deployment_id": _id(present, document, "target"),
                 **values,
                 **secrets,
             },
-            waits=waits or project is None,
+            waits=waits or target_waits or project is None,
             in_file=places,
         )
         return Step(document.title, "create", document, [call])
@@ -158,6 +163,11 @@ def _upstream(present: Present, document: Document) -> Step:
         raise document.wrong(
             "spec.deployment",
             f"{name} serves another one, and keeps it: delete it first, or take another name",
+        )
+    if row["target_deployment_id"] != target or target_waits:
+        raise document.wrong(
+            "spec.target",
+            f"{name} has another one, or none, and keeps it: delete it first, or take another name",
         )
     step = Step(document.title, "update", document)
     change = {key: value for key, value in values.items() if value is not None}
@@ -206,7 +216,7 @@ def _named(
     if name is None:
         return None, False
     row = _row(present, word, str(name), project)
-    if row is None and not present.is_to_come(word, document.heads["project"], str(name)):
+    if row is None and not present.is_to_come(_KIND.get(word, word), document.heads["project"], str(name)):
         raise document.wrong(f"spec.{word}", f"there is no {word} {name!r} in {document.heads['project']}")
     return (None, True) if row is None else (str(row["id"]), False)
 

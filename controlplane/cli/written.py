@@ -93,8 +93,12 @@ def _webhook(_: Present, row: Row) -> _Parts:
 def _upstream(present: Present, row: Row) -> _Parts:
     deployment = next(each for each in present.rows("deployments") if each["id"] == row["deployment_id"])
     heads = {"name": row["name"], "project": _slug(present, deployment["project_id"])}
-    of_row = [name for name in SHAPES["Upstream"].spec if name in row]
-    return heads, {"deployment": deployment["name"], **_same(row, *of_row)}
+    target_id = row["target_deployment_id"]
+    target = next((each["name"] for each in present.rows("deployments") if each["id"] == target_id), None)
+    empty = ("base_url", "model") if target else ()
+    of_row = [name for name in SHAPES["Upstream"].spec if name in row and name not in empty]
+    named = {"deployment": deployment["name"]} | ({"target": target} if target else {})
+    return heads, {**named, **_same(row, *of_row)}
 
 
 _WRITERS: Final[Mapping[str, tuple[str, Callable[[Present, Row], _Parts]]]] = {

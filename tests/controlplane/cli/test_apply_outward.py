@@ -12,6 +12,7 @@ from controlplane.api.app import api as rest
 from controlplane.cli.documents import SHAPES
 from controlplane.slo.models import SloRule
 from controlplane.tenants.context import tenant
+from controlplane.upstreams import services as upstreams
 from controlplane.upstreams.models import Upstream, UpstreamSecrets
 from controlplane.upstreams.services import secret_of
 from tests.controlplane.cli.conftest import Corral
@@ -215,6 +216,33 @@ def test_an_error_names_file_line_field_and_remedy(corral: Corral, text: str, sa
     assert f"acme.yaml:{says}" in corral.apply(f"kind: {text}", status=1).stderr
 
 
+def test_a_deployment_may_be_a_shadow(corral: Corral, world: World) -> None:
+    upstreams.set_consent(organization_id=world.organization.id, agreed=True)
+    corral.apply(BASE)
+    files = (
+        BASE
+        + """    ---
+    kind: Deployment
+    name: next
+    project: main
+    spec: {model: toy, engine_profile: {engine: toy}}
+    ---
+    kind: Upstream
+    name: trial
+    project: main
+    spec: {deployment: chat, role: shadow, target: next, shadow_ppm: 500, shadow_rpm: 9}
+"""
+    )
+    corral.apply(files)
+    with tenant(world.organization.id):
+        made = Upstream.objects.get(name="trial")
+        assert (made.target is not None and made.target.name, made.shadow_rpm) == ("next", 9)
+    written = corral.run("get", "upstreams", "--documents").stdout
+    assert ("target: next" in written, "base_url" in written) == (True, False)
+    assert "0 to create, 0 to change" in corral.run("apply", "-f", corral.file(written), "--yes").output
+    assert "keeps it" in corral.apply(files.replace("target: next, ", ""), status=1).stderr
+
+
 def test_an_upstream_keeps_its_deployment(corral: Corral) -> None:
     corral.apply(ALL)
     two = ALL.replace("deployment: chat\n      role", "deployment: other\n      role").replace(
@@ -227,7 +255,7 @@ def test_an_upstream_keeps_its_deployment(corral: Corral) -> None:
 @pytest.mark.parametrize(
     ("kind", "schema", "elsewhere"),
     [
-        ("Upstream", "NewUpstream", {"name", "deployment_id", "api_key", "headers"}),
+        ("Upstream", "NewUpstream", {"name", "deployment_id", "target_deployment_id", "api_key", "headers"}),
         ("Webhook", "NewWebhook", {"url"}),
         ("SloRule", "NewSloRule", {"slo_class", "project_id", "key_id", "deployment_id"}),
         ("Quota", "QuotaValue", set()),
