@@ -1,4 +1,5 @@
-"""`make test`: formatting, lint, types and layering first (seconds), then pytest; prints where the time went.
+"""`make test`: formatting, lint, types and layering first (seconds), then pytest over a few processes, because most
+tests wait more than they work; prints where the time went.
 
 Stops at the first stage that fails and exits with its status. `--full` adds the suites marked `full`.
 """
@@ -6,6 +7,7 @@ Stops at the first stage that fails and exits with its status. `--full` adds the
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TYPED = ["controlplane", "workers", "autoscaler", "billing", "infra", "benchmarks"]
+# Of the tests, each with its Postgres and Redis; with more, the stacks they start would get in each other's way.
+MAX_PROCESSES = 4
 
 
 def stages(full: bool, lint_only: bool) -> list[tuple[str, list[str]]]:
@@ -26,7 +30,8 @@ def stages(full: bool, lint_only: bool) -> list[tuple[str, list[str]]]:
     if lint_only:
         return lint
     select = [] if full else ["-m", "not full"]
-    return [*lint, ("pytest", [sys.executable, "-m", "pytest", *select])]
+    spread = ["-n", str(min(os.cpu_count() or 1, MAX_PROCESSES))]
+    return [*lint, ("pytest", [sys.executable, "-m", "pytest", *spread, *select])]
 
 
 def main() -> int:

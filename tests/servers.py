@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 from infra.local.embedded import EmbeddedServer
@@ -19,6 +20,7 @@ from infra.local.postgres import EmbeddedPostgres
 from infra.local.redis import EmbeddedRedis
 
 _PREFIX = "corral-test-run-"
+_YOUNG_S = 60
 
 
 class ThrowawayServers:
@@ -70,9 +72,11 @@ class ThrowawayServers:
 
 
 def _sweep() -> None:
-    """Remove what killed runs left behind: a run that lives holds its file locked."""
+    """Remove what killed runs left behind: a run that lives holds its file locked, soon after it has begun."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), (directory / "alive").open("r+") as alive:
+            if time.time() - directory.stat().st_mtime < _YOUNG_S:
+                continue
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(directory, ignore_errors=True)
 
