@@ -20,6 +20,7 @@ import psycopg
 import redis
 
 from benchmarks.stack import ROOT, BenchStack, bench_stack
+from billing.money import Rates, request_cost
 from controlplane import ids
 from infra.drills.catalog import Drill
 from infra.drills.load import Target
@@ -106,6 +107,28 @@ def _upgrade(stack: BenchStack, new: str, say: Callable[[str], None]) -> dict[st
     return {"steps": "; ".join(steps)}
 
 
+_BILLS: Final = """
+SELECT u.request_id, u.n_prompt_tokens, u.n_cached_tokens, u.n_completion_tokens, u.attempts, u.cost_nano,
+    p.input_nano_per_million, p.cached_nano_per_million, p.output_nano_per_million
+FROM billing_usageevent u JOIN billing_priceversion p ON p.id = u.price_version_id
+WHERE u.api_key_id = %s ORDER BY u.request_id
+"""
+
+
+def bill_of(values: Sequence[Any]) -> Row:
+    """A line of `_BILLS`: what was booked, by whichever version, and what its counts cost at the price of admission.
+
+    A free request would show nothing: DrillError.
+    """
+    request, n_prompt, n_cached, n_completion, attempts, cost_nano, *each = values
+    due = request_cost(Rates(*each), n_prompt=n_prompt, n_cached=n_cached, n_completion=n_completion)
+    if not due:
+        raise DrillError(
+            "requests of this stack cost nothing, so that nobody could say whether they are billed right"
+        )
+    return Row(request.hex, n_prompt, n_completion, attempts, cost_nano, due)
+
+
 class _Ledger:
     """Bills and counters read past Django, whose models are of one version only."""
 
@@ -130,17 +153,9 @@ class _Ledger:
         return books
 
     def _rows(self) -> tuple[Row, ...]:
-        query = (
-            "SELECT request_id, n_prompt_tokens, n_completion_tokens, attempts, cost_nano FROM billing_usageevent "
-            "WHERE api_key_id = %s ORDER BY request_id"
-        )
         with psycopg.connect(self._dsn, connect_timeout=5) as connection:
-            rows = connection.execute(query, [self._key]).fetchall()
-        return tuple(
-            Row(request.hex, n_prompt, n_completion, attempts, cost, cost)
-            for request, n_prompt, n_completion, attempts, cost in rows
-            if request.hex not in self._seen
-        )
+            rows = connection.execute(_BILLS, [self._key]).fetchall()
+        return tuple(bill_of(values) for values in rows if values[0].hex not in self._seen)
 
     def _left(self) -> tuple[str, ...]:
         keys, found = self._scene.keys, []
