@@ -6,17 +6,20 @@ without agents.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autoscaler.models import Machine, MachineState, Offer, Replica
+from autoscaler.models import Machine, MachineState, Offer, PoolDecision, PoolDecisionKind, Replica
 from controlplane.deployments import services
 from controlplane.deployments.models import ModelSource
 from infra.objectstore import Place, publish
+from infra.providers.aws.provider import AwsProvider
 from tests.autoscaler.conftest import eventually, operator_db, scaling  # noqa: F401 - fixtures
-from tests.cloud.conftest import TYPE
+from tests.cloud.conftest import TYPE, aws_config
 from tests.cloud.ec2 import ZONES, Fault
 from tests.cloud.test_from_zero import Cloud, cloud  # noqa: F401 - fixture
 from tests.workers.modelcache.test_store import a_version
@@ -113,4 +116,38 @@ def test_throttling_is_backed_off_from_and_the_request_served_with_bounded_calls
     assert len(cloud.ec2.instances()) == 1
     gone = Machine.objects.filter(state=MachineState.GONE)
     assert [("RequestLimitExceeded" in m.reason, m.provider_ref) for m in gone] == [(True, "")]
+    cloud.all_given_back(eventually)
+
+
+def test_a_bigger_machine_comes_where_the_small_type_is_sold_out_and_carries_two_replicas(
+    cloud: Cloud,  # noqa: F811
+    aws: AwsProvider,
+    eventually: Eventually,  # noqa: F811
+) -> None:
+    big = "g6.12xlarge"  # four of the GPU that g6.xlarge has one of
+    cloud.ec2.spot_usd |= {(big, zone): 1.0 + n / 100 for n, zone in enumerate(ZONES)}
+    cloud.ec2.sell(f"spot/{zone}/{TYPE}" for zone in ZONES)
+    config = aws_config(
+        cloud.ec2,
+        CORRAL_AWS_INSTANCE_TYPES=f"{TYPE},{big}",
+        CORRAL_AWS_AGENT_COMMAND=f"{sys.executable} -m workers.agent",
+    )
+    house = cloud.scaling.house
+    cloud.rehouse(
+        replace(
+            house,
+            provider=AwsProvider(config, aws._clients, "c0"),
+            config=replace(house.config, accelerator="l4"),
+        )
+    )
+    cloud.scaling.change(min_replicas=2, max_replicas=2)
+    request = cloud.asker.ask("room for two?")
+    eventually(lambda: len(cloud.routed()) == 2, "both replicas are routed to", 60)
+    cloud.answered(eventually, request)
+    [machine] = cloud.machines()
+    assert (machine.offering, machine.n_places) == (f"spot/{ZONES[0]}/{big}", 4)
+    assert list(Replica.objects.values_list("machine_id", flat=True)) == [machine.id] * 2
+    assert len(cloud.ec2.instances()) == 1
+    reasons = PoolDecision.objects.filter(kind=PoolDecisionKind.PURCHASE).latest("at").reasons
+    assert reasons[-1].startswith("for each of 2 replicas without room: "), "0.5 each, on-demand 0.8"
     cloud.all_given_back(eventually)

@@ -18,6 +18,7 @@ class Record(msgspec.Struct):
 
     spec: ReplicaSpec
     end: ReplicaStatus | None = None
+    gpus: list[str] = []  # its own among several
 
 
 class Records:

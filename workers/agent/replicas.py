@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from workers.agent import gpus
 from workers.agent.plan import Life, Step, plan
 from workers.agent.records import Record, Records
 from workers.agent.zygote_client import Zygote, ZygoteGone, ZygoteRefused
@@ -58,6 +59,7 @@ class Known:
     claim: Claim | None = None  # keeps its model version on the disk
     arriving: bool = False  # forked, and its weights are still being fetched
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    gpus: list[str] = field(default_factory=list)  # its own among several
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,12 @@ class Replicas:
         self._store = ModelStore(config.model_cache, budget_bytes=config.model_cache_bytes)
         self._known: dict[str, Known] = {}
         self._machine_ends = False
+        self._devices = gpus.devices()
         self._tasks: set[asyncio.Task[None]] = set()
         for record in self._records.read_all():
             # What had ended has ended; the rest is presumed to run until adoption tells.
             life = Life.RUNNING if record.end is None else Life.ENDED
-            self._known[record.spec.replica] = Known(record.spec, life, end=record.end)
+            self._known[record.spec.replica] = Known(record.spec, life, end=record.end, gpus=record.gpus)
 
     # -- seen from outside
 
@@ -225,13 +228,15 @@ class Replicas:
     # -- starting
 
     def _start(self, spec: ReplicaSpec) -> None:
+        taken = [known.gpus for known in self._known.values() if known.life is not Life.ENDED]
         known = self._known[spec.replica] = Known(spec, Life.STARTING, started_at_s=time.monotonic())
+        known.gpus = gpus.assign(self._devices, taken, gpus.needed(spec.profile))
         if len(self.alive) > MAX_REPLICAS:
             self._end(
                 spec.replica, ReplicaPhase.FAILED, "no_room", f"this machine runs {MAX_REPLICAS} replicas"
             )
             return
-        self._records.write(Record(without_urls(spec)))
+        self._records.write(Record(without_urls(spec), gpus=known.gpus))
         self._report(
             ReplicaStatus(replica=spec.replica, phase=ReplicaPhase.STARTING, deployment=spec.deployment)
         )
@@ -351,6 +356,7 @@ class Replicas:
             tag=known.spec.replica,
             argument=argument,
             log=str(self._dirs.log(known.spec.replica)),
+            env={gpus.VARIABLE: ",".join(known.gpus)} if known.gpus else {},
         )
 
     # -- stopping
