@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from benchmarks.upgrade import bill_of
+from benchmarks.upgrade import bill_of, step_ms_for
 from infra.drills.scene import DrillError
 
 REQUEST = uuid.UUID(int=7)
@@ -21,3 +21,9 @@ def test_a_bill_is_compared_with_what_its_counts_cost_at_the_price_of_its_admiss
     assert (wrong.cost_nano, wrong.due_nano) == (240, 200), "cached tokens billed as others"
     with pytest.raises(DrillError, match="cost nothing"):
         bill_of((REQUEST, 100, 40, 10, 1, 0, 0, 0, 0))
+
+
+def test_streams_outlast_the_upgrade_of_a_slow_computer() -> None:
+    assert step_ms_for(8.0, 2400) == 20.0
+    assert step_ms_for(40.0, 2400) == 66.7
+    assert step_ms_for(400.0, 2400) == 90.0, "bounded, as the drill's own patience is"
