@@ -116,7 +116,8 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         max_spares=config.max_spares,
         cover=_cover([o for o in buyable if not by_name[o.name].is_spot], scale, n_wanted),
         spot=config.spot,
-        rest=_rest(house, machines, buyable),
+        # What serves on a machine that is given up is work all the same.
+        rest=_rest(house, sum(row.n_live for row in all_rows), machines, buyable),
         scale=scale,
     )
 
@@ -126,10 +127,11 @@ def _cover(fixed: list[Buyable], scale: Scale, n_wanted: int) -> str:
     return min(((o.usd_per_h / scale.useful(o.name, n_wanted), o.name) for o in fixed), default=(0.0, ""))[1]
 
 
-def _rest(house: House, machines: tuple[PoolMachine, ...], offers: tuple[Buyable, ...]) -> RestInputs:
+def _rest(
+    house: House, n_live: int, machines: tuple[PoolMachine, ...], offers: tuple[Buyable, ...]
+) -> RestInputs:
     """The rungs of this pool at their prices of now, and what waking from them takes by what starts took before."""
     config, provider = house.config, house.provider.name
-    n_live = sum(m.held.n_replicas for m in machines)
     ended = Replica.objects.filter(machine__provider=provider, machine__cell=house.cell.keys.cell)
     emptied_at = None if n_live else ended.aggregate(last=Max("stopped_at"))["last"]
     prices = [m.held.usd_per_h for m in machines] or [o.usd_per_h for o in offers]

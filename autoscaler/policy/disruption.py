@@ -119,6 +119,8 @@ def consolidate(
             break
         if machine.id in is_receiving or machine.id not in free:
             continue
+        if machine.replaces and not machine.n_replicas:
+            continue  # what it stands in for is still on its way to it
         others = [m for m in candidates if m.id != machine.id and m.id in free and m.fits == machine.fits]
         if sum(free[m.id] for m in others) >= machine.n_replicas and _pays(
             machine, machine.usd_per_h, thrift

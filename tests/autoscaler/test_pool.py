@@ -67,6 +67,10 @@ def test_when_spot_is_back_it_takes_over_and_on_demand_is_given_back(covered: Sc
     given_up = Machine.objects.get(id=old.id)
     assert given_up.state == MachineState.DRAINING
     assert given_up.given_up_at is not None
+    # A turn that comes before the deployment's tick leaves the empty replacement alone, and sees that somebody serves.
+    assert pool.turn(covered.house) == set()
+    assert covered.machine().state == MachineState.READY
+    assert market.pool_memory_from(PoolState.objects.get().pool_memory).rest.idle_since_s is None
     covered.tick()
     successor = covered.replica()
     assert successor.machine_id == new.id

@@ -26,6 +26,7 @@ from tests.workers.modelcache.test_store import a_version
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.timeout(600),
     pytest.mark.django_db(transaction=True, databases=["default", "operator"]),
 ]
 Eventually = Callable[..., None]

@@ -56,7 +56,7 @@ class Cloud:
 
     def answered(self, eventually: Callable[..., None], request: str) -> str:  # noqa: F811
         """The text of its answer, which was whole."""
-        eventually(lambda: self.asker.answer(request)[1], "the request is answered", 60)
+        eventually(lambda: self.asker.answer(request)[1], "the request is answered", 180)
         text, end = self.asker.answer(request)
         assert end is not None
         assert (end.error, end.n_completion) == (None, 8)

@@ -72,6 +72,13 @@ def test_cover_goes_when_its_replacement_is_ready_and_only_once() -> None:
     assert orders(inputs(replace(SPOT, held=replace(SPOT.held, n_replicas=1)))).is_quiet
 
 
+def test_a_replacement_is_not_given_up_before_anything_has_moved_to_it() -> None:
+    """m1 was given up, and no tick has ordered its successor on m2 yet; or m1's provider takes it away."""
+    assert orders(inputs(SPOT)).is_quiet, "it is as empty as a machine whose replicas all fit elsewhere"
+    leaving = replace(COVER, held=replace(COVER.held, is_leaving=True))
+    assert not orders(inputs(leaving, SPOT)).give_up
+
+
 def test_a_machine_that_is_being_stood_in_for_is_neither_given_up_nor_filled_in_the_same_turn() -> None:
     other = PoolMachine(Held("m2", 0.3, 1, 4, "1xl4"), "spot/a/g6", True)
     found = orders(inputs(COVER, other))
