@@ -33,8 +33,8 @@ from infra.local.privatefile import read_json
 
 MODEL: Final = "upgrade"
 SPARE_SLOTS: Final = 16
-OUTLASTS: Final = 4.0
-FAST_STEP_MS, SLOW_STEP_MS = 20.0, 90.0
+OUTLASTS: Final = 5.0
+FAST_STEP_MS, SLOW_STEP_MS = 20.0, 110.0
 WITHIN_S: Final = 60.0  # of a machine, once its successor is ordered
 _BOOKED_WITHIN_S: Final = 60.0
 _SERVES_WITHIN_S: Final = 120.0
@@ -72,7 +72,7 @@ def drill_upgrade(
 
 def step_ms_for(start_s: float, n_tokens: int) -> float:
     """The engine's pace at which streams outlast the upgrade on this computer, told by how long a start took on it: an
-    upgrade took 2.2 times that where other work kept two cores busy, and less where none did."""
+    upgrade took twice to four times that where other work kept two cores busy, and less where none did."""
     return round(min(max(1000 * OUTLASTS * start_s / n_tokens, FAST_STEP_MS), SLOW_STEP_MS), 1)
 
 

@@ -25,5 +25,5 @@ def test_a_bill_is_compared_with_what_its_counts_cost_at_the_price_of_its_admiss
 
 def test_streams_outlast_the_upgrade_of_a_slow_computer() -> None:
     assert step_ms_for(8.0, 2400) == 20.0
-    assert step_ms_for(40.0, 2400) == 66.7
-    assert step_ms_for(400.0, 2400) == 90.0, "bounded, as the drill's own patience is"
+    assert step_ms_for(40.0, 2400) == 83.3
+    assert step_ms_for(400.0, 2400) == 110.0, "bounded, as the drill's own patience is"
