@@ -64,6 +64,9 @@ class AutoscalerConfig:
     machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do
     # A machine's Redis password is valid so long at most, and replaced when half of it is over (policy/passwords.py).
     machine_password_s: float = 6 * 3600.0
+    quarantine_s: float = (
+        300.0  # a machine with a sick GPU leaves so long after, at the latest: its successor comes first
+    )
     lease_s: float = 10.0  # a tick takes milliseconds; after a crash this long nobody ticks
     heartbeat_stale_s: float = 2.0  # four beats missed
     decision_days: float = 7.0
@@ -95,6 +98,7 @@ class AutoscalerConfig:
             ("machine_boot_s", 1, 3600),
             ("spot_notice_s", 0, 3600),
             ("machine_password_s", 60, 30 * 24 * 3600),
+            ("quarantine_s", 30, 86_400),
             ("lease_s", 1, 600),
             ("heartbeat_stale_s", 0.5, 600),
             ("decision_days", 0.01, 3650),

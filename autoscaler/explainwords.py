@@ -24,16 +24,20 @@ _PREFIX: Final = {"machine": "mch_", "retire": "rep_", "give_up": "mch_"}
 
 def lines(explained: Explanation) -> Iterator[str]:
     """What was seen, what was weighed, what was decided and why, and whether it would be decided again."""
-    what = {"tick": "deployment", "purchase": "purchase for the", "pool": "turn of the"}.get(
-        explained.kind, ""
-    )
+    what = {
+        "tick": "deployment",
+        "purchase": "purchase for the",
+        "pool": "turn of the",
+        "health": "health of the",
+    }.get(explained.kind, "")
     yield f"{explained.id}  {explained.at[:19].replace('T', ' ')} UTC  {what} {explained.about}"
     yield f"policy {explained.policy_version or 'unknown: it was not kept then'}"
     if explained.link:
         yield f"its owner reads it at {explained.link} and replays it at {explained.link}/replay"
     yield ""
     yield "seen"
-    seen = _tick_seen(explained.inputs) if explained.kind == "tick" else _pool_seen(explained.inputs)
+    read = {"tick": _tick_seen, "health": _health_seen}.get(explained.kind, _pool_seen)
+    seen = read(explained.inputs)
     yield from (f"  {line}" for line in seen)
     yield from _weighed(explained.alternatives)
     yield ""
@@ -93,6 +97,20 @@ def _pool_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
     yield f"{len(offers)} spot offers in the market"
 
 
+def _health_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
+    machines = inputs.get("machines") or []
+    n_leaving = sum(bool(each.get("is_leaving")) for each in machines)
+    yield f"{len(machines)} machines, {n_leaving} of them leaving already"
+    for each in machines:
+        for gpu in each.get("gpus") or []:
+            told = [
+                f"{name.removeprefix('n_')} {value}"
+                for name, value in sorted(gpu.items())
+                if value and name != "index"
+            ]
+            yield f"mch_{each.get('id')} GPU {gpu.get('index')}: {', '.join(told) or 'nothing to say'}"
+
+
 def _weighed(alternatives: list[dict[str, Any]]) -> Iterator[str]:
     for question in dict.fromkeys(str(each.get("question")) for each in alternatives):
         yield ""
@@ -131,6 +149,6 @@ def _outcome(outcome: Any) -> Iterator[str]:
     for each in outcome.get("buy", []):
         stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else ""
         yield f"order   buy {each.get('offer')}{stands_in}"
-    for name, what in (("give_up", "give up"), ("cancel", "cancel")):
+    for name, what in (("give_up", "give up"), ("cancel", "cancel"), ("quarantine", "quarantine")):
         for each in outcome.get(name, []):
             yield f"order   {what} mch_{each.get('machine_id')} ({each.get('why')})"

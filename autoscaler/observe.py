@@ -20,6 +20,7 @@ from autoscaler.config import AutoscalerConfig
 from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, Replica, ReplicaPhase
 from autoscaler.models import MachineState as MachineRowState
 from autoscaler.policy.pool import Pool
+from autoscaler.poolmodels import TAKEN_AWAY
 from autoscaler.specs import candidate, engine_digest
 from autoscaler.types import (
     Failure,
@@ -99,11 +100,16 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
             created_at_s=row.created_at.timestamp(),
             empty_since_s=(None if row.n_live else _latest_s((row.emptied_at, row.bedded_at, row.ready_at))),
             ends_at_s=_latest_s((row.ends_at,)),
+            leaves_because=row.reason if _is_ours_to_tell(row) else "",
             ready_at_s=_latest_s((row.ready_at,)),
             n_beds=max(config.sleepers_per_machine - row.n_asleep, 0),
         )
         for row in rows
     )
+
+
+def _is_ours_to_tell(machine: Machine) -> bool:
+    return machine.state == MachineRowState.DRAINING and machine.reason != TAKEN_AWAY
 
 
 def capacity(machine: Machine, config: AutoscalerConfig) -> int:

@@ -1,7 +1,7 @@
 """Keeps what was decided for a pool: inputs, outcome, what was passed over, and by which policy; decides it again.
 
-Called by market.py (purchases) and pool.py (the pool's own turn), and by whoever explains. The house's alone: no
-tenant sees these rows.
+Called by market.py (purchases), pool.py (the pool's own turn), health.py (sick machines), and by whoever explains. The
+house's alone: no tenant sees these rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from uuid import UUID
 from autoscaler.codec import from_json, to_json
 from autoscaler.models import PoolDecision, PoolDecisionKind
 from autoscaler.policy.alternatives import Alternative
+from autoscaler.policy.gpuhealth import HealthInputs, judge
 from autoscaler.policy.market import Purchase
 from autoscaler.policy.poolplan import PoolInputs, plan_pool
 from autoscaler.policyversion import policy_version
@@ -51,4 +52,6 @@ def replay(row: PoolDecision) -> Any:
     read."""
     if row.kind == PoolDecisionKind.POOL:
         return to_json(plan_pool(from_json(PoolInputs, row.inputs))[0])
+    if row.kind == PoolDecisionKind.HEALTH:
+        return to_json(judge(from_json(HealthInputs, row.inputs)))
     return to_json(from_json(Purchase, row.inputs).plan()[0])

@@ -1,16 +1,20 @@
 """What was decided for a whole pool of machines: rows of `PoolDecision`. Imported by models.py, for Django's sake."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from django.db import models
 
 from controlplane import ids
+
+# Reason of a machine that leaves, where nobody gave another one.
+TAKEN_AWAY: Final = "its provider takes it away"
 
 
 class PoolDecisionKind(models.TextChoices):
     """What was decided."""
 
     PURCHASE = "purchase"  # what the machine of one order may be: policy/market.py
+    HEALTH = "health"  # which machines are given up because a GPU is sick: policy/gpuhealth.py
     POOL = "pool"  # what else to buy and what to give up: policy/poolplan.py
 
 

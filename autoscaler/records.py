@@ -19,6 +19,7 @@ from autoscaler import timings
 from autoscaler.act import drain, end
 from autoscaler.cell import Cell
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
+from autoscaler.poolmodels import TAKEN_AWAY
 from controlplane.deployments.models import Deployment
 from workers.contract import MACHINE_STOPPED, ReplicaStatus
 from workers.contract import ReplicaPhase as Reported
@@ -68,9 +69,7 @@ def replica_lost(replica_id: UUID, code: str, message: str, cell: Cell) -> UUID 
     return replica.deployment_id if changed else None
 
 
-def machine_leaves(
-    machine_id: UUID, ends_in_ms: int, reason: str = "its provider takes it away"
-) -> list[UUID]:
+def machine_leaves(machine_id: UUID, ends_in_ms: int, reason: str = TAKEN_AWAY) -> list[UUID]:
     """Its provider takes it away, or it is replaced: nothing new is placed on it, and its place in the pool is free.
 
     Answers the deployments that have replicas on it. A machine can only say so of itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 from uuid import UUID
 
 from django.db import connection
@@ -17,7 +18,7 @@ from controlplane.errors import NotFoundError
 
 @dataclass(frozen=True, slots=True)
 class TenantMachine:
-    """A machine as a tenant whose replicas live on it may see it. `n_replicas` are its own."""
+    """A machine as a tenant whose replicas live on it may see it. `n_replicas` are its own; `reason`: why it leaves."""
 
     id: UUID
     provider: str
@@ -31,19 +32,24 @@ class TenantMachine:
     ready_at: datetime | None
     ends_at: datetime | None
     n_replicas: int
+    reason: str
+
+
+# Two functions, since the version before knows the columns of the first by their number.
+_MY_MACHINES: Final = "SELECT * FROM corral_my_machines() JOIN corral_my_machines_reasons() USING (id)"
 
 
 def machines(limit: int = 1000) -> list[TenantMachine]:
     """Machines that hold live replicas of the tenant of this transaction, newest first; of nobody without one."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT * FROM corral_my_machines() ORDER BY id DESC LIMIT %s", [limit])
+        cursor.execute(f"{_MY_MACHINES} ORDER BY id DESC LIMIT %s", [limit])
         return [TenantMachine(*row) for row in cursor.fetchall()]
 
 
 def machine(*, machine_id: UUID) -> TenantMachine:
     """One of them. Raises NotFoundError, also for one that holds others' replicas only."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT * FROM corral_my_machines() WHERE id = %s", [machine_id])
+        cursor.execute(f"{_MY_MACHINES} WHERE id = %s", [machine_id])
         row = cursor.fetchone()
     if row is None:
         raise NotFoundError("no such machine, or none of your replicas lives on it", field="machine")

@@ -14,6 +14,7 @@ from django.db.models import Q
 
 from autoscaler import (
     external,
+    health,
     longoperations,  # noqa: F401 - registers its handlers
     market,
     notices,
@@ -101,6 +102,14 @@ def renew_passwords() -> None:
     touched = renewal.renew(house)
     renewal.renew(build_external_house())
     for deployment_id in sorted(touched):
+        ticking.tick(deployment_id, house)
+
+
+@shared_task(name="autoscaler.look_at_health")  # type: ignore[untyped-decorator]
+def look_at_health() -> None:
+    """Machines with a sick GPU leave; what they run is ticked at once, so that successors are ordered first."""
+    house = build_house()
+    for deployment_id in sorted(health.look(house)):
         ticking.tick(deployment_id, house)
 
 

@@ -69,6 +69,7 @@ class MachineView:
     created_at_s: float
     empty_since_s: float | None = None  # since when no replica lives on it
     ends_at_s: float | None = None  # its provider takes it away then
+    leaves_because: str = ""  # where it is not its provider who takes it away
     ready_at_s: float | None = None  # since when its agent takes replicas
     n_beds: int = 0  # replicas that may yet sleep on it
     # Whether it holds the weights that this deployment would start, and would send them to a sibling; bytes that its

@@ -41,6 +41,7 @@ EVERY_S: Final = {
     "autoscaler.reconcile": 15.0,
     "autoscaler.heed_notices": 5.0,
     "autoscaler.tend_pool": 15.0,
+    "autoscaler.look_at_health": 5.0,
     "autoscaler.renew_passwords": 5.0,
     "autoscaler.refresh_market": 300.0,
     "autoscaler.keep_upstreams": 2.0,

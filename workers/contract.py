@@ -212,6 +212,26 @@ class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
     v: int = WIRE_VERSION
 
 
+class GpuHealth(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One GPU as its driver's library tells it (workers/agent/gpuhealth.py); what a model does not tell is 0.
+
+    lost: why it cannot be read. xids: the driver's error codes since the agent's start, each once, bounded.
+    n_ecc_uncorrected: memory errors since the driver was loaded. is_remap_pending: memory that is bad waits for a reset
+    to be retired or remapped; has_remap_failed: there is no spare left. hot_s: for so long at or above `slowdown_c`.
+    """
+
+    index: int
+    lost: str = ""
+    xids: tuple[int, ...] = ()
+    n_ecc_uncorrected: int = 0
+    is_remap_pending: bool = False
+    has_remap_failed: bool = False
+    temperature_c: int = 0
+    slowdown_c: int = 0
+    shutdown_c: int = 0
+    hot_s: float = 0.0
+
+
 class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     """State of a replica (or of an agent, with `replica` empty). `seq` grows by one per beat: observers judge
     staleness by its change on their own clock, so a machine with a wrong clock neither lives nor dies by it."""
@@ -264,6 +284,8 @@ class Heartbeat(msgspec.Struct, kw_only=True, omit_defaults=True):
     asleep: bool = False
     # Of an agent: SHA-256 (hex) of the Redis password that its processes connect with.
     password: str = ""
+    # Of an agent: its machine's GPUs; none where there are none, or none can be asked.
+    gpus: tuple[GpuHealth, ...] = ()
     v: int = WIRE_VERSION
 
 

@@ -199,7 +199,10 @@ def _outdated_to_drain(
     if n_ready >= wanted:
         n_leaving = sum(1 for r in outdated if r.id in leaving_soon)
         if n_leaving:
-            reasons.append(f"{n_leaving} replicas are on a machine that is taken away, {n_ready} are not")
+            why = retire.because(*(m for m in observation.machines if m.state is MachineState.DRAINING))
+            reasons.append(
+                f"{n_leaving} replicas are on a machine that is taken away{why}, {n_ready} are not"
+            )
         if n_leaving < len(outdated):
             n = len(outdated) - n_leaving
             reasons.append(f"{n} replicas run the former specification, {n_ready} the present one")

@@ -19,6 +19,11 @@ _OFFER_MAX_S: Final = 300.0
 LEAVE_MIN_S: Final = 60.0  # enough for a successor to start, and for streams to move to it
 
 
+# What runs on a machine that leaves has moved by its end; it is given two minutes to stop (ScalerSpec.drain_timeout_s),
+# and then the machine has no business in Redis, whether or not its provider has ended it.
+LINGER_S: Final = 180.0
+
+
 class Told(StrEnum):
     """Which password the machine's agent says its processes connect with."""
 
@@ -75,6 +80,8 @@ def step(password: Password, now_s: float) -> Step:
     out. Time that passed while nobody asked (control was away) ends no machine: it is offered a new one first.
     """
     age_s = now_s - password.since_s
+    if password.is_leaving and password.ends_at_s is not None and now_s >= password.ends_at_s + LINGER_S:
+        return Step.END
     if password.offered_at_s is not None:
         if password.told is Told.NEXT:
             return Step.FINISH

@@ -7,6 +7,7 @@ then the least used, then the youngest; ties by id. Pure.
 from autoscaler.types import (
     DrainReplica,
     MachineState,
+    MachineView,
     Observation,
     ReplicaPhase,
     ReplicaView,
@@ -52,11 +53,17 @@ def on_leaving_machines(observation: Observation, spec: ScalerSpec) -> tuple[Ret
             found.append(StopReplica("", replica.id, "its machine leaves"))
             continue
         if machine.ends_at_s is None or replica.phase in _COMING_UP:
-            found.append(retire(replica, "its machine is draining"))
+            found.append(retire(replica, f"its machine is draining{because(machine)}"))
         elif observation.now_s >= machine.ends_at_s - spec.hand_over_s:
             left_s = max(machine.ends_at_s - observation.now_s, 0.0)
-            found.append(retire(replica, f"its machine is taken away in {left_s:.0f} s"))
+            found.append(retire(replica, f"its machine is taken away in {left_s:.0f} s{because(machine)}"))
     return tuple(found)
+
+
+def because(*machines: MachineView) -> str:
+    """In brackets, why these leave; '' where their provider takes them away."""
+    said = sorted({machine.leaves_because for machine in machines if machine.leaves_because})
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def to_be_replaced(observation: Observation) -> frozenset[str]:

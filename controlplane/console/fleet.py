@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -10,6 +10,7 @@ from uuid import UUID
 
 from django.db.models import Q
 
+from autoscaler import selectors as machines
 from autoscaler.models import LIVE_PHASES, Decision, Replica
 from controlplane.console import live
 from controlplane.deployments import selectors
@@ -27,6 +28,7 @@ class ReplicaRow:
     replica: Replica
     deployment_name: str
     live: live.ReplicaLive | None
+    leaves_because: str = ""  # its machine leaves
 
     @property
     def is_live(self) -> bool:
@@ -96,7 +98,8 @@ def fleet_of(*, organization_id: UUID, now: datetime, deployment_id: UUID | None
         [deployment.id for deployment in deployments],
         [(replica.id, replica.machine_id) for replica in replicas if replica.phase in LIVE_PHASES],
     )
-    return Fleet(tuple(_row(deployment, replicas, figures) for deployment in deployments), figures)
+    leaving = {machine.id: machine.reason for machine in machines.machines()} if replicas else {}
+    return Fleet(tuple(_row(deployment, replicas, figures, leaving) for deployment in deployments), figures)
 
 
 def decisions(*, organization_id: UUID, deployment_id: UUID, limit: int) -> list[Decision]:
@@ -111,11 +114,18 @@ def _replicas(organization_id: UUID, deployment_ids: Sequence[UUID], now: dateti
     return list(found.order_by("-created_at")[:MAX_REPLICAS])
 
 
-def _row(deployment: Deployment, replicas: Sequence[Replica], figures: live.Live) -> DeploymentRow:
+def _row(
+    deployment: Deployment, replicas: Sequence[Replica], figures: live.Live, leaving: Mapping[UUID, str]
+) -> DeploymentRow:
     return DeploymentRow(
         deployment=deployment,
         replicas=tuple(
-            ReplicaRow(replica, deployment.name, figures.replicas.get(replica.id))
+            ReplicaRow(
+                replica,
+                deployment.name,
+                figures.replicas.get(replica.id),
+                leaving.get(replica.machine_id, "") if replica.phase in LIVE_PHASES else "",
+            )
             for replica in replicas
             if replica.deployment_id == deployment.id
         ),

@@ -20,6 +20,7 @@ import msgspec
 from workers.agent import bell
 from workers.agent.adapters import AdapterFiles
 from workers.agent.enrol import Credentials, credentials_of
+from workers.agent.gpuhealth import GpuWatch
 from workers.agent.imds import Metadata, MetadataError
 from workers.agent.notice import Notice, read_notice
 from workers.agent.prefetch import Prefetch
@@ -99,6 +100,7 @@ class Agent:
         self._renewal = Renewal(self._client, self._keys, credentials.box_key, self._config.dirs.password)
         with contextlib.suppress(RedisError):  # it goes on trying
             await self._client.connect()
+        self._gpus = GpuWatch()
         replicas = self._replicas = Replicas(
             self._config, credentials.cell, credentials.redis_url, lambda: self._zygote, self._report,
             box_key=credentials.box_key,
@@ -117,6 +119,7 @@ class Agent:
                 self._watch(replicas, spools),
                 self._prefetch(),
                 self._heed(replicas),
+                self._gpus.run(),
                 Shelf(self._config, self._client, self._keys).run(),
                 Prefetch(self._config, self._client, self._keys, lambda: replicas.is_fetching).run(),
                 self._until_stopped(),
@@ -233,6 +236,7 @@ class Agent:
             n_running=len(replicas.alive),
             ends_in_ms=None if notice is None else notice.ends_in_ms(time.time()),
             password=self._renewal.digest,
+            gpus=self._gpus.health,
         )
         life_ms = self._tuning.heartbeat_life_ms
         self._client.fire("SET", self._keys.heartbeat(), _json.encode(heartbeat), "PX", life_ms)

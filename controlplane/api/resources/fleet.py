@@ -71,7 +71,8 @@ class MachineOut(Schema):
     n_replicas: int = Field(description="Live replicas of yours on it")
     created_at: datetime
     ready_at: datetime | None
-    ends_at: datetime | None = Field(description="Its provider takes it away then")
+    ends_at: datetime | None = Field(description="It is taken away or given up then, at the latest")
+    reason: str = Field(description="Why it leaves; empty while it does not")
 
 
 class Machines(Schema):
@@ -134,6 +135,7 @@ def machine_out(row: selectors.TenantMachine) -> MachineOut:
         created_at=row.created_at,
         ready_at=row.ready_at,
         ends_at=row.ends_at,
+        reason=row.reason,
     )
 
 

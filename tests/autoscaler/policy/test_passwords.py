@@ -2,7 +2,17 @@
 
 import pytest
 
-from autoscaler.policy.passwords import MAX_OFFERS, Password, Step, Told, box_life_s, ends_at_s, offer_s, step
+from autoscaler.policy.passwords import (
+    LINGER_S,
+    MAX_OFFERS,
+    Password,
+    Step,
+    Told,
+    box_life_s,
+    ends_at_s,
+    offer_s,
+    step,
+)
 
 H = 3600.0
 LIFE = 6 * H
@@ -27,6 +37,9 @@ LIFE = 6 * H
         (Password(0, LIFE, MAX_OFFERS), 3 * H + 900, Step.LEAVE),
         (Password(0, LIFE, MAX_OFFERS, is_leaving=True, ends_at_s=6 * H), 6 * H - 1, Step.KEEP),
         (Password(0, LIFE, MAX_OFFERS, is_leaving=True, ends_at_s=6 * H), 6 * H, Step.END),
+        # One that should have been given back, for whatever reason, has no business here.
+        (Password(0, LIFE, is_leaving=True, ends_at_s=100), 100 + LINGER_S - 1, Step.KEEP),
+        (Password(0, LIFE, is_leaving=True, ends_at_s=100), 100 + LINGER_S, Step.END),
         (Password(0, LIFE, can_take=False), 3 * H, Step.LEAVE),
         # Control was away for a day: the machine is offered one before anything else.
         (Password(0, LIFE), 24 * H, Step.OFFER),
