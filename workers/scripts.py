@@ -41,15 +41,42 @@ def _message_function() -> str:
 
 _MESSAGE = _message_function()
 
+# What most calls do without: these includes are opened by the first of a call that needs them, as the fields of
+# `seldom()`. A call of a script makes every function anew that it defines: that was a tenth of a lone admission.
+_SELDOM = {
+    "lib_flows": ("join", "leave", "charge", "ahead_of", "within_share", "is_taken", "full"),
+    "lib_queue": ("pump", "spill", "overflow_slot"),
+    "lib_windows": ("examine_windows", "refused_by", "take_windows", "settle_windows"),
+}
+
+
+def _seldom() -> str:
+    """Lua of a function that gives those functions."""
+    names = [name for given in _SELDOM.values() for name in given]
+    return "\n".join(
+        (
+            "local opened",
+            "local function seldom()",
+            "if opened then return opened end",
+            *((_LUA / f"{include}.lua").read_text() for include in _SELDOM),
+            "opened = {" + ", ".join(f"{name} = {name}" for name in names) + "}",
+            "return opened",
+            "end",
+        )
+    )
+
 
 @cache
 def load(name: str, *includes: str, wraps: tuple[tuple[str, str], ...] = ()) -> Script:
-    """Script `lua/<name>.lua` with its includes in front; the same object on every call.
+    """Script `lua/<name>.lua` with its includes in front; the same object on every call. The include
+    `seldom` is that function.
 
     `wraps`: (function, script): other scripts, which it may call as functions of (ARGV, body, body_ms).
     """
     parts = [_MESSAGE] if includes else []
-    parts += [(_LUA / f"{include}.lua").read_text() for include in includes]
+    parts += [
+        _seldom() if include == "seldom" else (_LUA / f"{include}.lua").read_text() for include in includes
+    ]
     for function, script in wraps:
         parts += [
             f"local function {function}(ARGV, body, body_ms)",
@@ -61,20 +88,21 @@ def load(name: str, *includes: str, wraps: tuple[tuple[str, str], ...] = ()) -> 
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-_QUEUE = ("lib_record", "lib_bind", "lib_flows", "lib_queue")
+_QUEUE = ("lib_record", "lib_bind", "lib_service", "lib_flows", "lib_queue")
 _LIMITS = ("lib_limits", "lib_windows")
+_PATH = ("lib_record", "lib_bind", "lib_service", "lib_limits", "seldom")
 
-ADMIT = load("alone", *_QUEUE, *_LIMITS, wraps=(("one", "admit"),))
-SETTLE = load("alone", *_QUEUE, *_LIMITS, wraps=(("one", "settle"),))
-PASS = load("pass", *_QUEUE, *_LIMITS, wraps=(("settle", "settle"), ("admit", "admit")))
-CHARGE = load("charge", "lib_record", "lib_flows")
+ADMIT = load("alone", *_PATH, wraps=(("one", "admit"),))
+SETTLE = load("alone", *_PATH, wraps=(("one", "settle"),))
+PASS = load("pass", *_PATH, wraps=(("settle", "settle"), ("admit", "admit")))
+CHARGE = load("charge", "lib_record", "lib_service", "lib_flows")
 SWEEP = load("sweep")
 TOPUP = load("topup", "lib_record", *_LIMITS)
 SEED = load("seed")
 SEED_WINDOW = load("seed_window")
 TRUE_UP = load("true_up")
 LATE = load("late", "lib_limits")
-CANCEL = load("cancel", "lib_record", "lib_flows")
+CANCEL = load("cancel", "lib_record", "lib_service", "lib_flows")
 IDEM = load("idem")
 ATTACH = load("attach", "lib_record")
 CONTINUE = load("continue")

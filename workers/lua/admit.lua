@@ -54,7 +54,7 @@ if look.seed and not look.refusal then
   return {'seed', SCOPE[look.seed], ARGV[17 + (look.seed - 1) * 7]}
 end
 if budgets then
-  local unseeded = examine_windows(P, budgets, look)
+  local unseeded = seldom().examine_windows(P, budgets, look)
   if unseeded and not look.refusal then
     drop_body()
     return unseeded
@@ -67,9 +67,7 @@ if left and not look.seed and left < money * math.max(share, 1) then
   local least = math.ceil(prompt_money + math.min(n_out, 1) * out_rate)
   if left < least then
     if look.tight > 3 then
-      local c, budget, stop, at = unpack(look.windows[look.tight - 3])
-      look.refusal = {SCOPE[budget[LEVEL]], 'budget ' .. budget[ID], resets_in(c, budget, stop, at, least), budget[LIMIT],
-        math.max(left, 0)}
+      look.refusal = seldom().refused_by(look.windows[look.tight - 3], least, left)
     else
       local budget = tonumber(ARGV[17 + (look.tight - 1) * 7 + 5])
       look.refusal = {SCOPE[look.tight], 'budget', -1, budget, math.max(left, 0)}
@@ -106,17 +104,17 @@ if n_carried > 0 and redis.call('EXISTS', P .. 'jrn:' .. id) == 0 then
 end
 local before, is_alone = 0, false
 if not rid then
-  local whose = full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
+  local whose = seldom().full(P, did, ARGV[31], depth, tonumber(ARGV[12]))
   local flow
   if depth > 0 and not whose then
     flow = {ARGV[38], tonumber(ARGV[23]), tonumber(ARGV[30]), tonumber(ARGV[37]), ARGV[17], ARGV[24], ARGV[31]}
-    before = ahead_of(P, did, flow, tonumber(ARGV[41]))
+    before = seldom().ahead_of(P, did, flow, tonumber(ARGV[41]))
   end
   write_replicas()
-  local is_late = is_hopeless or (not whose and before > tonumber(ARGV[45]) and is_taken(P, did)
-    and not (flow and within_share(P, did, flow, tonumber(ARGV[46]))))
+  local is_late = is_hopeless or (not whose and before > tonumber(ARGV[45]) and seldom().is_taken(P, did)
+    and not (flow and seldom().within_share(P, did, flow, tonumber(ARGV[46]))))
   is_alone = redis.call('SCARD', P .. 'dep:' .. did .. ':reps') == 0
-  if (whose or is_late or is_alone) and n_carried == 0 then rid, mid, n_free = overflow_slot(P, did) end
+  if (whose or is_late or is_alone) and n_carried == 0 then rid, mid, n_free = seldom().overflow_slot(P, did) end
   if not rid and whose and not is_hopeless then
     drop_body()
     return {'full', depth, whose, unpack(heads(look, 0, 0, 0))}
@@ -143,7 +141,7 @@ local adm = {did, ARGV[7], n_in, n_out, math.floor(money), now, ARGV[38], math.m
   tonumber(ARGV[19]), tonumber(ARGV[20]), tonumber(ARGV[22]), tonumber(ARGV[26]), tonumber(ARGV[27]),
   tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36]), tonumber(ARGV[44])}
 take(look, now, money)
-if budgets then adm[WINDOWS] = take_windows(look, math.floor(money)) end
+if budgets then adm[WINDOWS] = seldom().take_windows(look, math.floor(money)) end
 local packed = cmsgpack.pack(adm)
 if rid then
   redis.call('HSET', rec_key, 'state', 'bound', 'adm', packed, 'gw', ARGV[5], 'stream', ARGV[6],
@@ -164,14 +162,14 @@ if rid then
   return {'bound', 1, rid, granted, unpack(heads(look, 1, n_in, n_out))}
 end
 redis.call('HSET', P .. 'dep:' .. did .. ':v', 'w', ARGV[41], 'a', ARGV[42])
-join(P, did, id, flow_of(adm), ARGV[11], now)
+seldom().join(P, did, id, flow_of(adm), ARGV[11], now)
 if has_body then
   redis.call('SET', P .. 'body:' .. id, body, 'PX', LEASE_GC_MS)
 else
   redis.call('PEXPIRE', P .. 'body:' .. id, LEASE_GC_MS)
 end
 if n_carried > 0 then redis.call('PEXPIRE', P .. 'jrn:' .. id, LEASE_GC_MS) end
-pump(P, did, now)
+seldom().pump(P, did, now)
 if redis.call('HGET', rec_key, 'state') == 'bound' then
   local r = redis.call('HMGET', rec_key, 'epoch', 'rid')
   return {'bound', tonumber(r[1]), r[2], granted, unpack(heads(look, 1, n_in, n_out))}

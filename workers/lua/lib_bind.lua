@@ -8,6 +8,7 @@ local LEASE_GC_MS = '21600000' -- text, as are other constants: a number is prin
 -- `prefixes` (scores and members), keys to delete. Read once and written together by write_replicas, at the end of the
 -- call and before whatever reads it in Redis (pump, in lib_queue).
 local replicas, scraps = {}, {}
+local PREFIX_CHARS = 8
 local MAX_PREFIXES = 4096 -- remembered per replica, the least recently used forgotten first
 
 local function replica_of(P, rid)
@@ -73,6 +74,15 @@ local function write_replicas()
   if scraps[1] then
     redis.call('DEL', unpack(scraps))
     scraps = {}
+  end
+end
+
+-- A replica that is given a request will hold its prefixes. Written by write_replicas.
+local function note_prefixes(P, rid, pfx, now_ms)
+  local rep = replica_of(P, rid)
+  for i = 1, #pfx, PREFIX_CHARS do
+    add(rep, 'prefixes', now_ms)
+    add(rep, 'prefixes', string.sub(pfx, i, i + PREFIX_CHARS - 1))
   end
 end
 

@@ -1,5 +1,5 @@
--- Included by every trusted script that files, dispatches or charges a request. The deployment's waiting requests
--- form flows, per band: organization -> project -> key, each with a virtual counter of service received (VTC,
+-- Included after lib_service by every trusted script that files, dispatches or charges a request. A deployment's waiting
+-- requests form flows, per band: organization -> project -> key, each with a virtual counter of service received (VTC,
 -- arXiv:2401.00588). controlplane/policy/fairness.py is the same thing in Python, and tests hold the two together.
 --
 -- Keys after dep:<dep>: (all zsets but the last; b is the band)
@@ -12,19 +12,7 @@
 --                  in the flow; 'c' before it: what that will add to the counter
 -- Counters are integers below 2^53 (a prompt token at weight 100 counts 1000), so that Lua's doubles are exact.
 
-local BAND_SPAN = 1e13 -- more than any instant in ms
 local BESIDE = 8       -- flows of a level looked at one by one; what waits in the others is taken like the last of these
-
--- Deployments of which this call knows that nothing waits.
-local idle = {}
-
--- How many requests wait for a deployment.
-local function n_waiting(P, did)
-  if idle[did] then return 0 end
-  local n = redis.call('ZCARD', P .. 'dep:' .. did .. ':q')
-  idle[did] = n == 0
-  return n
-end
 
 -- A flow's place in each level: {zset, member, counter field, field of the last that left, weight}. `f` is a request's
 -- {band, weight of key, project, organization, key, project, organization, slot time in ms, service in tenths}.
@@ -37,20 +25,9 @@ local function levels_of(P, did, f)
   }
 end
 
--- Service in tenths of a prompt token: a cached one costs a tenth of it, an output token twice.
-local function service(n_in, n_cached, n_out)
-  return 10 * (n_in - n_cached) + n_cached + 20 * n_out
-end
-
 -- What a charge of `tenths` adds to a counter of this weight (100 = ordinary).
 local function virtual(tenths, weight)
   return math.floor(tenths * 10000 / weight)
-end
-
--- The flow of a request from what it was admitted with.
-local function flow_of(adm)
-  return {adm[BAND], adm[WEIGHTS], adm[WEIGHTS + 1], adm[WEIGHTS + 2], adm[KEY], adm[PRJ], adm[ORG], adm[SLOT_MS] or 0,
-    service(adm[IN_EST], 0, adm[PRED])}
 end
 
 -- Moves a request's charge from `before` to `after` tenths in the three counters of its flow. While something waits

@@ -3,7 +3,6 @@
 
 local K = 8               -- flows looked at for a cached prefix
 local AGED_TURN = 8       -- every so many dispatches one may go to a lower band that waited long
-local PREFIX_CHARS = 8
 local MAX_BOUND = 256     -- by one call; who expects more calls again (autoscaler/cell/routing.py)
 local MARK = 126          -- '~': begins the mark of a LoRA adapter, which stands before the prefixes
 local PREFIX_TOKENS = 64  -- of the first prefix; each further one is twice as long
@@ -23,15 +22,6 @@ local function cached_prefixes(P, rid, pfx)
     if found[i] then return i end
   end
   return 0
-end
-
--- A replica that is given a request will hold its prefixes. Written by write_replicas.
-local function note_prefixes(P, rid, pfx, now_ms)
-  local rep = replica_of(P, rid)
-  for i = 1, #pfx, PREFIX_CHARS do
-    add(rep, 'prefixes', now_ms)
-    add(rep, 'prefixes', string.sub(pfx, i, i + PREFIX_CHARS - 1))
-  end
 end
 
 -- The band to serve, given the first entry of q: the lowest, but every AGED_TURN-th time the one that is most overdue.

@@ -122,6 +122,13 @@ local function examine_windows(P, budgets, look)
   end
 end
 
+-- The refusal by this window of what was looked at, which has `left` where `least` is needed.
+local function refused_by(window, least, left)
+  local c, budget, stop, at = unpack(window)
+  return {SCOPE[budget[LEVEL]], 'budget ' .. budget[ID], resets_in(c, budget, stop, at, least), budget[LIMIT],
+    math.max(left, 0)}
+end
+
 -- Holds at each, and answers what the settlement must know: id, scope, limit, width, n_buckets, window it began in.
 local function take_windows(look, money)
   local began = {}

@@ -29,9 +29,9 @@ for s = 1, 3 do
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
   if scope.spent then put_money(scope, 'spent', cost) end
 end
-if adm[WINDOWS] then settle_windows(P, adm[WINDOWS], money, cost, r[7] == '1') end
+if adm[WINDOWS] then seldom().settle_windows(P, adm[WINDOWS], money, cost, r[7] == '1') end
 if r[1] == 'queued' then
-  leave(P, did, id, flow_of(adm), 0)
+  seldom().leave(P, did, id, flow_of(adm), 0)
   redis.call('DEL', P .. 'body:' .. id)
   redis.call('PEXPIRE', P .. 'jrn:' .. id, ARGV[7])
 end
@@ -51,6 +51,6 @@ local waits = n_waiting(P, did) > 0
 local charged = tonumber(r[6] or '0')
 if waits or charged > 0 then -- else it took nothing that anybody waited for
   local used = service(n_in, tonumber(ARGV[8] or '0'), n_out)
-  if used ~= charged then charge(P, did, flow_of(adm), charged, used, waits) end
+  if used ~= charged then seldom().charge(P, did, flow_of(adm), charged, used, waits) end
 end
-return {1, waits and pump(P, did, now) + spill(P, did, now) or 0}
+return {1, waits and seldom().pump(P, did, now) + seldom().spill(P, did, now) or 0}
