@@ -100,6 +100,7 @@ class Dispatcher:
             deployment.context_tokens,
             deployment.rates,
             streaming=request.stream,
+            n_paid=min(estimate.upper_bound(n_prompt, calibration), deployment.context_tokens),
         )
         if origin is not None:
             hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
@@ -247,7 +248,7 @@ class Dispatcher:
             adapter=deployment.adapter,
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
-            n_prompt_held=max(1, hold.n_prompt) if key.budgeted else 0,
+            n_prompt_held=max(1, hold.n_paid) if key.budgeted else 0,
             prompt_rate=admission.prompt_rate(deployment.rates) if key.budgeted else 0,
             output_rate=deployment.rates.output if key.budgeted else 0,
         )

@@ -20,9 +20,11 @@ SHARE: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What admission takes. `n_output` is also the most the engine may generate."""
+    """What admission takes. `n_output` is also the most the engine may generate. Money is held for `n_paid` tokens of
+    prompt: beyond them the replica must ask for more before it begins."""
 
     n_prompt: int
+    n_paid: int
     n_output: int
     money_nano: int
     # Of the prompt, and of one output token: fractions, because a shortfall divided by a rounded rate would cut too
@@ -35,9 +37,16 @@ class Hold:
 
 
 def hold(
-    n_prompt: int, max_tokens: int | None, context_tokens: int, rates: Rates, *, streaming: bool = False
+    n_prompt: int,
+    max_tokens: int | None,
+    context_tokens: int,
+    rates: Rates,
+    *,
+    streaming: bool = False,
+    n_paid: int = 0,
 ) -> Hold:
-    """The worst case of a request with an estimated prompt of `n_prompt` tokens.
+    """The worst case of a request with an estimated prompt of `n_prompt` tokens. Money is held for `n_paid` of them,
+    where the exact count may well be higher than the estimate.
 
     `max_tokens` is what the client asked for (None: all that the context leaves). The output is bounded by
     the context less a lower bound of the prompt, because an estimate that is too high must not cut an answer
@@ -45,11 +54,13 @@ def hold(
     """
     room = max(1, context_tokens - estimate.lower_bound(n_prompt))
     n_output = room if max_tokens is None else min(max_tokens, room)
+    n_paid = max(n_prompt, n_paid)
     return Hold(
         n_prompt=n_prompt,
+        n_paid=n_paid,
         n_output=n_output,
-        money_nano=worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output),
-        prompt_nano=n_prompt * prompt_rate(rates) / TOKENS_PER_RATE,
+        money_nano=worst_case_cost(rates, n_prompt=n_paid, n_completion=n_output),
+        prompt_nano=n_paid * prompt_rate(rates) / TOKENS_PER_RATE,
         output_rate_nano=rates.output / TOKENS_PER_RATE,
         share=SHARE if streaming else 0,
     )
@@ -59,10 +70,11 @@ def rest(whole: Hold, n_prompt_charged: int, n_produced: int, rates: Rates) -> H
     """What is left to hold of `whole` for a request that continues another one: neither its prompt nor its tokens are
     charged again. At least one token, so that the replica can say that the end was reached."""
     n_prompt = max(0, whole.n_prompt - n_prompt_charged)
+    n_paid = max(0, whole.n_paid - n_prompt_charged)
     n_output = max(1, whole.n_output - n_produced)
-    money_nano = worst_case_cost(rates, n_prompt=n_prompt, n_completion=n_output)
-    prompt_nano = n_prompt * prompt_rate(rates) / TOKENS_PER_RATE
-    return Hold(n_prompt, n_output, money_nano, prompt_nano, whole.output_rate_nano, whole.share)
+    money_nano = worst_case_cost(rates, n_prompt=n_paid, n_completion=n_output)
+    prompt_nano = n_paid * prompt_rate(rates) / TOKENS_PER_RATE
+    return Hold(n_prompt, n_paid, n_output, money_nano, prompt_nano, whole.output_rate_nano, whole.share)
 
 
 def prompt_rate(rates: Rates) -> NanoPerMillion:

@@ -7,6 +7,7 @@ the settle corrects them. Each (tenant, model) keeps one `Calibration`, moved by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,11 @@ _SLOWEST_WEIGHT: Final = 0.05  # after some 20 requests an old ratio has lost mo
 _RATIO_MIN, _RATIO_MAX = 0.1, 10.0
 # How far below the estimate the exact count is taken to lie at least: half covers code, CJK and prose alike.
 _LOWER_SHARE: Final = 0.5
+# A prompt of fewer tokens is held as estimated: what it may exceed that by is less than most answers leave. Of a longer
+# one that is a round trip before the first token, for the money; so it is held with so many times the usual error.
+_LONG_PROMPT: Final = 1024
+_SPREADS: Final = 4.0
+_LEAST_MARGIN, _MOST_MARGIN = 1 / 64, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class Calibration:
     n_output: float = 64.0
     n_answers: int = 0
     lengths: lengths.AnswerLengths = lengths.UNKNOWN
+    # How far exact counts lie from the estimate, as a share of it, on average.
+    spread: float = 0.05
 
 
 NEW: Final = Calibration()
@@ -59,6 +67,15 @@ def lower_bound(estimated: int) -> int:
     return max(1, int(estimated * _LOWER_SHARE))
 
 
+def upper_bound(estimated: int, calibration: Calibration) -> int:
+    """A count that the exact one of a long prompt seldom exceeds; of a short one the estimate itself. Sizes the money
+    that is held for the prompt."""
+    if estimated < _LONG_PROMPT:
+        return estimated
+    margin = min(max(_SPREADS * calibration.spread, _LEAST_MARGIN), _MOST_MARGIN)
+    return math.ceil(estimated * (1 + margin))
+
+
 def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
     """The calibration after a request whose raw estimate was `raw` and whose exact count was `exact`.
 
@@ -69,9 +86,10 @@ def observe(calibration: Calibration, raw: int, exact: int) -> Calibration:
         return calibration
     n = calibration.n + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
-    ratio = calibration.ratio + weight * (exact / raw - calibration.ratio)
-    ratio = min(max(ratio, _RATIO_MIN), _RATIO_MAX)
-    return Calibration(ratio, n, calibration.n_output, calibration.n_answers, calibration.lengths)
+    error = exact / raw - calibration.ratio
+    ratio = min(max(calibration.ratio + weight * error, _RATIO_MIN), _RATIO_MAX)
+    spread = calibration.spread + weight * (min(abs(error) / calibration.ratio, 1.0) - calibration.spread)
+    return Calibration(ratio, n, calibration.n_output, calibration.n_answers, calibration.lengths, spread)
 
 
 def expected_output(calibration: Calibration, at_most: int) -> int:
@@ -86,7 +104,7 @@ def observe_output(calibration: Calibration, n_output: int) -> Calibration:
     n = calibration.n_answers + 1
     weight = max(1.0 / n, _SLOWEST_WEIGHT)
     mean = calibration.n_output + weight * (n_output - calibration.n_output)
-    return Calibration(calibration.ratio, calibration.n, mean, n, calibration.lengths)
+    return Calibration(calibration.ratio, calibration.n, mean, n, calibration.lengths, calibration.spread)
 
 
 def observe_length(
@@ -95,4 +113,11 @@ def observe_length(
     """The same for what order goes by (lengths.py), where a deployment serves shortest first. The length model had
     `said` between how many tokens the answer would have."""
     known = lengths.observe(calibration.lengths, n_output, said)
-    return Calibration(calibration.ratio, calibration.n, calibration.n_output, calibration.n_answers, known)
+    return Calibration(
+        calibration.ratio,
+        calibration.n,
+        calibration.n_output,
+        calibration.n_answers,
+        known,
+        calibration.spread,
+    )

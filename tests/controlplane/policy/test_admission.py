@@ -15,6 +15,13 @@ def test_hold_of_a_plain_request() -> None:
     assert (taken.n_prompt, taken.n_output, taken.money_nano, taken.output_rate_nano) == (10, 20, 50, 2.0)
 
 
+def test_money_is_held_for_the_prompt_that_may_be_and_tokens_for_the_one_expected() -> None:
+    taken = hold(2000, 20, 4096, RATES, n_paid=2100)
+    assert (taken.n_prompt, taken.n_paid, taken.money_nano, taken.prompt_nano) == (2000, 2100, 2140, 2100.0)
+    assert hold(2000, 20, 4096, RATES).n_paid == 2000
+    assert rest(taken, 2000, 10, RATES).money_nano == 120, "the rest of both"
+
+
 def test_continuation_holds_the_rest_and_at_least_one_token() -> None:
     whole = hold(10, 20, 2048, RATES, streaming=True)
     taken = rest(whole, 10, 15, RATES)

@@ -1,5 +1,7 @@
 """Prompt token estimates: bounded, monotone, and drawn to the truth by what was counted."""
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,10 +34,36 @@ def test_lower_bound_is_below_the_estimate_and_at_least_one(raw: int, ratio: flo
 
 def test_first_request_counts_fully_and_a_stable_ratio_is_learned() -> None:
     calibration = estimate.observe(estimate.NEW, 100, 150)
-    assert calibration == Calibration(1.5, 1)
+    assert (calibration.ratio, calibration.n) == (1.5, 1)
     for _ in range(50):
         calibration = estimate.observe(calibration, 200, 300)
     assert estimate.estimate(1000, calibration) == 1500
+
+
+def test_money_of_long_prompts_covers_the_usual_error_and_of_short_ones_the_estimate() -> None:
+    """Prompts of one kind, 1 % apart: what is held covers nearly all, and little more than that."""
+    dice, calibration = random.Random(1), estimate.NEW
+    n_short = n_held = 0
+    for turn in range(400):
+        raw = 10_000
+        exact = round(11_000 * dice.gauss(1, 0.01))
+        estimated = estimate.estimate(raw, calibration)
+        held = estimate.upper_bound(estimated, calibration)
+        if turn >= 100:
+            n_short += exact > held
+            n_held += held
+        calibration = estimate.observe(calibration, raw, exact)
+    assert n_short <= 9, "three of a hundred"
+    assert n_held <= 300 * 11_000 * 1.05
+    assert estimate.upper_bound(500, calibration) == 500
+
+
+def test_error_is_unlearned_as_fast_as_the_ratio() -> None:
+    calibration = estimate.observe(estimate.NEW, 10_000, 20_000)
+    assert estimate.upper_bound(10_000, calibration) == 15_000, "at most by half"
+    for _ in range(100):
+        calibration = estimate.observe(calibration, 10_000, 20_000)
+    assert estimate.upper_bound(64_000, calibration) == 65_000, "a sixty-fourth is always held"
 
 
 def test_ratio_follows_a_change_within_some_tens_of_requests() -> None:
