@@ -31,7 +31,7 @@ WARM_UP = 4
 _MIN_STRETCHES = 3  # of a size of batch, for a median
 _STRETCH = 8  # reads: their jitter is gone from a sum, a stall of the machine spoils one stretch only
 TOGETHER_S = 0.0005  # what comes within it was sent at once
-_MERGED = 1.2  # tokens a read, alone: below it what comes together came so by chance
+_N_TRIED = 400  # durations of a flush
 _N_NOISE = 200  # quantiles kept of each noise
 
 
@@ -39,13 +39,15 @@ _N_NOISE = 200  # quantiles kept of each noise
 class Calibrated:
     """`way_s`: to the engine and back, median. `flush_s`: tokens made within it reach the client together, with the one
     after it. Noises: quantiles, evenly spaced, of what a client saw over what the step model says; of gaps and of first
-    tokens, in seconds."""
+    tokens, in seconds. `busy_noise_s`: of first tokens of requests that met an engine at work, over what the simulation
+    says of them; empty until it was asked (truth.py)."""
 
     step: StepModel
     way_s: float
     flush_s: float
     gap_noise_s: tuple[float, ...]
     first_noise_s: tuple[float, ...]
+    busy_noise_s: tuple[float, ...] = ()
 
 
 def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
@@ -74,14 +76,30 @@ def calibrate(seen: Sequence[Seen], alone: int) -> Calibrated:
     left = [one.tokens_s[0] - one.sent_s - base_s - token_s * one.n_prompt for one in firsts]
     way_s = max(statistics.median(left), 0.0)
     step = StepModel(base_s, 0.0, token_s, max(per_seq_s - token_s, 0.0), 0.0, 0.0)
-    n_together = statistics.fmean(g.n_tokens for g in gaps if g.n_running == 1)
-    flush_s = (n_together - 0.5) * step.step_s(0, 0.0, 1, 0) if n_together > _MERGED else 0.0
+    flush_s = _flush_s(gaps, step)
     gap_noise = []
     for gap in gaps:
         step_s = step.step_s(0, 0.0, gap.n_running, 0)
         gap_noise.append(gap.seconds - step_s * together(step_s, flush_s))
-    noises = _quantiles(gap_noise), _quantiles([value - way_s for value in left])
+    noises = spread(gap_noise), spread([value - way_s for value in left])
     return Calibrated(step, way_s, flush_s, *noises)
+
+
+def _flush_s(gaps: Sequence[_Gap], step: StepModel) -> float:
+    """The duration that tells best how many tokens came together beside how many others; 0 where hardly any did."""
+    by_n: dict[int, list[int]] = defaultdict(list)
+    for gap in gaps:
+        by_n[gap.n_running].append(gap.n_tokens)
+    known = [(step.step_s(0, 0.0, n, 0), statistics.fmean(found), len(found)) for n, found in by_n.items()]
+
+    def off(flush_s: float) -> float:
+        return sum(n * abs(together(step_s, flush_s) - mean) for step_s, mean, n in known)
+
+    most_s = max(step_s * mean for step_s, mean, _ in known)
+    best = [most_s * i / _N_TRIED for i in range(_N_TRIED + 1)]
+    least = min(map(off, best))
+    fitting = [flush_s for flush_s in best if off(flush_s) <= least * (1 + 1e-9)]
+    return 0.0 if fitting[0] == 0.0 else statistics.median(fitting)
 
 
 def together(step_s: float, flush_s: float) -> int:
@@ -89,15 +107,14 @@ def together(step_s: float, flush_s: float) -> int:
     return max(1, math.ceil(flush_s / step_s)) if step_s > 0 else 1
 
 
-def reads(one: Seen) -> list[tuple[float, float]]:
+def reads(one: Seen) -> list[tuple[float, int]]:
     """(instant, tokens) of what the client read at once."""
-    n_each = one.n_output / len(one.tokens_s) if one.tokens_s else 0.0
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, int]] = []
     for at_s in one.tokens_s:
         if found and at_s - found[-1][0] < TOGETHER_S:
-            found[-1] = (found[-1][0], found[-1][1] + n_each)
+            found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
-            found.append((at_s, n_each))
+            found.append((at_s, 1))
     return found
 
 
@@ -115,13 +132,13 @@ class _Gap:
     `is_next`: it follows the one before it in the list."""
 
     seconds: float
-    n_tokens: float
+    n_tokens: int
     n_running: int
     is_next: bool
 
 
 def _gaps(whole: Sequence[Seen]) -> list[_Gap]:
-    """Without those near somebody's first token, of which clients cannot tell in which step its prompt was computed."""
+    """Without those near another's first token, of which clients cannot tell in which step its prompt was computed."""
     starts = sorted(one.tokens_s[0] for one in whole)
     ends = sorted(one.tokens_s[-1] for one in whole)
     of = [reads(one) for one in whole]
@@ -131,7 +148,8 @@ def _gaps(whole: Sequence[Seen]) -> list[_Gap]:
     for found in of:
         is_next = False
         for (a, _), (b, n_tokens) in itertools.pairwise(found):
-            if bisect_right(starts, b + usual_s) > bisect_left(starts, a - usual_s):
+            n_starts = bisect_right(starts, b + usual_s) - bisect_left(starts, a - usual_s)
+            if n_starts > (found[0][0] >= a - usual_s):
                 is_next = False
                 continue
             n = bisect_right(starts, a) - bisect_left(ends, (a + b) / 2)
@@ -152,5 +170,6 @@ def _stretches(gaps: Sequence[_Gap]) -> Iterator[tuple[int, list[_Gap]]]:
         yield row[0].n_running, row
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
+def spread(values: Sequence[float]) -> tuple[float, ...]:
+    """Quantiles of these, evenly spaced: what a simulated value is widened with."""
     return tuple(quantile(values, (i + 0.5) / _N_NOISE) for i in range(_N_NOISE))

@@ -19,6 +19,7 @@ import uvloop
 
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":(\d+)')
 _OUTPUT_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
+_EVENT_ID = re.compile(rb"(?:^|\n)id: [^.\n]*\.(\d+)[.\r\n]")  # tokens shown so far, this event's among them
 _TAIL = 2048  # bytes kept to find the usage in
 
 
@@ -35,13 +36,12 @@ class ReplayPlan:
 
 @dataclass
 class Seen:
-    """One request as its client saw it. `tokens_s`: when each piece of text came; empty when it was refused or cut off.
-    `n_output`: tokens that were made, by its usage: a piece holds several where steps are quicker than their way."""
+    """One request as its client saw it. `tokens_s`: when each token came, as event ids count them: an event holds
+    several where steps are quicker than their way. Empty when it was refused or cut off."""
 
     sent_s: float
     status: str = ""
     n_prompt: int = 0
-    n_output: int = 0
     tokens_s: list[float] = field(default_factory=list)
     is_whole: bool = False
 
@@ -77,11 +77,14 @@ async def _answer(reader: asyncio.StreamReader, seen: Seen, began_s: float) -> N
             return
         now_s = time.perf_counter() - began_s
         tail = (tail + data)[-_TAIL:]
-        n = data.count(b'"content":"') - data.count(b'"content":""')  # the role's chunk is no token
-        seen.tokens_s += [now_s] * n
+        ids = _EVENT_ID.findall(data)
+        if ids:
+            seen.tokens_s += [now_s] * (int(ids[-1]) - len(seen.tokens_s))
     found = _PROMPT_TOKENS.search(tail)
     made = _OUTPUT_TOKENS.search(tail)
-    seen.n_prompt, seen.n_output = int(found[1]) if found else 0, int(made[1]) if made else 0
+    seen.n_prompt = int(found[1]) if found else 0
+    if made and seen.tokens_s:  # an id that came in two reads was not counted
+        seen.tokens_s = (seen.tokens_s + [seen.tokens_s[-1]] * int(made[1]))[: int(made[1])]
     seen.is_whole = bool(seen.tokens_s and found and made)
 
 

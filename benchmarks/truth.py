@@ -32,7 +32,7 @@ from autoscaler.sim.queues import Fair
 from autoscaler.sim.routers import LeastLoad
 from autoscaler.sim.workload import read_requests
 from autoscaler.sim.world import World
-from benchmarks.calibration import WARM_UP, Calibrated, calibrate, reads, together
+from benchmarks.calibration import WARM_UP, Calibrated, calibrate, reads, spread, together
 from benchmarks.replay import ReplayPlan, Seen
 from benchmarks.stack import ROOT, BenchStack, bench_stack
 from controlplane.policy.capacity import Mix, capacity
@@ -59,6 +59,11 @@ class Case:
     max_tokens: int
     utilisation: float
     is_judged: bool
+    # Of the calibration: answers of requests alone, and of the others, in pairs so far apart that as many as there are
+    # slots run together.
+    alone_tokens: int
+    ramp_tokens: int
+    ramp_gap_s: float
 
 
 CASES = {
@@ -66,13 +71,13 @@ CASES = {
         "toy",
         ("toy_step_ms=20", "toy_seq_ms=1", "toy_prefill_ms=20", "max_model_len=4096"),
         slots=16, prompt_words=250, max_words=2000, answer_tokens=40, max_tokens=160,
-        utilisation=0.7, is_judged=True,
+        utilisation=0.7, is_judged=True, alone_tokens=12, ramp_tokens=160, ramp_gap_s=0.7,
     ),
     "vllm": Case(
         "tiny", ("max_model_len=2048", "max_num_batched_tokens=2048"),
         slots=16, prompt_words=40, max_words=120, answer_tokens=40, max_tokens=120,
         # Its engine computes on the cores that everything else runs on: what it does alone it does not do beside them.
-        utilisation=0.35, is_judged=False,
+        utilisation=0.35, is_judged=False, alone_tokens=60, ramp_tokens=480, ramp_gap_s=0.2,
     ),
 }  # fmt: skip
 
@@ -118,7 +123,8 @@ def measure(
             loads.append(_send(stack, api_key, load, f"load {number}"))
             progress(f"load {number + 1} of {repeats} was sent")
         after = _send(stack, api_key, [*alone, *ramp], "calibration, again")
-    found = calibrate(*joined(before, after, len(alone)))
+    whole, n_alone = joined(before, after, len(alone))
+    found = with_work(calibrate(whole, n_alone), whole[n_alone:], case.slots)
     runs = [compare(seen, found, case.slots) for seen in loads]
     return {
         "assumptions": {
@@ -154,10 +160,10 @@ def _calibration_load(case: Case) -> tuple[list[Request], list[Request]]:
     """Requests alone with short and long prompts; then one more every moment, until all slots are taken, and down. Sent
     before the loads and after them: what else the machine does changes by the minute."""
     sizes = (8, case.prompt_words, case.max_words * 3 // 4)
-    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], 12) for n in range(12 + WARM_UP)]
+    alone = [Request(0.2 + 0.9 * n, sizes[n % 3], case.alone_tokens) for n in range(12 + WARM_UP)]
     start_s = alone[-1].at_s + 2.0
     ramp = [
-        Request(start_s + 0.7 * n, sizes[n % 3], case.max_tokens)
+        Request(start_s + case.ramp_gap_s * n, sizes[n % 3], case.ramp_tokens)
         for n in range(case.slots // 2)
         for _ in range(2)
     ]
@@ -254,56 +260,91 @@ class _Gaps(Histogram):
 
 class _Firsts:
     def __init__(self) -> None:
-        self.ttft_s: list[float] = []
-        self.tpot_s: list[float] = []
+        self.jobs: list[Job] = []
 
     def on_event(self, world: World) -> None:
         pass
 
     def on_end(self, world: World, job: Job) -> None:
-        self.ttft_s.append(job.ttft_s)
-        if job.n_output >= MIN_TOKENS:
-            self.tpot_s.append(job.itl_s)
+        self.jobs.append(job)
 
 
-def simulate(
-    arrivals: Sequence[tuple[float, int, int]], found: Calibrated, slots: int
-) -> tuple[Any, Any, Any, Any]:
-    """First tokens, times per token of answers, gaps between flushes and how often each, in seconds, without what
-    clients add: of (instant, prompt tokens, answer tokens), through the production queue with one replica."""
+@dataclass(frozen=True)
+class Told:
+    """What a simulation says of a load, in seconds, without what clients add. By request, in the order given: time to
+    the first token, and whether the engine was at work when it came; times per token of answers long enough; gaps
+    between flushes, and how often each."""
+
+    ttft_s: Any
+    met_work: Any
+    tpot_s: Any
+    gaps_s: Any
+    n_gaps: Any
+
+
+def simulate(arrivals: Sequence[tuple[float, int, int]], found: Calibrated, slots: int) -> Told:
+    """Of (instant, prompt tokens, answer tokens), through the production queue with one replica."""
     kernel, firsts = Kernel(), _Firsts()
     world = World(kernel, Fair(), LeastLoad(), (Conservation(), firsts), dispatch_s=found.way_s)
     world.gaps = gaps = _Gaps()
     world.add_replica(EngineSpec(found.step, KV_TOKENS, slots, max(2048, slots)), slots)
-    world.feed(iter(Job(i, at_s, p, o) for i, (at_s, p, o) in enumerate(sorted(arrivals))))
+    order = sorted(range(len(arrivals)), key=lambda i: arrivals[i])
+    world.feed(iter(Job(i, *arrivals[i]) for i in order))
     kernel.run()
+    jobs = sorted(firsts.jobs, key=lambda job: job.id)
+    arrived, ended = np.array([job.arrived_s for job in jobs]), np.array([job.ended_s for job in jobs])
+    n_inside = [int(np.sum((arrived < at_s) & (ended > at_s))) for at_s in arrived]
     n_each = [together(gap_s, found.flush_s) for gap_s, _ in gaps.found]
-    values = [gap_s * n for (gap_s, _), n in zip(gaps.found, n_each, strict=True)]
-    counts = [count / n for (_, count), n in zip(gaps.found, n_each, strict=True)]
-    return np.array(firsts.ttft_s), np.array(firsts.tpot_s), np.array(values), np.array(counts)
+    return Told(
+        np.array([job.ttft_s for job in jobs]),
+        np.array(n_inside) > 0,
+        np.array([job.itl_s for job in jobs if job.n_output >= MIN_TOKENS]),
+        np.array([gap_s * n for (gap_s, _), n in zip(gaps.found, n_each, strict=True)]),
+        np.array([count / n for (_, count), n in zip(gaps.found, n_each, strict=True)]),
+    )
+
+
+def _arrivals(seen: Sequence[Seen]) -> list[tuple[float, int, int]]:
+    return [(s.sent_s, s.n_prompt, len(s.tokens_s)) for s in seen]
+
+
+def with_work(found: Calibrated, ramp: Sequence[Seen], slots: int) -> Calibrated:
+    """What it adds to a first token that the engine is at work, from requests that came one upon the other: an engine
+    on the cores of its clients and servers keeps those waiting at every step of the way."""
+    told = simulate(_arrivals(ramp), found, slots)
+    over = np.array([s.tokens_s[0] - s.sent_s for s in ramp]) - told.ttft_s
+    return replace(found, busy_noise_s=spread([float(v) for v in over[told.met_work]]))
 
 
 def compare(seen: Sequence[Seen], found: Calibrated, slots: int) -> dict[str, dict[str, float]]:
     """Quantiles in milliseconds: measured, simulated, and the relative error."""
-    firsts, tpots, gaps, counts = simulate([(s.sent_s, s.n_prompt, s.n_output) for s in seen], found, slots)
+    told = simulate(_arrivals(seen), found, slots)
     ttft = [s.tokens_s[0] - s.sent_s for s in seen]
-    tpot = [(s.tokens_s[-1] - s.tokens_s[0]) / (s.n_output - 1) for s in seen if s.n_output >= MIN_TOKENS]
+    tpot = [
+        (s.tokens_s[-1] - s.tokens_s[0]) / (len(s.tokens_s) - 1)
+        for s in seen
+        if len(s.tokens_s) >= MIN_TOKENS
+    ]
     of = [reads(s) for s in seen]
     itl = [b - a for found_s in of for (a, _), (b, _) in itertools.pairwise(found_s)]
+    idle = ~told.met_work if found.busy_noise_s else np.ones(len(seen), dtype=bool)
+    firsts = [with_noise(told.ttft_s[idle], np.ones(idle.sum()), found.first_noise_s)]
+    if not idle.all():
+        firsts.append(with_noise(told.ttft_s[~idle], np.ones((~idle).sum()), found.busy_noise_s))
     pairs = {
-        "ttft": (np.array(ttft), *with_noise(firsts, np.ones(len(firsts)), found.first_noise_s)),
-        "itl": (np.array(itl), *with_noise(gaps, counts, found.gap_noise_s)),
-        "tpot": (np.array(tpot), tpots, np.ones(len(tpots))),
+        "ttft": (np.array(ttft), *(np.concatenate(parts) for parts in zip(*firsts, strict=True))),
+        "itl": (np.array(itl), *with_noise(told.gaps_s, told.n_gaps, found.gap_noise_s)),
+        "tpot": (np.array(tpot), told.tpot_s, np.ones(len(told.tpot_s))),
     }
     out = {}
     for name, (measured, values, weights) in pairs.items():
         for label, q in (("p50", 0.5), ("p99", 0.99)):
             live = float(np.quantile(measured, q)) * 1e3
-            told = weighted_quantile(values, weights, q) * 1e3
+            said = weighted_quantile(values, weights, q) * 1e3
             out[f"{name}_{label}"] = {
                 "live_ms": round(live, 2),
-                "simulated_ms": round(told, 2),
-                "error": round(told / live - 1, 4),
+                "simulated_ms": round(said, 2),
+                "error": round(said / live - 1, 4),
             }
     return out
 

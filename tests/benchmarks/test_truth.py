@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import truth
-from benchmarks.calibration import Calibrated, calibrate
+from benchmarks.calibration import WARM_UP, Calibrated, calibrate
 from benchmarks.replay import Seen
 from benchmarks.truth import CASES, Request
 from controlplane.policy.perfmodel import StepModel
@@ -23,7 +23,7 @@ def served(load: list[Request], step: StepModel = STEP, noise_s: float = 0.0005)
     """What clients of such an engine would see, step by step: slots bound late, prompts computed whole, noise."""
     dice = random.Random(5)
     coming = sorted(load, key=lambda one: one.at_s)
-    seen = [Seen(one.at_s, "200", one.n_words, one.n_tokens, [], True) for one in coming]
+    seen = [Seen(one.at_s, "200", one.n_words, [], True) for one in coming]
     to_come = list(range(len(coming)))
     queue: list[int] = []
     on_way: list[tuple[float, int]] = []  # when it reaches the engine
@@ -93,3 +93,57 @@ def test_a_gap_weighs_as_often_as_it_came_and_noise_widens_both_ways() -> None:
         spread, weights = truth.with_noise(values, np.array(counts), noise)
         assert truth.weighted_quantile(spread, weights, 0.45) == median
         assert truth.weighted_quantile(spread, weights, 1.0) == 2.5
+
+
+QUICK = StepModel(0.003, 0.0, 20e-6, 0.0005, 0.0, 0.0)
+
+
+def flushed(seen: list[Seen], flush_s: float) -> list[Seen]:
+    """The same where a flush keeps the next one back so long: what is made meanwhile comes with it."""
+
+    def pieces(made_s: list[float]) -> list[float]:
+        found = [made_s[0]]
+        for i, at_s in enumerate(made_s):
+            if at_s >= found[-1] + flush_s or i == len(made_s) - 1:
+                found += [at_s] * (i + 1 - len(found))
+        return found
+
+    return [replace(one, tokens_s=pieces(one.tokens_s)) for one in seen]
+
+
+def test_steps_are_found_although_clients_read_several_tokens_at_once() -> None:
+    """What a client reads is not what the engine steps: by reads this one would be three times as slow, and its answers
+    a third as long."""
+    case = CASES["vllm"]
+    alone, ramp = truth._calibration_load(case)
+    found = calibrate(flushed(served([*alone, *ramp], QUICK, 0.0), 0.008), len(alone))
+    assert found.step.base_s == pytest.approx(QUICK.base_s, rel=0.1)
+    assert found.step.seq_s + found.step.token_s == pytest.approx(QUICK.seq_s + QUICK.token_s, rel=0.2)
+    assert found.flush_s == pytest.approx(0.008, rel=0.2)
+    seen = flushed(served(truth._load(case, 15.0, 7, None), QUICK, 0.0), 0.008)
+    told = truth.compare(seen, found, SLOTS)
+    for name in ("ttft_p50", "itl_p50", "tpot_p50", "tpot_p99"):
+        assert abs(told[name]["error"]) <= 0.1, (name, told[name])
+
+
+def test_what_a_working_engine_adds_to_a_first_token_is_learned_from_those_that_met_one() -> None:
+    alone, ramp = truth._calibration_load(CASES["toy"])
+
+    def slowed(seen: list[Seen]) -> list[Seen]:
+        met = [any(o is not s and o.sent_s < s.sent_s < o.tokens_s[-1] for o in seen) for s in seen]
+        return [
+            replace(one, tokens_s=[at_s + 0.1 * is_met for at_s in one.tokens_s])
+            for one, is_met in zip(seen, met, strict=True)
+        ]
+
+    halves = [slowed(served([*alone, *ramp])) for _ in range(2)]
+    whole, n_alone = truth.joined(halves[0], halves[1], len(alone))
+    assert len(whole) == 2 * len(halves[0]) - WARM_UP
+    found = calibrate(whole, n_alone)
+    seen = slowed(served(truth._load(CASES["toy"], 2.0, 7, None)))
+    blind, told = (
+        truth.compare(seen, f, SLOTS) for f in (found, truth.with_work(found, whole[n_alone:], SLOTS))
+    )
+    assert blind["ttft_p50"]["error"] < -0.3
+    assert abs(told["ttft_p50"]["error"]) < 0.1
+    assert abs(told["ttft_p99"]["error"]) < 0.15
