@@ -53,7 +53,6 @@ _KNOBS: Final[dict[str, tuple[str, ...]]] = {
             (0.8, 30, 600),
         )
     ),
-    "static": tuple(f"static:n={n}" for n in (5, 6, 7, 8, 9, 10, 12)),
 }
 _DEFAULTS: Final = ("hpa", "kpa")
 _CEILING: Final = "static:n=40"
@@ -95,17 +94,15 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
         return found
 
     fitted = {name: simulate(name, fit) for names in _KNOBS.values() for name in names}
-    tuned = {kind: choose({name: fitted[name] for name in _KNOBS[kind]}) for kind in ("hpa", "kpa", "static")}
-    most_usd = (1 - _SPARED) * min(_cost(fitted[tuned[kind]]) for kind in ("hpa", "kpa"))
+    tuned = {kind: choose({name: fitted[name] for name in _KNOBS[kind]}) for kind in ("hpa", "kpa")}
+    most_usd = (1 - _SPARED) * min(_cost(fitted[name]) for name in tuned.values())
     tuned["corral"] = choose({name: fitted[name] for name in _KNOBS["corral"]}, most_usd)
-    shown = dict.fromkeys(
-        [tuned["corral"], tuned["hpa"], tuned["kpa"], tuned["static"], *_DEFAULTS, _CEILING]
-    )
+    shown = dict.fromkeys([tuned["corral"], tuned["hpa"], tuned["kpa"], *_DEFAULTS, _CEILING])
     found = {name: simulate(name, judged) for name in shown}
     model, keep, held_s = _OTHER
     other = given.servegen(options["traces"], model, keep * options["keep"] / 0.001)
     spans = windows(other, (0.3, 8.8), options["seeds"], length_s / 2, 2000, held_s)
-    elsewhere = {name: simulate(name, spans, other) for kind, name in tuned.items() if kind != "static"}
+    elsewhere = {name: simulate(name, spans, other) for name in dict.fromkeys(tuned.values())}
     return _study(options, fitted, tuned, found, elsewhere)
 
 
