@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks import truth
+from benchmarks import replay, truth
 from benchmarks.calibration import WARM_UP, Calibrated, calibrate
 from benchmarks.replay import Seen
 from benchmarks.truth import CASES, Request
@@ -147,3 +149,20 @@ def test_what_a_working_engine_adds_to_a_first_token_is_learned_from_those_that_
     assert blind["ttft_p50"]["error"] < -0.3
     assert abs(told["ttft_p50"]["error"]) < 0.1
     assert abs(told["ttft_p99"]["error"]) < 0.15
+
+
+async def test_tokens_are_counted_by_event_ids_and_not_by_events() -> None:
+    reader, seen = asyncio.StreamReader(), Seen(0.0)
+    reader.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    answer = asyncio.create_task(replay._answer(reader, seen, 0.0))
+    for data in (
+        b'40\r\nid: req_1.1\ndata: {"choices":[{"delta":{"content":"a"}}]}\n\n\r\n',
+        b'40\r\nid: req_1.4\ndata: {"choices":[{"delta":{"content":"bcd"}}]}\n\n\r\n',
+        b'40\r\nid: req_1.6\ndata: {"choices":[{"delta":{"content":""}}]}\n\n\r\n'
+        b'40\r\nid: req_1.7.1\ndata: {"usage":{"prompt_tokens":5,"completion_tokens":7}}\n\n\r\n0\r\n\r\n',
+    ):
+        await asyncio.sleep(0.002)
+        reader.feed_data(data)
+    await asyncio.wait_for(answer, 5)
+    assert (seen.n_prompt, seen.is_whole) == (5, True)
+    assert [len(list(group)) for _, group in itertools.groupby(seen.tokens_s)] == [1, 3, 3]
