@@ -98,6 +98,21 @@ async def test_answer_is_cut_where_the_money_ends(gw: Running, machine: Machine)
     assert n_allowed == (60 - estimated) // 2
 
 
+async def test_money_of_a_long_prompt_is_held_for_more_than_its_estimate(
+    gw: Running, machine: Machine
+) -> None:
+    """Or every other one would have to ask for more before its first token."""
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=10**9))
+    long = {"role": "user", "content": "word " * 1_200}
+    assert (await gw.post(CHAT | {"messages": [long], "max_tokens": 4})).status_code == 200
+    [job] = machine.jobs
+    estimated = int((await gw.record(job.id))[b"in_est"])
+    assert 1_024 < estimated < 1_900
+    assert 1.01 * estimated < job.envelope.n_prompt_held < 1.5 * estimated
+    held = int((await gw.record(job.id))[b"money"])
+    assert held >= job.envelope.n_prompt_held + 2 * 4, "at 1 and 2 nano-dollars a token"
+
+
 async def test_after_redis_lost_everything_rates_fill_from_empty(gw: Running, machine: Machine) -> None:
     """What was used is not known any more. Over the loss: at most the full limit, and what has filled since."""
     gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=60))
