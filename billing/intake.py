@@ -156,7 +156,13 @@ def _was_lost(item: Rated, booked: Booked, now_ms: int) -> bool:
 
 def _lost(item: Rated) -> Lost:
     usage = item.usage
-    return Lost(usage.api_key_id.hex, usage.project_id.hex, usage.organization_id.hex, item.cost_nano)
+    return Lost(
+        usage.api_key_id.hex,
+        usage.project_id.hex,
+        usage.organization_id.hex,
+        item.cost_nano,
+        usage.event.end_customer,
+    )
 
 
 def _refused(delivery: Delivery, event: UsageEvent, refusal: Refusal) -> Done:

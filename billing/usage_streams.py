@@ -48,6 +48,7 @@ class Lost:
     project: str
     org: str
     cost_nano: int
+    end_customer: str = ""  # its pseudonym
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class UsageStreams:
                 item.key,
                 item.project,
                 item.org,
+                f"{item.project}.{item.end_customer}" if item.end_customer else "",
             ]
             self._late(args=args, client=pipeline)
         pipeline.execute()

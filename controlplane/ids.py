@@ -52,6 +52,7 @@ class Prefix(StrEnum):
     ENGINE_PROFILE = "epr"
     ROLLOUT = "rlo"
     UPSTREAM = "ups"
+    END_CUSTOMER_LIMITS = "ecl"
 
 
 class InvalidIdError(ValueError):

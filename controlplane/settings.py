@@ -285,6 +285,7 @@ INSTALLED_APPS = [
     "controlplane.budgets.apps.BudgetsConfig",
     "controlplane.webhooks.apps.WebhooksConfig",
     "controlplane.upstreams.apps.UpstreamsConfig",
+    "controlplane.endcustomers.apps.EndCustomersConfig",
     "controlplane.quotas.apps.QuotasConfig",
     "controlplane.rollouts.apps.RolloutsConfig",
     "controlplane.api.apps.ApiConfig",

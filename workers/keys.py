@@ -20,7 +20,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `rep:<rid>:px` | zset of prefix hashes | trusted | what its cache probably holds, bounded |
 | `failed` | set of request ids | trusted | given up; until their gateways and holds were told |
 | `born` | string | trusted | since when limits count here: 0 from the start, else when this Redis was found empty |
-| `lim:<scope>:<id>` | hash | trusted | counters and holds of a key, project or organization |
+| `lim:<scope>:<id>` | hash | trusted | counters and holds of an end customer (for 7 h), key, project or organization |
 | `bud:<budget>`, `bud:<budget>:b` | hashes | trusted | a budget's window, its buckets: lua/lib_windows.lua |
 | `decisions` | stream | trusted | what gateways decided, until intake has kept it; bounded |
 | `shadows` | stream | trusted | what copies of requests came to, until intake has kept it; bounded |
@@ -58,7 +58,7 @@ USAGE_STREAM_MAX: Final = 200_000
 DECISIONS_STREAM_MAX: Final = 200
 SHADOWS_STREAM_MAX: Final = 200  # likewise, of some 100 KB at most
 
-SCOPES: Final = ("key", "prj", "org")
+SCOPES: Final = ("end", "key", "prj", "org")
 
 # Commands a machine's Redis user may run: what the consumer, the journal, the heartbeat and the agent need. Scripts
 # only by name: with EVAL or SCRIPT LOAD a hostile machine could run an endless loop inside Redis. The trusted side

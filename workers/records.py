@@ -45,6 +45,8 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     slot_ms: int = 0
     # Window budgets: id, level, limit, width of a bucket, number of buckets, window it began in (ms).
     windows: tuple[tuple[str, int, int, int, int, int], ...] = ()
+    # Of an end customer that is limited: its scope, input_tpm, output_tpm, budget.
+    end_customer: tuple[str, int, int, int] | None = None
 
 
 _decoder = msgspec.msgpack.Decoder(Admitted)

@@ -46,6 +46,7 @@ _PREFIXES: Final = {
     "webhook": ids.Prefix.WEBHOOK,
     "quota": ids.Prefix.QUOTA,
     "upstream": ids.Prefix.UPSTREAM,
+    "end_customer_limits": ids.Prefix.END_CUSTOMER_LIMITS,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from controlplane.decisions.models import Outcome, RequestDecision
 from controlplane.decisions.selectors import Request
 
-_SCOPES = {"key": "API key", "prj": "project", "org": "organization"}
+_SCOPES = {"end": "end customer", "key": "API key", "prj": "project", "org": "organization"}
 
 
 def explain(request: Request) -> list[str]:

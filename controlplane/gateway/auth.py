@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from billing.money import Rates
-from controlplane.gateway import windows
+from controlplane.gateway import endlimits, windows
 from controlplane.gateway.directory import (
     AdapterRow,
     DeploymentRow,
@@ -27,6 +27,7 @@ from controlplane.gateway.directory import (
     ShadowRow,
     SloBook,
 )
+from controlplane.gateway.endlimits import EndLimits
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.keybounds import Bounds, bounds_of, callable_names
 from controlplane.gateway.windows import WindowBudget
@@ -100,6 +101,8 @@ class KeyContext:
     budgeted: bool
     # Budgets with windows.
     budgets: tuple[WindowBudget, ...]
+    # Limits of its project on end customers; None: there are none.
+    ends: EndLimits | None
     # While there are several cells the limits are this cell's part of them, for `lease_ms` from the question on.
     # Without a lease that counts, nothing limited is served.
     lease_ms: int | None
@@ -121,7 +124,9 @@ def context_of(record: KeyRecord) -> KeyContext:
         ("prj", project.id, _part(project.limits.values(), "prj", lease)),
         ("org", organization.id, _part(organization.limits.values(), "org", lease)),
     )
-    is_limited = bool(record.budgets) or any(limit >= 0 for _, _, limits in scopes for limit in limits)
+    ends = endlimits.of(record.end_customers, project.id, lambda limits: _share(limits, lease))
+    is_limited = ends is not None or bool(record.budgets)
+    is_limited = is_limited or any(limit >= 0 for _, _, limits in scopes for limit in limits)
     weights = (key.weight, project.weight, organization.weight)
     classes = tuple(each.promise() for each in record.slo.classes) or CLASSES
     rules = tuple(each.rule() for each in record.slo.rules)
@@ -155,6 +160,7 @@ def context_of(record: KeyRecord) -> KeyContext:
         ),
         budgeted=bool(record.budgets) or any(limits[4] >= 0 for _, _, limits in scopes),
         budgets=windows.of(record.budgets),
+        ends=ends,
         lease_ms=lease.left_ms if lease is not None and is_limited else None,
         unleased=lease is not None and is_limited and lease.left_ms <= 0,
         bounds=None if scopes_row is None else bounds_of(scopes_row),
@@ -224,6 +230,13 @@ def _part(limits: Limits, scope: str, lease: LeaseRow | None) -> Limits:
     rpm, input_tpm, output_tpm, concurrency = (scaled(limit, lease.ppm) for limit in limits[:4])
     budget = limits[4] if limits[4] < 0 else lease.budgets.get(scope, 0)
     return rpm, input_tpm, output_tpm, concurrency, budget
+
+
+def _share(limits: Limits, lease: LeaseRow | None) -> Limits:
+    """This cell's part of an end customer's limits; its money is divided as the rest, for there is no lease of it."""
+    if lease is None:
+        return limits
+    return tuple(scaled(limit, lease.ppm) for limit in limits)  # type: ignore[return-value]
 
 
 class _Entry:

@@ -81,6 +81,7 @@ def context_of(shadow: ShadowRow, key: KeyContext) -> KeyContext:
         scope_args=tuple(arg for _, scope_id, limits in scopes for arg in (scope_id, *limits, _WEIGHT)),
         budgeted=True,
         budgets=(*windows.of((day,)), *(b for b in key.budgets if is_ours and b.scope != "key")),
+        ends=None,
         lease_ms=key.lease_ms if is_ours else None,
         unleased=False,
     )

@@ -195,8 +195,16 @@ class ShadowRow(msgspec.Struct, frozen=True):
     output_nano_per_million: int = 0
 
 
+class EndCustomerRow(msgspec.Struct, frozen=True):
+    """Limits of one end customer of the key's project, by its pseudonym; empty: of each that has none of its own."""
+
+    limits: LimitsRow
+    customer: str = ""
+
+
 class KeyRecord(msgspec.Struct, frozen=True):
-    """Answer of corral_key_lookup_slo, with budgets, adapters and shadows: one key with all that its requests need."""
+    """Answer of corral_key_lookup_slo, with budgets, adapters, shadows and limits on end customers: one key with all
+    that its requests need."""
 
     key: KeyRow
     project: ProjectRow
@@ -208,6 +216,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     budgets: tuple[BudgetRow, ...] = ()
     adapters: tuple[AdapterRow, ...] = ()
     shadows: tuple[ShadowRow, ...] = ()
+    end_customers: tuple[EndCustomerRow, ...] = ()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -237,6 +246,9 @@ class KeyDirectory(Protocol):
 
     async def spent_here_nano(self, scope: str, scope_id: str) -> Nano:
         """The same, as far as it was spent in this cell."""
+
+    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
+        """Booked for an end customer of a project, by its pseudonym; `here`: in this cell."""
 
     async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
         """Booked in this cell under a window budget: by start of each step (ms), or in all where `step_ms` is 0."""
@@ -288,8 +300,8 @@ class PgDirectory:
             raise DirectoryUnavailable
         found = await self._ask(
             "SELECT CASE WHEN corral_key_known(%s, %s) "
-            "THEN corral_with_shadows(corral_with_adapters(corral_with_budgets("
-            "corral_key_lookup_slo(%s, %s), %s), %s), %s) END",
+            "THEN corral_with_end_customers(corral_with_shadows(corral_with_adapters(corral_with_budgets("
+            "corral_key_lookup_slo(%s, %s), %s), %s), %s)) END",
             lookup,
             [digest.hex() for digest in digests],
             lookup,
@@ -313,6 +325,12 @@ class PgDirectory:
         if not self.up:
             raise DirectoryUnavailable
         return Nano(int(await self._ask("SELECT corral_spent_in(%s, %s, %s)", scope, scope_id, self._cell)))
+
+    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
+        if not self.up:
+            raise DirectoryUnavailable
+        cell = self._cell if here else None
+        return Nano(int(await self._ask("SELECT corral_spent_for(%s, %s, %s)", project, customer, cell)))
 
     async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
         if not self.up:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from typing import Any, Final
 
-from controlplane.gateway import ratelimits, windows
+from controlplane.gateway import endlimits, ratelimits, windows
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
@@ -33,7 +33,7 @@ from workers.contract import Endpoint, RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
-_SCOPE_NAMES: Final = {"key": "API key", "prj": "project", "org": "organization"}
+_SCOPE_NAMES: Final = {"end": "end customer", "key": "API key", "prj": "project", "org": "organization"}
 
 
 class Dispatcher:
@@ -173,7 +173,7 @@ class Dispatcher:
         ask = self._ask(stream, request)
         told = self._decisions.candidates(stream, ask) if self._decisions.wants() else None
         verdict = await self._try_admit(stream, request, body, ask)
-        for _ in range(1 + len(stream.key.budgets)):
+        for _ in range(1 + len(stream.key.budgets) + (stream.key.ends is not None)):
             if verdict[0] != b"seed":
                 break
             await self._seed(stream.key, verdict)
@@ -228,6 +228,14 @@ class Dispatcher:
         band = promise.band
         candidates = self._routes.candidates(deployment.id, ask, stream.number, stream.request)
         terms = self._forecasts.terms(stream, ask, candidates)
+        end_customer = self._digests.end_customer(key.organization, request)
+        ends = None if key.ends is None else key.ends.scope(end_customer)
+        budgeted = key.budgeted or (ends is not None and key.ends is not None and key.ends.budgeted)
+        last: tuple[Any, ...] = ()
+        if key.budgets:
+            last = windows.argument(key.budgets, deployment.name, deployment.base)
+        if ends is not None:
+            last = endlimits.argument(ends, last)
         envelope = RequestEnvelope(
             id=stream.request,
             org=key.organization,
@@ -240,7 +248,7 @@ class Dispatcher:
             sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,
             slo=deployment.slo,
-            end_customer=self._digests.end_customer(key.organization, request),
+            end_customer=end_customer,
             admitted_at_ms=stream.admitted_at_ms,
             stream=stream.streaming,
             priority=band,
@@ -248,9 +256,9 @@ class Dispatcher:
             adapter=deployment.adapter,
             zero_retention=key.zero_retention,
             open_ended=request.max_tokens is None,
-            n_prompt_held=max(1, hold.n_paid) if key.budgeted else 0,
-            prompt_rate=admission.prompt_rate(deployment.rates) if key.budgeted else 0,
-            output_rate=deployment.rates.output if key.budgeted else 0,
+            n_prompt_held=max(1, hold.n_paid) if budgeted else 0,
+            prompt_rate=admission.prompt_rate(deployment.rates) if budgeted else 0,
+            output_rate=deployment.rates.output if budgeted else 0,
         )
         if origin is not None:
             envelope.continues = origin.request
@@ -294,7 +302,7 @@ class Dispatcher:
                     terms.most_ahead_ms,
                     terms.most_own_ms,
                     *candidates,
-                    *(windows.argument(key.budgets, deployment.name, deployment.base) if key.budgets else ()),
+                    *last,
                 ),
             )
         except asyncio.CancelledError:
@@ -340,6 +348,14 @@ class Dispatcher:
                     raise DirectoryUnavailable
                 budget = next(b for b in key.budgets if b.id == verdict[2].decode())
                 await budget.seed(self._redis, self._keys, self._directory, int(verdict[3]), int(verdict[4]))
+                return
+            if verdict[1] == b"end":
+                name, asked_ms = verdict[2].decode(), time.time_ns() // 1_000_000
+                project, _, customer = name.partition(".")
+                here = key.lease_ms is not None
+                spent = await self._directory.spent_for_nano(project, customer, here=here)
+                args = (self._keys.prefix, "end", name, spent, asked_ms)
+                await self._redis.evalsha(scripts.SEED, (), args)
                 return
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:

@@ -16,7 +16,8 @@
 --       are replicas and none has a free slot; -2: only an overflow may have it, free slot or not), 46 most such ms
 --       that its organization may have waiting, if the slots were its own, to be let in all the same where others wait,
 --       too (its share by weight),
---       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua).
+--       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua), or,
+--       where the end customer is limited, {e: its scope of 7 as above, w: the window budgets, if any}.
 -- Returns {'bound', epoch, rid, hold_out, heads...}
 --       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
 --       | {'late', depth, ms before it, heads...} | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
@@ -31,13 +32,15 @@ local prompt_money, out_rate, share = tonumber(ARGV[13]), tonumber(ARGV[14]), to
 local n_carried = tonumber(ARGV[16])
 local rec_key = P .. 'req:' .. id
 local OVERFLOW_ONLY = -2
-local n_args, budgets = #ARGV, nil
--- Unpacked already where several admissions came together; ids and numbers are printable, a msgpack array never is.
+local n_args, budgets, ends = #ARGV, nil, nil
+-- Unpacked already where several admissions came together; ids and numbers are printable, a msgpack array or map never
+-- is.
 if type(ARGV[n_args]) == 'table' then
   n_args, budgets = n_args - 1, ARGV[n_args]
-elseif (string.byte(ARGV[n_args]) or 0) >= 0x90 then
+elseif (string.byte(ARGV[n_args]) or 0) >= 0x80 then
   n_args, budgets = n_args - 1, cmsgpack.unpack(ARGV[n_args])
 end
+if budgets and budgets.e then ends, budgets = budgets.e, budgets.w end
 
 if redis.call('EXISTS', rec_key) == 1 then return {'exists'} end
 
@@ -49,9 +52,10 @@ end
 
 -- First pass: would every scope allow it? Nothing is written before all of them do.
 local look = examine(P, now, ARGV, 17, n_in, n_out)
+if ends then examine(P, now, ends, 1, n_in, n_out, look) end
 if look.seed and not look.refusal then
   drop_body()
-  return {'seed', SCOPE[look.seed], ARGV[17 + (look.seed - 1) * 7]}
+  return {'seed', SCOPE[look.seed], look.seed == 0 and ends[1] or ARGV[17 + (look.seed - 1) * 7]}
 end
 if budgets then
   local unseeded = seldom().examine_windows(P, budgets, look)
@@ -69,7 +73,7 @@ if left and not look.seed and left < money * math.max(share, 1) then
     if look.tight > 3 then
       look.refusal = seldom().refused_by(look.windows[look.tight - 3], least, left)
     else
-      local budget = tonumber(ARGV[17 + (look.tight - 1) * 7 + 5])
+      local budget = tonumber(look.tight == 0 and ends[6] or ARGV[17 + (look.tight - 1) * 7 + 5])
       look.refusal = {SCOPE[look.tight], 'budget', -1, budget, math.max(left, 0)}
     end
   elseif out_rate > 0 then
@@ -142,6 +146,10 @@ local adm = {did, ARGV[7], n_in, n_out, math.floor(money), now, ARGV[38], math.m
   tonumber(ARGV[29]), tonumber(ARGV[33]), tonumber(ARGV[34]), tonumber(ARGV[36]), tonumber(ARGV[44])}
 take(look, now, money)
 if budgets then adm[WINDOWS] = seldom().take_windows(look, math.floor(money)) end
+if ends then
+  adm[WINDOWS] = adm[WINDOWS] or {} -- no gaps: what is packed stays an array
+  adm[ENDS] = {ends[1], tonumber(ends[3]), tonumber(ends[4]), tonumber(ends[6])}
+end
 local packed = cmsgpack.pack(adm)
 if rid then
   redis.call('HSET', rec_key, 'state', 'bound', 'adm', packed, 'gw', ARGV[5], 'stream', ARGV[6],

@@ -1,12 +1,16 @@
 -- Included by admission, top-up and settlement: token buckets, concurrency and money holds of key, project and
--- organization. A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight),
+-- organization, and, where its project limits its end customers, of the one that a request is for. A scope's hash holds: rq, in, out (levels of the buckets at instant ms), conc (requests in flight),
 -- dur (their usual duration, ms), n (requests of an organization, admitted or refused: its demand here), held
 -- (nano-dollars held), spent (nano-dollars booked since the budget began; absent until seeded from the ledger), ask
 -- (requests in flight that have used up their hold and found nothing left).
 
-local SCOPE = {'key', 'prj', 'org'}
+local SCOPE = {[0] = 'end', 'key', 'prj', 'org'}
 local BUCKET = {'requests_per_minute', 'input_tokens_per_minute', 'output_tokens_per_minute'}
 local FIELD = {'rq', 'in', 'out'}
+
+-- Of end customers there may be any number: one that nobody has asked for in so long is forgotten. Longer than any
+-- request lives (lib_bind.lua); its money is read from the ledger again.
+local END_LIFE_MS = '25200000'
 
 local function scope_key(P, s, scope_id)
   return P .. 'lim:' .. SCOPE[s] .. ':' .. scope_id
@@ -28,7 +32,7 @@ end
 -- What a call knows of scopes, by kind and id: their fields as numbers, and in `put` those to write. Read once and
 -- written once, at the end of the call (write_scopes), so that requests of one tenant in one call share that.
 -- The fourth kind are counters of window budgets (lib_windows.lua).
-local scopes = {{}, {}, {}, {}}
+local scopes = {[0] = {}, {}, {}, {}, {}}
 
 local function scope_of(P, s, scope_id)
   local scope = scopes[s][scope_id]
@@ -50,7 +54,7 @@ local function put(scope, field, value)
 end
 
 local function write_scopes()
-  for s = 1, 4 do
+  for s = 0, 4 do
     for _, scope in pairs(scopes[s]) do
       if scope.changed then
         local set = {}
@@ -59,6 +63,7 @@ local function write_scopes()
           set[#set + 1] = value
         end
         redis.call('HSET', scope.key, unpack(set))
+        if s == 0 then redis.call('PEXPIRE', scope.key, END_LIFE_MS) end
         scope.put, scope.changed = {}, false
       end
     end
@@ -89,17 +94,19 @@ local function refuse_longest(look, retry_ms, scope, limit, cap, left)
 end
 
 -- What a request of n_in and n_out tokens finds at its scopes, seven arguments each from args[at]: id, rpm, input_tpm,
--- output_tpm, max_concurrency, budget_nano (-1 = no limit), weight (not for here). Reads only. Answers a table:
---   1, 2, 3: per scope what `take` needs: the scope, levels of its buckets (nil: no limit), whether it has a budget
+-- output_tpm, max_concurrency, budget_nano (-1 = no limit), weight (not for here). Reads only. With `look`, what was found
+-- at those three, it looks at an end customer instead, which is scope 0. Answers a table:
+--   0 (if there is one), 1, 2, 3: per scope what `take` needs: the scope, levels of its buckets (nil: no limit), whether it has a budget
 --   refusal: {scope, limit, retry_ms, cap, left} of the limit that refuses longest, or nil
 --   seed: number of a scope whose booked money is not known here, or nil
 --   left: the least money left at a scope with a budget, or nil; tight: that scope's number
 --   caps, levels: of requests, input and output tokens, each of the scope that has the fewest left
-local function examine(P, now, args, at, n_in, n_out)
-  local caps, levels, need = {}, {}, {1, n_in, n_out}
-  local look = {caps = caps, levels = levels, is_roomy = true}
-  for s = 1, 3 do
-    local a = at + (s - 1) * 7
+local function examine(P, now, args, at, n_in, n_out, look)
+  local first, last = 1, 3
+  if look then first, last = 0, 0 else look = {caps = {}, levels = {}, is_roomy = true} end
+  local caps, levels, need = look.caps, look.levels, {1, n_in, n_out}
+  for s = first, last do
+    local a = at + (s - first) * 7
     local cap_conc, budget = tonumber(args[a + 4]), tonumber(args[a + 5])
     local scope = scope_of(P, s, args[a])
     local elapsed_ms = math.max(now - (scope.ms or now), 0)
@@ -141,7 +148,7 @@ end
 
 -- Takes from the scopes what `examine` found to be there.
 local function take(look, now, money)
-  for s = 1, 3 do
+  for s = look[0] and 0 or 1, 3 do
     local left = look[s]
     local scope = left[1]
     put(scope, 'ms', math.max(now, scope.ms or now))

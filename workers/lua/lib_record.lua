@@ -7,9 +7,10 @@
 -- Places in `adm`: deployment, price version, prompt tokens (estimate), output tokens asked, money held (nano), instant
 -- of admission (ms), band, output tokens expected, prefix hashes, note, key, project, organization, their weights, and
 -- which of them limit what: input_tpm, output_tpm, budget of key, project, organization (-1 = not); the ms that it was
--- predicted to keep a slot busy; and, where there are any, its window budgets (lib_windows.lua).
+-- predicted to keep a slot busy; where there are any, its window budgets (lib_windows.lua); and, where it is limited, its
+-- end customer's scope, input_tpm, output_tpm and budget.
 local DEP, PRICE, IN_EST, OUT_EST, MONEY, ADM_MS, BAND, PRED, PFX, NOTE = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
-local KEY, PRJ, ORG, WEIGHTS, CAPS, SLOT_MS, WINDOWS = 11, 12, 13, 14, 17, 26, 27
+local KEY, PRJ, ORG, WEIGHTS, CAPS, SLOT_MS, WINDOWS, ENDS = 11, 12, 13, 14, 17, 26, 27, 28
 
 -- A later version adds places at the end only: an earlier one ignores them, and finds nil where they are missing.
 

@@ -14,22 +14,24 @@ local adm = admitted(r[2], rec_key)
 local did, n_in, n_out, cost = adm[DEP], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local back_in, back_out, money = adm[IN_EST] - n_in, adm[OUT_EST] - n_out, tonumber(r[5] or adm[MONEY])
 local took_ms = math.max(now - adm[ADM_MS], 0)
-for s = 1, 3 do
-  local scope, caps = scope_of(P, s, adm[KEY + s - 1]), CAPS + (s - 1) * 3
+for s = adm[ENDS] and 0 or 1, 3 do
+  local scope_id, limits, caps = adm[KEY + s - 1], adm, CAPS + (s - 1) * 3
+  if s == 0 then scope_id, limits, caps = adm[ENDS][1], adm[ENDS], 2 end
+  local scope = scope_of(P, s, scope_id)
   put(scope, 'conc', math.max(scope.conc - 1, 0))
   local dur = scope.dur or took_ms
   put(scope, 'dur', math.floor(dur + (took_ms - dur) / 8))
   -- Refunds lift the level as it stood at ms; whoever reads it next refills and clamps.
-  if adm[caps] >= 0 and scope['in'] then put(scope, 'in', scope['in'] + back_in) end
-  if adm[caps + 1] >= 0 and scope.out then put(scope, 'out', scope.out + back_out) end
-  if adm[caps + 2] >= 0 then
+  if limits[caps] >= 0 and scope['in'] then put(scope, 'in', scope['in'] + back_in) end
+  if limits[caps + 1] >= 0 and scope.out then put(scope, 'out', scope.out + back_out) end
+  if limits[caps + 2] >= 0 then
     put_money(scope, 'held', -money)
     if r[7] == '1' then redis.call('HINCRBY', scope.key, 'ask', -1) end
   end
   -- Only a seeded counter is charged: an absent one is seeded from the ledger, which has this request by then.
   if scope.spent then put_money(scope, 'spent', cost) end
 end
-if adm[WINDOWS] then seldom().settle_windows(P, adm[WINDOWS], money, cost, r[7] == '1') end
+if adm[WINDOWS] and adm[WINDOWS][1] then seldom().settle_windows(P, adm[WINDOWS], money, cost, r[7] == '1') end
 if r[1] == 'queued' then
   seldom().leave(P, did, id, flow_of(adm), 0)
   redis.call('DEL', P .. 'body:' .. id)

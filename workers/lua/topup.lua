@@ -44,11 +44,15 @@ local function tokens_for(amount)
   return tokens
 end
 
+-- Keys of the scopes that have a budget.
+local limited = {}
 local left, tight = nil, nil
-for s = 1, 3 do
-  local budget = adm[CAPS + s * 3 - 1]
+for s = adm[ENDS] and 0 or 1, 3 do
+  local budget, scope_id = adm[CAPS + s * 3 - 1], adm[KEY + s - 1]
+  if s == 0 then budget, scope_id = adm[ENDS][4], adm[ENDS][1] end
   if budget >= 0 then
-    local v = redis.call('HMGET', scope_key(P, s, adm[KEY + s - 1]), 'spent', 'held', 'conc', 'ask')
+    limited[#limited + 1] = scope_key(P, s, scope_id)
+    local v = redis.call('HMGET', limited[#limited], 'spent', 'held', 'conc', 'ask')
     if not v[1] then return {'wait'} end -- about to be read from the ledger
     local here = math.max(budget - tonumber(v[1]) - tonumber(v[2] or '0'), 0)
     if not left or here < left then left, tight = here, v end
@@ -79,9 +83,7 @@ local has_asked = r[7] == '1'
 
 -- Counts it at each scope with a budget among those that wait, or no longer.
 local function count_waiting(by)
-  for s = 1, 3 do
-    if adm[CAPS + s * 3 - 1] >= 0 then redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'ask', by) end
-  end
+  for _, key in ipairs(limited) do redis.call('HINCRBY', key, 'ask', by) end
   for _, at in ipairs(windows) do put(at[1], at[2] .. 'ask', math.max((at[1][at[2] .. 'ask'] or 0) + by, 0)) end
   write_scopes()
   redis.call('HSET', rec_key, 'asks', by > 0 and 1 or 0)
@@ -89,11 +91,7 @@ end
 
 if now_granted > usable and now_granted >= n then
   local added = price(now_granted) - money
-  for s = 1, 3 do
-    if adm[CAPS + s * 3 - 1] >= 0 then
-      redis.call('HINCRBY', scope_key(P, s, adm[KEY + s - 1]), 'held', string.format('%.0f', added))
-    end
-  end
+  for _, key in ipairs(limited) do redis.call('HINCRBY', key, 'held', string.format('%.0f', added)) end
   for _, at in ipairs(windows) do put_money(at[1], at[2] .. 'held', added) end
   write_scopes()
   redis.call('HSET', rec_key, 'money', string.format('%.0f', money + added), 'granted', now_granted)

@@ -75,6 +75,8 @@ BODIES: dict[str, Any] = {
     "request_erasure": {"confirm": "acme"},
     "cancel_erasure": None,
     "create_slo_rule": {"slo_class": "batch", "ttft_ms": 5000},
+    "set_end_customer_limits": {"rpm": 5, "end_customer": "cust-1"},
+    "clear_end_customer_limits": None,
     "change_slo_rule": {"ttft_ms": 400},
     "delete_slo_rule": None,
     "create_budget": {"name": "team", "limit_nano": 5, "period": "day"},
@@ -129,6 +131,7 @@ READS = {
     "get_model_version",
     "list_slo_classes",
     "list_slo_rules",
+    "list_end_customer_limits",
     "list_slo_alerts",
     "get_attainment",
     "list_budgets",
@@ -186,6 +189,7 @@ class Acme:
         from controlplane.budgets import services as budgets
         from controlplane.deployments import services as deployments
         from controlplane.deployments import sharing
+        from controlplane.endcustomers import services as endcustomers
         from controlplane.identity import domains, invitations, providers
         from controlplane.identity.models import ProviderKind
         from controlplane.operations import services as long_operations
@@ -196,6 +200,7 @@ class Acme:
         from controlplane.slo import services as slo
         from controlplane.tenants import selectors
         from controlplane.tenants.context import tenant
+        from controlplane.tenants.limits import Limits
         from controlplane.upstreams import services as upstreams
         from controlplane.webhooks import services as webhooks
 
@@ -227,6 +232,12 @@ class Acme:
         )
         rule = slo.create_rule(
             organization_id=organization_id, project_id=world.project.id, slo_class="standard"
+        )
+        ends = endcustomers.set_limits(
+            organization_id=organization_id,
+            project_id=world.project.id,
+            limits=Limits(rpm=7),
+            end_customer="acme-customer",
         )
         budget = budgets.create_budget(
             organization_id=organization_id, name="team money", limit_nano=10**9, period=Period.MONTH
@@ -296,6 +307,7 @@ class Acme:
             "rollout_id": str(rollout),
             "number": "1",
             "rule_id": f"slo_{rule.id.hex}",
+            "limits_id": str(ends),
             "budget_id": f"bud_{budget.id.hex}",
             "kind": "machines",
             "webhook_id": f"whk_{webhook.id.hex}",

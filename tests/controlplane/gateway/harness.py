@@ -27,6 +27,7 @@ from controlplane.gateway.directory import (
     Changes,
     DeploymentRow,
     DirectoryUnavailable,
+    EndCustomerRow,
     KeyRecord,
     KeyRow,
     LimitsRow,
@@ -80,6 +81,7 @@ class FakeDirectory:
         self.up = True
         self.records: dict[str, KeyRecord] = {}
         self.spent: dict[tuple[str, str], int] = {}
+        self.spent_for: dict[str, int] = {}
         self.in_window: dict[str, dict[str, int]] = {}
         self.noted: list[str] = []
         self.n_found = 0
@@ -109,6 +111,18 @@ class FakeDirectory:
             ),
         )
         return new.plaintext
+
+    def limit_ends(self, key: str, *rows: EndCustomerRow) -> None:
+        """Limits on the end customers of a key's project."""
+        from msgspec.structs import replace as replace_struct
+
+        lookup = api_keys.lookup_of(key)
+        assert lookup
+        self.records[lookup] = replace_struct(self.records[lookup], end_customers=rows)
+
+    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
+        self._require_up()
+        return Nano(self.spent_for.get(f"{project}.{customer}", 0))
 
     def change(self, key: str, **changes: Any) -> None:
         """Alter a key's row, as the console would."""
