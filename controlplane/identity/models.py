@@ -132,6 +132,12 @@ class IdentityProvider(models.Model):
     secret = models.BinaryField(default=b"", editable=False, help_text="OIDC only; sealed (secretbox.py)")
     sso_url = models.CharField(max_length=500, blank=True, help_text="SAML only: where sign-ins are sent")
     certificate = models.TextField(blank=True, help_text="SAML only: base64 of what it signs with")
+    next_certificate = models.TextField(
+        blank=True,
+        default="",
+        db_default="",
+        help_text="SAML only: of what it will sign with, accepted already",
+    )
     groups_claim = models.CharField(
         max_length=200, default="groups", help_text="claim or attribute with groups"
     )

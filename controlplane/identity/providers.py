@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from datetime import datetime
 from typing import Final
 from uuid import UUID
 
@@ -63,6 +64,7 @@ def create_provider(
     client_secret: str = "",
     sso_url: str = "",
     certificate: str = "",
+    next_certificate: str = "",
     groups_claim: str = "groups",
 ) -> IdentityProvider:
     """A new provider, enabled. Raises InvalidInputError naming the field."""
@@ -74,6 +76,7 @@ def create_provider(
         client_id=client_id,
         sso_url=sso_url,
         certificate=_certificate(certificate),
+        next_certificate=_certificate(next_certificate, "next_certificate"),
         groups_claim=groups_claim,
         secret=secretbox.seal(client_secret, purpose=SECRET) if client_secret else b"",
     )
@@ -97,9 +100,11 @@ def update_provider(
     client_secret: str | None = None,
     sso_url: str | None = None,
     certificate: str | None = None,
+    next_certificate: str | None = None,
     groups_claim: str | None = None,
 ) -> IdentityProvider:
-    """Change what is given; disabling ends the sessions that were vouched for.
+    """Change what is given; disabling ends the sessions that were vouched for. Both certificates of a SAML provider
+    count until `next_certificate` is "" again.
 
     Raises NotFoundError, InvalidInputError.
     """
@@ -113,6 +118,9 @@ def update_provider(
             "client_id": client_id,
             "sso_url": sso_url,
             "certificate": None if certificate is None else _certificate(certificate),
+            "next_certificate": (
+                None if next_certificate is None else _certificate(next_certificate, "next_certificate")
+            ),
             "groups_claim": groups_claim,
             "secret": None if client_secret is None else secretbox.seal(client_secret, purpose=SECRET),
         }
@@ -138,6 +146,13 @@ def delete_provider(*, organization_id: UUID, provider_id: UUID) -> None:
     log.info("identity_provider.deleted", organization=organization_id.hex, provider=provider_id.hex)
 
 
+def certificate_ends_at(text: str) -> datetime | None:
+    """Of a certificate as it is kept; None for an empty one."""
+    if not text:
+        return None
+    return x509.load_der_x509_certificate(base64.b64decode(text)).not_valid_after_utc
+
+
 def secret_of(row: IdentityProvider) -> str:
     box = bytes(row.secret)
     return secretbox.unseal(box, purpose=SECRET) if box else ""
@@ -149,7 +164,7 @@ def _check(row: IdentityProvider) -> None:
             raise InvalidInputError(f"issuer: {problem}", field="issuer")
         if not row.client_id:
             raise InvalidInputError("client_id: OIDC needs one", field="client_id")
-        if row.sso_url or row.certificate:
+        if row.sso_url or row.certificate or row.next_certificate:
             raise InvalidInputError("sso_url and certificate are for SAML: leave them out", field="sso_url")
         return
     if problem := fetch.check_url(row.sso_url):
@@ -162,7 +177,7 @@ def _check(row: IdentityProvider) -> None:
         raise InvalidInputError("client_id and client_secret are for OIDC: leave them out", field="client_id")
 
 
-def _certificate(text: str) -> str:
+def _certificate(text: str, field: str = "certificate") -> str:
     """The base64 of one X.509 certificate, from PEM or base64; checked by reading it."""
     if not text.strip():
         return ""
@@ -171,6 +186,6 @@ def _certificate(text: str) -> str:
         x509.load_der_x509_certificate(base64.b64decode(body, validate=True))
     except (ValueError, binascii.Error) as error:
         raise InvalidInputError(
-            "certificate: not one X.509 certificate in PEM or base64", field="certificate"
+            f"{field}: not one X.509 certificate in PEM or base64", field=field
         ) from error
     return body

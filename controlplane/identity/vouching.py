@@ -22,9 +22,11 @@ from allauth.socialaccount.providers.oauth2.client import OAuth2Error
 from allauth.socialaccount.providers.openid_connect.provider import OpenIDConnectProvider
 from allauth.socialaccount.providers.openid_connect.views import OpenIDConnectOAuth2Adapter
 from allauth.socialaccount.providers.saml.provider import SAMLProvider
+from allauth.socialaccount.providers.saml.utils import build_auth as _build_auth
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import reverse
+from onelogin.saml2.utils import OneLogin_Saml2_Utils as Utils
 
 from controlplane import ids
 from controlplane.errors import CorralError
@@ -261,6 +263,7 @@ def app_of(row: IdentityProvider) -> SocialApp:
         app.provider, app.client_id = SamlProvider.id, str(row)
         app.settings = {
             "idp": {"entity_id": row.issuer, "sso_url": row.sso_url, "x509cert": row.certificate},
+            "next_certificate": row.next_certificate,
             "advanced": {
                 "strict": True,
                 "reject_idp_initiated_sso": True,
@@ -271,6 +274,17 @@ def app_of(row: IdentityProvider) -> SocialApp:
         }
         app.get_provider = lambda request: SamlProvider(request, app=app)
     return app
+
+
+def build_auth(request: HttpRequest, provider: Any) -> Any:
+    """allauth's, which knows one certificate of a provider: while it is replaced, both are good."""
+    auth = _build_auth(request, provider)
+    following = provider.app.settings.get("next_certificate")
+    if following:
+        idp = auth.get_settings().get_idp_data()
+        both = [idp["x509cert"], Utils.format_cert(following)]
+        idp["x509certMulti"] = {"signing": both}
+    return auth
 
 
 def callback_path(row: IdentityProvider) -> str:

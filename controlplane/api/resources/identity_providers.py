@@ -36,6 +36,7 @@ class IdentityProviderOut(Schema):
     client_id: str
     sso_url: str
     certificate: str
+    next_certificate: str = Field(description="SAML: accepted beside it; empty but while it is replaced")
     groups_claim: str
     callback_url: str = Field(description="Set this at the provider: OIDC redirect URI, SAML ACS URL")
     metadata_url: str | None = Field(description="SAML: our metadata, and our entity id; null for OIDC")
@@ -55,6 +56,9 @@ class NewIdentityProvider(Body):
     certificate: Annotated[
         str, Field(max_length=20_000, description="PEM or base64 of one X.509 certificate")
     ] = ""
+    next_certificate: Annotated[
+        str, Field(max_length=20_000, description="What it will sign with: accepted beside the other")
+    ] = ""
     groups_claim: Annotated[str, Field(min_length=1, max_length=200)] = "groups"
 
 
@@ -68,6 +72,16 @@ class IdentityProviderChange(Body):
     client_secret: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     sso_url: _Url | None = None
     certificate: Annotated[str, Field(max_length=20_000)] | None = None
+    next_certificate: (
+        Annotated[
+            str,
+            Field(
+                max_length=20_000,
+                description="Both are accepted, from before the provider changes over until this is empty again",
+            ),
+        ]
+        | None
+    ) = None
     groups_claim: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
@@ -127,6 +141,7 @@ def provider_out(row: IdentityProvider) -> IdentityProviderOut:
         client_id=row.client_id,
         sso_url=row.sso_url,
         certificate=row.certificate,
+        next_certificate=row.next_certificate,
         groups_claim=row.groups_claim,
         callback_url=base + vouching.callback_path(row),
         metadata_url=base + reverse("saml_metadata", args=[str(row)]) if is_saml else None,

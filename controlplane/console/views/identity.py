@@ -7,7 +7,7 @@ offered nor taken (as in the REST API).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -103,13 +103,35 @@ def connect_provider(request: MemberRequest) -> HttpResponse:
 @require_POST
 @member_page(Permission.SIGN_IN_WRITE)
 def change_provider(request: MemberRequest, provider: str) -> HttpResponse:
-    """Enables or disables it, or, with `delete`, disconnects it."""
+    """Enables or disables it, or, with `delete`, disconnects it; with `next_certificate` or `replaced` changes what it
+    signs with: both are accepted in between."""
     organization_id = request.membership.organization_id
     provider_id = _id(ids.Prefix.IDENTITY_PROVIDER, provider, "identity provider")
     row = providers.provider(organization_id=organization_id, provider_id=provider_id)
     if "delete" in request.POST:
         providers.delete_provider(organization_id=organization_id, provider_id=provider_id)
         messages.success(request, f"{row.name} is disconnected, and the sessions that came of it have ended.")
+        return redirect("console:identity")
+    if "next_certificate" in request.POST:
+        providers.update_provider(
+            organization_id=organization_id,
+            provider_id=provider_id,
+            next_certificate=request.POST["next_certificate"],
+        )
+        messages.success(request, f"{row.name} may sign with either certificate from now on.")
+        return redirect("console:identity")
+    if "replaced" in request.POST:
+        if not row.next_certificate:
+            raise InvalidInputError(
+                "next_certificate: give the new certificate first", field="next_certificate"
+            )
+        providers.update_provider(
+            organization_id=organization_id,
+            provider_id=provider_id,
+            certificate=row.next_certificate,
+            next_certificate="",
+        )
+        messages.success(request, f"{row.name} signs with its new certificate alone.")
         return redirect("console:identity")
     providers.update_provider(
         organization_id=organization_id, provider_id=provider_id, is_enabled=not row.is_enabled
@@ -188,7 +210,7 @@ def _page(request: MemberRequest, status: int = 200, **context: Any) -> HttpResp
             for row in Domain.objects.filter(organization_id=organization_id).order_by("name")
         ],
         "providers": [
-            (row, base + vouching.callback_path(row), *_addresses(row, base))
+            (row, base + vouching.callback_path(row), *_addresses(row, base), *_ends(row))
             for row in IdentityProvider.objects.filter(organization_id=organization_id).order_by("name", "id")
         ],
         "scim_tokens": [
@@ -213,6 +235,11 @@ def _addresses(row: IdentityProvider, base: str) -> Sequence[str]:
     """Where people begin with it; and, for SAML, our metadata."""
     login = base + reverse("sso_start", args=[str(row)])
     return login, base + reverse("saml_metadata", args=[str(row)]) if row.kind == ProviderKind.SAML else ""
+
+
+def _ends(row: IdentityProvider) -> Sequence[datetime | None]:
+    """Until when its certificate, and the one to come, are valid."""
+    return tuple(map(providers.certificate_ends_at, (row.certificate, row.next_certificate)))
 
 
 def _refused(request: MemberRequest, form: forms.Form, error: CorralError, name: str) -> HttpResponse:

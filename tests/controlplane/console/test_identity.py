@@ -6,14 +6,16 @@ import re
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from django.test import Client
 
 from controlplane.identity import policies, providers
-from controlplane.identity.models import Domain, IdentityProvider
+from controlplane.identity.models import Domain, IdentityProvider, ProviderKind
 from controlplane.scim import tokens
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Role
 from tests.controlplane.console.conftest import signed_in
+from tests.controlplane.identity.saml_idp import certificate
 from tests.world import World
 
 OIDC = {
@@ -64,6 +66,26 @@ def test_a_provider_is_connected_disabled_and_disconnected(world: World, owner: 
     owner.post(f"/sign-in/providers/{row}", {"delete": "1"})
     assert rows(world, IdentityProvider) == []
     assert owner.post("/sign-in/providers", {"kind": "saml", "saml-name": "x"}).status_code == 400
+
+
+def test_a_saml_certificate_is_replaced_with_both_good_in_between(world: World, owner: Client) -> None:
+    first, second = (certificate(rsa.generate_private_key(65537, 2048)) for _ in range(2))
+    provider = providers.create_provider(
+        organization_id=world.organization.id,
+        kind=ProviderKind.SAML,
+        name="Entra",
+        issuer="https://idp.example.org/metadata",
+        sso_url="https://idp.example.org/sso",
+        certificate=first,
+    )
+    path, before = f"/sign-in/providers/{provider}", provider.certificate
+    assert owner.post(path, {"next_certificate": "nonsense"}).status_code == 400
+    assert owner.post(path, {"replaced": "1"}).status_code == 400
+    assert owner.post(path, {"next_certificate": second}).status_code == 302
+    assert "is accepted too" in owner.get("/sign-in").content.decode()
+    assert owner.post(path, {"replaced": "1"}).status_code == 302
+    (row,) = rows(world, IdentityProvider)
+    assert row.certificate not in ("", before) and row.next_certificate == ""
 
 
 def test_the_policy_is_shown_and_changed_as_it_is(world: World, owner: Client) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from django.test import Client
 
+from controlplane.errors import InvalidInputError
 from controlplane.identity import policies, providers
 from controlplane.identity.models import IdentityProvider, ProviderKind
 from controlplane.tenants import services
@@ -127,6 +128,25 @@ def test_wrong_missing_and_broken_signatures_are_refused(
     assert refused(walk(client, connected, idp), client)
     idp.certificate = certificate(other_rsa_key)  # and brings its own certificate along
     assert refused(walk(client, connected, idp), client)
+
+
+def test_while_its_certificate_is_replaced_both_are_good(
+    world: World, idp: SamlIdp, connected: IdentityProvider, other_rsa_key: Any
+) -> None:
+    """Announced before, accepted on both sides of the change, and the old one no more once it is over."""
+    following = certificate(other_rsa_key)
+    change = {"organization_id": world.organization.id, "provider_id": connected.id}
+    providers.update_provider(**change, next_certificate=following)
+    assert walk(browser(), connected, idp).headers["Location"] == "/keys"
+    idp.signer = other_rsa_key
+    assert walk(browser(), connected, idp).headers["Location"] == "/keys"
+    providers.update_provider(**change, certificate=following, next_certificate="")
+    assert walk(browser(), connected, idp).headers["Location"] == "/keys"
+    client = browser()
+    idp.signer = idp.key
+    assert refused(walk(client, connected, idp), client)
+    with pytest.raises(InvalidInputError, match="next_certificate: not one"):
+        providers.update_provider(**change, next_certificate="nonsense")
 
 
 def test_a_wrapped_signature_is_refused(idp: SamlIdp, connected: IdentityProvider) -> None:
