@@ -22,6 +22,7 @@ RATES: Final = {
 ROLES: Final = (
     (UpstreamRole.REPLICA.value, "beside our replicas"),
     (UpstreamRole.OVERFLOW.value, "for what overflows"),
+    (UpstreamRole.SHADOW.value, "for copies, to compare"),
 )
 
 
@@ -74,8 +75,10 @@ class SettingsForm(forms.Form):
     """What can be changed of an endpoint. An empty key stays as it is."""
 
     role = forms.ChoiceField(label="Use", choices=ROLES)
-    base_url = _text("Base URL", max_length=MAX_URL)
-    model = _text("Model there", max_length=200)
+    base_url = _text(
+        "Base URL", max_length=MAX_URL, required=False
+    )  # a deployment that is a shadow has neither
+    model = _text("Model there", max_length=200, required=False)
     api_key = forms.CharField(
         label="New API key",
         max_length=4096,

@@ -74,6 +74,8 @@ def health_of(upstream: Upstream, replica: Replica | None, figures: live.Live) -
     """`replica`: its newest one."""
     if upstream.disabled_at is not None:
         return Health("disabled", "rest")
+    if upstream.target_id is not None:
+        return Health("copying", "ok", "a deployment of yours answers")
     if replica is None:
         return Health("starting", "busy")
     if replica.phase not in LIVE_PHASES:

@@ -28,7 +28,7 @@ from infra.local.preflight import engine_verdict, gather
 from tests.workers.endpoints import Call, endpoint
 from workers.modelcache.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 Eventually = Callable[..., None]
 RATES = {"input_nano_per_million": 3_000_000, "output_nano_per_million": 5_000_000}  # 3 and 5 nano a token
 KEY = "sk-theirs"
@@ -88,7 +88,7 @@ def vllm_server(folder: Path) -> Iterator[int]:
     with (folder / "vllm.log").open("wb") as log:
         server = subprocess.Popen(argv, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        deadline_s = time.monotonic() + 240
+        deadline_s = time.monotonic() + 300
         while True:
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:

@@ -169,3 +169,28 @@ def test_who_may_not_change_sees_no_buttons(developer: Client, viewer: Client, s
     assert viewer.get("/upstreams").status_code == 403
     home = text_of(viewer, "/")
     assert 'href="/upstreams"' not in home and 'href="/webhooks"' not in home and 'href="/sharing"' in home
+
+
+def test_a_shadow_is_shown_and_changed_also_where_it_is_a_deployment(
+    world: World, served: Deployment, client: Client
+) -> None:
+    client.force_login(world.alice)
+    organization_id = world.organization.id
+    services.set_consent(organization_id=organization_id, agreed=True)
+    second = make_deployment(world, "second", model_version_id=served.model_version_id)
+    made = services.attach(
+        organization_id=organization_id,
+        deployment_id=served.id,
+        name="trial",
+        role="shadow",
+        target_deployment_id=second.id,
+        change=services.Change(),
+    )
+    page = text_of(client, f"/upstreams/{made}")
+    assert "copying" in page and "second" in page and "10000 of a million requests" in page
+    form = client.get(f"/upstreams/{made}").context["form"]
+    sent = {name: value for name, value in form.initial.items() if value is not None} | {"slots": "3"}
+    assert client.post(f"/upstreams/{made}/change", sent).status_code == 302
+    with tenant(organization_id):
+        after = Upstream.objects.get(id=made.id)
+    assert (after.slots, after.role, after.target_id) == (3, "shadow", second.id)
