@@ -149,7 +149,8 @@ def _gaps(whole: Sequence[Seen]) -> list[_Gap]:
         is_next = False
         for (a, _), (b, n_tokens) in itertools.pairwise(found):
             n_starts = bisect_right(starts, b + usual_s) - bisect_left(starts, a - usual_s)
-            if n_starts > (found[0][0] >= a - usual_s):
+            # A first token comes a longer way than the others: the gap after it is too short.
+            if a == found[0][0] or n_starts > (found[0][0] >= a - usual_s):
                 is_next = False
                 continue
             n = bisect_right(starts, a) - bisect_left(ends, (a + b) / 2)
