@@ -221,7 +221,9 @@ def _insert(
     every offer refuses; whether we made it.
     """
     if stand_in is None:
-        plan = market.plan(provider, config, cell_name, command_id=command_id, n_replicas=n_replicas)
+        plan = market.plan(
+            provider, config, cell_name, command_id=command_id, n_replicas=n_replicas, deployment=deployment
+        )
     else:
         plan = LaunchPlan(stand_in.names, ())
     if plan is not None and not plan.names:

@@ -6,16 +6,18 @@ does. A provider with one kind of machine only (the local one) has no offers, an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from uuid import UUID
 
 import structlog
 from django.db.models import F
 from django.utils import timezone
 
-from autoscaler import pooldecisions
+from autoscaler import gpuwork, pooldecisions
 from autoscaler.codec import CodecError, from_json
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Machine, MachineState, Offer, PoolDecisionKind, PoolState
@@ -25,12 +27,14 @@ from autoscaler.policy.poolplan import PoolMemory
 from autoscaler.policy.poolrest import NOTHING, WARM
 from autoscaler.policy.sizes import Scale, places
 from autoscaler.policy.spot import FleetView, Learned, OfferView, SpotMemory, SpotSpec
+from controlplane.deployments.models import Deployment
 from infra.providers.base import Offering, Provider, Refusal
 
 log = structlog.get_logger("corral.autoscaler")
 
 STALE_AFTER = timedelta(minutes=30)  # an offer that the provider has not listed for so long is not bought
 NANO = 1e9
+NO_WORK: Mapping[str, float] = MappingProxyType({})
 # What happens without a price: a pool of on-demand only has no on-demand price to beat.
 _NO_PRICE_USD = 1e6
 
@@ -69,9 +73,10 @@ def plan(
     now: datetime | None = None,
     command_id: UUID | None = None,
     n_replicas: int = 1,
+    deployment: Deployment | None = None,
 ) -> LaunchPlan | None:
     """What the next machine of this pool may be, for so many replicas without room; None where the provider has one
-    kind only.
+    kind only. Of a deployment: at what its requests cost on each kind of GPU.
 
     With the command that orders it the decision is kept.
     """
@@ -86,11 +91,17 @@ def plan(
         return LaunchPlan((), (f"nothing on sale holds a replica that runs on {config.accelerator}",))
     spec, scale = spot_spec(config), scale_of(offers, config)
     n_missing = scale.needed(n_replicas)
+    work = {}
+    if deployment is not None and config.need.gpu:
+        known = gpuwork.replicas_for_the_same(deployment, {o.gpu for o in offers}, config.need, now)
+        work = {gpu: n for gpu, n in known.items() if math.isfinite(n)}
+        able = [o for o in offers if o.gpu in work]
+        offers, work = (able, work) if able else (offers, {})
     state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider.name)
-    view = one_more(fleet_view(offers, cell, provider.name, spec, now, scale, n_missing), n_missing)
-    on_demand = on_demand_offers(offers, scale, n_missing)
+    view = one_more(fleet_view(offers, cell, provider.name, spec, now, scale, n_missing, work), n_missing)
+    on_demand = on_demand_offers(offers, scale, n_missing, work)
     purchase = Purchase(
-        view, on_demand, spec, memory_from(state.memory), config.spot, scale, n_replicas=n_replicas
+        view, on_demand, spec, memory_from(state.memory), config.spot, scale, n_replicas, work
     )
     chosen, memory = purchase.plan()
     if command_id is not None:
@@ -140,12 +151,14 @@ def least_places(names: Iterable[str], cell: str, provider: str, config: Autosca
     return min((places_of(o, config) for o in offers), default=0)
 
 
-def on_demand_offers(offers: Iterable[Offer], scale: Scale, n_missing: int) -> tuple[OnDemandOffer, ...]:
+def on_demand_offers(
+    offers: Iterable[Offer], scale: Scale, n_missing: int, work: Mapping[str, float] = NO_WORK
+) -> tuple[OnDemandOffer, ...]:
     """Those that are not taken back, as the policy sees them: at the price of a unit that is used."""
     return tuple(
         OnDemandOffer(
             o.name,
-            o.price_nano_per_h / NANO / scale.useful(o.name, n_missing),
+            o.price_nano_per_h / NANO / scale.useful(o.name, n_missing) * work.get(o.gpu, 1.0),
             o.refused_until.timestamp() if o.refused_until else None,
         )
         for o in offers
@@ -161,9 +174,10 @@ def fleet_view(
     now: datetime,
     scale: Scale,
     n_used: int,
+    work: Mapping[str, float] = NO_WORK,
 ) -> FleetView:
     """The pool as the buying policy sees it, without machines that we give up, in units of the scale. Prices are those
-    of a unit where so many would be used. `n_wanted` is left 0.
+    of a unit where so many would be used, and of the work that one does on the GPU it needs. `n_wanted` is left 0.
     """
     rows = Machine.objects.filter(cell=cell, provider=provider, given_up_at=None).exclude(
         state=MachineState.GONE
@@ -182,7 +196,7 @@ def fleet_view(
     fixed = [o for o in known if not o.is_spot]
 
     def usd_per_h(o: Offer) -> float:
-        return o.price_nano_per_h / NANO / scale.useful(o.name, n_used)
+        return o.price_nano_per_h / NANO / scale.useful(o.name, n_used) * work.get(o.gpu, 1.0)
 
     return FleetView(
         now_s=now.timestamp(),

@@ -7,6 +7,7 @@ Called by autoscaler/market.py before a machine is ordered; the plan is stored w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -51,11 +52,18 @@ class Purchase:
     spot: bool = True
     scale: Scale = field(default_factory=Scale)
     n_replicas: int = 1
+    # Replicas that do on each GPU what one does on the GPU it needs; prices have it in them.
+    work: Mapping[str, float] = field(default_factory=dict)
 
     def plan(self) -> tuple[LaunchPlan, SpotMemory]:
         plan, memory = plan_launch(self.view, self.on_demand, self.spec, self.memory, spot=self.spot)
         if self.scale.is_mixed:
             plan = replace(plan, reasons=(*plan.reasons, self._by_size(plan)))
+        if self.work:
+            told = ", ".join(f"{gpu} {n:.2f}" for gpu, n in sorted(self.work.items(), key=lambda w: w[1]))
+            plan = replace(
+                plan, reasons=(*plan.reasons, f"replicas for the same work, prices include it: {told}")
+            )
         return plan, memory
 
     def _by_size(self, plan: LaunchPlan) -> str:
