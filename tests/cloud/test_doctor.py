@@ -53,6 +53,20 @@ def test_a_sound_account(ec2: Ec2, region: tuple[Ec2, Clients], pem: str, image:
     assert "CORRAL_AWS_QUEUE_URL" in found["central spot notices"].remedy
 
 
+def test_what_each_size_holds_and_what_is_never_bought(
+    ec2: Ec2, region: tuple[Ec2, Clients], image: str
+) -> None:
+    config = aws_config(ec2, CORRAL_AWS_AMI=image, CORRAL_AWS_INSTANCE_TYPES=f"{TYPE},g6.12xlarge,g5.xlarge")
+
+    def holds(offer: Offering) -> int:
+        return offer.n_gpus if offer.gpu == "l4" else 0
+
+    found = {f.subject: f for f in examine(config, region[1], max_machines=3, holds=holds)}
+    assert found["type g6.12xlarge"].found.startswith("4 × l4 for 4 replicas, ")
+    assert found["type g5.xlarge"].verdict is Verdict.WARNING
+    assert "CORRAL_ACCELERATOR" in found["type g5.xlarge"].remedy
+
+
 @pytest.mark.parametrize(
     ("changes", "subject", "remedy"),
     [

@@ -12,8 +12,10 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
+from autoscaler.config import AutoscalerConfig
+from autoscaler.policy.sizes import places
 from infra.providers.aws.config import AwsConfig
-from infra.providers.base import ProviderError
+from infra.providers.base import Offering, ProviderError
 
 _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED ", "unknown": "unknown"}
 
@@ -38,8 +40,14 @@ class Command(BaseCommand):
             config = AwsConfig.read(os.environ)
         except ProviderError as error:
             raise CommandError(str(error)) from None
+        house: AutoscalerConfig = settings.AUTOSCALER
+
+        def holds(offer: Offering) -> int:
+            return places(house.need, offer.gpu, offer.n_gpus, house.replicas_per_machine)
+
         found = []
-        for finding in examine(config, connect(config.region), max_machines=settings.AUTOSCALER.max_machines):
+        clients = connect(config.region)
+        for finding in examine(config, clients, max_machines=house.max_machines, holds=holds):
             found.append(finding)
             if not options["json"]:
                 self.stdout.write(f"{_MARKS[finding.verdict]}  {finding.subject}: {finding.found}")

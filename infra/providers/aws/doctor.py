@@ -49,8 +49,15 @@ class Finding:
     remedy: str = ""
 
 
-def examine(config: AwsConfig, clients: Clients, *, max_machines: int) -> Iterator[Finding]:
-    """Findings as they come, from what everything rests on to what only matters later."""
+def examine(
+    config: AwsConfig,
+    clients: Clients,
+    *,
+    max_machines: int,
+    holds: Callable[[Offering], int] = lambda offer: 1,
+) -> Iterator[Finding]:
+    """Findings as they come, from what everything rests on to what only matters later. `holds`: replicas that a machine
+    of that kind holds."""
     who = _ask(lambda: clients.sts.get_caller_identity())
     if isinstance(who, str):
         yield Finding(
@@ -63,12 +70,12 @@ def examine(config: AwsConfig, clients: Clients, *, max_machines: int) -> Iterat
     yield Finding("credentials", Verdict.OK, f"{who['Arn']}")
     yield from _image(config, clients)
     zones = yield from _network(config, clients)
-    offers = yield from _market(config, clients)
+    offers = yield from _market(config, clients, holds)
     yield from _rights(config, clients, zones)
     yield from _quotas(config, clients, max_machines)
     yield from _queue(config, clients)
     yield _certificate(config)
-    yield from _cost(offers, max_machines)
+    yield from _cost([o for o in offers if holds(o)], max_machines)
 
 
 def _image(config: AwsConfig, clients: Clients) -> Iterator[Finding]:
@@ -166,7 +173,7 @@ def _network(config: AwsConfig, clients: Clients) -> Any:
     return good
 
 
-def _market(config: AwsConfig, clients: Clients) -> Any:
+def _market(config: AwsConfig, clients: Clients, holds: Callable[[Offering], int]) -> Any:
     """Findings; returns what is sold."""
     catalogue = Catalogue(config, clients.read)
     offers = _ask(catalogue.offerings)
@@ -191,6 +198,12 @@ def _market(config: AwsConfig, clients: Clients) -> Any:
         )
         shown += [f"on-demand {_usd(fixed[0])}"] if fixed else ["no on-demand price"]
         gpu = f"{mine[0].n_gpus} × {mine[0].gpu or 'unknown GPU'}" if mine and mine[0].n_gpus else "no GPU"
+        if mine and not (n := holds(mine[0])):
+            remedy = "set CORRAL_ACCELERATOR to what every type has at least, or take the type out"
+            yield Finding(subject, Verdict.WARNING, f"{gpu}: holds no replica and is never bought", remedy)
+            continue
+        if mine and n > 1:
+            gpu += f" for {n} replicas"
         remedy = (
             "" if fixed else f"set CORRAL_AWS_ON_DEMAND_USD={instance_type}=… so that it may serve as cover"
         )
