@@ -70,9 +70,10 @@ def test_a_lost_reply_of_create_fleet_is_exactly_one_machine(bought: Scaling, ec
 
 def test_throttling_is_backed_off_from_with_bounded_calls(bought: Scaling, ec2: Ec2) -> None:
     ec2.faults.append(Fault("CreateFleet", times=5, code="RequestLimitExceeded", status=503))
-    bought.tick()
+    now = timezone.now()
+    tick(bought.deployment.id, bought.house, now)
     assert (ec2.count("CreateFleet"), ec2.alive()) == (3, []), "three calls a round, and no more this tick"
-    bought.tick()
+    tick(bought.deployment.id, bought.house, now)
     assert ec2.count("CreateFleet") == 3, "and none in the next second: a machine that failed is waited for"
     for after_s in (2, 4):
         tick(bought.deployment.id, bought.house, timezone.now() + timedelta(seconds=after_s))
