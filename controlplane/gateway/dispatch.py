@@ -33,6 +33,7 @@ from workers.contract import Endpoint, RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
+_MAX_ROOMY: Final = 50_000
 _SCOPE_NAMES: Final = {"end": "end customer", "key": "API key", "prj": "project", "org": "organization"}
 
 
@@ -77,6 +78,7 @@ class Dispatcher:
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
         self._body_ms = int(request_timeout_s * 1000) + RETENTION_MS
         self._digests = digests
+        self._roomy: set[str] = set()  # keys of which the last admission found room for many more
         self._n_streams = first_number
 
     def open(
@@ -100,7 +102,10 @@ class Dispatcher:
             deployment.context_tokens,
             deployment.rates,
             streaming=request.stream,
-            n_paid=min(estimate.upper_bound(n_prompt, calibration), deployment.context_tokens),
+            n_paid=min(
+                estimate.upper_bound(n_prompt, calibration, is_roomy=key.key in self._roomy),
+                deployment.context_tokens,
+            ),
         )
         if origin is not None:
             hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
@@ -212,6 +217,7 @@ class Dispatcher:
             raise unavailable("cell_unavailable", "the request could not be stored: try again shortly", 1.0)
         else:
             raise ApiError(409, "request_exists", "a request with this id exists: send it again")
+        self._note_room(stream)
         stream.admitted = True
         if told is not None:
             self._decisions.admitted(stream, told)
@@ -219,6 +225,15 @@ class Dispatcher:
             stream.live_machine = stream.machine
             if stream.held_back:
                 self._ends.inbox.catch_up(stream)
+
+    def _note_room(self, stream: Stream) -> None:
+        roomy, key = self._roomy, stream.key.key
+        if not stream.is_roomy:
+            roomy.discard(key)
+        elif key not in roomy:
+            if len(roomy) >= _MAX_ROOMY:
+                roomy.clear()
+            roomy.add(key)
 
     async def _try_admit(
         self, stream: Stream, request: GenerationRequest, body: bytes, ask: Ask

@@ -24,8 +24,9 @@ _SLOWEST_WEIGHT: Final = 0.05  # after some 20 requests an old ratio has lost mo
 _RATIO_MIN, _RATIO_MAX = 0.1, 10.0
 # How far below the estimate the exact count is taken to lie at least: half covers code, CJK and prose alike.
 _LOWER_SHARE: Final = 0.5
-# A prompt of fewer tokens is held as estimated: what it may exceed that by is less than most answers leave. Of a longer
-# one that is a round trip before the first token, for the money; so it is held with so many times the usual error.
+# A prompt that turns out longer than was held for eats the money of its output: the replica must ask for more. So money
+# is held with so many times the usual error. Not of a prompt of fewer tokens where money is short: what it may exceed
+# its estimate by is little, and the last requests that a budget pays for should find it.
 _LONG_PROMPT: Final = 1024
 _SPREADS: Final = 4.0
 _LEAST_MARGIN, _MOST_MARGIN = 1 / 64, 0.5
@@ -67,10 +68,10 @@ def lower_bound(estimated: int) -> int:
     return max(1, int(estimated * _LOWER_SHARE))
 
 
-def upper_bound(estimated: int, calibration: Calibration) -> int:
-    """A count that the exact one of a long prompt seldom exceeds; of a short one the estimate itself. Sizes the money
-    that is held for the prompt."""
-    if estimated < _LONG_PROMPT:
+def upper_bound(estimated: int, calibration: Calibration, *, is_roomy: bool) -> int:
+    """A count that the exact one seldom exceeds; of a short prompt where money may be short the estimate itself. Sizes
+    the money that is held for the prompt. `is_roomy`: there is money for many more."""
+    if estimated < _LONG_PROMPT and not is_roomy:
         return estimated
     margin = min(max(_SPREADS * calibration.spread, _LEAST_MARGIN), _MOST_MARGIN)
     return math.ceil(estimated * (1 + margin))

@@ -113,6 +113,22 @@ async def test_money_of_a_long_prompt_is_held_for_more_than_its_estimate(
     assert held >= job.envelope.n_prompt_held + 2 * 4, "at 1 and 2 nano-dollars a token"
 
 
+async def test_short_prompts_are_held_for_as_estimated_once_money_may_be_short(
+    gw: Running, machine: Machine
+) -> None:
+    """While there is money for many more, none of them has to ask because of a token; the last ones find theirs."""
+    await machine.enrol(slots=64)
+    held = {}
+    for budget_nano in (10**9, 30 * 60):  # beyond 64 such requests, and not
+        gw.key = gw.directory.add_key(key_limits=LimitsRow(budget_nano=budget_nano))
+        for _ in range(3):
+            assert (await gw.post(CHAT | {"max_tokens": 20})).status_code == 200
+        job = machine.jobs[-1]
+        held[budget_nano] = job.envelope.n_prompt_held - int((await gw.record(job.id))[b"in_est"])
+    assert held[10**9] > 0
+    assert held[30 * 60] == 0
+
+
 async def test_after_redis_lost_everything_rates_fill_from_empty(gw: Running, machine: Machine) -> None:
     """What was used is not known any more. Over the loss: at most the full limit, and what has filled since."""
     gw.key = gw.directory.add_key(key_limits=LimitsRow(rpm=60))

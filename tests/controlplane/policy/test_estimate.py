@@ -48,22 +48,25 @@ def test_money_of_long_prompts_covers_the_usual_error_and_of_short_ones_the_esti
         raw = 10_000
         exact = round(11_000 * dice.gauss(1, 0.01))
         estimated = estimate.estimate(raw, calibration)
-        held = estimate.upper_bound(estimated, calibration)
+        held = estimate.upper_bound(estimated, calibration, is_roomy=False)
         if turn >= 100:
             n_short += exact > held
             n_held += held
         calibration = estimate.observe(calibration, raw, exact)
     assert n_short <= 9, "three of a hundred"
     assert n_held <= 300 * 11_000 * 1.05
-    assert estimate.upper_bound(500, calibration) == 500
+    assert estimate.upper_bound(500, calibration, is_roomy=False) == 500
+    assert 508 <= estimate.upper_bound(500, calibration, is_roomy=True) <= 530
 
 
 def test_error_is_unlearned_as_fast_as_the_ratio() -> None:
     calibration = estimate.observe(estimate.NEW, 10_000, 20_000)
-    assert estimate.upper_bound(10_000, calibration) == 15_000, "at most by half"
+    assert estimate.upper_bound(10_000, calibration, is_roomy=False) == 15_000, "at most by half"
     for _ in range(100):
         calibration = estimate.observe(calibration, 10_000, 20_000)
-    assert estimate.upper_bound(64_000, calibration) == 65_000, "a sixty-fourth is always held"
+    assert estimate.upper_bound(64_000, calibration, is_roomy=False) == 65_000, (
+        "a sixty-fourth is always held"
+    )
 
 
 def test_ratio_follows_a_change_within_some_tens_of_requests() -> None:
