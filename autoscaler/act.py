@@ -14,7 +14,7 @@ import structlog
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from autoscaler import launch
+from autoscaler import launch, stopping
 from autoscaler.cell import Cell
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, MachineState, Replica, ReplicaPhase
@@ -26,6 +26,7 @@ from autoscaler.types import (
     DrainReplica,
     LaunchMachine,
     SleepReplica,
+    StartMachine,
     StartReplica,
     StopReplica,
     TerminateMachine,
@@ -41,7 +42,7 @@ _MAX_REASON = 500
 HAND_BACK_S = (
     8.0  # what an agent needs at most from the end of the grace to the process's end, and some to spare
 )
-_TAKES_REPLICAS = (MachineState.PENDING, MachineState.ENROLLED, MachineState.READY)
+_TAKES_REPLICAS = (MachineState.PENDING, MachineState.ENROLLED, MachineState.RESUMING, MachineState.READY)
 
 
 def act(
@@ -54,6 +55,9 @@ def act(
                 UUID(command_id), provider, config, cell, deployment, n_replicas=n_replicas
             )
             return machine is not None
+        case StartMachine(_, machine_id):
+            owner = None if deployment is None else deployment.organization_id
+            return stopping.resume(UUID(machine_id), stopping.Keeper(config, provider, cell), owner)
         case StartReplica():
             return deployment is not None and _start(command, deployment, config, cell)
         case DrainReplica(_, replica_id, reason):

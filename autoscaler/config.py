@@ -48,6 +48,8 @@ class AutoscalerConfig:
     # saves the next request, by the gaps seen so far. 0: `machine_keep_warm_s`, whatever they cost. A request that
     # waits more than `late_after_s` costs `late_usd`, and each second of it `late_usd_per_s`.
     warm_ladder: bool = True
+    # What a stopped machine costs: its disk (100 GB of gp3 at 0.08 USD a month). 0: none is stopped.
+    stopped_nano_per_h: int = 11_000_000
     late_after_s: float = 2.0
     late_usd: float = 0.02
     late_usd_per_s: float = 0.002
@@ -89,6 +91,7 @@ class AutoscalerConfig:
             ("agent_restarts", 0, 100),
             ("agent_lost_s", 10, 3600),
             ("max_spares", 0, 100),
+            ("stopped_nano_per_h", 0, 10**12),
             ("late_after_s", 0, 3600),
             ("late_usd", 0, 1e6),
             ("late_usd_per_s", 0, 1e6),

@@ -180,14 +180,14 @@ def fleet_view(
     of a unit where so many would be used, and of the work that one does on the GPU it needs. `n_wanted` is left 0.
     """
     rows = Machine.objects.filter(cell=cell, provider=provider, given_up_at=None).exclude(
-        state=MachineState.GONE
+        state__in=(MachineState.GONE, MachineState.STOPPING, MachineState.STOPPED)
     )
     pending: Counter[str] = Counter()
     ready: Counter[str] = Counter()
     leaving: Counter[str] = Counter()
     for row in rows.only("offering", "state", "ends_at", "launch_plan", "ready_at"):
         name = row.offering or next(iter(row.launch_plan), "")
-        if row.ready_at is None:
+        if row.ready_at is None or row.state == MachineState.RESUMING:
             pending[name] += 1
         else:
             ready[name] += 1

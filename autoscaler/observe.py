@@ -38,6 +38,9 @@ log = structlog.get_logger("corral.autoscaler")
 
 MAX_FAILURES_SEEN = 20
 MACHINE_FAILURES_FOR = timedelta(hours=1)
+# What a stopped machine's row says after its zone had no room to start it, and for how long it is not asked again.
+NO_ROOM = "no room in its zone: "
+AGAIN_AFTER = timedelta(seconds=60)
 # Endpoints elsewhere (external.py) are not ours to scale.
 ELSEWHERE_Q = Q(machine__provider=ExternalProvider.name)
 LIVE_Q = Q(replicas__phase__in=AWAKE_PHASES)  # those with a place; sleepers have beds
@@ -68,6 +71,7 @@ def observe(
         n_queued=None if load is None else load.n_queued + load.n_overflowed,
         replicas=replicas,
         machines=pool.view(replicas, spec.max_replicas, loading),
+        stopped=startable(config, cell.keys.cell, now),
         loading=loading,
         n_machines=pool.n_machines,
         failures=failures,
@@ -82,7 +86,7 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
     """Every machine of the pool that exists, with its room."""
     rows = (
         Machine.objects.filter(cell=cell_name, provider=config.provider)
-        .exclude(state=MachineRowState.GONE)
+        .exclude(state__in=(MachineRowState.GONE, MachineRowState.STOPPING, MachineRowState.STOPPED))
         .annotate(
             n_live=Count("replicas", filter=LIVE_Q),
             n_asleep=Count("replicas", filter=ASLEEP_Q),
@@ -94,10 +98,12 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
     return tuple(
         MachineView(
             id=row.id.hex,
-            state=MachineState(row.state),
+            # One that is being started again is as one that was ordered when that began.
+            state=MachineState.PENDING if row.state == MachineRowState.RESUMING else MachineState(row.state),
+            resumes=row.state == MachineRowState.RESUMING,
             n_free=max(capacity(row, config) - row.n_live, 0),
             n_replicas=row.n_live,
-            created_at_s=row.created_at.timestamp(),
+            created_at_s=_begun_at(row).timestamp(),
             empty_since_s=(None if row.n_live else _latest_s((row.emptied_at, row.bedded_at, row.ready_at))),
             ends_at_s=_latest_s((row.ends_at,)),
             leaves_because=row.reason if _is_ours_to_tell(row) else "",
@@ -110,6 +116,17 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
 
 def _is_ours_to_tell(machine: Machine) -> bool:
     return machine.state == MachineRowState.DRAINING and machine.reason != TAKEN_AWAY
+
+
+def _begun_at(row: Machine) -> datetime:
+    return row.rest_at if row.state == MachineRowState.RESUMING and row.rest_at else row.created_at
+
+
+def startable(config: AutoscalerConfig, cell_name: str, now: datetime) -> tuple[str, ...]:
+    """Stopped machines whose zone did not refuse to start them a moment ago."""
+    rows = Machine.objects.filter(cell=cell_name, provider=config.provider, state=MachineRowState.STOPPED)
+    refused = Q(reason__startswith=NO_ROOM, rest_at__gt=now - AGAIN_AFTER)
+    return tuple(row.hex for row in rows.exclude(refused).order_by("id").values_list("id", flat=True))
 
 
 def capacity(machine: Machine, config: AutoscalerConfig) -> int:

@@ -16,7 +16,7 @@ import structlog
 from django.db.models import Count, F, Max
 from django.utils import timezone
 
-from autoscaler import launch, market, pooldecisions, timings
+from autoscaler import launch, market, pooldecisions, stopping, timings
 from autoscaler.codec import to_json
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import (
@@ -28,14 +28,15 @@ from autoscaler.models import (
     PoolDecisionKind,
     PoolState,
     Replica,
+    ReplicaPhase,
 )
-from autoscaler.observe import LIVE_Q, capacity
+from autoscaler.observe import LIVE_Q, capacity, startable
 from autoscaler.policy import alternatives
 from autoscaler.policy.disruption import Budget, Buyable, Held, Thrift
 from autoscaler.policy.ident import command_id
 from autoscaler.policy.ladder import Rung, Stakes
-from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, plan_pool
-from autoscaler.policy.poolrest import NOTHING, WARM, RestInputs
+from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, Stopped, plan_pool
+from autoscaler.policy.poolrest import NOTHING, STOPPED, WARM, RestInputs
 from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, effective_usd_per_h
 from autoscaler.tick import House
@@ -44,6 +45,7 @@ from infra.providers.base import ProviderError
 
 log = structlog.get_logger("corral.autoscaler")
 
+UNKNOWN_RESUME_RATIO: Final = 0.7  # of a boot, until a machine has come back: no image, no weights to fetch
 _MAX_ALTERNATIVES: Final = 6  # offers asked for one machine of the pool's own
 
 
@@ -82,12 +84,15 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
     learned = market.memory_from(state.memory)
     all_rows = (
         Machine.objects.filter(cell=cell, provider=house.provider.name)
-        .exclude(state=MachineState.GONE)
+        .exclude(state__in=(MachineState.GONE, *stopping.RESTING))
         .annotate(n_live=Count("replicas", filter=LIVE_Q))
         .order_by("id")
     )
     rows = [row for row in all_rows if row.given_up_at is None]
     by_name = {o.name: o for o in offers}
+    stopped = _stopped(house, now)
+    can = house.config.stopped_nano_per_h > 0
+    may_stop = tuple(row.id.hex for row in rows if can and stopping.may_stop(row, house.provider))
     machines = tuple(_machine(row, by_name, house) for row in rows)
     n_wanted = sum(scale.needed(m.held.n_replicas) for m in machines if not m.held.is_leaving)
     view = replace(
@@ -117,7 +122,9 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         cover=_cover([o for o in buyable if not by_name[o.name].is_spot], scale, n_wanted),
         spot=config.spot,
         # What serves on a machine that is given up is work all the same.
-        rest=_rest(house, sum(row.n_live for row in all_rows), machines, buyable),
+        rest=_rest(house, sum(row.n_live for row in all_rows), machines, buyable, bool(may_stop or stopped)),
+        stopped=stopped,
+        may_stop=may_stop,
         scale=scale,
     )
 
@@ -127,13 +134,29 @@ def _cover(fixed: list[Buyable], scale: Scale, n_wanted: int) -> str:
     return min(((o.usd_per_h / scale.useful(o.name, n_wanted), o.name) for o in fixed), default=(0.0, ""))[1]
 
 
+def _stopped(house: House, now: datetime) -> tuple[Stopped, ...]:
+    cell, provider = house.cell.keys.cell, house.provider.name
+    usable = startable(house.config, cell, now)
+    rows = Machine.objects.filter(cell=cell, provider=provider, state=MachineState.STOPPED).order_by("id")
+    return tuple(
+        Stopped(row.id.hex, (now - (row.rest_at or now)).total_seconds(), row.id.hex in usable)
+        for row in rows
+    )
+
+
 def _rest(
-    house: House, n_live: int, machines: tuple[PoolMachine, ...], offers: tuple[Buyable, ...]
+    house: House,
+    n_live: int,
+    machines: tuple[PoolMachine, ...],
+    offers: tuple[Buyable, ...],
+    may_stop: bool,
 ) -> RestInputs:
     """The rungs of this pool at their prices of now, and what waking from them takes by what starts took before."""
     config, provider = house.config, house.provider.name
     ended = Replica.objects.filter(machine__provider=provider, machine__cell=house.cell.keys.cell)
-    emptied_at = None if n_live else ended.aggregate(last=Max("stopped_at"))["last"]
+    slept = ended.filter(phase=ReplicaPhase.SLEEPING).aggregate(last=Max("phase_at"))["last"]
+    ends = [each for each in (ended.aggregate(last=Max("stopped_at"))["last"], slept) if each is not None]
+    emptied_at = None if n_live else max(ends, default=None)
     prices = [m.held.usd_per_h for m in machines] or [o.usd_per_h for o in offers]
     rungs: tuple[Rung, ...] = ()
     is_wanted = Deployment.objects.filter(
@@ -143,6 +166,11 @@ def _rest(
         start_s, boot_s = timings.usual_start_s(provider), timings.usual_boot_s(provider)
         boot_s = max(config.machine_boot_s - start_s, 0.0) if boot_s is None else boot_s
         rungs = (Rung(WARM, min(prices), start_s), Rung(NOTHING, 0.0, boot_s + start_s))
+        if may_stop:
+            resume_s = timings.usual_resume_s(provider)
+            resume_s = boot_s * UNKNOWN_RESUME_RATIO if resume_s is None else resume_s
+            usd_per_h = config.stopped_nano_per_h / market.NANO
+            rungs = (rungs[0], Rung(STOPPED, usd_per_h, resume_s + start_s), rungs[1])
     stakes = Stakes(config.late_after_s, config.late_usd, config.late_usd_per_s, min(prices, default=0.0))
     return RestInputs(n_live, None if emptied_at is None else emptied_at.timestamp(), rungs, stakes)
 
@@ -207,6 +235,13 @@ def _act(row: PoolDecision, orders: PoolOrders, inputs: PoolInputs, house: House
     touched: set[UUID] = set()
     for each in orders.give_up:
         touched |= give_up(UUID(hex=each.machine_id), each.why, house, now)
+    keeper = stopping.Keeper(house.config, house.provider, house.cell)
+    for each in orders.stop:
+        stopping.stop(UUID(hex=each.machine_id), each.why, keeper, now)
+    for machine_id in orders.start:
+        stopping.resume(UUID(hex=machine_id), keeper, now=now)
+    for each in orders.end:
+        launch.terminate(UUID(hex=each.machine_id), each.why, house.provider, house.cell)
     for each in orders.cancel:
         launch.terminate(UUID(hex=each.machine_id), each.why, house.provider, house.cell)
     log.info(

@@ -18,7 +18,7 @@ import structlog
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import launch, market, metrics, prefetch, renewal
+from autoscaler import launch, market, metrics, prefetch, renewal, stopping
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.models import (
@@ -102,7 +102,7 @@ def _give_up_silent(
     if (
         not why
         or seen is None
-        or seen.state is not ProviderState.RUNNING
+        or seen.state in (ProviderState.AGENT_DOWN, ProviderState.GONE)
         or row.state not in (MachineState.READY, MachineState.DRAINING)
     ):
         return
@@ -148,6 +148,12 @@ def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Rep
         return
     if not row.provider_ref:
         launch.adopt(row, seen, house.config)
+    if row.state in (*stopping.RESTING, MachineState.RESUMING):
+        why = stopping.follow(row, seen, _keeper(house), now)
+        if why:
+            house.provider.terminate(seen.ref)
+            _gone(row, why, house, report)
+        return
     if seen.state is ProviderState.RUNNING and row.n_restarts and row.launched_at:
         if now - row.launched_at > RESTARTS_FORGIVEN_AFTER:
             Machine.objects.filter(id=row.id).update(n_restarts=0)
@@ -170,6 +176,10 @@ def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Rep
     elif row.n_restarts >= house.config.agent_restarts:
         house.provider.terminate(seen.ref)
         _gone(row, f"its agent ended and was restarted {row.n_restarts} times already", house, report)
+
+
+def _keeper(house: House) -> stopping.Keeper:
+    return stopping.Keeper(house.config, house.provider, house.cell)
 
 
 def _gone(row: Machine, reason: str, house: House, report: Report) -> None:
@@ -201,7 +211,7 @@ def _release(house: House, report: Report, now: datetime) -> None:
 def _restore(house: House, report: Report, now: datetime) -> None:
     cell = house.cell
     pool = Machine.objects.filter(provider=house.provider.name, cell=cell.keys.cell)
-    for row in pool.exclude(state=MachineState.GONE):
+    for row in pool.exclude(state__in=(MachineState.GONE, *stopping.RESTING)):
         mid = row.id.hex
         if _restore_user(row, house):
             log.warning("machine.user_restored", machine=mid)
@@ -228,9 +238,10 @@ def _restore_user(row: Machine, house: House) -> bool:
 
 
 def _shut_out(house: House, report: Report) -> None:
-    """Users of machines that are gone: one was made again by somebody who read its row a moment too early."""
+    """Users of machines that are gone or stopped: made again by somebody who read the row a moment too early."""
     ids = [UUID(hex=mid) for mid in house.cell.machine_users() if _IS_ID.fullmatch(mid)]
-    for gone in Machine.objects.filter(id__in=ids, state=MachineState.GONE).values_list("id", flat=True):
+    away = (MachineState.GONE, *stopping.RESTING)
+    for gone in Machine.objects.filter(id__in=ids, state__in=away).values_list("id", flat=True):
         house.cell.delete_user(gone.hex)
         log.warning("machine.user_deleted", machine=gone.hex)
         report.n_restored += 1

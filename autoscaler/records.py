@@ -38,7 +38,10 @@ def replica_reported(machine_id: UUID, status: ReplicaStatus, cell: Cell) -> UUI
     )
     if replica is None:
         return None
-    if status.phase in (Reported.LOADING, Reported.READY) and replica.machine.state == MachineState.ENROLLED:
+    if status.phase in (Reported.LOADING, Reported.READY) and replica.machine.state in (
+        MachineState.ENROLLED,
+        MachineState.RESUMING,
+    ):
         machine_answers(machine_id)  # it starts replicas, so it is ready, whatever its next beat says
         replica.machine.refresh_from_db()
     if status.phase is Reported.LOADING:
@@ -93,13 +96,17 @@ def machine_leaves(machine_id: UUID, ends_in_ms: int, reason: str = TAKEN_AWAY) 
 def machine_answers(machine_id: UUID) -> list[UUID]:
     """Its agent beats: the machine is ready. Answers the deployments that may wait for it."""
     now = timezone.now()
-    changed = Machine.objects.filter(id=machine_id, state=MachineState.ENROLLED).update(
-        state=MachineState.READY, ready_at=now
-    )
+    back = Machine.objects.filter(id=machine_id, state=MachineState.RESUMING).first()
+    if back is not None:
+        timings.note_resumed(back, now)
+    changed = Machine.objects.filter(
+        id=machine_id, state__in=(MachineState.ENROLLED, MachineState.RESUMING)
+    ).update(state=MachineState.READY, ready_at=now)
     if not changed:
         return []
     log.info("machine.ready", machine=machine_id.hex)
-    timings.note_machine(machine_id)
+    if back is None:
+        timings.note_machine(machine_id)
     live = Deployment.objects.filter(
         deleted_at=None, cell=Subquery(Machine.objects.filter(id=machine_id).values("cell"))
     )

@@ -40,10 +40,12 @@ from autoscaler.types import (
     Command,
     Decision,
     DeploymentPhase,
+    LaunchMachine,
     Observation,
     ScalerMemory,
     ScalerSpec,
     StageName,
+    StartMachine,
 )
 from controlplane import ids
 from controlplane.deployments.models import Deployment, Phase
@@ -92,7 +94,7 @@ def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> Tick
         decision = None
         for _ in range(MAX_ROUNDS):
             decision = _round(deployment, house, lease, now or timezone.now())
-            if not any(c.KIND == "launch_machine" for c in decision.commands):
+            if not any(isinstance(c, LaunchMachine | StartMachine) for c in decision.commands):
                 break
         adapters.deliver(deployment, house.cell, now or timezone.now())
         return TickResult(decision=decision)

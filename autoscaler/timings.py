@@ -5,6 +5,7 @@ Written when a replica or machine gets ready, read by the tick. Losing an update
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 from django.db import IntegrityError, transaction
@@ -31,6 +32,7 @@ def read(provider: str, model_digest: str) -> Timings:
         starting_replica=found.get(StageName.STARTING_REPLICA),
         loading_model=found.get(StageName.LOADING_MODEL),
         waking_replica=found.get(StageName.WAKING_REPLICA),
+        starting_machine=found.get(StageName.STARTING_MACHINE),
     )
 
 
@@ -75,6 +77,19 @@ def note_machine(machine_id: UUID) -> None:
     if machine.ready_at is not None:
         elapsed_ms = (machine.ready_at - machine.created_at).total_seconds() * 1000
         note(machine.provider, "", StageName.LAUNCHING_MACHINE, elapsed_ms)
+
+
+def usual_resume_s(provider: str) -> float | None:
+    """From the order to start a stopped machine to its readiness; None: none has been measured."""
+    found = StartTiming.objects.filter(provider=provider, stage=StageName.STARTING_MACHINE).first()
+    return None if found is None else found.average_ms / 1000
+
+
+def note_resumed(machine: Machine, now: datetime) -> None:
+    """A stopped machine has come back."""
+    if machine.rest_at is not None:
+        elapsed_ms = (now - machine.rest_at).total_seconds() * 1000
+        note(machine.provider, "", StageName.STARTING_MACHINE, elapsed_ms)
 
 
 def note_woken(replica: Replica, elapsed_ms: float) -> None:

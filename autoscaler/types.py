@@ -77,6 +77,7 @@ class MachineView:
     in_ram: bool = False
     on_disk: bool = False
     sends: bool = False
+    resumes: bool = False  # it was stopped, and is being started again
     nic_bytes: float = 0.0
     disk_bytes: float = 0.0
 
@@ -129,6 +130,8 @@ class Observation:
     machine_failures: tuple[Failure, ...] = ()
     last_machine_good_at_s: float | None = None
     last_request_at_s: float | None = None
+    # Machines of the pool that are stopped and may be started again, by id.
+    stopped: tuple[str, ...] = ()
     # None: nothing to load, or not known how much.
     loading: Loading | None = None
     # Why no machine may be bought for this tenant now ('' = one may).
@@ -266,6 +269,15 @@ class LaunchMachine:
 
 
 @dataclass(frozen=True, slots=True)
+class StartMachine:
+    """Start a machine that was stopped: sooner there than a new one, with its disk."""
+
+    KIND: ClassVar[str] = "start_machine"
+    command_id: str
+    machine_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartReplica:
     """Start one replica on a machine that has room."""
 
@@ -329,10 +341,18 @@ class TerminateMachine:
 
 
 Command = (
-    LaunchMachine | StartReplica | DrainReplica | StopReplica | SleepReplica | WakeReplica | TerminateMachine
+    LaunchMachine
+    | StartMachine
+    | StartReplica
+    | DrainReplica
+    | StopReplica
+    | SleepReplica
+    | WakeReplica
+    | TerminateMachine
 )
 COMMANDS: tuple[type[Command], ...] = (
     LaunchMachine,
+    StartMachine,
     StartReplica,
     DrainReplica,
     StopReplica,
@@ -357,6 +377,7 @@ class StageName(StrEnum):
 
     WAKING = "waking"
     LAUNCHING_MACHINE = "launching_machine"
+    STARTING_MACHINE = "starting_machine"  # one that was stopped
     STARTING_REPLICA = "starting_replica"
     LOADING_MODEL = "loading_model"
     WAKING_REPLICA = "waking_replica"

@@ -23,6 +23,7 @@ from autoscaler.types import (
     ScalerMemory,
     ScalerSpec,
     StageName,
+    StartMachine,
     StartReplica,
 )
 
@@ -101,7 +102,9 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     orders += _starts(placement)
     orders += [replace(start, canary=True) for start in _starts(trial)]
     if placement.launch or trial.launch:
-        orders.append(LaunchMachine("", max(placement.n_unplaced, trial.n_unplaced)))
+        n_wanted = max(placement.n_unplaced, trial.n_unplaced)
+        stopped = min(observation.stopped, default="")
+        orders.append(StartMachine("", stopped) if stopped else LaunchMachine("", n_wanted))
     commands, memory = _number(orders, observation.deployment_id, memory)
     return Decision(commands, memory, tuple(reasons), want.n, verdict)
 
@@ -161,7 +164,9 @@ def _place(
     if found.launch and observation.quota:
         reasons.append(observation.quota)
         return replace(found, launch=False), observation.quota
-    if found.launch:
+    if found.launch and observation.stopped:
+        reasons.append(f"no room for {found.n_unplaced}: a stopped machine is started again")
+    elif found.launch:
         reasons.append(f"no room for {found.n_unplaced}: one machine more, {observation.n_machines} exist")
     elif found.n_unplaced:
         no_room = (
@@ -177,6 +182,8 @@ def _ordered_stage(placement: Placement, observation: Observation) -> StageName 
     ready = {m.id for m in observation.machines if m.state is MachineState.READY}
     if any(machine_id in ready for machine_id in placement.machine_ids):
         return StageName.STARTING_REPLICA
+    if placement.launch and observation.stopped and not placement.machine_ids:
+        return StageName.STARTING_MACHINE
     return StageName.LAUNCHING_MACHINE if placement.machine_ids or placement.launch else None
 
 

@@ -18,6 +18,7 @@ class Timings:
     starting_replica: float | None = None
     loading_model: float | None = None
     waking_replica: float | None = None
+    starting_machine: float | None = None
 
 
 def average(old_ms: float | None, measured_ms: float) -> float:
@@ -30,7 +31,7 @@ def eta_ms(stage: StageName, in_stage_s: float, timings: Timings) -> int | None:
 
     A stage that takes longer than ever counts as about to end.
     """
-    order = (
+    order: tuple[tuple[StageName, float | None], ...] = (
         (StageName.LAUNCHING_MACHINE, timings.launching_machine),
         (StageName.STARTING_REPLICA, timings.starting_replica),
         (StageName.LOADING_MODEL, timings.loading_model),
@@ -40,6 +41,8 @@ def eta_ms(stage: StageName, in_stage_s: float, timings: Timings) -> int | None:
     if stage is StageName.WAKING_REPLICA:  # nothing comes after it
         ms = timings.waking_replica
         return None if ms is None else round(max(ms - in_stage_s * 1000, 0))
+    if stage is StageName.STARTING_MACHINE:  # as a launch, but for the first stage
+        order = ((stage, timings.starting_machine), *order[1:])
     at = {StageName.WAKING: StageName.STARTING_REPLICA}.get(stage, stage)
     names = [name for name, _ in order]
     if at not in names:

@@ -12,7 +12,15 @@ from typing import Final
 
 from autoscaler.policy.nearness import Yards
 from autoscaler.policy.placement import RANK, preference
-from autoscaler.types import Command, LaunchMachine, Loading, MachineView, ReplicaView, StartReplica
+from autoscaler.types import (
+    Command,
+    LaunchMachine,
+    Loading,
+    MachineView,
+    ReplicaView,
+    StartMachine,
+    StartReplica,
+)
 
 MAX_SENDERS: Final = 3  # as many as siblings.py names
 
@@ -64,7 +72,7 @@ class Pool:
     def book(self, commands: Iterable[Command]) -> None:
         """Take note of what was ordered, so that the next deployment sees the room that is left."""
         for command in commands:
-            if isinstance(command, LaunchMachine):
+            if isinstance(command, LaunchMachine | StartMachine):
                 self.n_machines += 1
             elif isinstance(command, StartReplica):
                 self._take(command.machine_id)

@@ -21,7 +21,7 @@ from autoscaler.policy.disruption import (
     allowance,
     consolidate,
 )
-from autoscaler.policy.poolrest import WARM, RestInputs, RestMemory, next_rest
+from autoscaler.policy.poolrest import NOTHING, STOPPED, WARM, RestInputs, RestMemory, next_rest
 from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
 
@@ -36,6 +36,15 @@ class PoolMachine:
     held: Held
     offering: str
     is_spot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A machine of which only the disk is paid for. can_start: its zone did not refuse to a moment ago."""
+
+    id: str
+    for_s: float
+    can_start: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,10 @@ class PoolInputs:
     cover: str = ""
     spot: bool = True
     rest: RestInputs = field(default_factory=RestInputs)
+    # Machines that are stopped; those of `machines` that may be; for how long one stays a reserve beside work.
+    stopped: tuple[Stopped, ...] = ()
+    may_stop: tuple[str, ...] = ()
+    stopped_reserve_s: float = 3600.0
     scale: Scale = field(default_factory=Scale)
 
 
@@ -94,11 +107,15 @@ class PoolOrders:
     buy: tuple[Buy, ...] = ()
     give_up: tuple[GiveUp, ...] = ()
     cancel: tuple[GiveUp, ...] = ()
+    # Machines to stop, to start again, and stopped ones to end.
+    stop: tuple[GiveUp, ...] = ()
+    start: tuple[str, ...] = ()
+    end: tuple[GiveUp, ...] = ()
     reasons: tuple[str, ...] = ()
 
     @property
     def is_quiet(self) -> bool:
-        return not (self.buy or self.give_up or self.cancel)
+        return not (self.buy or self.give_up or self.cancel or self.stop or self.start or self.end)
 
 
 def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
@@ -132,7 +149,10 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         disruption = DisruptionMemory((*disruption.given_up_at_s, *at_s))
     cancel = _to_cancel(inputs, staying, in_units) if inputs.view.n_wanted else []
     resting, schedule = next_rest(inputs.rest, inputs.view.now_s, inputs.memory.rest)
-    if schedule is not None and resting.rung == WARM and not inputs.machines and inputs.offers:
+    stop, start, end = _at_rest(inputs, resting)
+    if schedule is not None and start:
+        reasons += [f"rests: {resting.rung}: {start[0]} is started again", schedule.reason]
+    elif schedule is not None and resting.rung == WARM and not inputs.machines and inputs.offers:
         best = min(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
         buys.append(Buy(best.name))
         reasons.append(
@@ -142,10 +162,14 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     buys = buys[: max(min(inputs.n_room, MAX_BUYS), 0)]
     if buys:
         reasons.insert(0, "; ".join(wanted.reasons))
+    reasons += [f"{g.machine_id}: {g.why}" for g in (*stop, *end)]
     orders = PoolOrders(
         tuple(buys),
         tuple(GiveUp(machine, why) for machine, why in sorted(give_up.items())),
         tuple(GiveUp(machine, "what is ready suffices") for machine in cancel),
+        stop,
+        start,
+        end,
         tuple(reasons),
     )
     return (
@@ -153,6 +177,35 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
         learned,
         PoolMemory(disruption, _n_spares(inputs, in_units, staying) if inputs.spot else 0, resting),
     )
+
+
+def _at_rest(
+    inputs: PoolInputs, resting: RestMemory
+) -> tuple[tuple[GiveUp, ...], tuple[str, ...], tuple[GiveUp, ...]]:
+    """(machines to stop, to start again, stopped ones to end): one stays stopped at most, as long as its rung is held;
+    beside work it is a reserve for a while, and then not."""
+    stopped = sorted(inputs.stopped, key=lambda s: (not s.can_start, s.for_s, s.id))
+    if resting.rung == WARM:
+        start = [s.id for s in stopped if s.can_start and not inputs.machines][:1]
+        return (), tuple(start), tuple(GiveUp(s.id, "one is enough") for s in stopped[1:])
+    if resting.rung == NOTHING:
+        return (), (), tuple(GiveUp(s.id, f"rests: {NOTHING}") for s in stopped)
+    if resting.rung == STOPPED:
+        idle = [
+            m.held
+            for m in inputs.machines
+            if m.held.is_ready
+            and not m.held.n_replicas
+            and not m.held.is_leaving
+            and m.held.id in inputs.may_stop
+        ]
+        best = min(idle, key=lambda h: (h.usd_per_h, h.id), default=None)
+        stop = () if best is None or stopped else (GiveUp(best.id, f"rests: {STOPPED}"),)
+        return stop, (), tuple(GiveUp(s.id, "one is enough") for s in stopped[1:])
+    if not inputs.rest.rungs:
+        return (), (), tuple(GiveUp(s.id, "nobody wants anything of this pool") for s in stopped)
+    late = [s for s in stopped if s.for_s > inputs.stopped_reserve_s]
+    return (), (), tuple(GiveUp(s.id, f"stopped for {s.for_s:.0f} s beside work") for s in late)
 
 
 def _buys(inputs: PoolInputs, wanted: Orders, staying: list[PoolMachine]) -> list[Buy]:

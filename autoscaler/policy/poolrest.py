@@ -1,4 +1,4 @@
-"""On which rung a pool without work rests: a machine kept warm, or nothing. Pure.
+"""On which rung a pool without work rests: a machine kept warm, a stopped one, or nothing. Pure.
 
 The schedule is the ladder's (ladder.py), over the idle gaps that this pool has had: it descends when keeping a machine
 costs more than the next request is worth, and climbs again, before anybody asks, where the gaps say when. Called by
@@ -13,6 +13,7 @@ from typing import Final
 from autoscaler.policy.ladder import Gaps, Rest, Rung, Stakes, rest
 
 WARM: Final = "warm machine"
+STOPPED: Final = "stopped machine"
 NOTHING: Final = "nothing"
 
 

@@ -80,6 +80,8 @@ def stage_of(replica: ReplicaView, observation: Observation) -> tuple[StageName,
     if replica.phase is ReplicaPhase.LOADING:
         return StageName.LOADING_MODEL, replica.phase_at_s
     machine = next((m for m in observation.machines if m.id == replica.machine_id), None)
+    if machine is not None and machine.resumes:
+        return StageName.STARTING_MACHINE, replica.phase_at_s
     if machine is None or machine.state is not MachineState.READY:
         return StageName.LAUNCHING_MACHINE, replica.phase_at_s
     return StageName.STARTING_REPLICA, max(replica.phase_at_s, machine.ready_at_s or 0.0)

@@ -88,7 +88,8 @@ def read(cell: str, version: int) -> Table:
         .only("id", "machine_id", "deployment_id", "slots", "phase", "spec_digest")
     )
     shares = canary_shares(cell)
-    pool = Machine.objects.filter(cell=cell).exclude(state=MachineState.GONE)
+    away = (MachineState.GONE, MachineState.STOPPING, MachineState.STOPPED)
+    pool = Machine.objects.filter(cell=cell).exclude(state__in=away)
     fields = ("id", "state", "redis_password_digest", "redis_password_next", "provider", "offering")
     machines = list(pool.only(*fields))
     bought = {row.id: (row.offering, cell, row.provider) for row in machines}

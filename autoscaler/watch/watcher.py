@@ -63,6 +63,8 @@ BACKOFF_MAX_S = 0.5
 _ID = re.compile(rb"[0-9a-f]{32}\Z")
 _CHANGED_DEPLOYMENT = re.compile(rb"dep:([0-9a-f]{32})\Z")
 _OVER = (Phase.FAILED, Phase.STOPPED)
+_COMING_UP = (MachineState.PENDING, MachineState.ENROLLED, MachineState.RESUMING)
+_NOT_YET = (MachineState.PENDING, MachineState.RESUMING)  # nobody beats there yet
 _TAKE_NOTHING = (ReplicaPhase.DRAINING, ReplicaPhase.SLEEPING)
 _HAVE_SERVED = (ReplicaPhase.READY, ReplicaPhase.SLEEPING, ReplicaPhase.WAKING, ReplicaPhase.DRAINING)
 
@@ -325,7 +327,7 @@ class Watcher:
             del self._ends_at_s[gone]
         stale: list[str] = []
         for mid, beat in self.cell.read_agents(list(machines)).items():
-            coming_up = machines[mid] in (MachineState.PENDING, MachineState.ENROLLED)
+            coming_up = machines[mid] in _COMING_UP
             if coming_up and beat is not None and beat.phase is Phase.READY:
                 self.recorder.note(MachineAnswers(mid))
             if beat is not None and beat.ends_in_ms is not None:
@@ -334,12 +336,12 @@ class Watcher:
                 if machines[mid] is not MachineState.DRAINING or ends_at_s < told_at_s - NOTICE_NEARER_S:
                     self._ends_at_s[mid] = ends_at_s
                     self.recorder.note(MachineLeaves(mid, beat.ends_in_ms))
-            if machines[mid] is not MachineState.PENDING and self._agents.look(
+            if machines[mid] not in _NOT_YET and self._agents.look(
                 mid, None if beat is None else beat.seq, now_s
             ):
                 stale.append(mid)
         if stale:
-            enrolled = [mid for mid, state in machines.items() if state is not MachineState.PENDING]
+            enrolled = [mid for mid, state in machines.items() if state not in _NOT_YET]
             silences = {mid: self._agents.silent_s(mid, now_s) for mid in enrolled}
             n_silent = sum(1 for silent_s in silences.values() if silent_s > AGENT_STALE_S)
             for mid in stale:

@@ -90,6 +90,8 @@ class ProviderState(StrEnum):
     RUNNING = "running"
     # It exists, but its agent does not run.
     AGENT_DOWN = "agent_down"
+    STOPPING = "stopping"
+    STOPPED = "stopped"  # its disk is kept
     GONE = "gone"
 
 
@@ -126,6 +128,8 @@ class Provider(Protocol):
     name: str
     # How long after a launch its own list may not show the machine yet.
     lists_after_s: float
+    # Whether machines can be stopped and started again.
+    stops: bool
 
     def launch(self, spec: LaunchSpec, client_token: str) -> ProviderMachine:
         """The machine of this token, started if it is not there yet. CapacityError when there is none."""
@@ -135,6 +139,12 @@ class Provider(Protocol):
 
     def terminate(self, ref: str) -> None:
         """End it and all that runs on it; a machine that is gone is fine."""
+
+    def stop(self, ref: str) -> None:
+        """It keeps its disk and costs storage only; one that is stopped is fine. Only where `stops`."""
+
+    def start(self, ref: str) -> None:
+        """Start a stopped machine; one that runs is fine. CapacityError when there is no room for it now."""
 
     def leaving(self, ref: str, in_s: float) -> None:
         """We move everything off it, within `in_s`. Where machines share a computer, its successor takes its place."""

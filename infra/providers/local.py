@@ -39,6 +39,7 @@ from infra.providers.base import (
     LaunchSpec,
     Offering,
     ProviderMachine,
+    ProviderRefusedError,
     ProviderState,
 )
 from workers.agent.notice import Notice, read_notice
@@ -68,6 +69,7 @@ class LocalProvider:
     """Provider over one directory. Several processes may use it at once: changes are made under a lock."""
 
     name = "local"
+    stops = False
     lists_after_s = 0.0
 
     def __init__(
@@ -147,6 +149,12 @@ class LocalProvider:
         ended = [path.parent for path in self.root.glob("*/terminated")]
         for old in sorted(ended, key=lambda path: path.name)[:-KEEP_TERMINATED]:  # ids sort by time
             shutil.rmtree(old, ignore_errors=True)
+
+    def stop(self, ref: str) -> None:
+        raise ProviderRefusedError(f"{ref}: a machine of this computer is ended, not stopped")
+
+    def start(self, ref: str) -> None:
+        raise ProviderRefusedError(f"{ref}: a machine of this computer is ended, not stopped")
 
     def leaving(self, ref: str, in_s: float) -> None:
         """As if notice were given: this computer has room for its successor, and it is ended then."""

@@ -16,7 +16,7 @@ from tests.autoscaler.fakes import FakeProvider
 
 EFFECTS = (
     *((QuerySet, name) for name in ("create", "update", "delete", "get_or_create", "bulk_create")),
-    *((FakeProvider, name) for name in ("launch", "terminate", "restart_agent")),
+    *((FakeProvider, name) for name in ("launch", "terminate", "restart_agent", "stop", "start")),
     *(
         (Cell, name)
         for name in (

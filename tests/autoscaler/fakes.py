@@ -22,6 +22,8 @@ class FakeProvider:
 
     name = "fake"
     lists_after_s = 0.0
+    stops = True
+    no_room = False  # for a stopped machine
 
     def __init__(self) -> None:
         self.machines: dict[str, ProviderMachine] = {}
@@ -77,13 +79,7 @@ class FakeProvider:
 
     def set_state(self, ref: str, state: ProviderState) -> None:
         old = self.machines[ref]
-        self.machines[ref] = ProviderMachine(
-            ref=old.ref,
-            machine_id=old.machine_id,
-            client_token=old.client_token,
-            state=state,
-            started_at_s=old.started_at_s,
-        )
+        self.machines[ref] = replace(old, state=state)
 
     def restart_agent(self, ref: str) -> bool:
         if self.can_restart:
@@ -94,6 +90,15 @@ class FakeProvider:
     def terminate(self, ref: str) -> None:
         self.terminated.append(ref)
         self.machines.pop(ref, None)
+
+    def stop(self, ref: str) -> None:
+        if ref in self.machines:
+            self.set_state(ref, ProviderState.STOPPED)
+
+    def start(self, ref: str) -> None:
+        if self.no_room:
+            raise CapacityError("no room to start it")
+        self.set_state(ref, ProviderState.RUNNING)
 
     def leaving(self, ref: str, in_s: float) -> None:
         self.left.append(ref)

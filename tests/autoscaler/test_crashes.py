@@ -13,17 +13,18 @@ from datetime import datetime, timedelta
 import pytest
 from django.utils import timezone
 
-from autoscaler import reconcile, records, services
+from autoscaler import pool, reconcile, records, services, stopping
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Replica, ScalerState
 from autoscaler.models import Decision as DecisionRow
 from autoscaler.models import ReplicaPhase as ReplicaRow
-from infra.providers.base import Offering
+from infra.providers.base import Offering, ProviderState
 from tests.autoscaler import test_sleeping
 from tests.autoscaler.conftest import Scaling
 from tests.autoscaler.crashing import Crash, Effects, crashing
 from workers.contract import ReplicaPhase
 
 KIND = Offering(instance_type="t", zone="z", is_spot=True, price_nano_per_h=1)
+COVER = Offering(instance_type="t", zone="z", is_spot=False, price_nano_per_h=1)
 MAX_EFFECTS = 200
 
 
@@ -70,12 +71,35 @@ def _asleep(scaling: Scaling) -> None:
     scaling.queue("b")
 
 
+def _idle_machine(scaling: Scaling) -> None:
+    _drained(scaling)
+    scaling.change(deleted_at=None)
+
+
+def _stop(scaling: Scaling, now: datetime) -> None:
+    stopping.stop(scaling.machine().id, "rests", _keeper(scaling), now)
+
+
+def _stopped(scaling: Scaling) -> None:
+    _idle_machine(scaling)
+    _stop(scaling, timezone.now())
+    reconcile.reconcile(scaling.house)
+    assert scaling.machine().state == MachineState.STOPPED
+    scaling.queue("b")
+
+
+def _keeper(scaling: Scaling) -> stopping.Keeper:
+    return stopping.Keeper(scaling.house.config, scaling.house.provider, scaling.house.cell)
+
+
 SCENES: dict[str, tuple[Callable[[Scaling], None], Callable[[Scaling, datetime], None]]] = {
     "launch": (_nothing, _launch),
     "drain": (_serving, _drain),
     "terminate": (_drained, _terminate),
     "sleep": (_sleepy, _launch),
     "wake": (_asleep, _launch),
+    "stop": (_idle_machine, _stop),
+    "resume": (_stopped, _launch),
 }
 
 
@@ -85,6 +109,8 @@ MUST_STRIKE = {
     "terminate": {"FakeProvider.terminate", "QuerySet.update", "Cell.delete_machine"},
     "sleep": {"QuerySet.update", "Cell.put_to_sleep", "Cell.set_desired"},
     "wake": {"QuerySet.update", "Cell.set_desired"},
+    "stop": {"QuerySet.update", "Cell.delete_machine", "FakeProvider.stop"},
+    "resume": {"QuerySet.update", "Cell.set_user", "FakeProvider.start", "Cell.set_desired"},
 }
 
 
@@ -95,7 +121,7 @@ def _restart(scaling: Scaling) -> None:
     """
     scaling.provider.n_blind, scaling.provider.lists_after_s = 1, 120.0
     now = timezone.now() + timedelta(seconds=60)
-    for _ in range(3):
+    for _ in range(6):
         ScalerState.objects.update(lease_until=None, lease_owner="")
         reconcile.reconcile(scaling.house, now)
         _tick(scaling, now)
@@ -114,6 +140,10 @@ def _check(scaling: Scaling, where: str) -> None:
         f"{where}: more than the pool may have"
     )
     for row in live:
+        seen = provider.machines[row.provider_ref].state
+        rests = row.state in (MachineState.STOPPING, MachineState.STOPPED)
+        assert rests is (seen is ProviderState.STOPPED), f"{where}: {row.state}, {seen}"
+        assert row.state != MachineState.STOPPING, f"{where}: nobody noticed that it has stopped"
         wanted = {r.id.hex for r in Replica.objects.filter(machine=row, phase__in=LIVE_PHASES)}
         told = scaling.house.cell.read_desired(row.id.hex)
         assert set(told) - {"generation"} == wanted, f"{where}: Redis and rows disagree"
@@ -137,7 +167,7 @@ def _check(scaling: Scaling, where: str) -> None:
 def test_no_crash_buys_twice_or_forgets(scaling: Scaling, scene: str, before: bool, stride: int) -> None:
     """One world, played again and again: what is left of one round is given back before the next."""
     prepare, act = SCENES[scene]
-    scaling.provider.kinds = [KIND]
+    scaling.provider.kinds = [COVER if scene in ("stop", "resume") else KIND]
     scaling.configure(machine_keep_warm_s=0.0)
     struck: list[str] = []
     for at in range(1, MAX_EFFECTS, stride):
@@ -170,6 +200,7 @@ def _end_round(scaling: Scaling) -> None:
         _tick(scaling, now)
         for replica in Replica.objects.filter(phase__in=LIVE_PHASES):
             scaling.report(replica, ReplicaPhase.STOPPED)
+        pool.turn(scaling.house, now)
         reconcile.reconcile(scaling.house, now)
         now += timedelta(seconds=60)
     assert Machine.objects.exclude(state=MachineState.GONE).count() == 0

@@ -87,6 +87,8 @@ class Hypervisor:
                     self._boot(ref, instance)
             for ref in [ref for ref in self.guests if ref not in running]:
                 self._end(ref)
+            stopped = {i.id for i in self.ec2.instances("stopped")}
+            self.booted = [ref for ref in self.booted if ref not in stopped]  # it boots again when it runs
 
     def _boot(self, ref: str, instance: Any) -> None:
         self.booted.append(ref)
@@ -107,12 +109,12 @@ class Hypervisor:
         paths["/meta-data/instance-id"] = ref
         imds = Imds(paths)
         var = self.root / (tags["corral:machine"] if self.by_machine else ref)
-        var.mkdir(parents=True)
+        var.mkdir(parents=True, exist_ok=True)  # one that was stopped has its disk
         (var / "instance").write_text(ref)
         script = var / "user-data"
         script.write_text(instance.user_data.decode())
         passed = {k: v for k, v in os.environ.items() if k in _PASS or k.startswith(_PASS_PREFIXES)}
-        with (var / "console.log").open("wb") as console:
+        with (var / "console.log").open("ab") as console:
             process = subprocess.Popen(
                 ["/bin/bash", str(script)],
                 env={

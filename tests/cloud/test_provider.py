@@ -202,14 +202,24 @@ def test_ending_is_repeatable_and_other_cells_and_people_are_left_alone(aws: Aws
 
 
 def test_a_stopped_machine_comes_back_or_its_zone_says_no(aws: AwsProvider, ec2: Ec2) -> None:
-    bought = aws.launch(_spec(aws), _token())
+    spec = _spec(aws, offerings=tuple(o for o in aws.offerings() if not o.is_spot))
+    bought = aws.launch(spec, _token())
     aws.stop(bought.ref)
-    assert [m.ref for m in aws.describe()] == [bought.ref]
+    assert [(m.ref, m.state) for m in aws.describe()] == [(bought.ref, ProviderState.STOPPED)]
     ec2.faults.append(Fault("StartInstances", code="InsufficientInstanceCapacity", status=500))
     with pytest.raises(CapacityError):
         aws.start(bought.ref)
     aws.start(bought.ref)
     assert [i.state for i in ec2.instances()] == ["running"]
+    assert [m.state for m in aws.describe()] == [ProviderState.RUNNING]
+
+
+def test_a_spot_machine_is_not_stopped(aws: AwsProvider, ec2: Ec2) -> None:
+    bought = aws.launch(_spec(aws), _token())
+    assert bought.offering.startswith("spot/")
+    with pytest.raises(ProviderRefusedError, match="one-time spot"):
+        aws.stop(bought.ref)
+    assert ec2.count("StopInstances") == 0
 
 
 def test_an_offer_in_a_zone_without_a_subnet_names_the_setting(aws: AwsProvider) -> None:

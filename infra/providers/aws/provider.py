@@ -38,6 +38,12 @@ ATTEMPTS: Final = 3  # of a call whose outcome is not known, with the same clien
 ATTEMPT_PAUSE_S: Final = 0.5
 MAX_MACHINES: Final = 10_000
 _NO_TEMPLATE: Final = "InvalidLaunchTemplateName.NotFoundException"
+_STATES: Final = {
+    "shutting-down": ProviderState.GONE,
+    "terminated": ProviderState.GONE,
+    "stopping": ProviderState.STOPPING,
+    "stopped": ProviderState.STOPPED,
+}
 _ALIVE: Final = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 
@@ -45,6 +51,7 @@ class AwsProvider:
     """Provider over one account and region. Several processes may use it at once: AWS keeps the tokens."""
 
     name = "aws"
+    stops = True
     lists_after_s = 60.0  # DescribeInstances may trail a launch
 
     def __init__(
@@ -133,8 +140,12 @@ class AwsProvider:
     # -- the stop/start rung of the warm ladder
 
     def stop(self, ref: str) -> None:
-        """An on-demand machine keeps its disk, with weights and credentials, and costs storage only."""
+        """An on-demand machine keeps its disk, with weights and credentials, and costs storage only. Spot machines of
+        instant fleets are one-time requests: EC2 ends them, and stops none of them for us."""
         try:
+            found = self._clients.read.describe_instances(InstanceIds=[ref])["Reservations"]
+            if any(i.get("InstanceLifecycle") == "spot" for group in found for i in group["Instances"]):
+                raise ProviderRefusedError(f"stopping {ref}: a one-time spot machine can only be ended")
             self._clients.read.stop_instances(InstanceIds=[ref])
         except (ClientError, BotoCoreError) as error:
             raise as_provider_error(error, f"stopping {ref}") from None
@@ -346,7 +357,6 @@ class AwsProvider:
     def _machine(self, instance: dict[str, Any]) -> ProviderMachine:
         tags = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
         prefix = self._config.tag_prefix
-        ended = instance["State"]["Name"] in ("shutting-down", "terminated")
         offering = Offering(
             instance_type=instance.get("InstanceType", ""),
             zone=instance.get("Placement", {}).get("AvailabilityZone", ""),
@@ -357,7 +367,7 @@ class AwsProvider:
             ref=instance["InstanceId"],
             machine_id=tags.get(f"{prefix}:machine", ""),
             client_token=tags.get(f"{prefix}:token", ""),
-            state=ProviderState.GONE if ended else ProviderState.RUNNING,
+            state=_STATES.get(instance["State"]["Name"], ProviderState.RUNNING),
             started_at_s=instance["LaunchTime"].timestamp(),
             offering=offering.name,
         )
