@@ -84,7 +84,7 @@ async def test_an_answer_is_copied_after_it_is_out_and_compared(
 ) -> None:
     watch(gw)
     told = Told(gw)
-    async with gw.stream(GREEDY) as events:
+    async with gw.stream({**GREEDY, "max_tokens": 5}) as events:
         assert text_of(await events.rest()) == "one two three"
     assert (await gw.post({**GREEDY, "max_tokens": 3})).status_code == 200
     await told.until(2)
