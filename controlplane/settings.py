@@ -378,7 +378,9 @@ MFA_FORMS = {
     "reauthenticate": "controlplane.identity.adapters.OnceAgainForm",
 }
 MFA_ALLOW_UNVERIFIED_EMAIL = True  # as above: every address is verified before there is an account
-MFA_SUPPORTED_TYPES = ["totp", "recovery_codes"]
+MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
+# Browsers give keys to pages of https and of localhost alone; the check of the origin knows only the former.
+MFA_WEBAUTHN_ALLOW_INSECURE_ORIGIN = ENV.console_url.startswith("http://")
 MFA_TOTP_ISSUER = "Corral"
 MFA_TOTP_TOLERANCE = 1  # a code typed as its period ends still counts
 MFA_RECOVERY_CODES_SHOW_ONCE = True

@@ -3,6 +3,7 @@
 from allauth.account import views as account_views
 from allauth.mfa.base import views as mfa_views
 from allauth.mfa.recovery_codes import views as code_views
+from allauth.mfa.webauthn import views as key_views
 from django.urls import path, re_path
 from django.views.generic import RedirectView
 
@@ -41,10 +42,22 @@ urlpatterns = [
     path("sso/<str:organization_slug>/metadata", sso.saml_metadata, name="saml_metadata"),
     path("sso/<str:organization_slug>/logout", sso.saml_logout, name="saml_sls"),
     path("account/2fa", RedirectView.as_view(pattern_name="account"), name="mfa_index"),
-    path("account/2fa/authenticate", mfa_views.authenticate, name="mfa_authenticate"),
+    path("account/2fa/authenticate", account.Authenticate.as_view(), name="mfa_authenticate"),
     path("account/2fa/reauthenticate", account.own(mfa_views.reauthenticate), name="mfa_reauthenticate"),
     path("account/2fa/activate", account.own(account.Enrol.as_view()), name="mfa_activate_totp"),
     path("account/2fa/deactivate", account.own(account.Withdraw.as_view()), name="mfa_deactivate_totp"),
+    path("account/2fa/keys", RedirectView.as_view(pattern_name="account"), name="mfa_list_webauthn"),
+    path("account/2fa/keys/add", account.own(account.AddKey.as_view()), name="mfa_add_webauthn"),
+    path(
+        "account/2fa/keys/use",
+        account.own(key_views.reauthenticate_webauthn),
+        name="mfa_reauthenticate_webauthn",
+    ),
+    path(
+        "account/2fa/keys/<int:pk>/remove",
+        account.own(account.RemoveKey.as_view()),
+        name="mfa_remove_webauthn",
+    ),
     path("account/2fa/codes", account.own(code_views.view_recovery_codes), name="mfa_view_recovery_codes"),
     path(
         "account/2fa/codes/new",

@@ -33,8 +33,11 @@ log = structlog.get_logger("corral.identity")
 FRESH_S: Final = 300  # who signed in just now is not asked again before a change of the account
 CODE_USED_S: Final = 120  # longer than a code is good for: one period either side
 SECOND_FACTOR: Final = "second factor"
+FACTORS: Final = (Authenticator.Type.TOTP, Authenticator.Type.WEBAUTHN)
 _SAID: Final = {
     "account/messages/password_changed.txt": "Your password is changed. All your other sessions are signed out.",
+    "mfa/messages/webauthn_added.txt": "The security key is added.",
+    "mfa/messages/webauthn_removed.txt": "The security key is removed.",
     "mfa/messages/totp_deactivated.txt": "Two-factor authentication is off.",
     "mfa/messages/recovery_codes_generated.txt": "These are your new recovery codes; the earlier ones are void.",
 }
@@ -109,8 +112,21 @@ class MfaAdapter(DefaultMFAAdapter):  # type: ignore[misc]
     def decrypt(self, encrypted_text: str) -> str:
         return secretbox.unseal(bytes.fromhex(encrypted_text), purpose=SECOND_FACTOR)
 
+    def generate_authenticator_name(self, user: User, type: Any) -> str:
+        n = Authenticator.objects.filter(user=user, type=type).count()
+        return "Security key" if n == 0 else f"Security key {n + 1}"
+
     def can_delete_authenticator(self, authenticator: Authenticator) -> bool:
+        """The last factor stays where an organization requires one."""
+        others = factors_of(authenticator.user_id).exclude(pk=authenticator.pk)
+        if authenticator.type in FACTORS and others.exists():
+            return True
         return not any(each.require_mfa for each in selectors.memberships_of(user_id=authenticator.user_id))
+
+
+def factors_of(user_id: Any) -> Any:
+    """Authenticators of a user by which a sign-in can be completed; recovery codes only stand in for them."""
+    return Authenticator.objects.filter(user_id=user_id, type__in=FACTORS)
 
 
 class _OnceMixin:

@@ -11,19 +11,23 @@ from functools import wraps
 from typing import Any
 
 from allauth.account.internal.flows.login import record_authentication
+from allauth.mfa.base.views import AuthenticateView
 from allauth.mfa.models import Authenticator
 from allauth.mfa.totp.views import ActivateTOTPView, DeactivateTOTPView
+from allauth.mfa.webauthn.views import AddWebAuthnView, RemoveWebAuthnView
 from allauth.usersessions.internal.flows.sessions import end_other_sessions
 from allauth.usersessions.models import UserSession
 from django.contrib import messages
 from django.contrib.auth.views import redirect_to_login
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render, resolve_url
+from django.urls import reverse_lazy
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
 from controlplane.console.pages import error_page
+from controlplane.identity.adapters import MfaAdapter, factors_of
 from controlplane.tenants import signed_in
 from controlplane.tenants.middleware import TenantRequest
 from controlplane.tenants.models import User
@@ -55,13 +59,18 @@ def own(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
 def account(request: TenantRequest) -> HttpResponse:
     user = request.user
     assert isinstance(user, User)
-    kinds = {row.type: row for row in Authenticator.objects.filter(user=user)}
+    rows = list(Authenticator.objects.filter(user=user).order_by("created_at", "pk"))
+    kinds = {row.type: row for row in rows}
+    keys = [row for row in rows if row.type == Authenticator.Type.WEBAUTHN]
+    has_totp = Authenticator.Type.TOTP in kinds
     codes = kinds.get(Authenticator.Type.RECOVERY_CODES)
     sessions = sorted(
         UserSession.objects.purge_and_list(user), key=lambda row: row.last_seen_at, reverse=True
     )
     context = {
-        "has_totp": Authenticator.Type.TOTP in kinds,
+        "has_totp": has_totp,
+        "keys": [(row, row.wrap().name) for row in keys],
+        "is_last": len(keys) + has_totp == 1,
         "n_codes": len(codes.wrap().get_unused_codes()) if codes else 0,
         "sessions": [(row, row.is_current(), browser(row.user_agent)) for row in sessions[:MAX_SESSIONS]],
         "is_required": any(each.require_mfa for each in request.memberships),
@@ -92,8 +101,11 @@ def missing(request: TenantRequest) -> HttpResponse:
     if request.missing is None or not isinstance(user, User):
         return redirect(target)
     if request.missing is signed_in.Missing.MFA:
-        has_one = Authenticator.objects.filter(user=user).exists()
-        step = "mfa_reauthenticate" if has_one else "mfa_activate_totp"
+        kinds = set(factors_of(user.pk).values_list("type", flat=True))
+        step = "mfa_activate_totp"
+        if kinds:
+            is_key = Authenticator.Type.TOTP not in kinds
+            step = "mfa_reauthenticate_webauthn" if is_key else "mfa_reauthenticate"
         return redirect_to_login(target, resolve_url(step))
     context = {"organization": request.waiting, "next": target, "others": request.memberships}
     return render(request, "console/sso_required.html", context, status=403)
@@ -115,9 +127,56 @@ class Withdraw(DeactivateTOTPView):  # type: ignore[misc]
 
     def form_valid(self, form: Any) -> HttpResponse:
         response: HttpResponse = super().form_valid(form)
-        methods = self.request.session.get(signed_in.METHODS, [])
-        self.request.session[signed_in.METHODS] = [each for each in methods if each.get("method") != "mfa"]
+        _forget_factor(self.request)
         return response
+
+
+class Authenticate(AuthenticateView):  # type: ignore[misc]
+    """The second step of a sign-in, with what this person has."""
+
+    def get_context_data(self, **kwargs: Any) -> dict[str, Any]:
+        kinds = set(factors_of(self.stage.login.user.pk).values_list("type", flat=True))
+        return {
+            **super().get_context_data(**kwargs),
+            "has_keys": Authenticator.Type.WEBAUTHN in kinds,
+            "has_totp": Authenticator.Type.TOTP in kinds,
+        }
+
+
+class AddKey(AddWebAuthnView):  # type: ignore[misc]
+    """As Enrol, with a security key."""
+
+    def form_valid(self, form: Any) -> HttpResponse:
+        response: HttpResponse = super().form_valid(form)
+        assert isinstance(self.request.user, User)
+        record_authentication(self.request, self.request.user, method="mfa", type="webauthn")
+        end_other_sessions(self.request, self.request.user)
+        return response
+
+
+class RemoveKey(RemoveWebAuthnView):  # type: ignore[misc]
+    """After the last one this session has no second factor any more."""
+
+    success_url = reverse_lazy("account")
+
+    def form_valid(self, form: Any) -> HttpResponse:
+        if not MfaAdapter().can_delete_authenticator(self.get_object()):
+            return error_page(
+                self.request,
+                status=403,
+                title="Your organization requires it",
+                message="Add another security key or an authenticator app first.",
+            )
+        response: HttpResponse = super().form_valid(form)
+        _forget_factor(self.request)
+        return response
+
+
+def _forget_factor(request: HttpRequest) -> None:
+    """Unless another one is left."""
+    if not factors_of(request.user.pk).exists():
+        methods = request.session.get(signed_in.METHODS, [])
+        request.session[signed_in.METHODS] = [each for each in methods if each.get("method") != "mfa"]
 
 
 def browser(user_agent: str) -> str:

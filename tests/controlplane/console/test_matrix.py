@@ -180,6 +180,10 @@ OPEN |= {
     "account/2fa/reauthenticate",
     "account/2fa/activate",
     "account/2fa/deactivate",
+    "account/2fa/keys",
+    "account/2fa/keys/add",
+    "account/2fa/keys/use",
+    "account/2fa/keys/<int:pk>/remove",
     "account/2fa/codes",
     "account/2fa/codes/new",
 }
