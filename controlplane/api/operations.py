@@ -100,6 +100,7 @@ def operation(
             request.deprecation = deprecation
             require(request.caller.role, permission, request.caller.scopes)
             _refuse_unknown(request, known)
+            _refuse_nul(request)
             if current is not None:
                 _compare(request, current, kwargs)
             found = handler(request, *args, **kwargs)
@@ -146,6 +147,15 @@ def _refuse_unknown(request: ApiRequest, known: set[str]) -> None:
         if name not in known:
             allowed = f"known here: {', '.join(sorted(known))}" if known else "this call takes none"
             raise InvalidInputError(f"{name[:64]!r} is no parameter; {allowed}", field=name[:64])
+
+
+def _refuse_nul(request: ApiRequest) -> None:
+    """As in a body: nothing that is kept has it."""
+    for name, values in request.GET.lists():
+        if any("\x00" in value for value in values):
+            raise InvalidInputError(
+                f"{name} must not contain the character U+0000: the database cannot hold it", field=name
+            )
 
 
 def _compare(request: ApiRequest, current: Current, kwargs: dict[str, Any]) -> None:

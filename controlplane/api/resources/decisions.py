@@ -174,7 +174,7 @@ def list_request_decisions(request: ApiRequest, query: Query[DecisionsQuery]) ->
     rows = RequestDecision.objects.filter(organization_id=request.caller.organization_id)
     wanted = {
         "outcome": query.outcome,
-        "code": None if query.code is None else query.code.replace("\x00", ""),
+        "code": None if query.code is None else query.code,
         "project_id": query.project_id,
         "api_key_id": query.key_id,
     }

@@ -211,7 +211,7 @@ def list_deployments(request: ApiRequest, query: Query[DeploymentQuery]) -> Page
     if query.project_id is not None:
         rows = rows.filter(project_id=query.project_id)
     if query.name is not None:
-        rows = rows.filter(name=query.name.replace("\x00", ""))
+        rows = rows.filter(name=query.name)
     if query.phase is not None:
         rows = rows.filter(phase=query.phase)
     return page(rows, query, deployment_out)
@@ -277,7 +277,7 @@ def list_model_versions(request: ApiRequest, query: Query[ModelVersionQuery]) ->
     for name in ("name", "licence"):
         value = getattr(query, name)
         if value is not None:
-            rows = rows.filter(**{name: value.replace("\x00", "")})
+            rows = rows.filter(**{name: value})
     if query.retired is not None:
         rows = rows.filter(retired_at__isnull=not query.retired)
     return page(rows, query, version_out)

@@ -76,7 +76,7 @@ def list_operations(request: ApiRequest, query: Query[OperationQuery]) -> Page[O
     for name in ("kind", "subject", "state"):
         value = getattr(query, name)
         if value is not None:
-            rows = rows.filter(**{name: value.replace("\x00", "")})
+            rows = rows.filter(**{name: value})
     return page(rows, query, operation_out)
 
 

@@ -273,7 +273,7 @@ def get_attainment(request: ApiRequest, query: Query[AttainmentQuery]) -> Attain
         request.caller.organization_id,
         query.project_id,
         query.deployment_id,
-        None if query.slo_class is None else query.slo_class.replace("\x00", ""),
+        None if query.slo_class is None else query.slo_class,
     )
     rates = attainment.rates(scope, now=until)
     rows = attainment.attained(scope, since=since, until=until)

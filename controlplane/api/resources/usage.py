@@ -196,7 +196,7 @@ def _events(request: ApiRequest, query: UsageQuery, since: datetime, until: date
     if query.key_id is not None:
         rows = rows.filter(api_key_id=query.key_id)
     if query.model is not None:
-        rows = rows.filter(model=query.model.replace("\x00", ""))
+        rows = rows.filter(model=query.model)
     if query.end_customer is not None:
         whose = pseudonym(settings.ENV.digest_secret, request.caller.organization_id.hex, query.end_customer)
         rows = rows.filter(end_customer=whose)
