@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import redis
 from asgiref.sync import sync_to_async
+from django.db import connections
 from django.utils import timezone
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -101,7 +102,16 @@ def _lets_in(url: str) -> bool:
 
 
 async def _sync(call: Callable[[], Any]) -> Any:
-    return await sync_to_async(call, thread_sensitive=True)()
+    """In the thread that all such calls of the process share: its connection may have another test's role."""
+
+    def alone() -> Any:
+        connections.close_all()
+        try:
+            return call()
+        finally:
+            connections.close_all()
+
+    return await sync_to_async(alone, thread_sensitive=True)()
 
 
 async def _answers(client: Client) -> bool:

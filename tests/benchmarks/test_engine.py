@@ -60,7 +60,8 @@ def test_both_sides_get_the_same_engine_settings() -> None:
         if isinstance(value, bool):
             assert (f"--{flag}" if value else f"--no-{flag}") in argv
         else:
-            assert argv[argv.index(f"--{flag}") + 1] == str(value)
+            said = json.dumps(value) if isinstance(value, dict) else str(value)
+            assert argv[argv.index(f"--{flag}") + 1] == said
     assert "--no-enforce-eager" in vllmserver.arguments(replace(profile, enforce_eager=False), Path(), "m", 1)
 
 

@@ -23,7 +23,7 @@ if mode ~= 'lost' then
   redis.call('PUBLISH', P .. 'route', did)
 end
 local out = {0, 0, 0}
-local MOST_DEATHS = 4
+local MOST_DEATHS = 2 * (tonumber(ARGV[5] or '1') + 1)
 local WENT_ON = 16 -- tokens: who makes as many between two deaths is not what ends replicas
 
 -- Nobody will serve it: the reason stays in its record, where its gateway finds it, and the cell's `failed` set has

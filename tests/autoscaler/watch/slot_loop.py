@@ -218,7 +218,7 @@ def _reporter(client: redis.Redis, profile: EngineProfile, engine: ToyEngine) ->
     )  # fmt: skip
     nobody = _Nobody()
     link = SimpleNamespace(fire=client.execute_command)
-    touch = SimpleNamespace(touch=lambda ready: None)
+    touch = SimpleNamespace(touch=lambda ready, asleep=False: None)
     reporter = Reporter(config, engine, *cast(Any, (link, nobody, nobody, touch)))
     reporter.phase = Phase.READY
     return reporter
