@@ -138,7 +138,8 @@ class Ec2:
     def instances(self, *states: str) -> list[Any]:
         """moto's own records, in these states (all when none is named)."""
         backend = get_backend("ec2")[self.account][REGION]
-        found = [i for r in backend.reservations.values() for i in r.instances]
+        # Snapshots: the server's threads add to both while others look.
+        found = [i for r in list(backend.reservations.values()) for i in list(r.instances)]
         return [i for i in found if not states or i.state in states]
 
     def alive(self) -> list[str]:

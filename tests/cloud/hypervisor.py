@@ -42,6 +42,7 @@ class Hypervisor:
         self.ec2, self.root, self.environ, self.by_machine = ec2, root, environ or {}, by_machine
         self.guests: dict[str, Guest] = {}
         self.booted: list[str] = []
+        self.failure: Exception | None = None  # the first one; told at the end, not kept by a dead thread
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -53,6 +54,8 @@ class Hypervisor:
         self._thread.join(10)
         for ref in list(self.guests):
             self._end(ref)
+        if self.failure is not None:
+            raise self.failure
 
     def ref_of(self, machine_id: str) -> str:
         """The instance with this tag that runs now. KeyError without one."""
@@ -81,14 +84,22 @@ class Hypervisor:
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
-            running = {i.id: i for i in self.ec2.instances("running")}
-            for ref, instance in running.items():
-                if ref not in self.guests and ref not in self.booted:
-                    self._boot(ref, instance)
-            for ref in [ref for ref in self.guests if ref not in running]:
-                self._end(ref)
-            stopped = {i.id for i in self.ec2.instances("stopped")}
-            self.booted = [ref for ref in self.booted if ref not in stopped]  # it boots again when it runs
+            try:
+                self._turn()
+            except Exception as error:
+                if "changed size during iteration" not in str(error):  # moto's tables: looked at again
+                    self.failure = self.failure or error
+
+    def _turn(self) -> None:
+        running = {i.id: i for i in self.ec2.instances("running")}
+        for ref, instance in running.items():
+            is_tagged = "corral:machine" in _tags(instance)  # a moment after it is made
+            if is_tagged and ref not in self.guests and ref not in self.booted:
+                self._boot(ref, instance)
+        for ref in [ref for ref in self.guests if ref not in running]:
+            self._end(ref)
+        stopped = {i.id for i in self.ec2.instances("stopped")}
+        self.booted = [ref for ref in self.booted if ref not in stopped]  # it boots again when it runs
 
     def _boot(self, ref: str, instance: Any) -> None:
         self.booted.append(ref)
