@@ -152,8 +152,9 @@ class Outside:
 
 def answers_bills_and_copies(
     stack: BenchStack, operator: psycopg.Connection, eventually: Eventually, port: int, name: str
-) -> None:
-    """A deployment that an endpoint alone serves, with a shadow that is the same endpoint."""
+) -> list[str]:
+    """A deployment that an endpoint alone serves, with a shadow that is the same endpoint: the texts of a plain and a
+    streamed answer, and of the endpoint asked without us. Asserts bills, copies and sums on the way."""
     outside = Outside(stack, operator, eventually)
     client = openai.OpenAI(
         base_url=stack.facts.base_url, api_key=stack.facts.api_key, max_retries=0, timeout=60
@@ -180,7 +181,7 @@ def answers_bills_and_copies(
     plain = client.chat.completions.with_raw_response.create(model=name, **ask)
     answered.append(plain.headers["x-request-id"])
     body = plain.parse()
-    assert body.choices[0].message.content == expected
+    texts = [body.choices[0].message.content]
     assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (
         counts.prompt_tokens,
         counts.completion_tokens,
@@ -190,7 +191,7 @@ def answers_bills_and_copies(
     )
     answered.append(streamed.headers["x-request-id"])
     chunks = list(streamed.parse())
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    texts.append("".join(c.choices[0].delta.content or "" for c in chunks if c.choices))
     assert chunks[-1].usage.completion_tokens == counts.completion_tokens
 
     booked = (
@@ -230,13 +231,15 @@ def answers_bills_and_copies(
     outside.call("DELETE", f"/upstreams/{shadow}")
     outside.call("DELETE", f"/upstreams/{served}")
     outside.call("PUT", "/outside-consent", {"agreed": False})
+    return [*texts, expected]
 
 
 def test_an_endpoint_answers_is_billed_and_is_copied_to(
     stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
 ) -> None:
     with small_server() as port:
-        answers_bills_and_copies(stack, operator, eventually, port, "elsewhere")
+        texts = answers_bills_and_copies(stack, operator, eventually, port, "elsewhere")
+    assert texts == [texts[-1]] * 3
 
 
 @pytest.mark.full
@@ -248,4 +251,5 @@ def test_the_same_with_a_real_vllm_server(
     if not runs:
         pytest.skip(f"the engine cannot run on this machine: {why}")
     with vllm_server(tmp_path) as port:
-        answers_bills_and_copies(stack, operator, eventually, port, "real-elsewhere")
+        texts = answers_bills_and_copies(stack, operator, eventually, port, "real-elsewhere")
+    assert texts == [texts[-1]] * 3

@@ -371,9 +371,14 @@ class VllmEngine:
         except EngineGenerateError as error:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
         except (VLLMClientError, ValueError) as error:
-            schema_given = request.sampling.json_schema is not None
-            param = getattr(error, "parameter", None) or ("response_format" if schema_given else "body")
-            raise EngineInputError("invalid_request", param, str(error)) from None
+            param = getattr(error, "parameter", None)
+            if param is None and request.sampling.json_schema is not None:
+                raise EngineInputError(
+                    "invalid_schema",
+                    "response_format",
+                    f"response_format: no grammar follows this schema: {error}",
+                ) from None
+            raise EngineInputError("invalid_request", param or "body", str(error)) from None
 
     def _logprobs(self, completion: Any, at: int, n: int, n_top: int | None) -> tuple[TokenLogprob, ...]:
         found = []

@@ -75,6 +75,7 @@ async def test_a_driver_that_hangs_is_told_and_heard_again() -> None:
     await _until(lambda: "has not answered for" in watch.health[0].lost)
     library.release.set()
     await _until(lambda: not watch.health[0].lost)
+    assert watch.health[0].temperature_c == 50
     task.cancel()
 
 

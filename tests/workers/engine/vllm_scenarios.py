@@ -329,7 +329,7 @@ async def check_a_schema_that_no_grammar_can_follow_is_refused_by_name(engine: V
         try:
             await read(engine, a_request(engine, json_schema=schema))
         except EngineInputError as error:
-            assert error.param == "response_format", error.param
+            assert (error.code, error.param) == ("invalid_schema", "response_format"), error
         else:
             raise AssertionError("accepted")
 
