@@ -298,7 +298,10 @@ async def _revoke(joint: Joint, n: int) -> None:
     await until(
         lambda: not joint.n_queued() and not joint.n_unacked(), 10, "nothing is left", joint._log_tail
     )
-    joint.figures.n_revoked_running = (await joint.pool_stats()).get("cancelled", 0)
+    stats = await joint.pool_stats()
+    while stats.get("in_flight") and time.monotonic() < began_s + 60:  # acknowledged first, ended then
+        stats = await joint.pool_stats()
+    joint.figures.n_revoked_running = stats.get("cancelled", 0)
     joint.figures.n_revoked_queued_served = len(joint.done())
 
 

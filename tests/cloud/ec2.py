@@ -138,9 +138,12 @@ class Ec2:
     def instances(self, *states: str) -> list[Any]:
         """moto's own records, in these states (all when none is named)."""
         backend = get_backend("ec2")[self.account][REGION]
-        # Snapshots: the server's threads add to both while others look.
-        found = [i for r in list(backend.reservations.values()) for i in list(r.instances)]
-        return [i for i in found if not states or i.state in states]
+        # Locked: nobody sees an instance of a fleet half made, running before it is pending. And snapshots: the
+        # server's other threads add to both while we look.
+        with self._lock:
+            found = [i for r in list(backend.reservations.values()) for i in list(r.instances)]
+            states_now = [i.state for i in found]
+        return [i for i, state in zip(found, states_now, strict=True) if not states or state in states]
 
     def alive(self) -> list[str]:
         return [i.id for i in self.instances("pending", "running", "stopping", "stopped")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ class Uses:
     def _write(self, digest: str, use: Use | _Stored) -> None:
         """The last of two writers at once wins: a use that is not counted costs nothing."""
         stored = _Stored(score=use.score, at_s=use.at_s, fetch_s=use.fetch_s)
-        scratch = self._root / f"{digest}.{os.getpid()}.new"
+        scratch = self._root / f"{digest}.{os.getpid()}.{threading.get_native_id()}.new"
         scratch.write_bytes(msgspec.json.encode(stored))
         scratch.replace(self._root / f"{digest}.json")
 
