@@ -71,11 +71,18 @@ class Rest:
         self._n_guests += 1
         if self._ordered or self.is_asleep:
             self._changed.set()
-            await self._awake.wait()
+            try:
+                await self._awake.wait()
+            except asyncio.CancelledError:  # its client left before it was awake
+                self._leave()
+                raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._n_guests -= 1
         if self._ordered and not self._n_guests:
             self._changed.set()

@@ -103,6 +103,30 @@ async def test_a_request_that_comes_while_it_falls_asleep_waits_until_it_is_awak
     await scene.close()
 
 
+async def test_a_guest_that_leaves_before_it_is_awake_does_not_keep_it_awake() -> None:
+    scene = Scene()
+    scene.engine.gate.clear()
+    scene.rest.order(True)
+    while not scene.rest.is_asleep:
+        await asyncio.sleep(0)
+
+    async def guest() -> None:
+        async with scene.rest:
+            pass
+
+    asked = asyncio.create_task(guest())
+    await asyncio.sleep(0)
+    asked.cancel()
+    with suppress(asyncio.CancelledError):
+        await asked
+    scene.engine.gate.set()
+    await scene.until(asleep=True)
+    async with asyncio.timeout(5), scene.rest:
+        assert not scene.engine.asleep
+    await scene.until(asleep=True)
+    await scene.close()
+
+
 async def test_an_engine_that_cannot_wake_is_heard_of() -> None:
     scene = Scene()
     scene.rest.order(True)
