@@ -3,11 +3,13 @@
 from django.urls import path
 
 from controlplane.console.views import (
+    audit,
     budgets,
     deployments,
     identity,
     invitation,
     keys,
+    machines,
     overview,
     people,
     playground,
@@ -72,6 +74,8 @@ urlpatterns = [
     path("budgets", budgets.budget_list, name="budgets"),
     path("budgets/create", budgets.create_budget, name="create_budget"),
     path("budgets/<str:budget>", budgets.change_budget, name="change_budget"),
+    path("machines", machines.machine_list, name="machines"),
+    path("audit", audit.audit_log, name="audit"),
     path("usage", usage.usage_page, name="usage"),
     path("usage.csv", usage.usage_csv, name="usage_csv"),
 ]

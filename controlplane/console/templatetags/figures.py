@@ -165,6 +165,18 @@ def tone(phase: str) -> str:
 
 
 @register.filter
+def words(name: str) -> str:
+    """A name of code as people read it: `api_key` is an API key."""
+    return name.replace("_", " ").replace("api ", "API ").replace("scim ", "SCIM ").replace("slo ", "SLO ")
+
+
+@register.filter
+def gib(n_bytes: int | None) -> str:
+    """Memory of a machine."""
+    return DASH if not n_bytes else f"{n_bytes / 2**30:.0f} GiB"
+
+
+@register.filter
 def stage_words(name: str) -> str:
     return _STAGES.get(name, name.replace("_", " "))
 

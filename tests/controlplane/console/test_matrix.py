@@ -150,6 +150,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "deliveries/<str:delivery>/replay": (Row("POST", Permission.WEBHOOKS_WRITE),),
     "sharing": (Row("GET", Permission.DEPLOYMENTS_READ),),
     "sharing/<str:grant>/withdraw": (Row("POST", Permission.DEPLOYMENTS_WRITE),),
+    "machines": (Row("GET", Permission.DEPLOYMENTS_READ),),
+    "audit": (Row("GET", Permission.AUDIT_READ),),
     "usage": (Row(),),
     "usage.csv": (Row(),),
 }
