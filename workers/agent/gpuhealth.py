@@ -8,6 +8,7 @@ tell, and the log says so once. Imports neither the engine nor torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -27,7 +28,8 @@ HANGS_AFTER_S: Final = 30.0  # a read takes milliseconds
 MAX_GPUS: Final = 64
 MAX_XIDS: Final = 16  # different ones of a GPU; the first are kept: what follows is mostly their consequence
 _MAX_EVENTS: Final = 256  # of one read
-_ERROR_NOT_SUPPORTED: Final = 3
+# Not supported by this model, not for this user, not in this driver: nothing that the GPU has done.
+_NOT_TOLD: Final = (3, 4, 13)
 _ERROR_TIMEOUT: Final = 10
 
 
@@ -109,7 +111,7 @@ class GpuReader:
             remapped = self._ask(nvml.nvmlDeviceGetRemappedRows, gpu) or (0, 0, 0, 0)
             retiring = self._ask(nvml.nvmlDeviceGetRetiredPagesPendingStatus, gpu)
         except nvml.NVMLError as error:
-            self._handles[index] = None
+            self._forget(index)
             return GpuHealth(index=index, lost=str(error)[:200] or "lost", xids=tuple(self._xids[index]))
         return GpuHealth(
             index=index,
@@ -123,23 +125,36 @@ class GpuReader:
             hot_s=self._hot_s(index, temperature_c, int(slowdown_c or 0)),
         )
 
+    def _forget(self, index: int) -> None:
+        """What it is asked by: made anew with the next read, so given back now."""
+        events = self._events[index]
+        self._handles[index] = self._events[index] = None
+        if events is not None:
+            self._free(events)
+
+    def _free(self, events: Any) -> None:
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._nvml.nvmlEventSetFree(events)
+
     def _ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """None where this model does not tell. Other errors are the GPU's."""
+        """None where nobody tells that here. Other errors are the GPU's."""
         try:
             return question(*args)
         except self._nvml.NVMLError as error:
-            if getattr(error, "value", None) == _ERROR_NOT_SUPPORTED:
+            if getattr(error, "value", None) in _NOT_TOLD:
                 return None
             raise
 
     def _listen(self, gpu: Any) -> Any:
-        """A set of its own for each, so that an event needs no name. None where events are not supported."""
-        nvml = self._nvml
+        """A set of its own for each, so that an event needs no name. None where there are no events to hear."""
+        nvml, events = self._nvml, None
         try:
             events = nvml.nvmlEventSetCreate()
             nvml.nvmlDeviceRegisterEvents(gpu, nvml.nvmlEventTypeXidCriticalError, events)
         except nvml.NVMLError as error:
-            if getattr(error, "value", None) == _ERROR_NOT_SUPPORTED:
+            if events is not None:
+                self._free(events)
+            if getattr(error, "value", None) in _NOT_TOLD:
                 return None
             raise
         return events
@@ -200,13 +215,19 @@ class GpuWatch:
         )
 
     async def run(self) -> None:
-        """Until cancelled. The thread is a daemon's: one that hangs in the driver keeps nobody from ending."""
+        """Until cancelled. The thread is a daemon's: one that hangs in the driver keeps nobody from ending. Bindings
+        that are not as we know them end the reading, not the agent."""
         try:
-            reader = await _in_thread(lambda: GpuReader(self._load()))
+            await self._read_for_ever()
         except NoNvmlError as error:
             log.info("GPU health is not read: %s", error)
-            await asyncio.Event().wait()
-            return
+        except Exception as error:
+            log.error("GPU health is read no more: %s: %s", type(error).__name__, error)
+        self._last, self._asked_at_s = (), None
+        await asyncio.Event().wait()
+
+    async def _read_for_ever(self) -> None:
+        reader = await _in_thread(lambda: GpuReader(self._load()))
         log.info("GPU health is read of %d GPUs every %g s", reader.n_gpus, self._every_s)
         self._last = tuple(GpuHealth(index=index) for index in range(reader.n_gpus))
         while True:

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-NOT_SUPPORTED, TIMEOUT, LIBRARY_NOT_FOUND, LOST = 3, 10, 12, 15
-_ERRORS = {3: "Not Supported", 10: "Timeout", 12: "NVML Shared Library Not Found", 15: "GPU is lost"}
+NOT_SUPPORTED, TIMEOUT, LIBRARY_NOT_FOUND, NO_FUNCTION, LOST = 3, 10, 12, 13, 15
+_ERRORS = {
+    3: "Not Supported",
+    10: "Timeout",
+    12: "NVML Shared Library Not Found",
+    13: "Function Not Found",
+    15: "GPU is lost",
+}
 
 
 class NVMLError(Exception):
@@ -25,6 +31,8 @@ class Gpu:
     retiring: int | None = None
     xids: list[int] = field(default_factory=list)
     lost: bool = False
+    lost_to_reads: bool = False  # its handle is given all the same
+    is_deaf: bool = False  # its driver knows no events
 
 
 class FakeNvml:
@@ -37,6 +45,7 @@ class FakeNvml:
 
     def __init__(self, *gpus: Gpu) -> None:
         self.gpus = gpus
+        self.n_event_sets = 0
         self.release = threading.Event()
         self.release.set()
 
@@ -52,6 +61,8 @@ class FakeNvml:
 
     def nvmlDeviceGetUUID(self, gpu: Gpu) -> str:
         self._alive(gpu)
+        if gpu.lost_to_reads:
+            raise NVMLError(LOST)
         return "GPU-1"
 
     def nvmlDeviceGetTemperature(self, gpu: Gpu, sensor: int) -> int:
@@ -70,9 +81,15 @@ class FakeNvml:
         return _told(gpu.retiring)
 
     def nvmlEventSetCreate(self) -> list[Gpu]:
+        self.n_event_sets += 1
         return []
 
+    def nvmlEventSetFree(self, events: list[Gpu]) -> None:
+        self.n_event_sets -= 1
+
     def nvmlDeviceRegisterEvents(self, gpu: Gpu, kinds: int, events: list[Gpu]) -> None:
+        if gpu.is_deaf:
+            raise NVMLError(NO_FUNCTION)
         events.append(gpu)
 
     def nvmlEventSetWait_v2(self, events: list[Gpu], timeout_ms: int) -> Any:

@@ -48,6 +48,20 @@ def test_a_lost_gpu_is_told_with_its_codes_and_may_come_back() -> None:
     assert reader.read()[0].lost == ""
 
 
+def test_a_gpu_that_fails_every_read_holds_on_to_one_set_of_events() -> None:
+    library = FakeNvml(Gpu(lost_to_reads=True), Gpu())
+    reader = GpuReader(library)
+    for _ in range(3):
+        assert [gpu.lost for gpu in reader.read()] == ["GPU is lost", ""]
+    assert library.n_event_sets == 1
+
+
+def test_what_an_old_driver_cannot_do_is_no_fault_of_its_gpu() -> None:
+    library = FakeNvml(Gpu(is_deaf=True))
+    assert GpuReader(library).read()[0].lost == ""
+    assert library.n_event_sets == 0
+
+
 def test_heat_is_counted_from_when_it_began() -> None:
     gpu, now_s = Gpu(temperature_c=88), [100.0]
     reader = GpuReader(FakeNvml(gpu), clock=lambda: now_s[0])
@@ -87,6 +101,18 @@ async def test_without_a_driver_there_is_nothing_to_tell_and_the_log_says_why(
         task = asyncio.create_task(watch.run())
         await _until(lambda: "GPU health is not read: NVML Shared Library Not Found" in caplog.text)
     assert watch.health == ()
+    assert not task.done(), "the agent goes on"
+    task.cancel()
+
+
+async def test_bindings_that_are_not_as_known_do_not_end_the_agent(caplog: pytest.LogCaptureFixture) -> None:
+    library = FakeNvml(Gpu())
+    watch = GpuWatch(lambda: library, every_s=0.01)
+    task = asyncio.create_task(watch.run())
+    await _until(lambda: bool(watch.health) and watch.health[0].temperature_c == 50)
+    vars(library)["nvmlDeviceGetUUID"] = None
+    await _until(lambda: watch.health == ())
+    assert "GPU health is read no more: TypeError" in caplog.text
     assert not task.done(), "the agent goes on"
     task.cancel()
 
