@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final
 
-from workers.engine.base import Sleeper
+from workers.engine.base import EngineDead, Sleeper
 
 SLEEP_STAGE: Final = "sleep"
 WAKE_STAGE: Final = "wake"
+PATIENCE_S: Final = 300.0  # as long as a replica may take to start
 
 
 class Rest:
@@ -27,8 +28,11 @@ class Rest:
         engine: Sleeper,
         say: Callable[[bool], None],
         stages_ms: dict[str, int],
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        """say: whether it sleeps now. stages_ms: gets how long the last sleep and the last waking took."""
+        """say: whether it sleeps now. stages_ms: gets how long the last sleep and the last waking took. An engine that
+        needs longer than `patience_s` for either is dead: requests wait for it."""
+        self._patience_s = patience_s
         self._engine, self._say, self._stages_ms = engine, say, stages_ms
         self._ordered = False
         self._n_guests = 0
@@ -64,7 +68,11 @@ class Rest:
 
     async def _timed(self, stage: str, call: Callable[[], Awaitable[None]]) -> None:
         began_s = time.monotonic()
-        await call()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await call()
+        except TimeoutError:
+            raise EngineDead(f"{stage}: not done in {self._patience_s:g} s") from None
         self._stages_ms[stage] = round((time.monotonic() - began_s) * 1000)
 
     async def __aenter__(self) -> None:

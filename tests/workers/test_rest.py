@@ -29,11 +29,11 @@ class Engine:
 
 
 class Scene:
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 60.0) -> None:
         self.engine = Engine()
         self.said: list[bool] = []
         self.stages_ms: dict[str, int] = {}
-        self.rest = Rest(self.engine, self.said.append, self.stages_ms)
+        self.rest = Rest(self.engine, self.said.append, self.stages_ms, patience_s)
         self.task = asyncio.create_task(self.rest.run())
 
     async def until(self, asleep: bool) -> None:
@@ -135,4 +135,13 @@ async def test_an_engine_that_cannot_wake_is_heard_of() -> None:
     scene.rest.order(False)
     async with asyncio.timeout(5):
         with pytest.raises(EngineDead, match="does not wake"):
+            await scene.task
+
+
+async def test_an_engine_that_does_not_come_back_from_falling_asleep_is_dead() -> None:
+    scene = Scene(patience_s=0.01)
+    scene.engine.gate.clear()
+    scene.rest.order(True)
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineDead, match="sleep: not done in"):
             await scene.task
