@@ -238,10 +238,11 @@ def _restore_user(row: Machine, house: House) -> bool:
 
 
 def _shut_out(house: House, report: Report) -> None:
-    """Users of machines that are gone or stopped: made again by somebody who read the row a moment too early."""
+    """Users of machines that are gone, stopped or without a valid password: made again by somebody who read the row a
+    moment too early, or left there by a Redis that was away when they should have ended."""
     ids = [UUID(hex=mid) for mid in house.cell.machine_users() if _IS_ID.fullmatch(mid)]
-    away = (MachineState.GONE, *stopping.RESTING)
-    for gone in Machine.objects.filter(id__in=ids, state__in=away).values_list("id", flat=True):
+    away = Q(state__in=(MachineState.GONE, *stopping.RESTING)) | Q(redis_password_digest="")
+    for gone in Machine.objects.filter(away, id__in=ids).values_list("id", flat=True):
         house.cell.delete_user(gone.hex)
         log.warning("machine.user_deleted", machine=gone.hex)
         report.n_restored += 1

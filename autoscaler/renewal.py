@@ -18,6 +18,7 @@ from uuid import UUID
 import redis
 import structlog
 from django.db.models import F, QuerySet
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from autoscaler import records
@@ -42,7 +43,7 @@ def renew(house: House, now: datetime | None = None) -> set[UUID]:
     rows = list(
         Machine.objects.filter(cell=house.cell.keys.cell, provider=house.provider.name, state__in=_LIVE)
         .exclude(redis_password_digest="")
-        .order_by(F("redis_password_at").asc(nulls_first=True), "id")[:MAX_PER_PASS]
+        .order_by(Coalesce("redis_password_at", "enroll_used_at", "created_at"), "id")[:MAX_PER_PASS]
     )
     touched: set[UUID] = set()
     try:

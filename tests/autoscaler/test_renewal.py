@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -298,6 +299,39 @@ def test_a_machine_that_goes_meanwhile_gets_no_user_again(
     real(cell, enrolled.id.hex, "0" * 64)  # as a watcher with a table of a moment ago would
     reconcile.restore(enrolled.scaling.house)
     assert not cell.has_user(enrolled.id.hex)
+
+
+def test_a_password_that_ended_while_redis_was_away_lets_nobody_in_for_long(
+    enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autoscaler.cell import Cell
+
+    def away(*_: Any) -> None:
+        raise redis.ConnectionError
+
+    over = enrolled.due + timedelta(hours=3)
+    Machine.objects.update(state=MachineState.DRAINING, ends_at=over)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cell, "delete_user", away)
+        enrolled.renew(over + timedelta(hours=1))
+    assert enrolled.row().redis_password_digest == "" and _lets_in(enrolled.given)
+    assert reconcile.restore(enrolled.scaling.house) == 1
+    assert not _lets_in(enrolled.given)
+
+
+def test_the_oldest_password_comes_first_whether_or_not_it_was_ever_replaced(
+    enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More machines than one pass looks at, most of them new, do not keep it from one whose time is up."""
+    monkeypatch.setattr(renewal, "MAX_PER_PASS", 1)
+    Machine.objects.update(redis_password_at=timezone.now())
+    row = enrolled.row()
+    row.pk, row.command_id, row.pool_slot, row.provider_ref = uuid4(), uuid4(), None, ""
+    row.enroll_used_at, row.redis_password_at = timezone.now() + timedelta(hours=1), None
+    row._state.adding = True
+    row.save()
+    enrolled.renew()
+    assert enrolled.row().redis_password_next
 
 
 def test_a_machine_that_can_open_nothing_is_replaced(enrolled: Enrolled) -> None:
