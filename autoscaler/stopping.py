@@ -99,19 +99,23 @@ def resume(
 
 
 def follow(row: Machine, seen: ProviderMachine, house: Keeper, now: datetime) -> str:
-    """Carry out what its row wants and its provider does not show yet; why the machine is given up, or ''."""
+    """Carry out what its row wants and its provider does not show yet; why the machine is given up, or ''.
+
+    What does not succeed in time is tried no longer: it would be paid for and serve nobody.
+    """
+    waited_s = 0.0 if row.rest_at is None else (now - row.rest_at).total_seconds()
+    is_over = waited_s > house.config.machine_pending_timeout_s
     if row.state in RESTING:
         if seen.state is ProviderState.STOPPED:
             _arrive(row, MachineState.STOPPING, MachineState.STOPPED)
+        elif seen.state is ProviderState.RUNNING and is_over and row.state == MachineState.STOPPING:
+            return f"could not be stopped in {waited_s:.0f} s"
         elif seen.state is ProviderState.RUNNING and _settled(row, house, now):
             _shut_down(row, house)
-    elif seen.state is ProviderState.STOPPED:
-        if _settled(row, house, now):
-            _start(row, house, now)
-    elif row.rest_at is not None:
-        waited_s = (now - row.rest_at).total_seconds()
-        if waited_s > house.config.machine_pending_timeout_s:
-            return f"was started again and did not come up in {waited_s:.0f} s"
+    elif is_over:
+        return f"was started again and did not come up in {waited_s:.0f} s"
+    elif seen.state is ProviderState.STOPPED and _settled(row, house, now):
+        _start(row, house, now)
     return ""
 
 

@@ -13,7 +13,7 @@ from autoscaler import pool, reconcile, records, stopping
 from autoscaler.models import Machine, MachineState, Offer, PoolDecision, Replica, ReplicaPhase, StartTiming
 from autoscaler.observe import machine_views, startable
 from autoscaler.stopping import Keeper
-from infra.providers.base import Offering, ProviderState
+from infra.providers.base import Offering, ProviderRefusedError, ProviderState
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
 
@@ -114,6 +114,26 @@ def test_one_that_does_not_come_back_is_ended(scaling: Scaling, idle: Machine) -
     assert reconcile.reconcile(scaling.house, late).n_gone == 1
     assert scaling.provider.terminated == [machine.provider_ref]
     assert scaling.machine().state == MachineState.GONE
+
+
+@pytest.mark.parametrize("what", ["stop", "start"])
+def test_an_order_that_its_provider_never_takes_is_given_up_in_time(
+    scaling: Scaling, idle: Machine, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def refused(ref: str) -> None:
+        raise ProviderRefusedError("not this one")
+
+    if what == "start":
+        stopped(scaling, idle)
+    monkeypatch.setattr(scaling.provider, what, refused)
+    if what == "stop":
+        assert stopping.stop(idle.id, "rests", keeper(scaling))
+    else:
+        assert stopping.resume(idle.id, keeper(scaling))
+    patience = timedelta(seconds=scaling.house.config.machine_pending_timeout_s)
+    assert reconcile.reconcile(scaling.house, timezone.now() + patience / 2).n_gone == 0
+    assert reconcile.reconcile(scaling.house, timezone.now() + patience * 1.01).n_gone == 1
+    assert scaling.provider.terminated == [idle.provider_ref]
 
 
 def test_two_at_once_start_it_once_and_never_beyond_the_places(scaling: Scaling, idle: Machine) -> None:
