@@ -26,7 +26,7 @@ class _Chat(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    prompt: str | list[int | str]
+    prompt: str | list[int | str | list[int]]
 
 
 _Job = tuple[Endpoint, bytes, "asyncio.Future[tuple[list[int], int]]"]
@@ -109,8 +109,10 @@ class Prompts:
             return self._engine.tokenize(prompt)
         if len(prompt) == 1 and isinstance(prompt[0], str):
             return self._engine.tokenize(prompt[0])
-        if prompt and all(isinstance(token, int) for token in prompt):
-            return [int(token) for token in prompt]
+        ids = prompt[0] if len(prompt) == 1 and isinstance(prompt[0], list) else prompt
+        known = [token for token in ids if isinstance(token, int)]
+        if known and len(known) == len(ids):
+            return known
         raise EngineInputError(
             "invalid_prompt", "prompt", "prompt must be one string or one list of token ids per request"
         )

@@ -91,18 +91,21 @@ class Dispatcher:
     ) -> Stream:
         """A stream for the request, known to the inbox before anything is sent, because frames may be
         quick. With `origin` it continues that one, and only the rest is held."""
-        raw = estimate.raw_tokens(request.n_text_bytes, request.n_messages)
+        ids = request.token_ids  # a count that is known teaches the calibration nothing
+        raw = 0 if ids is not None else estimate.raw_tokens(request.n_text_bytes, request.n_messages)
         if request.tier is not None or request.slo_class is not None:
             deployment = _chosen(deployment, request)
         calibration = self._ends.calibration(key.organization, deployment.id)
-        n_prompt = min(estimate.estimate(raw, calibration), deployment.context_tokens)
+        n_exact = None if ids is None else min(len(ids), deployment.context_tokens)
+        n_prompt = n_exact or min(estimate.estimate(raw, calibration), deployment.context_tokens)
         hold = admission.hold(
             n_prompt,
             request.max_tokens,
             deployment.context_tokens,
             deployment.rates,
             streaming=request.stream,
-            n_paid=min(
+            n_paid=n_exact
+            or min(
                 estimate.upper_bound(n_prompt, calibration, is_roomy=key.key in self._roomy),
                 deployment.context_tokens,
             ),

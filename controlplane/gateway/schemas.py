@@ -8,6 +8,7 @@ passes. The body itself travels on verbatim, so that what was checked here is wh
 from __future__ import annotations
 
 import re
+from array import array
 from operator import attrgetter
 from typing import Any, Final
 
@@ -16,10 +17,12 @@ import msgspec
 from controlplane.gateway.bodies import ChatBody, CompletionBody, Message
 from controlplane.gateway.errors import ApiError, bad_request
 from controlplane.gateway.structured import json_schema_of
+from controlplane.policy import estimate
 from workers.contract import Endpoint, Sampling
 
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIAS: Final = 1_024
+MAX_TOKEN_ID: Final = 2**31 - 1
 
 
 class GenerationRequest(msgspec.Struct, gc=False):
@@ -39,10 +42,15 @@ class GenerationRequest(msgspec.Struct, gc=False):
     end_customer: str | None = None  # named by a header, or in OpenAI's words in the body
     tier: str | None = None  # `service_tier`; None, "auto": the default of whoever asks
     json_schema: str | None = None  # JSON text of the schema that the answer follows
+    token_ids: list[int] | None = (
+        None  # the prompt, where it came as token ids: its length is no estimate then
+    )
 
     def prompt_bytes(self) -> bytes:
         """The prompt's text for finding its beginnings again; not what the model reads."""
         body = self.body
+        if self.token_ids is not None:
+            return array("I", self.token_ids).tobytes()
         if isinstance(body, CompletionBody):
             prompt = body.prompt[0] if isinstance(body.prompt, list) else body.prompt
             return str(prompt).encode("utf-8", "surrogatepass")
@@ -57,6 +65,8 @@ class GenerationRequest(msgspec.Struct, gc=False):
     def question(self) -> str:
         """The text that tells most of how long the answer will be: the prompt, or the last message of a chat."""
         body = self.body
+        if self.token_ids is not None:
+            return ""
         if isinstance(body, CompletionBody):
             return str(body.prompt[0] if isinstance(body.prompt, list) else body.prompt)
         content = body.messages[-1].content if body.messages else ""
@@ -129,17 +139,33 @@ def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
     if (values := _COMPLETION_VALUES(completion)) != _COMPLETION_UNSET:
         _refuse_unsupported(_COMPLETION_FIELDS, values)
     prompt = completion.prompt
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
+    if isinstance(prompt, list):
+        if len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, list):
+            return _request_of_ids(endpoint, completion, prompt)
     if not isinstance(prompt, str):
-        raise bad_request(
-            "prompt: several prompts and token ids are not supported; send one string",
-            "prompt",
-            "unsupported_value",
-        )
+        raise bad_request("prompt must be a string or token ids", "prompt", "invalid_type")
     if not prompt:
         raise bad_request("prompt is empty; send at least one character", "prompt")
     return _request(endpoint, completion, completion.max_tokens, _n_bytes(prompt), 0)
+
+
+def _request_of_ids(endpoint: Endpoint, body: CompletionBody, prompt: list[Any]) -> GenerationRequest:
+    """Whether the model knows them, its replica says."""
+    if not prompt:
+        raise bad_request("prompt is empty; send at least one token", "prompt")
+    if set(map(type, prompt)) != {int}:
+        raise bad_request(
+            "prompt: several prompts are not supported; send one request for each, a string or a list of token ids",
+            "prompt",
+            "unsupported_value",
+        )
+    if min(prompt) < 0 or max(prompt) > MAX_TOKEN_ID:
+        raise bad_request(f"prompt: token ids lie between 0 and {MAX_TOKEN_ID}", "prompt")
+    request = _request(endpoint, body, body.max_tokens, len(prompt) * estimate.BYTES_PER_TOKEN, 0)
+    request.token_ids = prompt
+    return request
 
 
 def _request(

@@ -92,3 +92,14 @@ async def test_threads_end_with_the_replica(engine: Watched, prompts: Prompts) -
     for thread in engine.threads:
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]]])
+async def test_token_ids_are_the_prompt_as_they_are(prompts: Prompts, prompt: list[Any]) -> None:
+    asked = envelope("")
+    asked.endpoint = Endpoint.COMPLETIONS
+    asked.payload = json.dumps({"model": "m", "prompt": prompt}).encode()
+    assert await prompts.token_ids(asked) == [5, 6, 7]
+    asked.payload = json.dumps({"model": "m", "prompt": ["a", 5]}).encode()
+    with pytest.raises(EngineInputError, match="one list of token ids"):
+        await prompts.token_ids(asked)

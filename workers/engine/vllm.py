@@ -378,6 +378,8 @@ class VllmEngine:
                     "response_format",
                     f"response_format: no grammar follows this schema: {error}",
                 ) from None
+            if param is None and "out of vocabulary" in str(error):
+                raise EngineInputError("invalid_token", "prompt", f"prompt: {error}") from None
             raise EngineInputError("invalid_request", param or "body", str(error)) from None
 
     def _logprobs(self, completion: Any, at: int, n: int, n_top: int | None) -> tuple[TokenLogprob, ...]:

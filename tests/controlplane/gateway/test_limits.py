@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from controlplane.gateway.directory import LimitsRow
-from tests.controlplane.gateway.harness import CHAT, KEYS, Job, Machine, Running, until
+from tests.controlplane.gateway.harness import CHAT, DEPLOYMENT, KEYS, Job, Machine, Running, until
 from workers.contract import FinishReason
 
 
@@ -189,3 +189,26 @@ async def test_every_answer_says_where_the_limits_stand(gw: Running, machine: Ma
 
 async def test_an_answer_without_limits_has_no_such_headers(gw: Running, machine: Machine) -> None:
     assert not [name for name in (await gw.post(CHAT)).headers if name.startswith("x-ratelimit")]
+
+
+async def test_a_prompt_of_token_ids_is_held_to_the_token_and_teaches_nothing(
+    gw: Running, machine: Machine
+) -> None:
+    gw.key = gw.directory.add_key(key_limits=LimitsRow(input_tpm=100))
+    go = asyncio.Event()
+
+    async def wait(job: Job) -> None:
+        await go.wait()
+        await job.finish("x", n=1)
+
+    machine.behaviour = wait
+    body = {"model": "tiny", "prompt": list(range(40)), "stream": True}
+    async with gw.stream(body, "/v1/completions") as first, gw.stream(body, "/v1/completions") as second:
+        left = [int(s.response.headers["x-ratelimit-remaining-input-tokens"]) for s in (first, second)]
+        assert left[0] == 60 and 20 <= left[1] <= 22, "a minute gives back 100 of them"
+        assert (await gw.post(body, path="/v1/completions")).status_code == 429
+        go.set()
+        await asyncio.gather(first.rest(), second.rest())
+    organization = list(gw.directory.records.values())[-1].organization.id
+    await until(lambda: gw.gateway.ends.calibration(organization, DEPLOYMENT).n_answers == 2)
+    assert gw.gateway.ends.calibration(organization, DEPLOYMENT).n == 0

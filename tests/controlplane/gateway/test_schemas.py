@@ -149,7 +149,14 @@ def test_bad_chat_field_is_named(body: Any, param: str, code: str) -> None:
     [
         ({"prompt": ""}, "prompt", "invalid_value"),
         ({"prompt": ["a", "b"]}, "prompt", "unsupported_value"),
-        ({"prompt": [1, 2]}, "prompt", "unsupported_value"),
+        ({"prompt": [[1], [2]]}, "prompt", "unsupported_value"),
+        ({"prompt": [1, "a"]}, "prompt", "unsupported_value"),
+        ({"prompt": [1, True]}, "prompt", "unsupported_value"),
+        ({"prompt": []}, "prompt", "invalid_value"),
+        ({"prompt": [[]]}, "prompt", "invalid_value"),
+        ({"prompt": [5, -1]}, "prompt", "invalid_value"),
+        ({"prompt": [2**31]}, "prompt", "invalid_value"),
+        ({"prompt": [None]}, "prompt", "invalid_type"),
         ({"prompt": None}, "prompt", "invalid_type"),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"echo": True}, "echo", "unsupported_parameter"),
@@ -227,6 +234,17 @@ def test_prompt_bytes_are_counted_over_messages_and_parts() -> None:
     ]
     request = parse(Endpoint.CHAT, json.dumps(chat(messages=messages)).encode())
     assert (request.n_text_bytes, request.n_messages) == (4 + 3 + 1, 3)
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
+def test_a_prompt_of_token_ids_is_as_long_as_it_is(prompt: Any) -> None:
+    request = parse(Endpoint.COMPLETIONS, json.dumps({**PROMPT, "prompt": prompt}).encode())
+    other = parse(Endpoint.COMPLETIONS, json.dumps({**PROMPT, "prompt": [7, 8, 10]}).encode())
+    assert request.token_ids == [7, 8, 9]
+    assert len(request.prompt_bytes()) == request.n_text_bytes == 12
+    assert request.prompt_bytes()[:8] == other.prompt_bytes()[:8]
+    assert request.prompt_bytes() != other.prompt_bytes()
+    assert request.question() == ""
 
 
 def test_defaults_are_neutral() -> None:

@@ -183,6 +183,10 @@ async def check_bad_input_is_refused_by_name(engine: VllmEngine) -> None:
             "context_length_exceeded",
         ),
         (lambda: read(engine, EngineRequest("none", [], SamplingSpec(max_tokens=1))), "empty_prompt"),
+        (
+            lambda: read(engine, EngineRequest("odd", [300, 2**31 - 1], SamplingSpec(max_tokens=1))),
+            "invalid_token",
+        ),
         (lambda: read(engine, a_request(engine, temperature=-1.0)), "invalid_request"),
         (lambda: read(engine, a_request(engine, logit_bias={99_999: 1.0})), "invalid_request"),
         (
