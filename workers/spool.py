@@ -70,6 +70,9 @@ class Spool:
         self._n_live_bytes = self._n_file_bytes = 0
         self._unwritten: list[bytes] = []
         self._dirty = False
+        self.on_news: Callable[[], object] = lambda: (
+            None
+        )  # called when there is something to write out or to sync
         self.failed = False  # the disk refuses writes; usage then has one witness only
         self._fd = _open_owned(path)
         self._read()
@@ -197,6 +200,8 @@ class Spool:
     def _write(self, kind: int, payload: bytes) -> None:
         """One more record for the next `write_out`."""
         self._unwritten.append(_framed(kind, payload))
+        if len(self._unwritten) == 1:
+            self.on_news()
         if len(self._unwritten) >= _MAX_UNWRITTEN:
             self.write_out()
 

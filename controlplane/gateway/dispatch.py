@@ -227,7 +227,7 @@ class Dispatcher:
         if stream.end is None:
             stream.live_machine = stream.machine
             if stream.held_back:
-                self._ends.inbox.catch_up(stream)
+                self._ends.inbox.take_early(stream)
 
     def _note_room(self, stream: Stream) -> None:
         roomy, key = self._roomy, stream.key.key

@@ -113,6 +113,13 @@ class Inbox:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def take_early(self, stream: Stream) -> None:
+        """Frames came before the answer of the admission that caused them, as the first of one loop pass may: taken
+        now, or read from the journal where they are not all and only what its replica's machine sent."""
+        machine = stream.live_machine
+        if machine is None or stream.catching_up or not self._take_held_back(stream, machine, only=True):
+            self.catch_up(stream)
+
     def catch_up_all(self) -> None:
         """Frames may have been missed (the subscription was interrupted)."""
         for stream in self.streams.values():
@@ -240,13 +247,17 @@ class Inbox:
             if len(page) < _PAGE:
                 return
 
-    def _take_held_back(self, stream: Stream, machine: str) -> bool:
-        """Take what that machine sent meanwhile; False when something is still missing in between."""
+    def _take_held_back(self, stream: Stream, machine: str, *, only: bool = False) -> bool:
+        """Take what that machine sent meanwhile; False when something is still missing in between, or, with `only`,
+        another sent some of it."""
         held_back, stream.held_back = stream.held_back, []
         for entry in held_back:
             if stream.paused:
                 return True
-            if entry.machine == machine and not self._take(stream, entry, entry.n):
+            if entry.machine != machine:
+                if only:
+                    return False
+            elif not self._take(stream, entry, entry.n):
                 return False
         return not stream.overflowed
 

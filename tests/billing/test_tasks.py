@@ -26,6 +26,7 @@ pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "oper
 def fresh_runner() -> Iterator[None]:
     """Each test has a runner of its own, with connections of its own."""
     tasks._local.__dict__.clear()
+    tasks._walk = tasks._Walk()
     yield
     tasks._local.__dict__.clear()
     connections["operator"].close()
@@ -77,6 +78,19 @@ def test_it_finds_the_stream_of_a_machine_nobody_knows(client: redis.Redis) -> N
     deliver(client, stranger, event(tenant, stranger))
     assert tasks.run_intake().n_booked == 1
     assert booked(tenant) == 1
+
+
+def test_the_threads_of_a_process_share_one_walk_through_the_keys(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[int] = []
+    monkeypatch.setattr(
+        tasks.UsageStreams, "find_machines", lambda _: {"stranger"} if walks.append(1) is None else None
+    )
+    assert tasks._runner().machines() == ["stranger"]
+    tasks._local.__dict__.clear()  # as another thread finds it
+    assert tasks._runner().machines() == ["stranger"]
+    assert len(walks) == 1
 
 
 def test_redis_away_is_counted_and_the_next_run_books(client: redis.Redis, machine: str) -> None:

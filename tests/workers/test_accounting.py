@@ -1,6 +1,8 @@
 """What is announced again, and what must not be."""
 
+import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,30 @@ async def test_announcements_are_bounded_per_tick(cell: Cell, tmp_path: Path) ->
         clock.now_s = 11
         await keeper.tick()
         assert cell.r.xlen(cell.keys.machine("m1").usage) == 100
+
+
+async def test_usage_reaches_the_disk_by_itself_and_an_idle_spool_wakes_nobody(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.accounting._SYNC_S", 0)
+    async with serving(cell, tmp_path) as front:
+        _, spool, keeper = accounting(front, tmp_path / "x")
+        written: list[int] = []
+        real = spool.write_out
+
+        def on_disk(n: int) -> bool:
+            return (tmp_path / "x").read_bytes().count(b"event") == n and not spool.dirty
+
+        monkeypatch.setattr(spool, "write_out", lambda: (written.append(1), real()))
+        syncing = asyncio.create_task(keeper.sync_forever())
+        for n in range(1, 4):
+            spool.begin(f"r{n}", 1, b"event")
+            await until(partial(on_disk, n), "usage on disk")
+        n_written = len(written)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(written) == n_written <= 4
+        syncing.cancel()
 
 
 async def test_redis_away_ends_the_tick_and_nothing_else(cell: Cell, tmp_path: Path) -> None:

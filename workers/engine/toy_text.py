@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from array import array
 from itertools import chain
 from typing import Any, Final
+
+import msgspec
 
 from workers.engine.chat import check_messages
 
@@ -28,6 +29,7 @@ _FAULTS: Final = {"<die>": DIE, "<hang>": HANG}
 _PIECE_OR_FAULT: Final = re.compile(r"<die>|<hang>|\S{1,4}")
 _MAX_REMEMBERED: Final = 65_536
 _MAX_REMEMBERED_CHARS: Final = 32  # a longer word is cut anew each time: bounds what is remembered
+_packed: Final = msgspec.msgpack.Encoder().encode
 
 
 class _Ids(dict[str, int]):
@@ -89,7 +91,8 @@ def tokenize_chat(
 
 def seed_of(prompt_token_ids: list[int], seed: int | None) -> int:
     """A 32-bit number that stands for the prompt (and the sampling seed)."""
-    return zlib.crc32(array("I", prompt_token_ids).tobytes(), (seed or 0) & 0xFFFFFFFF)
+    # msgpack: 2.7 times as fast as an array, and 13,400 tokens (50 KB) are a tenth of what the loop does for them.
+    return zlib.crc32(_packed(prompt_token_ids), (seed or 0) & 0xFFFFFFFF)
 
 
 def token_at(seed: int, position: int) -> int:

@@ -4,9 +4,11 @@ clients held."""
 import asyncio
 import json
 import socket
+from typing import Any
 
 import pytest
 
+from controlplane.gateway.stream import Stream
 from tests.controlplane.gateway.harness import (
     CHAT,
     KEYS,
@@ -101,6 +103,34 @@ async def test_another_machine_cannot_speak_for_a_request(gw: Running, machine: 
         assert inbox.n_foreign
         go.set()
         assert text_of(await events.rest()) == "mine"
+
+
+@pytest.mark.parametrize("is_disturbed", [False, True])
+async def test_frames_that_overtake_their_admissions_answer_need_no_journal(
+    gw: Running, machine: Machine, monkeypatch: pytest.MonkeyPatch, is_disturbed: bool
+) -> None:
+    """Unless another machine spoke meanwhile: then the record says where the request runs."""
+    dispatcher, inbox = gw.gateway.dispatcher, gw.gateway.inbox
+    real = dispatcher._try_admit
+
+    async def late(stream: Stream, *rest: Any) -> list[Any]:
+        if is_disturbed:
+            frame = b"\x91" + encode(FrameEntry(stream.number, 0, 0, 1, "lie "))
+            inbox.on_frame(KEYS.machine("other").gateway_channel(gw.gateway.id).encode(), frame)
+        verdict = await real(stream, *rest)
+        await until(lambda: any(entry.end is not None for entry in stream.held_back))
+        return verdict
+
+    async def count(job: Job) -> None:
+        for i in range(3):
+            await job.emit(f"{i} ")
+        await job.finish()
+
+    monkeypatch.setattr(dispatcher, "_try_admit", late)
+    machine.behaviour = count
+    body = (await gw.post(CHAT)).json()
+    assert body["choices"][0]["message"]["content"] == counting(3)
+    assert inbox.n_catch_ups == is_disturbed
 
 
 async def test_frames_that_are_no_frames_are_counted_and_ignored(gw: Running, machine: Machine) -> None:
