@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from autoscaler.policy.spot import SpotSpec
-from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.fleet import Buyer, Fleet, Terms
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import Steps, Zone
@@ -32,6 +32,7 @@ RIVALS: Final[dict[str, dict[str, Callable[[], Buyer]]]] = {
     "spothedge": {f"spothedge:n_extra={n}": lambda n=n: SpotHedge(n) for n in (1, 2, 4)},  # type: ignore[misc]
 }
 HEEDING: Final = "any-zone:heeds_notice=1"
+SPOT_ONLY: Final = "spot-only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_
         "corral": Corral(SpotSpec(terms.boot_s, terms.notice_s, AVAILABILITY)),
         "on-demand": OnDemandOnly(),
         HEEDING: Heeding(AnyZoneElseOnDemand()),
+        SPOT_ONLY: SpotOnly(),
     }
     for rival in RIVALS.values():
         buyers |= {name: make() for name, make in rival.items()}

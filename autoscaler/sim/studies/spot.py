@@ -24,6 +24,7 @@ from autoscaler.sim.studies._spot import (
     MAIN,
     RATIO_GOAL,
     RIVALS,
+    SPOT_ONLY,
     Paid,
     cheaper,
     equal,
@@ -201,6 +202,18 @@ def _study(
                 "Other assumptions, the six V100 zones",
                 [Column("notice, boot, machines per zone"), *COLUMNS],
                 [[f"{n:g} s, {b:g} s, {m}", *market_row(found)] for (n, b, m), found in assumed.items()],
+            ),
+            Table(
+                "Without on-demand: the cheapest zone that gives, and nothing else",
+                [Column("market"), Column("× oracle", "{:.3f}"), Column("available", "{:.2%}")],
+                [
+                    [
+                        name,
+                        interval([paid.ratio for paid in found[SPOT_ONLY]]),
+                        interval([paid.availability for paid in found[SPOT_ONLY]]),
+                    ]
+                    for name, found in everywhere.items()
+                ],
             ),
             in_service,
         ],

@@ -102,8 +102,13 @@ def test_equal_availability_takes_the_cheapest_that_reaches_and_says_when_none_d
 
 def test_study_spot_compares_all_on_the_same_demand(traces: Path) -> None:
     found = study("spot", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--hours", "0.7")
-    everywhere, assumed, served = found["tables"]
+    everywhere, assumed, alone, served = found["tables"]
     assert len(everywhere["rows"]) == 2 and len(assumed["rows"]) == 3
+    assert [row[0] for row in alone["rows"]] == [row[0] for row in everywhere["rows"]]
+    assert all(
+        row[1]["mean"] <= on_demand[-1]
+        for row, on_demand in zip(alone["rows"], everywhere["rows"], strict=True)
+    )
     policies = {row[0].split(": ")[1] for row in served["rows"]}
     assert {"on-demand", "corral", "any-zone:n_extra=0", "spothedge:n_extra=1"} <= policies
     on_demand = next(row for row in served["rows"] if row[0].endswith(": on-demand"))
@@ -132,6 +137,7 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
             "corral": ("corral:n_deviations=1.0",),
             "hpa": ("hpa:target_ratio=0.3", "hpa:target_ratio=0.5"),
             "kpa": ("kpa:target_ratio=0.5",),
+            "static": ("static:n=2", "static:n=1"),
         },
     )
     monkeypatch.setattr("autoscaler.sim.studies.scaling._DEFAULTS", ())
@@ -139,8 +145,9 @@ def test_study_scaling_tunes_on_one_span_and_judges_on_another(
     args = ("--seeds", "2", "--fit-windows", "1", "--hours", "1.1", "--keep", "0.0001")
     found = study("scaling", traces, *args)
     judged, elsewhere, fitted = found["tables"]
-    assert len(judged["rows"]) == 4 and len(fitted["rows"]) == 4  # the tuned and the ceiling
-    assert len(elsewhere["rows"]) == 3
+    assert len(judged["rows"]) == 5 and len(fitted["rows"]) == 6  # the tuned and the ceiling
+    assert len(elsewhere["rows"]) == 4
+    assert [row[0] for row in judged["rows"]][3] == "static:n=1 (tuned)", "the cheapest that is enough"
     assert judged["rows"][0][1]["n"] == 2
     assert len(found["goals"]) == 4
 
