@@ -55,11 +55,13 @@ class FleetView:
     on_demand_usd_per_h: float
     n_on_demand_pending: int = 0
     n_on_demand_ready: int = 0
+    n_stopped: int = 0  # on-demand machines that lie stopped, those ordered first
 
 
 @dataclass(frozen=True, slots=True)
 class SpotSpec:
-    """How the house buys. `boot_s`: order to first token. `notice_s`: warning before a loss, 0 if none comes."""
+    """How the house buys. `boot_s`: order to first token. `notice_s`: warning before a loss, 0 if none comes.
+    `resume_s`: order to first token of a machine that lies stopped; None: as long as a boot."""
 
     boot_s: float
     notice_s: float
@@ -68,6 +70,7 @@ class SpotSpec:
     worth: float | None = None
     retry_s: float = 60.0  # an offer that refused is asked again after this long
     max_orders: int = 64  # per call
+    resume_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.availability < 1:
@@ -79,6 +82,13 @@ class SpotSpec:
     def gap_s(self) -> float:
         """How long a loss is felt: from when a machine goes until its replacement, ordered at the notice, serves."""
         return max(self.boot_s - self.notice_s, 0.0)
+
+    @property
+    def bridged_gap_s(self) -> float:
+        """The same where a stopped machine stands in until the replacement serves."""
+        return (
+            self.gap_s if self.resume_s is None else max(min(self.resume_s, self.boot_s) - self.notice_s, 0.0)
+        )
 
     @property
     def shortage_worth(self) -> float:
@@ -174,7 +184,14 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     n_on_demand = view.n_on_demand_ready + view.n_on_demand_pending
     n_uncovered = n_wanted - n_will_be - n_on_demand - sum(launch.values())
     launch_on_demand = min(max(n_uncovered, goal.n_on_demand - n_on_demand, 0), spec.max_orders)
-    if launch_on_demand:
+    n_bridge = 0
+    if _bridges(view, spec) and any(_was_lost(o, view.now_s, spec) for o in view.offers):
+        # What was lost is on its way and late: stopped machines serve until it is there, and lie down again.
+        n_bridge = min(n_wanted - n_staying_ready - n_on_demand, view.n_stopped) - launch_on_demand
+    if n_bridge > 0:
+        launch_on_demand += n_bridge
+        reasons.append(f"on-demand +{n_bridge}: stopped machines until spot is ready")
+    elif launch_on_demand:
         reasons.append(
             f"on-demand +{launch_on_demand}: no spot offer to be had"
             if n_uncovered > 0
@@ -260,9 +277,11 @@ def _choice(offer: OfferView, view: FleetView, spec: SpotSpec, memory: SpotMemor
     """The offer as the cover sees it; with nothing held it can be brought to nothing while it refuses."""
     n_held = offer.n_pending + offer.n_ready - offer.n_leaving
     losses_per_h = memory.offers.get(offer.name, _UNKNOWN).losses_per_h(view.now_s)
-    gap_ratio = losses_per_h * spec.gap_s / 3600
+    bridges = _bridges(view, spec)
+    gap_ratio = losses_per_h * (spec.bridged_gap_s if bridges else spec.gap_s) / 3600
+    on_demand_ratio = losses_per_h * spec.boot_s / 3600 if bridges else gap_ratio
     usd_per_h = (
-        offer.usd_per_h * (1 + losses_per_h * spec.boot_s / 3600) + view.on_demand_usd_per_h * gap_ratio
+        offer.usd_per_h * (1 + losses_per_h * spec.boot_s / 3600) + view.on_demand_usd_per_h * on_demand_ratio
     )
     n_most = max(n_held, 2 * view.n_wanted) if _may_ask(offer, view.now_s, spec) else n_held
     return Choice(offer.name, usd_per_h, gap_ratio, n_held, n_most)
@@ -272,3 +291,15 @@ def _may_ask(offer: OfferView, now_s: float, spec: SpotSpec) -> bool:
     if offer.n_leaving:
         return False
     return offer.refused_at_s is None or now_s - offer.refused_at_s >= spec.retry_s
+
+
+def _bridges(view: FleetView, spec: SpotSpec) -> bool:
+    """Whether on-demand machines that lie stopped, and those that are up, can stand in for all that is wanted."""
+    n_reserve = view.n_stopped + view.n_on_demand_pending + view.n_on_demand_ready
+    return spec.bridged_gap_s < spec.gap_s and n_reserve >= view.n_wanted
+
+
+def _was_lost(offer: OfferView, now_s: float, spec: SpotSpec) -> bool:
+    """It is going, or went (or refused) so lately that a replacement cannot be ready."""
+    at_s = offer.refused_at_s
+    return offer.n_leaving > 0 or (at_s is not None and at_s <= now_s < at_s + spec.boot_s)

@@ -35,6 +35,7 @@ class Machine:
     is_leaving: bool = False
     is_released: bool = False  # nobody's any more, but it still finishes and is paid for what it runs
     is_gone: bool = False
+    is_reserve: bool = False  # lies stopped again when it is given back
 
     @property
     def serves(self) -> bool:
@@ -43,12 +44,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The market's assumptions: seconds to boot (order to serving), of warning, between looks; USD an hour."""
+    """The market's assumptions: seconds to boot (order to serving), of warning, between looks; USD an hour. `n_reserve`
+    on-demand machines lie stopped from the beginning on, are paid for as such, and serve `resume_s` after an order."""
 
     boot_s: float
     notice_s: float
     on_demand_usd_per_h: float
     tick_s: float = 60.0
+    n_reserve: int = 0
+    resume_s: float = 0.0
+    stopped_usd_per_h: float = 0.0
 
 
 class Fleet:
@@ -76,7 +81,8 @@ class Fleet:
         self.wanted = wanted
         self.until_s = until_s
         self.machines: list[Machine] = []
-        self.usd_spot = self.usd_on_demand = 0.0
+        self.usd_spot = self.usd_on_demand = self.usd_stopped = 0.0
+        self.n_stopped = terms.n_reserve
         self.n_bought = self.n_refused = self.n_lost = 0
         # Seconds with enough machines ready, in shortage, and machine seconds missing then.
         self.ok_s = self.short_s = self.missing_machine_s = self.wanted_machine_s = 0.0
@@ -187,11 +193,13 @@ class Fleet:
                 self.n_refused += 1
                 self._refused[zone.name] = now_s
                 return False
+        is_reserve = zone is None and self.n_stopped > 0
+        self.n_stopped -= is_reserve
         self._n_machines += 1
-        self.n_bought += 1
-        machine = Machine(self._n_machines, zone, now_s)
+        self.n_bought += not is_reserve
+        machine = Machine(self._n_machines, zone, now_s, is_reserve=is_reserve)
         self.machines.append(machine)
-        self.kernel.after(self.terms.boot_s, self._booted, machine)
+        self.kernel.after(self.terms.resume_s if is_reserve else self.terms.boot_s, self._booted, machine)
         return True
 
     def _booted(self, machine: Machine) -> None:
@@ -219,6 +227,7 @@ class Fleet:
         self._account()
         machine.is_gone = True
         self.machines.remove(machine)
+        self.n_stopped += machine.is_reserve
         hours = (self.kernel.now_s - machine.bought_s) / 3600
         if machine.zone is None:
             self.usd_on_demand += hours * self.terms.on_demand_usd_per_h
@@ -260,7 +269,13 @@ class Fleet:
             for z in self.zones
         )
         return FleetView(
-            now_s, self._wanted_now(), offers, self.terms.on_demand_usd_per_h, n_pending, n_ready
+            now_s,
+            self._wanted_now(),
+            offers,
+            self.terms.on_demand_usd_per_h,
+            n_pending,
+            n_ready,
+            self.n_stopped,
         )
 
     def _account(self) -> None:
@@ -272,6 +287,7 @@ class Fleet:
         wanted = self._due(self._counted_s)
         n_ready = sum(m.serves for m in self.machines)
         self._counted_s = now_s
+        self.usd_stopped += self.n_stopped * passed_s / 3600 * self.terms.stopped_usd_per_h
         if now_s <= self._count_from_s:
             return
         self.wanted_machine_s += wanted * passed_s
@@ -332,7 +348,7 @@ class Fleet:
 
     @property
     def usd(self) -> float:
-        return self.usd_spot + self.usd_on_demand
+        return self.usd_spot + self.usd_on_demand + self.usd_stopped
 
     @property
     def availability(self) -> float:

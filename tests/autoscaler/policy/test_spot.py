@@ -190,3 +190,46 @@ def test_enough_is_on_its_way_and_never_absurdly_much(
     assert buy(seen, spec, SpotMemory()) == (orders, memory)
     shuffled = replace(seen, offers=made[::-1])
     assert buy(shuffled, spec, SpotMemory())[0].launch == orders.launch
+
+
+LATE = SpotSpec(boot_s=180, notice_s=120)
+WITH_RESERVE = SpotSpec(boot_s=180, notice_s=120, resume_s=120)
+
+
+def test_a_loss_is_bridged_by_stopped_machines_which_lie_down_again_when_spot_is_ready() -> None:
+    going = OfferView("a", 0.9, n_ready=4, n_leaving=4), OfferView("b", 1.0)
+    told = replace(view(*going), n_stopped=8)
+    orders, memory = buy(told, WITH_RESERVE, SpotMemory())
+    assert (orders.launch, orders.launch_on_demand) == ((("b", 4),), 4)
+    # They are up, the replacement boots: nothing more is ordered, nothing is given back.
+    gone = OfferView("a", 0.9, refused_at_s=1120.0), OfferView("b", 1.0, n_pending=4)
+    orders, memory = buy(replace(view(*gone, now_s=1130.0, ready=4), n_stopped=4), WITH_RESERVE, memory)
+    assert (orders.launch_on_demand, orders.release_on_demand, orders.cancel) == (0, 0, ())
+    there = gone[0], OfferView("b", 1.0, n_ready=4)
+    orders, _ = buy(replace(view(*there, now_s=1175.0, ready=4), n_stopped=4), WITH_RESERVE, memory)
+    assert orders.release_on_demand == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "n_stopped", "n_woken", "is_covered"),
+    [
+        (LATE, 8, 0, True),  # nobody said how long one takes: as long as a boot
+        (WITH_RESERVE, 8, 4, False),
+        (WITH_RESERVE, 3, 0, True),  # fewer than wanted: cover as without
+    ],
+)
+def test_cover_is_left_out_where_stopped_machines_stand_in_for_all(
+    spec: SpotSpec, n_stopped: int, n_woken: int, is_covered: bool
+) -> None:
+    zones = tuple(OfferView(name, 0.9) for name in "bcdef")
+    orders, _ = buy(replace(view(*zones), n_stopped=n_stopped), spec, SpotMemory())
+    assert (sum(n for _, n in orders.launch) > 4) == is_covered
+    going = OfferView("a", 0.9, n_ready=4, n_leaving=4), *zones
+    orders, _ = buy(replace(view(*going), n_stopped=n_stopped), spec, SpotMemory())
+    assert orders.launch_on_demand == n_woken
+
+
+def test_growth_wakes_nobody() -> None:
+    """A start that was never lost takes as long as a start."""
+    orders, _ = buy(replace(view(OfferView("a", 0.9, n_ready=2)), n_stopped=8), WITH_RESERVE, SpotMemory())
+    assert (orders.launch, orders.launch_on_demand) == ((("a", 2),), 0)

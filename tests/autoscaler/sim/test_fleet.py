@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_when_all_zones_are_gone_on_demand_serves_and_spot_takes_over_again() ->
     assert fleet.availability == 1.0
     assert 0.9 * 2 * HOUR * 4 / 3 < fleet.usd_on_demand / 3.0 * HOUR < 1.2 * 2 * HOUR * 4 / 3
     assert run(SpotOnly(), zone("a", *[4] * 8, *[0] * 8, *[4] * 8)).availability < 0.7
+
+
+def test_stopped_machines_stand_in_for_a_loss_are_paid_while_they_lie_and_lie_down_again() -> None:
+    a, b = zone("a", *[9] * 12, *[0] * 12), zone("b", *[9] * 24, usd_per_h=1.1)
+    late = Terms(boot_s=180, notice_s=120, on_demand_usd_per_h=3.0)
+    kept = replace(late, n_reserve=3, resume_s=120, stopped_usd_per_h=0.1)
+    fleet = run(Corral(SpotSpec(180, 120, worth=0.0, resume_s=120)), a, b, terms=kept)
+    assert (fleet.availability, fleet.n_stopped) == (1.0, 3)
+    # Two are up from the notice until the replacement serves.
+    assert fleet.usd_on_demand == pytest.approx(2 * 180 / HOUR * 3.0)
+    assert fleet.usd_stopped == pytest.approx((3 * 4 - 2 * 180 / HOUR) * 0.1)
+    assert fleet.n_bought == 4, "two spot machines and two again: who was woken was not bought"
+    open_gap = run(Corral(SpotSpec(180, 120, worth=0.0)), a, b, terms=late)
+    assert open_gap.short_s == pytest.approx(60, abs=1)
 
 
 class Remembering:

@@ -120,12 +120,13 @@ def test_study_of_cover_tunes_on_other_windows_than_it_judges_and_shows_the_boun
     found = study(
         "spot-cover", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--fit-windows", "1"
     )
-    judged, elsewhere, fitted = found["tables"]
+    judged, elsewhere, reserved, fitted = found["tables"]
     assert (len(judged["rows"]), len(fitted["rows"]), len(elsewhere["rows"])) == (4, 3, 1)
+    assert len(reserved["rows"]) == 5
     assert all(row[-3]["mean"] >= 1 for row in judged["rows"]), "cover is never cheaper than none"
     by_worth = [cell["mean"] for cell in fitted["rows"][0][1::2]]
     assert by_worth == sorted(by_worth), "what is worth more is covered better"
-    assert sum("times the oracle" in goal["claim"] for goal in found["goals"]) == 4
+    assert sum("times the oracle" in goal["claim"] for goal in found["goals"]) == 4 + 5
 
 
 def test_study_scaling_tunes_on_one_span_and_judges_on_another(
