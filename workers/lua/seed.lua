@@ -4,4 +4,5 @@
 local h = ARGV[1] .. 'lim:' .. ARGV[2] .. ':' .. ARGV[3]
 local set = redis.call('HSETNX', h, 'spent', ARGV[4])
 if set == 1 then redis.call('HSET', h, 'seed_ms', ARGV[5] or '0') end
+if ARGV[2] == SCOPE[0] then redis.call('PEXPIRE', h, END_LIFE_MS) end -- also where the request is refused after all
 return set

@@ -92,6 +92,15 @@ async def test_32_streams_share_a_customers_last_credit_to_the_token(
     assert "the budget of this end customer is used up" in refused.text
 
 
+async def test_customers_who_are_refused_leave_nothing_for_ever(gw: Running, machine: Machine) -> None:
+    """There may be any number of them, and their money is read before anything else is known."""
+    limited(gw, budget_nano=1_000)
+    gw.directory.spent_for[scope_of("ann").partition("end:")[2]] = 1_000
+    assert (await gw.post(CHAT | {"user": "ann"})).status_code == 429
+    assert await gw.redis.hget(scope_of("ann"), "spent") == b"1000"
+    assert await gw.redis.pttl(scope_of("ann")) > 6 * 3_600_000
+
+
 async def test_without_the_ledger_an_unknown_customers_money_is_a_503(gw: Running, machine: Machine) -> None:
     limited(gw, budget_nano=10**9)
     assert (await gw.post(CHAT | {"user": "ann"})).status_code == 200
