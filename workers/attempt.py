@@ -171,6 +171,7 @@ def sampling_of(envelope: RequestEnvelope, limit: int) -> SamplingSpec:
         ignore_eos=asked.ignore_eos,
         logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
         json_schema=asked.json_schema,
+        calls=asked.calls,
     )
 
 

@@ -50,6 +50,18 @@ class ReplicaPhase(enum.StrEnum):
     FAILED = "failed"
 
 
+class CallRule(msgspec.Struct, frozen=True, array_like=True):
+    """Functions that an answer may or must call, written in the one form of workers/engine/tool_form.py.
+
+    `functions`: name and JSON text of the arguments' schema of each that is held to it; empty: the model writes calls
+    as it likes. must: the answer is calls and nothing else. many: more than one is allowed.
+    """
+
+    functions: tuple[tuple[str, str], ...] = ()
+    must: bool = False
+    many: bool = True
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters after validation; `max_tokens`: the lesser of what was asked and what the context leaves."""
 
@@ -67,6 +79,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_eos: bool = False
     logit_bias: dict[str, float] = {}
     json_schema: str | None = None  # JSON text of the schema that the answer must follow
+    calls: CallRule | None = None  # None: no function may be called
 
 
 class Slo(msgspec.Struct, frozen=True, array_like=True):

@@ -23,6 +23,7 @@ _N_THREADS: Final = 2  # the tokenizer releases the GIL; more threads would take
 class _Chat(msgspec.Struct):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
 
 
 class _Completion(msgspec.Struct):
@@ -101,7 +102,9 @@ class Prompts:
         try:
             if endpoint is Endpoint.CHAT:
                 chat = _chat.decode(payload)
-                return self._engine.tokenize_chat(chat.messages, chat.tools)
+                # A model that may call nothing is told of nothing: it would try.
+                tools = chat.tools if chat.tools and chat.tool_choice != "none" else None
+                return self._engine.tokenize_chat(chat.messages, tools)
             prompt = _completion.decode(payload).prompt
         except msgspec.MsgspecError as error:
             raise EngineInputError("invalid_body", param_of(endpoint), str(error)) from None

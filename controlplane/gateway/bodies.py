@@ -26,13 +26,26 @@ class ContentPart(msgspec.Struct, gc=False):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, gc=False):
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    arguments: str = ""  # JSON
+
+
+class ToolCall(msgspec.Struct):
+    """A call that an earlier answer made; further members are read over."""
+
+    function: CalledFunction
+    id: _Label | None = None
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True):
     """A turn. Tool members pass through to the model's chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: _Label | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: _Label | None = None
     refusal: str | None = None
 
@@ -49,6 +62,18 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
 class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class Function(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -93,10 +118,10 @@ class ChatBody(_Common, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     # Accepted at their neutral values only: see UNSUPPORTED in schemas.py.
     store: bool | None = None
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
     modalities: list[str] | None = None

@@ -22,6 +22,7 @@ from controlplane.gateway.placements import Placements
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Stream
+from controlplane.gateway.toolcalls import CallReader
 from controlplane.policy import admission, estimate, prefix
 from controlplane.policy.lengths import likely
 from controlplane.policy.ordering import QueueOrder, order_key, predicted_ms
@@ -129,6 +130,8 @@ class Dispatcher:
             origin=origin,
         )
         stream.is_greedy = request.body.temperature == 0
+        if request.calls is not None:
+            stream.calls = CallReader(only_one=not request.calls.many)
         if self._lengths is not None and deployment.queue_order is QueueOrder.SJF:
             stream.predicted = self._lengths.predict(request.question(), deployment.name)
         self._ends.inbox.streams[stream.number] = stream
@@ -151,6 +154,7 @@ class Dispatcher:
         streaming: bool,
         admitted_ms: int,
         timeout_s: float,
+        calls: CallReader | None = None,
     ) -> Stream:
         """A stream for a request that was admitted before, known to the inbox."""
         stream = Stream(
@@ -170,6 +174,7 @@ class Dispatcher:
             origin=origin,
         )
         stream.admitted = True
+        stream.calls = calls
         self._ends.inbox.streams[number] = stream
         return stream
 

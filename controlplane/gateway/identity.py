@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Self
 from controlplane.gateway.bodies import ChatBody
 from controlplane.gateway.errors import bad_request
 from controlplane.gateway.schemas import GenerationRequest
+from controlplane.gateway.tools import READ, READ_ONE, letter_of
 from controlplane.tenants.end_customers import pseudonym
 from workers.contract import Endpoint
 
@@ -95,9 +96,12 @@ class Note(NamedTuple):
     digest: str = ""
     n_carried: int = 0
     n_carried_prompt: int = 0
+    calls: str = ""  # whether its text is read for calls of functions, and how (tools.py)
 
     def encode(self) -> str:
-        note = _letters(self.endpoint, self.streaming, self.include_usage, self.keyed) + self.digest
+        note = (
+            _letters(self.endpoint, self.streaming, self.include_usage, self.keyed, self.calls) + self.digest
+        )
         if self.n_carried or self.n_carried_prompt:
             note += f":{self.n_carried}:{self.n_carried_prompt}"
         return note
@@ -115,13 +119,14 @@ class Note(NamedTuple):
             digest,
             n_carried,
             n_carried_prompt,
+            READ if READ in letters else READ_ONE if READ_ONE in letters else "",
         )
 
 
 @cache
-def _letters(endpoint: Endpoint, streaming: bool, include_usage: bool, keyed: bool) -> str:
+def _letters(endpoint: Endpoint, streaming: bool, include_usage: bool, keyed: bool, calls: str) -> str:
     letters = _ENDPOINT_LETTERS[endpoint] + ("s" if streaming else "p")
-    return letters + ("u" if include_usage else "") + ("k" if keyed else "") + ":"
+    return letters + ("u" if include_usage else "") + ("k" if keyed else "") + calls + ":"
 
 
 class Digests:
@@ -156,5 +161,6 @@ class Digests:
 
     def note(self, request: GenerationRequest, body: bytes, *, keyed: bool) -> str:
         """The note of a request of its own."""
-        letters = _letters(request.endpoint, request.stream, request.include_usage, keyed)
+        calls = letter_of(request.calls)
+        letters = _letters(request.endpoint, request.stream, request.include_usage, keyed, calls)
         return letters + self.body(request.endpoint, body) if keyed or request.stream else letters

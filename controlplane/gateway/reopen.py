@@ -16,6 +16,7 @@ from controlplane.gateway.errors import ApiError, from_wire, unavailable
 from controlplane.gateway.identity import EventId
 from controlplane.gateway.records import Found
 from controlplane.gateway.stream import Origin, Resumed, Stream
+from controlplane.gateway.tools import reader_of
 from workers.contract import Notice, WireError, encode
 from workers.keys import CellKeys
 from workers.redis_client import Client
@@ -115,6 +116,7 @@ class Reopener:
             streaming=streaming,
             admitted_ms=found.admitted_ms,
             timeout_s=left_s,
+            calls=reader_of(found.note.calls),
         )
         # At other prices than those pinned the settlement is intake's, which knows them.
         stream.settled = deployment.price_version != found.price_version

@@ -18,6 +18,7 @@ from controlplane.gateway.records import Found, Records, not_kept, was_cut_off
 from controlplane.gateway.reopen import Reopener, origin_of
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Resumed, Stream
+from controlplane.gateway.tools import letter_of
 from workers.contract import JournalEntry
 from workers.engine.base import resume_blockers
 from workers.keys import RETENTION_MS, CellKeys
@@ -75,7 +76,12 @@ class Resumer:
                 stream.keep = True
                 stream.idempotency = key_digest
                 stream.note = Note(
-                    request.endpoint, request.stream, request.include_usage, keyed=True, digest=digest
+                    request.endpoint,
+                    request.stream,
+                    request.include_usage,
+                    keyed=True,
+                    digest=digest,
+                    calls=letter_of(request.calls),
                 ).encode()
                 return stream
         else:

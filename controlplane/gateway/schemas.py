@@ -17,8 +17,9 @@ import msgspec
 from controlplane.gateway.bodies import ChatBody, CompletionBody, Message
 from controlplane.gateway.errors import ApiError, bad_request
 from controlplane.gateway.structured import json_schema_of
+from controlplane.gateway.tools import check_history, rule_of
 from controlplane.policy import estimate
-from workers.contract import Endpoint, Sampling
+from workers.contract import CallRule, Endpoint, Sampling
 
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIAS: Final = 1_024
@@ -45,6 +46,8 @@ class GenerationRequest(msgspec.Struct, gc=False):
     token_ids: list[int] | None = (
         None  # the prompt, where it came as token ids: its length is no estimate then
     )
+    calls: CallRule | None = None  # functions that the answer may or must call
+    tools: bytes = b""  # they, as JSON
 
     def prompt_bytes(self) -> bytes:
         """The prompt's text for finding its beginnings again; not what the model reads."""
@@ -54,12 +57,15 @@ class GenerationRequest(msgspec.Struct, gc=False):
         if isinstance(body, CompletionBody):
             prompt = body.prompt[0] if isinstance(body.prompt, list) else body.prompt
             return str(prompt).encode("utf-8", "surrogatepass")
-        parts: list[str] = []
+        # Templates tell of the tools first.
+        parts: list[str] = [self.tools.decode(), "\0"] if self.tools else []
         for message in body.messages:
             content = message.content
             if isinstance(content, list):
                 content = "".join(part.text or "" for part in content)
             parts += (message.role, "\0", content or "", "\0")
+            for call in message.tool_calls or ():
+                parts += (call.function.name, "\0", call.function.arguments, "\0")
         return "".join(parts).encode("utf-8", "surrogatepass")
 
     def question(self) -> str:
@@ -93,6 +99,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
             ignore_eos=bool(body.ignore_eos),
             logit_bias=body.logit_bias or {},
             json_schema=self.json_schema,
+            calls=self.calls,
         )
 
 
@@ -103,10 +110,8 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "best_of": ((None, 1), "leave it out"),
     "echo": ((None, False), "leave it out and prepend the prompt yourself"),
     "suffix": ((None, ""), "leave it out"),
-    "tools": ((None, []), "leave it out"),
-    "tool_choice": ((None, "none", "auto"), "leave it out"),
-    "functions": ((None, []), "leave it out"),
-    "function_call": ((None, "none", "auto"), "leave it out"),
+    "functions": ((None, []), "send tools"),
+    "function_call": ((None, "none", "auto"), "send tool_choice"),
     "modalities": ((None, ["text"]), 'leave it out or send ["text"]'),
     "audio": ((None,), "leave it out"),
     "service_tier": (
@@ -134,7 +139,11 @@ def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
         if (values := _CHAT_VALUES(chat)) != _CHAT_UNSET:
             _refuse_unsupported(_CHAT_FIELDS, values)
         limit = _max_tokens(chat.max_tokens, chat.max_completion_tokens)
-        return _request(endpoint, chat, limit, _measure_messages(chat.messages), len(chat.messages))
+        request = _request(endpoint, chat, limit, _measure_messages(chat.messages), len(chat.messages))
+        if chat.tools is not None or chat.tool_choice is not None:
+            request.calls, request.tools = rule_of(chat)
+            request.n_text_bytes += len(request.tools)
+        return request
     completion: CompletionBody = _decoded(_decode_completion, body)
     if (values := _COMPLETION_VALUES(completion)) != _COMPLETION_UNSET:
         _refuse_unsupported(_COMPLETION_FIELDS, values)
@@ -262,6 +271,8 @@ def _measure_messages(messages: list[Message]) -> int:
     n_bytes = 0
     for i, message in enumerate(messages):
         content = message.content
+        if message.tool_calls:
+            n_bytes += check_history(message, f"messages[{i}]")
         if isinstance(content, str):
             n_bytes += len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
         elif content is None:

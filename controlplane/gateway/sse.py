@@ -17,7 +17,8 @@ import msgspec
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.identity import TAIL_FINISH, TAIL_USAGE
 from controlplane.gateway.logprobs import chat_logprobs, completion_logprobs, tokens_of
-from controlplane.gateway.stream import Piece, Stream
+from controlplane.gateway.stream import CallsPiece, Piece, Stream
+from controlplane.gateway.toolcalls import NOTHING, CallPiece, CallReader, whole
 from workers.contract import End, Endpoint, FinishReason
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -28,9 +29,11 @@ _CHUNK_OBJECT = {Endpoint.CHAT: "chat.completion.chunk", Endpoint.COMPLETIONS: "
 _ANSWER_OBJECT = {Endpoint.CHAT: "chat.completion", Endpoint.COMPLETIONS: "text_completion"}
 
 
-def finish_reason(end: End) -> str:
+def finish_reason(end: End, calls: CallReader | None = None) -> str:
     """OpenAI's word for how it ended."""
-    return "stop" if end.reason is FinishReason.STOP else "length"
+    if end.reason is not FinishReason.STOP:
+        return "length"
+    return "tool_calls" if calls is not None and calls.n_calls else "stop"
 
 
 def usage(end: End) -> dict[str, Any]:
@@ -45,15 +48,18 @@ def usage(end: End) -> dict[str, Any]:
 def answer(stream: Stream, end: End) -> bytes:
     """The body of a request that does not stream; takes the stream's text."""
     pieces = stream.take()
-    text = "".join(piece.text for piece in pieces)
     tokens = [token for piece in pieces for token in tokens_of(piece.logprobs)]
     is_chat = stream.endpoint is Endpoint.CHAT
     logprobs = chat_logprobs(tokens) if is_chat else completion_logprobs(tokens, 0)
-    choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason(end)}
-    if is_chat:
+    reason = finish_reason(end, stream.calls)
+    choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
+    if stream.calls is not None:
+        choice["message"] = _message_with_calls(stream, pieces)
+    elif is_chat:
+        text = "".join(piece.text for piece in pieces)
         choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
-        choice["text"] = text
+        choice["text"] = "".join(piece.text for piece in pieces)
     body = _head(stream, _ANSWER_OBJECT) | {"choices": [choice], "usage": usage(end)}
     return _encode(body | _extension(end))
 
@@ -86,6 +92,8 @@ class ChunkWriter:
 
     def pieces(self, pieces: list[Piece]) -> bytes:
         """One event per piece, in one write; in front of the first the chunk that names the role."""
+        if self._stream.calls is not None:
+            return self._pieces_with_calls(pieces)
         out = [] if self.begun else self._opening()
         id_, before, after = self._id, self._before, self._plain_after
         for piece in pieces:
@@ -102,7 +110,8 @@ class ChunkWriter:
 
     def end(self, end: End) -> bytes:
         """Finish chunk, usage when asked for, and [DONE]."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(end)}
+        reason = finish_reason(end, self._stream.calls)
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
         choice["delta" if self._is_chat else "text"] = {} if self._is_chat else ""
         nothing = {"usage": None} if self._include_usage else {}
         out = [] if self.begun else self._opening()
@@ -125,6 +134,24 @@ class ChunkWriter:
         origin = self._stream.origin
         return origin.n_tail if origin is not None and origin.n_seen >= self._stream.have else 0
 
+    def _pieces_with_calls(self, pieces: list[Piece]) -> bytes:
+        """The same; a piece of which nothing is known yet has no event."""
+        out = [] if self.begun else self._opening()
+        nothing = {"usage": None} if self._include_usage else {}
+        for piece in pieces:
+            assert isinstance(piece, CallsPiece)
+            said = piece.said
+            if said is NOTHING and not piece.logprobs:
+                continue
+            delta: dict[str, Any] = {"content": said.content} if said.content else {}
+            if said.calls:
+                delta["tool_calls"] = [_call_delta(self._stream, part) for part in said.calls]
+            logprobs = chat_logprobs(tokens_of(piece.logprobs)) if piece.logprobs else None
+            choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            body = _encode(_head(self._stream, _CHUNK_OBJECT) | {"choices": [choice], **nothing}).decode()
+            out.append(f"{self._id}{piece.offset}\ndata: {_without_line_ends(body)}\n\n")
+        return "".join(out).encode()
+
     def _logprobs(self, piece: Piece) -> str:
         tokens = tokens_of(piece.logprobs)
         if self._is_chat:
@@ -140,7 +167,8 @@ class ChunkWriter:
         self.begun = True
         if not self._is_chat:
             return []
-        delta = {"role": "assistant", "content": ""}
+        # There may be calls only.
+        delta = {"role": "assistant", "content": "" if self._stream.calls is None else None}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
         nothing = {"usage": None} if self._include_usage else {}
         return [self._event({"choices": [choice], **nothing})]
@@ -151,6 +179,35 @@ class ChunkWriter:
         body = _encode(_head(stream, _CHUNK_OBJECT) | rest).decode()
         at = f"{stream.have}.{tail}" if tail else "0"
         return f"{self._id}{at}\ndata: {body}\n\n"
+
+
+def _message_with_calls(stream: Stream, pieces: list[Piece]) -> dict[str, Any]:
+    content, calls = whole([piece.said for piece in pieces if isinstance(piece, CallsPiece)])
+    message: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
+    if calls:
+        message["tool_calls"] = [
+            {
+                "id": _call_id(stream, i),
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+            for i, (name, arguments) in enumerate(calls)
+        ]
+    else:
+        message["content"] = content
+    return message
+
+
+def _call_delta(stream: Stream, part: CallPiece) -> dict[str, Any]:
+    if part.name is None:
+        return {"index": part.call, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.call, "id": _call_id(stream, part.call), "type": "function", "function": function}
+
+
+def _call_id(stream: Stream, index: int) -> str:
+    """Of request and index alone: the same however often the answer is told. OpenAI takes 40 characters."""
+    return f"call_{stream.shown}{index}"
 
 
 def _without_line_ends(text: str) -> str:

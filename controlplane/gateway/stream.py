@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
+from controlplane.gateway.toolcalls import NOTHING, CallReader, Said
 from controlplane.policy.admission import Hold
 from controlplane.policy.coming import NONE
 from controlplane.policy.outlook import Terms
@@ -36,6 +37,16 @@ class Piece:
         self.offset = offset
         self.text = text
         self.logprobs = logprobs
+
+
+class CallsPiece(Piece):
+    """The same of a request with tools: beside the text what it says, of which nothing may be known yet."""
+
+    __slots__ = ("said",)
+
+    def __init__(self, offset: int | str, text: str, logprobs: list[object] | None, said: Said) -> None:
+        super().__init__(offset, text, logprobs)
+        self.said = said
 
 
 class Resumed(enum.Enum):
@@ -83,6 +94,7 @@ class Stream:
         "admitted_at_ms",
         "ahead_ms",
         "ask_after",
+        "calls",
         "catching_up",
         "coming",
         "comment_due",
@@ -200,6 +212,7 @@ class Stream:
         self.have = 0
         self.n_entries = 0
         self.pieces: list[Piece] = []
+        self.calls: CallReader | None = None  # reads them where the answer may call functions
         self.end: End | None = None
         self.failure: ApiError | ClientGone | None = None
         self.first_at: float | None = None
@@ -260,12 +273,19 @@ class Stream:
             self.end = end
         if self.abandoned:
             return
-        if text or logprobs:
+        # What was seen is read for calls, too: what follows hangs on it.
+        said = NOTHING if self.calls is None else self.calls.read(text, final=end is not None)
+        if text or logprobs or said is not NOTHING:
             if self.have <= self.n_seen and self._was_seen(n, logprobs):
                 return
             if logprobs and not self._weighed:
                 self._weigh(logprobs)
-            self.pieces.append(Piece(self.have if n else f"{self.have}.1", text, logprobs))
+            offset = self.have if n else f"{self.have}.1"
+            self.pieces.append(
+                Piece(offset, text, logprobs)
+                if self.calls is None
+                else CallsPiece(offset, text, logprobs, said)
+            )
         if self.streaming:
             if len(self.pieces) >= self._buffer and self.end is None:
                 self.paused = True

@@ -38,7 +38,7 @@ def json_schema_of(asked: ResponseFormat) -> str | None:
             "missing_required_parameter",
         )
     schema = asked.json_schema.schema
-    _check(schema, 1)
+    check_schema(schema, _AT)
     text = msgspec.json.encode(schema)
     if len(text) > MAX_SCHEMA_BYTES:
         raise bad_request(
@@ -47,20 +47,20 @@ def json_schema_of(asked: ResponseFormat) -> str | None:
     return text.decode()
 
 
-def _check(value: Any, depth: int) -> None:
-    """Bounded depth, and references that stay inside: nothing is ever fetched."""
+def check_schema(value: Any, at: str, depth: int = 1) -> None:
+    """Bounded depth, and references that stay inside: nothing is ever fetched. ApiError (400) on the field `at`."""
     if depth > MAX_DEPTH:
-        raise _invalid(f"is nested deeper than {MAX_DEPTH} levels; make it flatter, with $defs and $ref")
+        raise _invalid(at, f"is nested deeper than {MAX_DEPTH} levels; make it flatter, with $defs and $ref")
     if isinstance(value, dict):
         reference = value.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#"):
-            raise _invalid(f"refers to {reference[:80]!r}; only references within it (#/…) are followed")
+            raise _invalid(at, f"refers to {reference[:80]!r}; only references within it (#/…) are followed")
         for member in value.values():
-            _check(member, depth + 1)
+            check_schema(member, at, depth + 1)
     elif isinstance(value, list):
         for member in value:
-            _check(member, depth + 1)
+            check_schema(member, at, depth + 1)
 
 
-def _invalid(problem: str) -> ApiError:
-    return bad_request(f"{_AT} {problem}", _AT, "invalid_schema")
+def _invalid(at: str, problem: str) -> ApiError:
+    return bad_request(f"{at} {problem}", at, "invalid_schema")

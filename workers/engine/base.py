@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 
-from workers.contract import Endpoint, FinishReason, Sampling
+from workers.contract import CallRule, Endpoint, FinishReason, Sampling
 from workers.engine.steps import Steps
 
 
@@ -83,6 +83,7 @@ class SamplingSpec:
     json_schema: str | None = (
         None  # JSON text of the schema that the whole output must follow; None = free text
     )
+    calls: CallRule | None = None  # functions that the output may or must call; None = none
 
 
 @dataclass(frozen=True, slots=True)

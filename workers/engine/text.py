@@ -51,14 +51,22 @@ class Detokenizer:
     none.
     """
 
-    __slots__ = ("_matcher", "_stream", "_tokenizer")
+    __slots__ = ("_matcher", "_shown", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], stops: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: list[int],
+        stops: tuple[str, ...],
+        shown: dict[int, str] | None = None,
+    ) -> None:
+        """`shown`: special tokens that have a text all the same."""
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=prompt_token_ids[-_N_PRIMING:], skip_special_tokens=True)
         self._matcher = StopMatcher(stops)
+        self._shown = shown or {}
 
     @property
     def stopped(self) -> bool:
@@ -79,6 +87,8 @@ class Detokenizer:
         return len(token_ids), "".join(out)
 
     def _step(self, token_id: int) -> str | None:
+        if token_id in self._shown:
+            return self._shown[token_id]
         try:
             return self._stream.step(self._tokenizer, token_id)
         except Exception as error:

@@ -38,8 +38,9 @@ from workers.engine.base import (
     context_exceeded,
 )
 from workers.engine.steps import Steps, StepWindow
+from workers.engine.toy_calls import calls_of
 from workers.engine.toy_memory import ToyMemory
-from workers.engine.toy_sequence import Sequence
+from workers.engine.toy_sequence import Sequence, Spelled
 
 # Real-time signals: Celery has handlers of its own for the ordinary ones.
 SIGNAL_DIE = signal.SIGRTMIN + 1
@@ -197,7 +198,7 @@ class ToyEngine:
         n_context = min(self.max_model_len, self.n_blocks * self._block)
         if not n_prompt:
             raise EngineInputError("empty_prompt", "messages", "the prompt has no tokens; send some text")
-        if request.sampling.json_schema is not None:
+        if request.sampling.json_schema is not None and request.sampling.calls is None:
             raise EngineInputError(
                 "unsupported_parameter",
                 "response_format",
@@ -206,12 +207,12 @@ class ToyEngine:
         if n_prompt >= n_context:
             raise context_exceeded(n_prompt, n_context)
         self._n_arrived += 1
-        seq = Sequence(
-            request,
-            (request.priority, self._n_arrived),
-            n_context - n_prompt,
-            self._adapters[request.adapter] if request.adapter else 0,
-        )
+        key = (request.priority, self._n_arrived)
+        adapter_seed = self._adapters[request.adapter] if request.adapter else 0
+        seq = Sequence(request, key, n_context - n_prompt, adapter_seed)
+        rule = request.sampling.calls
+        if rule is not None and (text := calls_of(rule, request.body, seq.seed)) is not None:
+            seq = Spelled(request, key, n_context - n_prompt, adapter_seed, text)
         seq.replay()
         if seq.finish is None:
             if not self._running and not self._waiting:

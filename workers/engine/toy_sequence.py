@@ -127,3 +127,34 @@ class Sequence:
             ids[-1] = toy_text.EOS
         text = "".join([toy_text.PIECES[token] for token in ids])
         return ids, text if start else text[1:]
+
+
+class Spelled(Sequence):
+    """One whose answer is a given text."""
+
+    __slots__ = ("_ids", "_texts")
+
+    def __init__(
+        self, request: EngineRequest, key: tuple[int, int], n_context_left: int, adapter_seed: int, text: str
+    ) -> None:
+        super().__init__(request, key, n_context_left, adapter_seed)
+        self._ids, self._texts = toy_text.spelled(text)
+        limit = min(request.sampling.max_tokens, n_context_left)
+        self.n_end = min(limit, len(self._ids))
+        self.ended = FinishReason.STOP if len(self._ids) <= limit else FinishReason.LENGTH
+
+    def take(self) -> tuple[list[int], str]:
+        if self._matcher is not None:
+            return super().take()
+        n_told, self.n_told = self.n_told, self.n_out
+        return self._made(n_told)
+
+    def take_singly(self) -> list[tuple[list[int], str]]:
+        n_told = self.n_told
+        held_back = list(self._text)
+        ids, _ = self.take()
+        texts = held_back if self._matcher is not None else self._texts[n_told : self.n_out]
+        return [([token], text) for token, text in zip(ids, texts, strict=True)] or [([], "")]
+
+    def _made(self, start: int) -> tuple[list[int], str]:
+        return self._ids[start : self.n_out], "".join(self._texts[start : self.n_out])

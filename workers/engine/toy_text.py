@@ -84,9 +84,18 @@ def tokenize_chat(
     if tools:
         ids += [_ROLES["system"], *tokenize(repr(tools)), EOS]
     for message in checked:
-        ids += [_ROLES[message["role"]], *tokenize(message["content"], faults), EOS]
+        ids += [_ROLES[message["role"]], *tokenize(message["content"], faults)]
+        if message.get("tool_calls"):
+            ids += tokenize(repr(message["tool_calls"]))
+        ids.append(EOS)
     ids.append(_ROLES["assistant"])
     return ids
+
+
+def spelled(text: str) -> tuple[list[int], list[str]]:
+    """Token ids of any text and the text of each, which together are the text; the end is a token without."""
+    texts = [text[at : at + 4] for at in range(0, len(text), 4)]
+    return [*(_IDS[piece] for piece in texts), EOS], [*texts, ""]
 
 
 def seed_of(prompt_token_ids: list[int], seed: int | None) -> int:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from workers.contract import Endpoint, FinishReason
-from workers.engine import forking
+from workers.engine import forking, tool_form
 from workers.engine.base import (
     AdapterRefused,
     Delta,
@@ -54,6 +54,7 @@ from workers.engine.chat import check_messages
 from workers.engine.stats_board import StatsBoard
 from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
+from workers.engine.tool_grammar import grammar_of
 from workers.engine.vllm_args import engine_args
 
 if TYPE_CHECKING:
@@ -168,6 +169,8 @@ class VllmEngine:
         self._hf = self._llm.get_tokenizer()
         self._tokenizer: Tokenizer = self._hf._tokenizer  # the Rust one; only "fast" tokenizers have it
         self._eos = _eos_ids(self._llm)
+        self._speaks_calls = _speaks_calls(self._hf)
+        self._tags = _special_tags(self._hf)
         self._stopped = False
         self._loras: dict[str, Any] = {}  # adapter -> vLLM's LoRARequest
         self._n_loaded = 0  # ever: a number is never used again, whatever vLLM may remember of it
@@ -191,6 +194,8 @@ class VllmEngine:
     ) -> list[int]:
         """Thread-safe. The template runs in transformers' sandbox; its refusals become EngineInputError."""
         checked = check_messages(messages)
+        if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in checked):
+            checked, tools = self._told(checked, tools)
         if not self._hf.chat_template:
             raise EngineInputError(
                 "no_chat_template",
@@ -206,6 +211,21 @@ class VllmEngine:
                 "invalid_messages", "messages", f"the model's chat template refused the messages: {error}"
             ) from None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _told(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Functions, calls and results as the template takes them, or in words where it has none for them."""
+        if not self._speaks_calls:
+            return tool_form.as_words(messages, tools), None
+        try:
+            return tool_form.parsed_arguments(messages), tools
+        except ValueError:
+            raise EngineInputError(
+                "invalid_messages",
+                "messages",
+                "messages: the arguments of a call are no JSON object; send it as the model made it",
+            ) from None
 
     async def start(self) -> None:
         """Make one token: proof that the whole path works, and the moment the loop adopts the engine."""
@@ -309,7 +329,8 @@ class VllmEngine:
                 "the answer was interrupted and cannot go on with penalties "
                 "beside speculative decoding: send it again",
             )
-        text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop)
+        tags = self._tags if sampling.calls is not None else None
+        text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop, tags)
         n_left = min(sampling.max_tokens, self._max_model_len - n_prompt) - len(prior)
         if prior:
             # Earlier attempts emitted this text; whatever they held back comes with our first delta.
@@ -360,7 +381,9 @@ class VllmEngine:
         )
         lora = self._loras[request.adapter] if request.adapter else None
         try:
-            params = _sampling_params(request.sampling, n_left, request.prior_token_ids)
+            params = _sampling_params(
+                request.sampling, n_left, request.prior_token_ids, special_tags=bool(self._tags)
+            )
             async with aclosing(
                 self._llm.generate(prompt, params, request.id, lora_request=lora, priority=request.priority)
             ) as outputs:
@@ -372,6 +395,10 @@ class VllmEngine:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
         except (VLLMClientError, ValueError) as error:
             param = getattr(error, "parameter", None)
+            if param is None and request.sampling.calls is not None and request.sampling.calls.functions:
+                raise EngineInputError(
+                    "invalid_schema", "tools", f"tools: no grammar follows these schemas: {error}"
+                ) from None
             if param is None and request.sampling.json_schema is not None:
                 raise EngineInputError(
                     "invalid_schema",
@@ -429,7 +456,26 @@ def _load_format(profile: EngineProfile, arriving: bool) -> dict[str, Any]:
     return {"load_format": loader.FORMAT}
 
 
-def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int]) -> Any:
+def _speaks_calls(hf: Any) -> bool:
+    """Whether the model's template tells it of functions in our form; it may have one of its own for that."""
+    try:
+        return tool_form.speaks(hf.get_chat_template(tools=[{}]))
+    except ValueError:  # it has none at all
+        return False
+
+
+def _special_tags(hf: Any) -> dict[int, str]:
+    """The tags of calls where they are special tokens, which are left out of texts otherwise."""
+    return {
+        token: added.content
+        for token, added in hf.added_tokens_decoder.items()
+        if added.special and added.content in (tool_form.OPEN, tool_form.CLOSE)
+    }
+
+
+def _sampling_params(
+    sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int], *, special_tags: bool = False
+) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -441,10 +487,13 @@ def _sampling_params(sampling: SamplingSpec, max_tokens: int, prior_token_ids: l
         extra |= resume_penalties.extra_args(prior_token_ids, presence, frequency)
         presence = frequency = 0.0
     structured = None
-    if sampling.json_schema is not None:
+    if sampling.calls is not None and sampling.calls.functions:
+        grammar = grammar_of(sampling.calls, sampling.json_schema, special=special_tags)
+        structured = StructuredOutputsParams(grammar=grammar)
+    elif sampling.json_schema is not None:
         structured = StructuredOutputsParams(json=sampling.json_schema)
-        if prior_token_ids:
-            extra |= resume_grammar.extra_args(prior_token_ids)
+    if structured is not None and prior_token_ids:
+        extra |= resume_grammar.extra_args(prior_token_ids)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=sampling.temperature,

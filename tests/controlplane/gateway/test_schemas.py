@@ -108,8 +108,6 @@ def refusal(body: Any, endpoint: Endpoint = Endpoint.CHAT) -> ApiError:
         (chat(n=0), "n", "invalid_value"),
         # What would change the answer and is not honoured yet is refused by name.
         (chat(n=2), "n", "unsupported_parameter"),
-        (chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
-        (chat(tool_choice="required"), "tool_choice", "unsupported_parameter"),
         (chat(functions=[{}]), "functions", "unsupported_parameter"),
         (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
         (chat(response_format={"type": "json_schema"}), SCHEMA_AT, "missing_required_parameter"),

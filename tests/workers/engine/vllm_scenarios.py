@@ -21,11 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from controlplane.gateway.toolcalls import CallReader, whole
 from tests.workers.engine.reading import read
-from workers.contract import Endpoint, FinishReason
+from workers.contract import CallRule, Endpoint, FinishReason
 from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
 from workers.engine.forking import UnsafeForkError
 from workers.engine.steps import gaps_of, quantile_ms
+from workers.engine.tool_form import speaks, written
 from workers.engine.vllm import VllmEngine
 
 PROFILE = EngineProfile(max_model_len=1024, max_num_seqs=32, kv_cache_bytes=64 << 20, block_size=32)
@@ -343,6 +345,115 @@ async def check_what_a_schema_never_allowed_cannot_be_continued(engine: VllmEngi
     request = a_request(engine, json_schema=SCHEMA)
     answer = await read(engine, replace(request, id="foreign", prior_token_ids=plain.token_ids[:4]))
     assert answer.finish is FinishReason.ERROR, answer
+
+
+CITY = json.dumps(
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 6}, "n": {"type": "integer", "maximum": 99}},
+        "required": ["city", "n"],
+        "additionalProperties": False,
+    }
+)
+NOTHING = '{"type":"object","properties":{},"additionalProperties":false}'
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": json.loads(CITY)}},
+    {"type": "function", "function": {"name": "clock"}},
+]
+
+
+def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
+    reader = CallReader()
+    content, calls = whole([reader.read(text, final=True)])
+    assert not content, text
+    return [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+async def check_calls_that_must_be_made_follow_their_schemas_also_when_continued_anywhere(
+    engine: VllmEngine,
+) -> None:
+    """Greedy, so every continuation must be the undisturbed answer; a random model would never write a call."""
+    rules = {
+        "weather": CallRule((("weather", CITY),), must=True, many=False),
+        "clock": CallRule((("clock", NOTHING),), must=True, many=False),
+        "either": CallRule((("weather", CITY), ("clock", NOTHING)), must=True, many=False),
+    }
+    for name, rule in rules.items():
+        request = a_request(engine, calls=rule, max_tokens=120)
+        whole_answer = await read(engine, request)
+        assert whole_answer.finish is FinishReason.STOP
+        ((called, arguments),) = calls_in(whole_answer.text)
+        assert called == name or (name == "either" and called in ("weather", "clock"))
+        assert list(arguments) == (["city", "n"] if called == "weather" else [])
+        if called == "weather":
+            assert len(arguments["city"]) <= 6
+        for n in range(1, len(whole_answer.token_ids), 3):
+            rest = await read(
+                engine, replace(request, id=f"{name}{n}", prior_token_ids=whole_answer.token_ids[:n])
+            )
+            assert whole_answer.token_ids[:n] + rest.token_ids == whole_answer.token_ids, (name, n)
+
+
+async def check_several_calls_and_calls_beside_words_or_json(engine: VllmEngine) -> None:
+    both = (("weather", CITY), ("clock", NOTHING))
+    many = await read(engine, a_request(engine, calls=CallRule(both, must=True), max_tokens=150))
+    content, calls = whole([CallReader().read(many.text, final=True)])
+    assert {name for name, _ in calls} <= {"weather", "clock"}
+    assert calls
+    assert not content or (many.finish is FinishReason.LENGTH and content.startswith("<tool_call>"))
+    free = await read(engine, a_request(engine, calls=CallRule(), max_tokens=20))
+    plain = await read(engine, a_request(engine, max_tokens=20))
+    assert free.token_ids == plain.token_ids, "nothing is held to anything"
+    held = await read(engine, a_request(engine, calls=CallRule(both), json_schema=SCHEMA, max_tokens=150))
+    assert (
+        (list(json.loads(held.text)) == ["name", "age", "tags"])
+        if held.text[0] == "{"
+        else calls_in(held.text)
+    )
+
+
+async def check_a_tool_that_no_grammar_can_follow_is_refused_by_name(engine: VllmEngine) -> None:
+    try:
+        await read(engine, a_request(engine, calls=CallRule((("f", '{"type": "nonsense"}'),), must=True)))
+    except EngineInputError as error:
+        assert (error.code, error.param) == ("invalid_schema", "tools"), error
+    else:
+        raise AssertionError("accepted")
+
+
+async def check_tools_calls_and_results_are_in_the_prompt(engine: VllmEngine) -> None:
+    """In words where the template has none for them, and as the template has it where it does."""
+    called = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    chat = [
+        {"role": "user", "content": "What is it like?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "1", "content": "It rains"},
+    ]
+    told = engine._hf.decode(engine.tokenize_chat(chat, TOOLS))
+    for part in (
+        '"name": "clock"',
+        written("weather", '{"city": "Rome"}'),
+        "<tool_response>\nIt rains\n</tool",
+    ):
+        assert part in told, told
+    plain = engine.tokenize_chat(chat[:1])
+    assert "clock" not in engine._hf.decode(plain)
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }} {{ tool | tojson }}]{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
+        "{% endfor %}"
+    )
+    own = engine._hf.apply_chat_template
+    try:
+        engine._hf.apply_chat_template = partial(own, chat_template=template)
+        engine._speaks_calls = speaks(template)
+        told = engine._hf.decode(engine.tokenize_chat(chat, TOOLS))
+        for part in ("[weather {", "[clock {", '<tool_call>{"city": "Rome"}</tool_call>', "tool: It rains"):
+            assert part in told, told
+    finally:
+        del engine._hf.apply_chat_template
+        engine._speaks_calls = False
 
 
 async def check_stats_tell_work_from_idleness(engine: VllmEngine) -> None:

@@ -28,6 +28,14 @@ class Usage(msgspec.Struct, frozen=True):
     n_completion: int
 
 
+class CallPart(msgspec.Struct, frozen=True):
+    """Of one call of a function; `name` comes with its first part."""
+
+    index: int
+    name: str
+    arguments: str
+
+
 class Piece(msgspec.Struct, frozen=True):
     """What one event says. `error`: the endpoint's own code for a failure in the middle."""
 
@@ -37,6 +45,7 @@ class Piece(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     n_logprobs: int = 0
     error: str = ""
+    calls: tuple[CallPart, ...] = ()
 
 
 class _Details(msgspec.Struct):
@@ -49,8 +58,19 @@ class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    index: int | None = None
+    function: _Function | None = None
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -104,7 +124,18 @@ def piece_of(data: bytes) -> Piece:
     if choice.finish_reason is not None:
         finish = FinishReason.LENGTH if choice.finish_reason == "length" else FinishReason.STOP
     logprobs = _logprobs_of(choice.logprobs)
-    return Piece(text, finish, usage, logprobs, len(logprobs or ()))
+    calls = _calls_of(message.tool_calls) if message is not None and message.tool_calls else ()
+    return Piece(text, finish, usage, logprobs, len(logprobs or ()), calls=calls)
+
+
+def _calls_of(said: list[_ToolCall]) -> tuple[CallPart, ...]:
+    return tuple(
+        CallPart(
+            i if each.index is None else each.index, each.function.name or "", each.function.arguments or ""
+        )
+        for i, each in enumerate(said)
+        if each.function is not None
+    )
 
 
 def refusal_of(body: bytes) -> tuple[str, str | None]:

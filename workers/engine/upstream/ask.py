@@ -15,7 +15,9 @@ from workers.engine.base import EngineInputError, SamplingSpec
 
 PATHS: Final = {Endpoint.CHAT: "/chat/completions", Endpoint.COMPLETIONS: "/completions"}
 # Of the client's body, verbatim; None is left out.
-_CHAT: Final = ("messages", "tools", "tool_choice", "response_format", "logprobs", "top_logprobs")
+_CHAT: Final = (
+    "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs", "top_logprobs",
+)  # fmt: skip
 _COMPLETIONS: Final = ("prompt", "logprobs")
 _BOTH: Final = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias")
 # Not of OpenAI's: vLLM, SGLang and others take them. Field -> value that asks for nothing.

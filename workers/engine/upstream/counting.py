@@ -41,6 +41,7 @@ class Counter:
     def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> int:
         """Of a prompt: its texts and some tokens around each of them."""
         text = sum(self.count(str(message.get("content") or "")) for message in messages)
+        text += sum(self.count(json.dumps(m["tool_calls"])) for m in messages if m.get("tool_calls"))
         more = self.count(json.dumps(tools)) if tools else 0
         return text + more + _TOKENS_PER_MESSAGE * len(messages)
 

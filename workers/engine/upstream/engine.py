@@ -30,11 +30,12 @@ from workers.engine.base import (
 )
 from workers.engine.chat import check_messages
 from workers.engine.steps import Steps
-from workers.engine.upstream.answer import Piece
+from workers.engine.upstream.answer import NotAnAnswerError, Piece
 from workers.engine.upstream.ask import PATHS, body_for
 from workers.engine.upstream.breaker import Breaker
 from workers.engine.upstream.calls import CallFailed, Calls
 from workers.engine.upstream.counting import BY_UPSTREAM, Counter, Running
+from workers.engine.upstream.spelling import Spelling
 
 _BYTES_PER_TOKEN: Final = 64  # more text than so many bytes per token asked for is no answer to it
 _SPARE_BYTES: Final = 64 << 10
@@ -160,6 +161,7 @@ class _Answer:
         self._texts: list[str] = []
         self._finish = FinishReason.STOP
         self._usage: Counted | None = None
+        self._spelling = Spelling() if request.sampling.calls is not None else None
 
     def take(self, piece: Piece) -> list[Delta]:
         """Raises CallFailed for an answer that has no end."""
@@ -170,15 +172,27 @@ class _Answer:
             self._usage = Counted(
                 said.n_prompt, said.n_cached, min(said.n_completion, self._limit), BY_UPSTREAM
             )
-        if not piece.text:
+        text = piece.text if self._spelling is None else self._with_calls(self._spelling, piece)
+        if not text:
             return []
         self.began = True
-        self._texts.append(piece.text)
-        n = self._running.add(piece.text)
+        self._texts.append(text)
+        n = self._running.add(text)
         if self._running.n_bytes > _SPARE_BYTES + _BYTES_PER_TOKEN * self._limit:
             raise CallFailed(502, "upstream_garbage", "the endpoint that serves this model does not stop")
         logprobs = piece.logprobs if self._request.sampling.logprobs is not None else None
-        return self._deltas(n, piece.text, None, logprobs)
+        return self._deltas(n, text, None, logprobs)
+
+    @staticmethod
+    def _with_calls(spelling: Spelling, piece: Piece) -> str:
+        try:
+            text = spelling.add(piece.text, piece.calls)
+        except NotAnAnswerError:
+            raise CallFailed(
+                502, "upstream_garbage", "the endpoint that serves this model tells of half a call"
+            ) from None
+        # One that was cut off stays so.
+        return text + spelling.close() if piece.finish is FinishReason.STOP else text
 
     def last(self) -> list[Delta]:
         """The end, with the tokens that were not told of yet. What was told too much of is not billed."""

@@ -1,0 +1,103 @@
+"""Calls read out of an answer's text: forms, what is no call, and that it does not matter how the text is cut."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.gateway.toolcalls import MAX_CALLS, MAX_HEAD, MAX_WHOLE, CallReader, whole
+from workers.engine.tool_form import CLOSE, OPEN, written
+
+A = ("a", '{"x": 1}')
+B = ("get_weather", '{"city": "Zürich </tool_call> }{\\" \\\\", "n": [1, {"y": null}]}')
+
+
+def read(*portions: str, only_one: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    reader = CallReader(only_one=only_one)
+    said = [reader.read(portion) for portion in portions]
+    return whole([*said, reader.read("", final=True)])
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("", "", []),
+        ("Hello <tool", "Hello <tool", []),
+        ("  two  ", "  two  ", []),
+        (written(*A), "", [A]),
+        (written(*A) + "\n" + written(*B), "", [A, B]),
+        ("Let me see.\n\n" + written(*A) + "\n", "Let me see.", [A]),
+        (written(*A) + "\nThat is all.", "\nThat is all.", [A]),
+        # Cut off: in its arguments it is a call, before them it is text.
+        (written(*B)[:60], "", [("get_weather", B[1][:11])]),
+        ('<tool_call>\n{"name": "get_', '<tool_call>\n{"name": "get_', []),
+        # Without its end tag; with other spacing, another order, another name, arguments as text or none.
+        (written(*A).removesuffix(CLOSE), "", [A]),
+        (written(*A).removesuffix("\n" + CLOSE) + OPEN + written(*B).removeprefix(OPEN), "", [A, B]),
+        ('<tool_call>{"name":"a","arguments":{"x": 1}}</tool_call>', "", [A]),
+        ('<tool_call>{"arguments": {"x": 1}, "name": "a"}</tool_call>', "", [("a", '{"x":1}')]),
+        ('<tool_call>{"name": "a", "parameters": {"x": 1}}</tool_call>', "", [A]),
+        ('<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [A]),
+        ('<tool_call>{"name": "a"}', "", [("a", "{}")]),
+        ('<tool_call>{"name": "a", "arguments": null}</tool_call>', "", [("a", "{}")]),
+        # No calls.
+        ("<tool_call>nonsense</tool_call> so", "<tool_call>nonsense</tool_call> so", []),
+        ('<tool_call>{"name": ""}</tool_call>', '<tool_call>{"name": ""}</tool_call>', []),
+        ("</tool_call>", "</tool_call>", []),
+    ],
+)
+def test_what_a_text_says(text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    assert read(text) == (content, calls)
+    assert read(*text) == (content, calls)
+
+
+def test_only_the_first_call_counts_where_one_is_allowed() -> None:
+    assert read(written(*A) + written(*B) + "end", only_one=True) == ("end", [A])
+
+
+def test_what_is_held_back_is_bounded() -> None:
+    for junk in ("x" * (MAX_WHOLE + 200), " " * (MAX_HEAD + 1) + written(*A)[len(OPEN) :]):
+        reader = CallReader()
+        said = [reader.read(OPEN), *(reader.read(junk[at : at + 50]) for at in range(0, len(junk), 50))]
+        assert len(reader._held) <= MAX_WHOLE + len(CLOSE)
+        content, calls = whole([*said, reader.read("", final=True)])
+        assert (content, calls) == ((OPEN + junk, []) if junk[0] == "x" else ("", [("a", '{"x":1}')]))
+    assert len(read(written(*A) * (MAX_CALLS + 3))[1]) == MAX_CALLS
+
+
+def test_arguments_are_told_as_they_come_and_text_that_is_none_at_once() -> None:
+    reader = CallReader()
+    assert reader.read("Well <").content == "Well"
+    assert reader.read("b>").content == " <b>"
+    assert not reader.read(OPEN + '{"name": "a", "argum').calls
+    assert [reader.read(each).calls[0][1:] for each in ('ents": {"x', '": "', "yes")] == [
+        ("a", '{"x'), (None, '": "'), (None, "yes"),
+    ]  # fmt: skip
+
+
+PIECES = [
+    OPEN,
+    CLOSE,
+    written(*A),
+    written(*B),
+    "\n",
+    " ",
+    "so",
+    "<",
+    "{",
+    "}",
+    '"',
+    "\\",
+    "[",
+    "tool_call>",
+    ",",
+]
+OTHERS = ['"name": "a"', ', "arguments": {', '<tool_call>\n{"name": "f", "arguments": ', "x" * 600, '"}"']
+PARTS = st.sampled_from([*PIECES, *OTHERS])
+
+
+@given(st.lists(PARTS, max_size=12).map("".join), st.data())
+def test_the_same_calls_however_the_text_is_cut(text: str, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=12)))
+    portions = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(*portions) == read(text)
+    assert read(*portions, only_one=True) == read(text, only_one=True)
