@@ -91,6 +91,9 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
     rows = [row for row in all_rows if row.given_up_at is None]
     by_name = {o.name: o for o in offers}
     stopped = _stopped(house, now)
+    n_stopping = Machine.objects.filter(
+        cell=cell, provider=house.provider.name, state=MachineState.STOPPING
+    ).count()
     can = house.config.stopped_nano_per_h > 0
     may_stop = tuple(row.id.hex for row in rows if can and stopping.may_stop(row, house.provider))
     machines = tuple(_machine(row, by_name, house) for row in rows)
@@ -122,8 +125,15 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         cover=_cover([o for o in buyable if not by_name[o.name].is_spot], scale, n_wanted),
         spot=config.spot,
         # What serves on a machine that is given up is work all the same.
-        rest=_rest(house, sum(row.n_live for row in all_rows), machines, buyable, bool(may_stop or stopped)),
+        rest=_rest(
+            house,
+            sum(row.n_live for row in all_rows),
+            machines,
+            buyable,
+            bool(may_stop or stopped or n_stopping),
+        ),
         stopped=stopped,
+        n_stopping=n_stopping,
         may_stop=may_stop,
         scale=scale,
     )

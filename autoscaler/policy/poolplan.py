@@ -79,6 +79,7 @@ class PoolInputs:
     rest: RestInputs = field(default_factory=RestInputs)
     # Machines that are stopped; those of `machines` that may be; for how long one stays a reserve beside work.
     stopped: tuple[Stopped, ...] = ()
+    n_stopping: int = 0  # told to, and not there yet: they can neither serve nor be started
     may_stop: tuple[str, ...] = ()
     stopped_reserve_s: float = 3600.0
     scale: Scale = field(default_factory=Scale)
@@ -152,7 +153,12 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     stop, start, end = _at_rest(inputs, resting)
     if schedule is not None and start:
         reasons += [f"rests: {resting.rung}: {start[0]} is started again", schedule.reason]
-    elif schedule is not None and resting.rung == WARM and not inputs.machines and inputs.offers:
+    elif (
+        schedule is not None
+        and resting.rung == WARM
+        and not (inputs.machines or inputs.n_stopping)
+        and inputs.offers
+    ):
         best = min(inputs.offers, key=lambda o: (o.usd_per_h, o.name))
         buys.append(Buy(best.name))
         reasons.append(
@@ -200,7 +206,7 @@ def _at_rest(
             and m.held.id in inputs.may_stop
         ]
         best = min(idle, key=lambda h: (h.usd_per_h, h.id), default=None)
-        stop = () if best is None or stopped else (GiveUp(best.id, f"rests: {STOPPED}"),)
+        stop = () if best is None or stopped or inputs.n_stopping else (GiveUp(best.id, f"rests: {STOPPED}"),)
         return stop, (), tuple(GiveUp(s.id, "one is enough") for s in stopped[1:])
     if not inputs.rest.rungs:
         return (), (), tuple(GiveUp(s.id, "nobody wants anything of this pool") for s in stopped)

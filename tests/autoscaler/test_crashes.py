@@ -72,7 +72,9 @@ def _asleep(scaling: Scaling) -> None:
 
 
 def _idle_machine(scaling: Scaling) -> None:
+    """Nobody waits, and the model is wanted."""
     _drained(scaling)
+    scaling.house.cell.redis.flushdb()
     scaling.change(deleted_at=None)
 
 

@@ -145,6 +145,24 @@ def test_two_at_once_start_it_once_and_never_beyond_the_places(scaling: Scaling,
     assert not stopping.resume(machine.id, keeper(scaling)), "the pool is full"
 
 
+def test_while_it_stops_nothing_is_bought_in_its_place(scaling: Scaling, idle: Machine) -> None:
+    """EC2 takes a minute, the pool's turns come every quarter of one."""
+    scaling.configure(machine_keep_warm_s=1e5, machine_boot_s=180.0, late_usd=0.01, late_usd_per_s=0.0005)
+    for stage, seconds in (("launching_machine", 180), ("starting_replica", 3), ("loading_model", 2)):
+        StartTiming.objects.filter(stage=stage).update(average_ms=1000 * seconds)
+    now = timezone.now()
+    for minute in range(0, 60, 2):
+        at = now + timedelta(minutes=minute)
+        Offer.objects.update(priced_at=at)
+        pool.turn(scaling.house, at)
+        if scaling.machine().state == MachineState.STOPPING:
+            break
+    for seconds in range(1, 60, 15):
+        pool.turn(scaling.house, at + timedelta(seconds=seconds))
+    assert [(m.id, m.state) for m in Machine.objects.all()] == [(idle.id, MachineState.STOPPING)]
+    assert scaling.provider.n_launch_calls == 1
+
+
 def test_the_ladder_stops_it_and_ends_it_when_even_its_disk_is_not_worth_it(
     scaling: Scaling, idle: Machine
 ) -> None:

@@ -11,7 +11,7 @@ from autoscaler.cell import Cell
 from controlplane import ids
 from controlplane.policy.flows import ANY_MS
 from workers.contract import End, Endpoint, FrameEntry, RequestEnvelope, Sampling, decode_frame, encode
-from workers.scripts import ADMIT
+from workers.scripts import ADMIT, SETTLE
 
 
 @dataclass
@@ -63,6 +63,11 @@ class Asker:
                 text += entry.text
                 end = entry.end or end
         return text, end
+
+    def settle(self, request: str) -> None:
+        """What usage intake does at its end: its place is free again."""
+        redis, now_ms = self.cell.redis, time.time_ns() // 1_000_000
+        redis.eval(SETTLE.source, 0, self.cell.keys.prefix, now_ms, request, 10, 8, 0, 60_000, 0)
 
     def close(self) -> None:
         self._heard.close()

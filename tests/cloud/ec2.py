@@ -1,8 +1,8 @@
 """moto's EC2 as a server on loopback, behind a layer that has what moto lacks.
 
-Capacity by offer (spot or on-demand, zone, type), client tokens that are kept, lost answers, delays, throttling, a
-pending state that lasts, a list that trails, spot prices. One account per instance, so that tests do not see each
-other's machines.
+Capacity by offer (spot or on-demand, zone, type), client tokens that are kept, lost answers, delays, throttling,
+pending and stopping states that last, stops and starts that are refused where EC2 refuses them, a list that trails,
+spot prices. One account per instance, so that tests do not see each other's machines.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ REGION = "us-east-1"
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 _NS = "http://ec2.amazonaws.com/doc/2016-11-15/"
 _OVERRIDE = re.compile(r"LaunchTemplateConfigs\.1\.Overrides\.(\d+)\.(\w+)")
+_STATE_CODES = {"pending": 0, "running": 16, "stopping": 64, "stopped": 80}
 _accounts = itertools.count(1)
 
 
@@ -62,6 +63,7 @@ class Ec2:
     """`start()`, then `environ` for boto3; everything else may be changed at any time."""
 
     boot_s: float = 0.0
+    stop_s: float = 0.0  # what stopping takes
     visible_after_s: float = 0.0  # DescribeInstances trails a launch by so much
     faults: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Ec2:
 
     def reset(self) -> None:
         """As after `start`: an account with a network in it and nothing else."""
-        self.boot_s = self.visible_after_s = 0.0
+        self.boot_s = self.stop_s = self.visible_after_s = 0.0
         self._born_s.clear()
         backend = get_backend("ec2")[self.account][REGION]
         for kept in (
@@ -187,8 +189,13 @@ class Ec2:
     ) -> tuple[str, list[tuple[str, str]], bytes]:
         if action == "DescribeSpotPriceHistory":
             return _xml(self._price_history(form))
-        if action == "DescribeInstances" and self.visible_after_s:
-            return self._without_newborn(*self._ask_moto(form, environ))
+        if action == "DescribeInstances":
+            with self._lock:  # nothing that is between two states of moto's
+                listed = self._ask_moto(form, environ)
+            return self._without_newborn(*listed) if self.visible_after_s else listed
+        if action in ("StopInstances", "StartInstances"):
+            with self._lock:
+                return self._stop_or_start(action, form, environ)
         if action != "CreateFleet":
             return self._ask_moto(form, environ)
         with self._lock:
@@ -250,6 +257,39 @@ class Ec2:
             )
         return status, headers, text.encode()
 
+    def _stop_or_start(
+        self, action: str, form: dict[str, str], environ: dict[str, Any]
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
+        """As EC2 does: a change of state takes time, is refused in the midst of another, and what is so already stays
+        so. A start needs room in the zone; a spot machine of a one-time request is not stopped."""
+        is_stop = action == "StopInstances"
+        wanted = {v for k, v in form.items() if k.startswith("InstanceId.")}
+        found = [i for i in self.instances() if i.id in wanted]
+        before = {i.id: i.state for i in found}
+        for instance in found:
+            if instance.state not in ("running", "stopping", "stopped") and (
+                is_stop or instance.state != "pending"
+            ):
+                return _error_reply(400, "IncorrectInstanceState")
+            if is_stop and instance.lifecycle == "spot":
+                return _error_reply(400, "UnsupportedOperation")
+            if not is_stop and instance.state == "stopping":
+                return _error_reply(400, "IncorrectInstanceState")
+            name = f"on-demand/{instance.placement.zone}/{instance.instance_type}"
+            sold = self.capacity.get(name, Sold())
+            if not is_stop and instance.state == "stopped" and sold.n_left == 0:
+                return _error_reply(500, sold.code)
+        reply = self._ask_moto(form, environ)
+        for instance in found:
+            is_done = before[instance.id] in (("stopping", "stopped") if is_stop else ("pending", "running"))
+            if is_done:
+                self._put(instance, before[instance.id])
+            elif is_stop:
+                self._pass_through(instance, "stopping", "stopped", self.stop_s)
+            else:
+                self._pass_through(instance, "pending", "running", self.boot_s)
+        return reply
+
     def _without_newborn(
         self, status: str, headers: list[tuple[str, str]], reply: bytes
     ) -> tuple[str, list[tuple[str, str]], bytes]:
@@ -264,17 +304,25 @@ class Ec2:
         return status, headers, ElementTree.tostring(root)
 
     def _boot(self, instance: Any) -> None:
-        if not self.boot_s:
+        self._pass_through(instance, "pending", "running", self.boot_s)
+
+    def _pass_through(self, instance: Any, meanwhile: str, then: str, for_s: float) -> None:
+        """Into one state for so long, then into the other unless something else became of it. No time: as moto does."""
+        if not for_s:
             return
-        instance._state.name, instance._state.code = "pending", 0
+        self._put(instance, meanwhile)
 
-        def up() -> None:
-            if instance._state.name == "pending":
-                instance._state.name, instance._state.code = "running", 16
+        def arrive() -> None:
+            with self._lock:
+                if instance.state == meanwhile:
+                    self._put(instance, then)
 
-        timer = threading.Timer(self.boot_s, up)
+        timer = threading.Timer(for_s, arrive)
         timer.daemon = True
         timer.start()
+
+    def _put(self, instance: Any, state: str) -> None:
+        instance._state.name, instance._state.code = state, _STATE_CODES[state]
 
     def _price_history(self, form: dict[str, str]) -> str:
         wanted = {v for k, v in form.items() if k.startswith("InstanceType.")}

@@ -41,7 +41,7 @@ class Hypervisor:
     ) -> None:
         self.ec2, self.root, self.environ, self.by_machine = ec2, root, environ or {}, by_machine
         self.guests: dict[str, Guest] = {}
-        self.booted: list[str] = []
+        self.booted: list[str] = []  # each time: one that was stopped boots again
         self.failure: Exception | None = None  # the first one; told at the end, not kept by a dead thread
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -94,12 +94,10 @@ class Hypervisor:
         running = {i.id: i for i in self.ec2.instances("running")}
         for ref, instance in running.items():
             is_tagged = "corral:machine" in _tags(instance)  # a moment after it is made
-            if is_tagged and ref not in self.guests and ref not in self.booted:
+            if is_tagged and ref not in self.guests:
                 self._boot(ref, instance)
         for ref in [ref for ref in self.guests if ref not in running]:
             self._end(ref)
-        stopped = {i.id for i in self.ec2.instances("stopped")}
-        self.booted = [ref for ref in self.booted if ref not in stopped]  # it boots again when it runs
 
     def _boot(self, ref: str, instance: Any) -> None:
         self.booted.append(ref)

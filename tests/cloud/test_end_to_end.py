@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 
+from autoscaler import pool, reconcile, specs, tick
 from autoscaler.models import Machine, MachineState, Offer, PoolDecision, PoolDecisionKind, Replica
+from autoscaler.types import ScalerSpec
 from controlplane.deployments import services
 from controlplane.deployments.models import ModelSource
 from infra.objectstore import Place, publish
@@ -40,21 +44,7 @@ def test_from_zero_a_request_buys_a_spot_machine_that_boots_loads_weights_from_s
     eventually: Eventually,  # noqa: F811
 ) -> None:
     weights = os.urandom(N_WEIGHTS)
-    source, place = tmp_path / "origin", Place("models", f"e2e-{os.urandom(4).hex()}")
-    manifest = a_version(source, {"config.json": b"{}", "model.safetensors": weights})
-    publish(source, manifest, place, lambda name, size: None)
-    version = services.create_model_version(
-        organization_id=cloud.scaling.world.organization.id,
-        digest=manifest.digest,
-        name="stored",
-        source_kind=ModelSource.DIRECTORY,
-        source_uri=place.uri,
-        size_bytes=N_WEIGHTS,
-        max_model_len=4096,
-        manifest={"files": [{"name": entry.name} for entry in manifest.files]},
-    )
-    cloud.scaling.change(model_version_id=version.id)
-    (source / "model.safetensors").unlink()  # nowhere but in the bucket
+    digest, _ = _stored(cloud, weights, tmp_path / "origin")
     assert (cloud.ec2.alive(), cloud.machines()) == ([], [])
 
     request = cloud.asker.ask("what is left when all is gone?")
@@ -68,10 +58,97 @@ def test_from_zero_a_request_buys_a_spot_machine_that_boots_loads_weights_from_s
     assert machine.launched_at is not None
     assert machine.ready_at > machine.launched_at, "it booted"
     [guest] = cloud.hypervisor.guests.values()
-    assert (guest.var / "models" / manifest.digest / "model.safetensors").read_bytes() == weights
+    assert (guest.var / "models" / digest / "model.safetensors").read_bytes() == weights
     assert cloud.answered(eventually, cloud.asker.ask("what is left when all is gone?")) == text
     assert cloud.ec2.count("CreateFleet") == 1
     cloud.all_given_back(eventually)
+
+
+def test_a_reserve_is_stopped_by_the_ladder_and_a_request_starts_it_again_with_its_weights_on_its_disk(
+    cloud: Cloud,  # noqa: F811
+    s3: dict[str, str],
+    tmp_path: Path,
+    eventually: Eventually,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hasty(*args: Any) -> ScalerSpec:
+        """Nothing left to wait for but the idle timeout."""
+        return replace(
+            specs.scaler_spec(*args), stable_window_s=1.0, panic_window_s=1.0, scale_down_delay_s=0.5
+        )
+
+    monkeypatch.setattr(tick, "scaler_spec", hasty)
+    weights = os.urandom(N_WEIGHTS)
+    digest, place = _stored(cloud, weights, tmp_path / "origin")
+    cloud.ec2.stop_s = 0.5
+    # On-demand only, and no second of waiting is worth more than some of a warm machine.
+    house = cloud.scaling.house
+    config = replace(house.config, spot=False, late_after_s=0.0, late_usd=0.0, late_usd_per_s=3e-4)
+    cloud.rehouse(replace(house, config=config))
+    house = cloud.scaling.house
+    cloud.scaling.change(idle_timeout_s=1)
+
+    request = cloud.asker.ask("are you there?")
+    text = cloud.answered(eventually, request)
+    cloud.asker.settle(request)
+    [machine] = cloud.machines()
+    assert machine.offering.startswith("on-demand/")
+    ref = machine.provider_ref
+    agent = cloud.hypervisor.guests[ref].process.pid
+    _emptied(place)
+
+    def rests() -> bool:
+        """As beat asks for it, only sooner."""
+        cloud.recorder.want_tick(cloud.scaling.deployment.id.hex)
+        pool.turn(house)
+        reconcile.reconcile(house)
+        return Machine.objects.get(id=machine.id).state == MachineState.STOPPED
+
+    eventually(rests, "the ladder has it stopped", 60)
+    assert [i.state for i in cloud.ec2.instances()] == ["stopped"]
+    assert cloud.hypervisor.guests == {}, "nothing runs there"
+    assert not house.cell.has_user(machine.id.hex)
+    told = [reason for row in PoolDecision.objects.all() for reason in row.reasons]
+    assert f"{machine.id.hex}: rests: stopped machine" in told
+
+    assert cloud.answered(eventually, cloud.asker.ask("are you there?")) == text
+    assert [(m.id, m.state) for m in cloud.machines()] == [(machine.id, MachineState.READY)]
+    assert [(i.id, i.state) for i in cloud.ec2.instances()] == [(ref, "running")], "nothing bought beside it"
+    assert (cloud.ec2.count("CreateFleet"), cloud.ec2.count("StartInstances")) == (1, 1)
+    guest = cloud.hypervisor.guests[ref]
+    assert guest.process.pid != agent
+    assert (guest.var / "models" / digest / "model.safetensors").read_bytes() == weights, "not in the bucket"
+    assert cloud.hypervisor.booted == [ref, ref]
+    cloud.all_given_back(eventually)
+
+
+def _stored(cloud: Cloud, weights: bytes, source: Path) -> tuple[str, Place]:  # noqa: F811
+    """(digest, where) of a version that the deployment is to serve from now on, and that lies in a bucket only."""
+    place = Place("models", f"e2e-{os.urandom(4).hex()}")
+    manifest = a_version(source, {"config.json": b"{}", "model.safetensors": weights})
+    publish(source, manifest, place, lambda name, size: None)
+    version = services.create_model_version(
+        organization_id=cloud.scaling.world.organization.id,
+        digest=manifest.digest,
+        name="stored",
+        source_kind=ModelSource.DIRECTORY,
+        source_uri=place.uri,
+        size_bytes=len(weights),
+        max_model_len=4096,
+        manifest={"files": [{"name": entry.name} for entry in manifest.files]},
+    )
+    cloud.scaling.change(model_version_id=version.id)
+    (source / "model.safetensors").unlink()
+    return manifest.digest, place
+
+
+def _emptied(place: Place) -> None:
+    """Whoever fetches from it now gets nothing."""
+    client = boto3.client("s3")
+    listed = client.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix)["Contents"]
+    assert listed
+    for each in listed:
+        client.delete_object(Bucket=place.bucket, Key=each["Key"])
 
 
 def test_no_capacity_in_one_zone_buys_the_next_offering_in_the_same_tick(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 import uuid
 from typing import Any
 
@@ -16,6 +17,7 @@ from infra.providers.base import (
     LaunchSpec,
     Offering,
     OutcomeUnknownError,
+    ProviderError,
     ProviderRefusedError,
     ProviderState,
 )
@@ -212,6 +214,44 @@ def test_a_stopped_machine_comes_back_or_its_zone_says_no(aws: AwsProvider, ec2:
     aws.start(bought.ref)
     assert [i.state for i in ec2.instances()] == ["running"]
     assert [m.state for m in aws.describe()] == [ProviderState.RUNNING]
+
+
+def test_stops_and_starts_take_time_and_are_asked_for_again_where_ec2_refuses_meanwhile(
+    aws: AwsProvider, ec2: Ec2
+) -> None:
+    """pending, running, stopping, stopped, pending, running: each is seen, and no order counts twice."""
+    ec2.boot_s = ec2.stop_s = 0.15
+    seen: list[str] = []
+
+    def until(state: str) -> None:
+        deadline_s = time.monotonic() + 10
+        while ec2.instances()[0].state != state:
+            assert time.monotonic() < deadline_s, seen
+            time.sleep(0.005)
+
+    def look() -> ProviderState:
+        [machine], [instance] = aws.describe(), ec2.instances()
+        seen.append(instance.state)
+        return machine.state
+
+    bought = aws.launch(_spec(aws, offerings=tuple(o for o in aws.offerings() if not o.is_spot)), _token())
+    assert look() is ProviderState.RUNNING, "it exists; whether it is up, its agent says"
+    with pytest.raises(ProviderError):
+        aws.stop(bought.ref)
+    until("running")
+    aws.stop(bought.ref)
+    assert look() is ProviderState.STOPPING
+    with pytest.raises(ProviderError):
+        aws.start(bought.ref)
+    until("stopped")
+    assert look() is ProviderState.STOPPED
+    aws.stop(bought.ref)
+    assert look() is ProviderState.STOPPED
+    aws.start(bought.ref)
+    aws.start(bought.ref)
+    assert look() is ProviderState.RUNNING
+    until("running")
+    assert seen == ["pending", "stopping", "stopped", "stopped", "pending"]
 
 
 def test_a_spot_machine_is_not_stopped(aws: AwsProvider, ec2: Ec2) -> None:
