@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -46,9 +47,7 @@ class AdapterFiles:
             flat: list[bytes] = await self._client.call("HGETALL", self._key)
         except RedisError:
             return
-        if flat == self._seen and self._done:
-            return
-        if not flat and not self._seen:  # nobody ever spoke of adapters, or Redis was emptied: remove nothing
+        if flat == self._seen and self._done:  # also where nobody ever spoke of adapters: nothing is removed
             return
         if self._store is None:
             self._store = await asyncio.to_thread(ModelStore, self._root, budget_bytes=self._budget)
@@ -56,8 +55,9 @@ class AdapterFiles:
         self._done = await asyncio.to_thread(self._settle, self._store, specs)
 
     def _settle(self, store: ModelStore, specs: list[AdapterSpec]) -> bool:
-        """Whether nothing is left to do until the next announcement."""
+        """Whether nothing is left to do until the next announcement: all is here, and what is retired is gone."""
         wanted = {spec.digest for spec in specs}
+        self._failed &= wanted
         missing = [s for s in specs if s.digest not in self._failed and not store.has(s.digest)]
         for spec in missing[:_AT_ONCE]:
             try:
@@ -71,12 +71,17 @@ class AdapterFiles:
                 log.warning(
                     "an adapter was not fetched ahead: %s", getattr(error, "code", type(error).__name__)
                 )
+        n_in_use = 0
         for held in store.held() if self._is_own else ():
-            if held.digest in wanted or held.in_use:
+            if held.digest in wanted:
                 continue
-            if store.manifest(held.digest).architecture == ARCHITECTURE and store.evict(held.digest):
-                self.n_removed += 1
-        return len(missing) <= _AT_ONCE
+            with suppress(ModelStoreError):  # a fetch that made room was here first
+                if store.manifest(held.digest).architecture != ARCHITECTURE:
+                    continue
+                is_gone = store.evict(held.digest)
+                self.n_removed += is_gone
+                n_in_use += not is_gone
+        return len(missing) <= _AT_ONCE and not n_in_use
 
 
 def _specs(flat: list[bytes]) -> list[AdapterSpec]:

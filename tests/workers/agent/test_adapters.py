@@ -14,6 +14,7 @@ from workers.agent.adapters import AdapterFiles
 from workers.config import AgentConfig
 from workers.contract import AdapterSpec
 from workers.modelcache.adapter import import_adapter
+from workers.modelcache.eviction import Held, Use
 from workers.modelcache.store import ModelStore
 from workers.redis_client import Client
 
@@ -45,6 +46,26 @@ async def test_announced_ones_come_and_retired_ones_go(cell: Cell, tmp_path: Pat
         assert store.digests() == sorted([digests["b"]] if is_own else digests.values())
         assert files.n_removed == is_own  # in use stays; a cache that others share is left to its owner
         claim.close()
+        await files.tick()
+        assert store.digests() == ([] if is_own else sorted(digests.values())), "nobody uses it any more"
+    finally:
+        await client.close(drain_s=0.1)
+
+
+async def test_what_somebody_else_evicts_meanwhile_does_not_end_the_agent(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    var, keys = tmp_path / "machine", cell.keys.machine("m1")
+    config = AgentConfig(machine="m1", enrol_url="http://x", var_dir=var, model_cache=var / "c")
+    client = Client(cell.add_machine("m1"), name="agent", may_load_scripts=False)
+    await client.connect()
+    gone = Held("0" * 64, 1, Use(), in_use=False)
+    monkeypatch.setattr(ModelStore, "held", lambda _: [gone])
+    try:
+        cell.r.hset(keys.adapters, "a", "of a newer control")
+        files = AdapterFiles(config, client, keys)
+        await files.tick()
+        assert files.n_removed == 0
     finally:
         await client.close(drain_s=0.1)
 
