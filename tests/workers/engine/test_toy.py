@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import struct
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -495,3 +497,12 @@ async def test_single_tokens_stay_single_however_slowly_they_are_read(stop: tupl
                     await asyncio.sleep(0)
     assert max(sizes) == 1
     assert (ids, text) == (whole.token_ids, whole.text)
+
+
+def test_a_long_prompt_comes_with_the_seed_that_its_tokens_have() -> None:
+    """So that attempts agree wherever it was tokenised, by this version or another."""
+    ids = toy_text.tokenize_chat([{"role": "user", "content": "word " * 4000}])
+    assert isinstance(ids, toy_text.LongPrompt)
+    for seed in (None, 7):
+        assert toy_text.seed_of(ids, seed) == toy_text.seed_of(list(ids), seed)
+    assert toy_text.seed_of([9, 4000, 17], None) == zlib.crc32(struct.pack("<3I", 9, 4000, 17))
