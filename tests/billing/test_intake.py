@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
@@ -13,7 +14,7 @@ from billing.booking import Books
 from billing.intake import Intake
 from billing.models import UsageEvent as Row
 from billing.models import Witness
-from billing.usage_streams import Settlement, UsageStreams
+from billing.usage_streams import Done, Settlement, UsageStreams
 from billing.vetting import Refusal
 from controlplane.tenants import services
 from tests.billing.usage import KEYS, Tenant, admit, altered, deliver, event, new_hex
@@ -177,6 +178,22 @@ def test_a_run_is_bounded_in_time(streams: UsageStreams, books: Books, client: r
     intake = Intake(streams, books, batch=2)
     assert intake.run([MACHINE], budget_s=0).n_booked == 2
     assert intake.run([MACHINE], budget_s=5).n_booked == 4
+
+
+def test_what_comes_during_a_run_is_the_next_ones(
+    intake: Intake, streams: UsageStreams, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loaded cell is booked a few requests at a time, and each settled here before its gateway does it."""
+    tenant, finish = Tenant(), streams.finish
+
+    def finish_late(done: Sequence[Done]) -> None:
+        finish(done)
+        deliver(client, MACHINE, event(tenant, MACHINE))
+
+    monkeypatch.setattr(streams, "finish", finish_late)
+    deliver(client, MACHINE, event(tenant, MACHINE))
+    assert intake.run([MACHINE, OTHER], budget_s=60).n_booked == 1
+    assert intake.run([MACHINE, OTHER], budget_s=60).n_booked == 1
 
 
 class CutOffError(Exception):
