@@ -130,8 +130,8 @@ def portion(found: Pace, promise: Promise, n_running: int, chunk_tokens: int) ->
     long = 8 * chunk_tokens
     alone_ms, shared_ms = found.prefill_ms(long, chunk_tokens), found.prefill_ms(long, third)
     return third, (
-        f"a third of what a step has for prompts, so that a short one finds room beside two long ones; {long} tokens alone "
-        f"take {shared_ms:.0f} ms instead of {alone_ms:.0f} ms"
+        f"a third of what a step has for prompts, so that a short one finds room beside two long ones; {long} tokens "
+        f"alone take {shared_ms:.0f} ms instead of {alone_ms:.0f} ms"
     )
 
 
