@@ -8,7 +8,7 @@ name or a position, never remove one that the other side still reads. Bodies tra
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -50,14 +50,23 @@ class ReplicaPhase(enum.StrEnum):
     FAILED = "failed"
 
 
+class HeldFunction(NamedTuple):
+    """A function with the schema (JSON text) that its arguments follow. strict: wholly, or the request is refused; else
+    as far as a grammar can tell."""
+
+    name: str
+    schema: str
+    strict: bool = False
+
+
 class CallRule(msgspec.Struct, frozen=True, array_like=True):
     """Functions that an answer may or must call, written in the one form of workers/engine/tool_form.py.
 
-    `functions`: name and JSON text of the arguments' schema of each that is held to it; empty: the model writes calls
-    as it likes. must: the answer is calls and nothing else. many: more than one is allowed.
+    `functions`: those that are held to their schema; none: the model writes calls as it likes. must: the answer is
+    calls and nothing else. many: more than one is allowed.
     """
 
-    functions: tuple[tuple[str, str], ...] = ()
+    functions: tuple[HeldFunction, ...] = ()
     must: bool = False
     many: bool = True
 

@@ -14,7 +14,7 @@ from controlplane.gateway.bodies import ChatBody, Message, Tool
 from controlplane.gateway.errors import ApiError, bad_request
 from controlplane.gateway.structured import MAX_SCHEMA_BYTES, check_schema
 from controlplane.gateway.toolcalls import CallReader
-from workers.contract import CallRule
+from workers.contract import CallRule, HeldFunction
 
 MAX_TOOLS: Final = 128
 MAX_DESCRIPTION: Final = 8_192  # characters
@@ -51,10 +51,14 @@ def rule_of(body: ChatBody) -> tuple[CallRule | None, bytes]:
     is_held = (
         must or any(tool.function.strict for tool in tools) or (form is not None and form.type != "text")
     )
-    functions = () if not is_held else tuple(schemas.items()) if named is None else ((named, schemas[named]),)
-    if not must:
-        loose = {tool.function.name for tool in tools if not tool.function.strict}
-        functions = tuple((name, ANY_ARGUMENTS if name in loose else schema) for name, schema in functions)
+    functions: tuple[HeldFunction, ...] = ()
+    if is_held:
+        strict = {tool.function.name for tool in tools if tool.function.strict}
+        functions = tuple(
+            HeldFunction(name, schema if must or name in strict else ANY_ARGUMENTS, name in strict)
+            for name, schema in schemas.items()
+            if named is None or name == named
+        )
     many = body.parallel_tool_calls is not False and named is None
     return CallRule(functions, must, many), _encode(tools)
 

@@ -56,6 +56,52 @@ def test_the_real_model_knows_the_capital_of_france(stack: BenchStack) -> None:
     assert "Paris" in stack.manage("ask", "What is the capital of France?")
 
 
+def test_published_sdk_has_functions_called_and_their_results_read(
+    client: openai.OpenAI, stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
+) -> None:
+    city = {"type": "string", "enum": ["Rome", "Oslo"]}
+    schema = {
+        "type": "object",
+        "properties": {"city": city},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    asked: Any = {
+        "model": stack.facts.deployment,
+        "messages": [{"role": "user", "content": "What is the weather in Rome?"}],
+        "tools": [
+            {"type": "function", "function": {"name": "get_weather", "strict": True, "parameters": schema}}
+        ],
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    must = {"type": "function", "function": {"name": "get_weather"}}
+    response = client.chat.completions.with_raw_response.create(**asked, tool_choice=must)
+    (choice,) = response.parse().choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in city["enum"]
+    with client.chat.completions.stream(**asked, tool_choice=must) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert [(c.function.name, c.function.arguments) for c in streamed] == [
+        (call.function.name, call.function.arguments)
+    ]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
+    followed = client.chat.completions.create(
+        **asked | {"messages": [*asked["messages"], choice.message, result]}, tool_choice="auto"
+    )
+    usage = response.parse().usage
+    assert usage is not None
+    assert followed.usage is not None
+    assert followed.usage.prompt_tokens > usage.prompt_tokens, "call and result are in the prompt"
+    request_id = response.headers["x-request-id"]
+    eventually(lambda: usage_rows(operator, request_id), "the request is booked")
+    ((n_prompt, n_completion, _, finish),) = usage_rows(operator, request_id)
+    assert (n_prompt, n_completion, finish) == (usage.prompt_tokens, usage.completion_tokens, "stop")
+
+
 def test_published_sdk_streams_and_usage_is_booked_once(
     client: openai.OpenAI, stack: BenchStack, operator: psycopg.Connection, eventually: Eventually
 ) -> None:

@@ -11,13 +11,16 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from controlplane.gateway import schemas
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.gateway import Gateway
+from controlplane.gateway.toolcalls import CallReader, whole
 from tests.controlplane.gateway.harness import PEPPER, ListLog
 from tests.protocol.clock import Process
-from workers.contract import FinishReason
+from workers.contract import Endpoint, FinishReason
 from workers.engine import toy_text
 from workers.engine.base import EngineRequest, SamplingSpec
+from workers.engine.toy_calls import calls_of
 from workers.engine.toy_sequence import Sequence
 
 if TYPE_CHECKING:
@@ -88,6 +91,8 @@ class Answer:
 
 def reference(prompt: str, max_tokens: int, sampling: dict[str, Any] | None = None) -> tuple[str, int, str]:
     """(text, tokens, finish reason) of an undisturbed run."""
+    if sampling and "tools" in sampling:
+        return _called(prompt, max_tokens, sampling)
     ids = toy_text.tokenize_chat([{"role": "user", "content": prompt}])
     spec = SamplingSpec(max_tokens=max_tokens, **{"temperature": 0.0, **(sampling or {})})
     sequence = Sequence(EngineRequest("reference", ids, spec), (0, 0), 10_000)
@@ -96,6 +101,40 @@ def reference(prompt: str, max_tokens: int, sampling: dict[str, Any] | None = No
     text = sequence.take()[1]
     finish = "stop" if sequence.finish is FinishReason.STOP else "length"
     return text, sequence.n_out, finish
+
+
+def _called(prompt: str, max_tokens: int, sampling: dict[str, Any]) -> tuple[str, int, str]:
+    """The same of a request that must call a function."""
+    body = _body(prompt, max_tokens, sampling)
+    rule = schemas.parse(Endpoint.CHAT, body).calls
+    assert rule is not None
+    ids = toy_text.tokenize_chat(json.loads(body)["messages"], sampling["tools"])
+    text = calls_of(rule, body, toy_text.seed_of(ids, None))
+    assert text is not None
+    calls = [
+        {"function": {"name": n, "arguments": a}} for n, a in whole([CallReader().read(text, final=True)])[1]
+    ]
+    return _words({"tool_calls": calls}), len(toy_text.spelled(text)[0]), "tool_calls"
+
+
+def _body(prompt: str, max_tokens: int, sampling: dict[str, Any], *, streaming: bool = False) -> bytes:
+    return json.dumps(
+        {
+            "model": "tiny", "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens, "stream": streaming,
+            "temperature": sampling.get("temperature", 0.0),
+            **{k: v for k, v in sampling.items() if k != "temperature"},
+        }
+    ).encode()  # fmt: skip
+
+
+def _words(said: dict[str, Any]) -> str:
+    """What a message or a delta says, calls as `[name]arguments`."""
+    text = said.get("content") or ""
+    for call in said.get("tool_calls") or ():
+        name = call["function"].get("name")
+        text += (f"[{name}]" if name else "") + call["function"]["arguments"]
+    return text
 
 
 class Client:
@@ -164,14 +203,7 @@ class Client:
                 door = world.rng.choice(open_doors)
             else:
                 await asyncio.sleep(0.2)
-        body = json.dumps(
-            {
-                "model": "tiny", "messages": [{"role": "user", "content": answer.prompt}],
-                "max_tokens": answer.max_tokens, "stream": answer.streaming,
-                "temperature": answer.sampling.get("temperature", 0.0),
-                **{k: v for k, v in answer.sampling.items() if k != "temperature"},
-            }
-        ).encode()  # fmt: skip
+        body = _body(answer.prompt, answer.max_tokens, answer.sampling, streaming=answer.streaming)
         gone = asyncio.Event()
         over = asyncio.Event()
         sse = bytearray()
@@ -243,7 +275,7 @@ def _read(answer: Answer, data: bytes) -> None:
             answer.code = body["error"]["code"] or "error"
             return
         choice = body["choices"][0]
-        answer.text, answer.finish = choice["message"]["content"], choice["finish_reason"]
+        answer.text, answer.finish = _words(choice["message"]), choice["finish_reason"]
         answer.usage = body["usage"]
         answer.out_of_money = "budget" in str(body.get("corral")) or "budget" in str(choice.get("corral"))
         return
@@ -258,7 +290,7 @@ def _read(answer: Answer, data: bytes) -> None:
                 answer.code = payload["error"]["code"] or "error"
                 continue
             for choice in payload["choices"]:
-                answer.text += choice["delta"].get("content") or ""
+                answer.text += _words(choice["delta"])
                 answer.finish = choice.get("finish_reason") or answer.finish
             answer.out_of_money = answer.out_of_money or b'"finish":"budget"' in line.encode()
             answer.usage = payload.get("usage") or answer.usage

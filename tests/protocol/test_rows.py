@@ -85,6 +85,34 @@ def test_silent_death_resumes_elsewhere_within_seconds(w: World) -> None:
     w.run(story())
 
 
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 40}
+CALL = {"type": "object", "properties": {"numbers": NUMBERS}, "required": ["numbers"]}
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": CALL}}],
+    "tool_choice": "required",
+}
+
+
+def test_a_call_of_a_function_goes_on_inside_its_arguments(w: World) -> None:
+    """Its replica dies, and later the gateway that its client reads from."""
+
+    async def story() -> None:
+        streamed = w.client.ask("sum", 200, door=w.doors[0], returns=True, **CALLING)
+        plain = w.client.ask("all", 200, door=w.doors[1], streaming=False, **CALLING)
+        front = await running(w, streamed)
+        front.process.kill()
+        n_before = len(streamed.text)
+        await w.until(lambda: len(streamed.text) > n_before + 20)
+        w.doors[0].process.kill()
+        await w.rest()
+        assert streamed.complete
+        assert plain.complete
+        assert streamed.n_returns >= 1
+        assert attempts(w, streamed) == 2
+
+    w.run(story())
+
+
 # -- what cannot be continued exactly: it drains to its end, starts again unseen, or fails visibly
 
 

@@ -7,17 +7,22 @@ spacing that models were trained on; what may stand around the calls depends on 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 from workers.contract import CallRule
 from workers.engine.tool_form import CLOSE, HEAD, OPEN, SEPARATORS, TAIL
 
 MAX_CALLS: Final = 128  # of one answer
+_FAULT: Final = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: ([^\n]*)")
+_FIRST_LINE: Final = 2  # of the functions, in the grammar
 _SPACED: Final = {
     "whitespace_flexible": False,
     "item_separator": SEPARATORS[0],
     "key_separator": SEPARATORS[1],
 }
+# Keywords that a grammar has nothing for are read over, not refused.
+_LENIENT: Final = {**_SPACED, "lenient": True}
 _COMPACT: Final = {"whitespace_flexible": False}
 
 
@@ -27,13 +32,12 @@ def grammar_of(rule: CallRule, json_schema: str | None, *, special: bool = False
     opening, closing = (OPEN, CLOSE) if special else (json.dumps(OPEN), "")
     lines = ["%llguidance {}"]
     names = []
-    for i, (name, schema) in enumerate(rule.functions):
+    for i, (name, schema, strict) in enumerate(rule.functions):
         head = (HEAD % name).removeprefix(OPEN)
         tail = TAIL.removesuffix(CLOSE) if special else TAIL
         names.append(f"call_{i}")
-        lines.append(
-            f"call_{i}: {json.dumps(head)} %json {_json(schema, _SPACED)} {json.dumps(tail)} {closing}"
-        )
+        arguments = _json(schema, _SPACED if strict else _LENIENT)
+        lines.append(f"call_{i}: {json.dumps(head)} %json {arguments} {json.dumps(tail)} {closing}")
     lines.append(f"body: {' | '.join(names)}")
     calls = f"{opening} body"
     if rule.many:
@@ -50,6 +54,16 @@ def grammar_of(rule: CallRule, json_schema: str | None, *, special: bool = False
             f"start: (begun body){{0,{MAX_CALLS if rule.many else 1}}} TEXT",
         ]
     return "\n".join(lines)
+
+
+def fault_of(error: str, rule: CallRule) -> str:
+    """What a grammar was refused for, by the function whose schema it was; without the grammar itself."""
+    found = _FAULT.search(error)
+    if found is None:
+        return "no grammar follows the schemas of these tools"
+    line, why = int(found.group(1)) - _FIRST_LINE, found.group(2)[:200]
+    whose = f"the parameters of {rule.functions[line].name!r}" if line < len(rule.functions) else "the schema"
+    return f"{whose}: {why}"
 
 
 def _json(schema: str, form: dict[str, Any]) -> str:

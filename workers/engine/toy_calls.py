@@ -47,13 +47,13 @@ def _calls_of(rule: CallRule, body: bytes, seed: int) -> str | None:
         tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"}
         for tool in asked.tools
     }
-    schemas |= {name: json.loads(schema) for name, schema in rule.functions}
+    schemas |= {function.name: json.loads(function.schema) for function in rule.functions}
     last = asked.messages[-1] if asked.messages else {}
     words = set(_WORD.findall(_text_of(last.get("content")))) if last.get("role") == "user" else set()
-    held_to = {name for name, _ in rule.functions} if rule.must else set(schemas)
+    held_to = {function.name for function in rule.functions} if rule.must else set(schemas)
     named = [name for name in schemas if name in words and name in held_to]
     if not named and rule.must:
-        named = [rule.functions[0][0]]
+        named = [rule.functions[0].name]
     if not named:
         return None
     chosen = named if rule.many else named[:1]

@@ -54,7 +54,7 @@ from workers.engine.chat import check_messages
 from workers.engine.stats_board import StatsBoard
 from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
-from workers.engine.tool_grammar import grammar_of
+from workers.engine.tool_grammar import fault_of, grammar_of
 from workers.engine.vllm_args import engine_args
 
 if TYPE_CHECKING:
@@ -395,9 +395,12 @@ class VllmEngine:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
         except (VLLMClientError, ValueError) as error:
             param = getattr(error, "parameter", None)
-            if param is None and request.sampling.calls is not None and request.sampling.calls.functions:
+            calls = request.sampling.calls
+            if param is None and calls is not None and calls.functions:
                 raise EngineInputError(
-                    "invalid_schema", "tools", f"tools: no grammar follows these schemas: {error}"
+                    "invalid_schema",
+                    "tools",
+                    f"tools: {fault_of(str(error), calls)}; leave that out, or leave out strict",
                 ) from None
             if param is None and request.sampling.json_schema is not None:
                 raise EngineInputError(

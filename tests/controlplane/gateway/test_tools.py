@@ -49,23 +49,28 @@ def parsed(**changes: Any) -> Any:
     [
         ({}, (), False, True),
         ({"tool_choice": "auto", "parallel_tool_calls": False}, (), False, False),
-        ({"tool_choice": "required"}, (("get_weather", SCHEMA), ("get_time", NO_ARGUMENTS)), True, True),
+        (
+            {"tool_choice": "required"},
+            (("get_weather", SCHEMA, False), ("get_time", NO_ARGUMENTS, False)),
+            True,
+            True,
+        ),
         (
             {"tool_choice": "required", "parallel_tool_calls": False, "tools": [TIME]},
-            (("get_time", NO_ARGUMENTS),),
+            (("get_time", NO_ARGUMENTS, False),),
             True,
             False,
         ),
-        ({"tool_choice": named("get_weather")}, (("get_weather", SCHEMA),), True, False),
+        ({"tool_choice": named("get_weather")}, (("get_weather", SCHEMA, False),), True, False),
         (
             {"tools": [tool("get_weather", strict=True), TIME]},
-            (("get_weather", SCHEMA), ("get_time", ANY_ARGUMENTS)),
+            (("get_weather", SCHEMA, True), ("get_time", ANY_ARGUMENTS, False)),
             False,
             True,
         ),
         (
             {"tools": [TIME], "response_format": {"type": "json_object"}},
-            (("get_time", ANY_ARGUMENTS),),
+            (("get_time", ANY_ARGUMENTS, False),),
             False,
             True,
         ),

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from workers.contract import CallRule
+from workers.contract import CallRule, HeldFunction
 from workers.engine.tool_form import CLOSE, OPEN, written
-from workers.engine.tool_grammar import grammar_of
+from workers.engine.tool_grammar import fault_of, grammar_of
 
 pytestmark = pytest.mark.engine
 
@@ -17,7 +17,10 @@ CITY = {
     "additionalProperties": False,
     "$defs": {"c": {"type": "string"}},
 }
-FUNCTIONS = (("get_weather", json.dumps(CITY)), ("now", '{"type":"object","additionalProperties":false}'))
+FUNCTIONS = (
+    HeldFunction("get_weather", json.dumps(CITY)),
+    HeldFunction("now", '{"type":"object","additionalProperties":false}'),
+)
 WEATHER = written("get_weather", '{"city": "a </tool_call> b", "unit": "C"}')
 NOW = written("now", "{}")
 BAD = written("now", '{"x": 1}')
@@ -93,3 +96,15 @@ def test_tags_that_are_special_tokens_are_called_by_their_names() -> None:
             assert not matcher.get_error()
             ids = tokenizer.encode(text).ids
             assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) is passes, text
+
+
+def test_what_a_grammar_cannot_tell_is_refused_where_it_was_promised() -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    schema = '{"type": "object", "properties": {"secret": {"type": "array", "uniqueItems": true}}}'
+    loose, strict = (CallRule((*FUNCTIONS, HeldFunction("f", schema, s)), must=True) for s in (False, True))
+    assert fits(loose, written("f", '{"secret": [1, 1]}'))
+    assert not fits(loose, written("f", '{"secret": 1}'))
+    error = LLMatcher.validate_grammar(grammar_of(strict, None), LLTokenizer("byte"))
+    assert fault_of(error, strict) == "the parameters of 'f': Unimplemented keys: [\"uniqueItems\"]"
+    assert "secret" not in fault_of("something else: secret", strict)

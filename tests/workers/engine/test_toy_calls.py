@@ -10,7 +10,7 @@ import pytest
 from controlplane.gateway.toolcalls import CallReader, whole
 from tests.workers.engine.reading import read
 from tests.workers.engine.test_toy import running
-from workers.contract import CallRule, FinishReason
+from workers.contract import CallRule, FinishReason, HeldFunction
 from workers.engine import toy_text
 from workers.engine.base import EngineInputError, EngineRequest, SamplingSpec
 
@@ -33,7 +33,9 @@ CALLABLE = [
     {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
     {"type": "function", "function": {"name": "now"}},
 ]
-MUST = CallRule((("get_weather", json.dumps(CITY)), ("now", '{"type":"object"}')), must=True)
+MUST = CallRule(
+    (HeldFunction("get_weather", json.dumps(CITY)), HeldFunction("now", '{"type":"object"}')), must=True
+)
 
 
 async def test_it_calls_what_the_last_message_names_or_what_it_must() -> None:
@@ -75,9 +77,8 @@ async def test_its_arguments_fit_differ_by_prompt_and_are_continued_exactly() ->
 
 async def test_a_schema_it_makes_nothing_of_is_refused_by_name() -> None:
     async with running() as engine:
-        rule = CallRule(
-            (("f", '{"type": "object", "required": ["x"], "properties": {"x": {"enum": 5}}}'),), must=True
-        )
+        schema = '{"type": "object", "required": ["x"], "properties": {"x": {"enum": 5}}}'
+        rule = CallRule((HeldFunction("f", schema),), must=True)
         with pytest.raises(EngineInputError) as refused:
             await read(engine, asking("hello", rule))
         assert (refused.value.code, refused.value.param) == ("invalid_schema", "tools")

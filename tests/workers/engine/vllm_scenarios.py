@@ -23,7 +23,7 @@ from typing import Any
 
 from controlplane.gateway.toolcalls import CallReader, whole
 from tests.workers.engine.reading import read
-from workers.contract import CallRule, Endpoint, FinishReason
+from workers.contract import CallRule, Endpoint, FinishReason, HeldFunction
 from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
 from workers.engine.forking import UnsafeForkError
 from workers.engine.steps import gaps_of, quantile_ms
@@ -355,11 +355,12 @@ CITY = json.dumps(
         "additionalProperties": False,
     }
 )
-NOTHING = '{"type":"object","properties":{},"additionalProperties":false}'
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": json.loads(CITY)}},
     {"type": "function", "function": {"name": "clock"}},
 ]
+WEATHER = HeldFunction("weather", CITY, strict=True)
+CLOCK = HeldFunction("clock", '{"type":"object","properties":{},"additionalProperties":false}')
 
 
 def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -374,9 +375,9 @@ async def check_calls_that_must_be_made_follow_their_schemas_also_when_continued
 ) -> None:
     """Greedy, so every continuation must be the undisturbed answer; a random model would never write a call."""
     rules = {
-        "weather": CallRule((("weather", CITY),), must=True, many=False),
-        "clock": CallRule((("clock", NOTHING),), must=True, many=False),
-        "either": CallRule((("weather", CITY), ("clock", NOTHING)), must=True, many=False),
+        "weather": CallRule((WEATHER,), must=True, many=False),
+        "clock": CallRule((CLOCK,), must=True, many=False),
+        "either": CallRule((WEATHER, CLOCK), must=True, many=False),
     }
     for name, rule in rules.items():
         request = a_request(engine, calls=rule, max_tokens=120)
@@ -395,7 +396,7 @@ async def check_calls_that_must_be_made_follow_their_schemas_also_when_continued
 
 
 async def check_several_calls_and_calls_beside_words_or_json(engine: VllmEngine) -> None:
-    both = (("weather", CITY), ("clock", NOTHING))
+    both = (WEATHER, CLOCK)
     many = await read(engine, a_request(engine, calls=CallRule(both, must=True), max_tokens=150))
     content, calls = whole([CallReader().read(many.text, final=True)])
     assert {name for name, _ in calls} <= {"weather", "clock"}
@@ -414,7 +415,9 @@ async def check_several_calls_and_calls_beside_words_or_json(engine: VllmEngine)
 
 async def check_a_tool_that_no_grammar_can_follow_is_refused_by_name(engine: VllmEngine) -> None:
     try:
-        await read(engine, a_request(engine, calls=CallRule((("f", '{"type": "nonsense"}'),), must=True)))
+        await read(
+            engine, a_request(engine, calls=CallRule((HeldFunction("f", '{"type": "nonsense"}'),), must=True))
+        )
     except EngineInputError as error:
         assert (error.code, error.param) == ("invalid_schema", "tools"), error
     else:
