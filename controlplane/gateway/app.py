@@ -33,6 +33,7 @@ from controlplane.gateway.http import (
     respond_and_drain,
 )
 from controlplane.gateway.identity import asked, parse_request_id
+from controlplane.gateway.messagewriter import error_body
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
 from controlplane.gateway.stream import Resumed
@@ -41,14 +42,23 @@ from workers.contract import Endpoint
 
 log = logging.getLogger(__name__)
 
-_GENERATE: Final = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": Endpoint.COMPLETIONS}
-_ROUTES: Final = {Endpoint.CHAT: Route.CHAT, Endpoint.COMPLETIONS: Route.COMPLETIONS, None: Route.REQUESTS}
+_GENERATE: Final = {
+    "/v1/chat/completions": Endpoint.CHAT,
+    "/v1/completions": Endpoint.COMPLETIONS,
+    "/v1/messages": Endpoint.MESSAGES,
+}
+_ROUTES: Final = {
+    Endpoint.CHAT: Route.CHAT,
+    Endpoint.COMPLETIONS: Route.COMPLETIONS,
+    Endpoint.MESSAGES: Route.CHAT,
+    None: Route.REQUESTS,
+}
 _MODEL_PREFIX: Final = "/v1/models/"
 _EVENTS: Final = re.compile(r"/v1/requests/([^/]+)/events\Z")
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
 _CORS_REQUEST_HEADERS: Final = (
     b"authorization, content-type, x-api-key, last-event-id, idempotency-key, x-corral-slo-class, "
-    b"x-corral-end-customer"
+    b"x-corral-end-customer, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access"
 )
 _CORS_EXPOSED: Final = b", ".join(
     (
@@ -109,6 +119,8 @@ class GatewayApp:
         path, method = scope["path"], scope["method"]
         endpoint = _GENERATE.get(path)
         if endpoint is not None and method == "POST":
+            if endpoint is Endpoint.MESSAGES:
+                own = (*own, (b"request-id", own[0][1]))  # where its SDK looks for it
             await self._generate(endpoint, request_id, scope, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
             await self._preflight(send, own)
@@ -171,9 +183,9 @@ class GatewayApp:
                 self._decisions.refused(outcome.key, request_id, error, outcome.stream, endpoint)
             if error.status == 413:
                 headers_413 = (JSON, *own, *error.response_headers())
-                await respond_and_drain(send, receive, 413, error.body(), headers_413)
+                await respond_and_drain(send, receive, 413, _body_of(error, endpoint), headers_413)
             else:
-                await self._refuse(send, error, own)
+                await self._refuse(send, error, own, endpoint)
         except ClientGone:
             self._metrics.n_disconnects += 1
             outcome.status, outcome.code = 499, "client_gone"
@@ -186,7 +198,10 @@ class GatewayApp:
             if begun:
                 raise  # the server closes the connection: a stream that just ended would look complete
             await self._refuse(
-                send, ApiError(500, "internal_error", "the gateway failed; the error was logged"), own
+                send,
+                ApiError(500, "internal_error", "the gateway failed; the error was logged"),
+                own,
+                endpoint,
             )
         finally:
             self.n_in_flight -= 1
@@ -269,10 +284,16 @@ class GatewayApp:
         await send({"type": "http.response.body", "body": b""})
 
     @staticmethod
-    async def _refuse(send: Send, error: ApiError, own: Headers, *, head_only: bool = False) -> None:
-        await respond(
-            send, error.status, error.body(), (JSON, *own, *error.response_headers()), head_only=head_only
-        )
+    async def _refuse(
+        send: Send,
+        error: ApiError,
+        own: Headers,
+        endpoint: Endpoint | None = None,
+        *,
+        head_only: bool = False,
+    ) -> None:
+        headers = (JSON, *own, *error.response_headers())
+        await respond(send, error.status, _body_of(error, endpoint), headers, head_only=head_only)
 
     def _record(
         self, endpoint: Endpoint | None, request_id: str, outcome: Outcome, duration_s: float
@@ -321,6 +342,10 @@ class GatewayApp:
             line.finish, line.attempts = end.reason.value, end.attempts
             line.n_prompt, line.n_cached, line.n_completion = end.n_prompt, end.n_cached, end.n_completion
         self._log.write(line)
+
+
+def _body_of(error: ApiError, endpoint: Endpoint | None) -> bytes:
+    return error_body(error) if endpoint is Endpoint.MESSAGES else error.body()
 
 
 def _model_object(name: str, deployment: Deployment) -> dict[str, object]:

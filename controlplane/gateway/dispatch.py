@@ -266,7 +266,7 @@ class Dispatcher:
             key=key.key,
             deployment=deployment.id,
             model=deployment.name,
-            endpoint=stream.endpoint,
+            endpoint=stream.endpoint.served_as,
             payload=body,
             sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,

@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions and /v1/completions, and the way back to them: from bytes to an answer, whole or streamed.
+"""POST /v1/chat/completions, /v1/completions, /v1/messages, and the way back to them: from bytes to an answer, whole or
+streamed.
 
 Called by the app with an authenticated key. Headers wait for the replica's first word, so that its refusal
 still gets a proper status; only a client that waits for a replica gets its headers early, with comments that
@@ -19,6 +20,8 @@ from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
 from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.identity import Asked
+from controlplane.gateway.messages import parse_messages
+from controlplane.gateway.messagewriter import MessageWriter, message
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.shadows import Shadows
 from controlplane.gateway.sse import ChunkWriter, answer
@@ -80,7 +83,10 @@ class Generator:
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
-        request = schemas.parse(endpoint, body)
+        if endpoint is Endpoint.MESSAGES:
+            request, body = parse_messages(body)
+        else:
+            request = schemas.parse(endpoint, body)
         deployment = find_deployment(key, request.model)
         if slo_class is not None:
             request.slo_class = slo_class[:64].decode("latin-1").strip()
@@ -161,7 +167,8 @@ class Generator:
             await stream.wait(loop)
         end = _checked_end(stream)
         outcome.status = 200
-        await respond(send, 200, answer(stream, end), (JSON, *headers))
+        body = message(stream, end) if stream.endpoint is Endpoint.MESSAGES else answer(stream, end)
+        await respond(send, 200, body, (JSON, *headers))
 
     async def _stream(
         self,
@@ -178,7 +185,11 @@ class Generator:
             _checked_end(stream)  # a failure before the first byte gets a proper status
         outcome.status = 200
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *headers]})
-        writer = ChunkWriter(stream, include_usage=include_usage)
+        writer: ChunkWriter | MessageWriter = (
+            MessageWriter(stream)
+            if stream.endpoint is Endpoint.MESSAGES
+            else ChunkWriter(stream, include_usage=include_usage)
+        )
         direct = exchange.of(send)
         while True:
             out = writer.pieces(stream.take()) if stream.pieces else b""

@@ -29,7 +29,7 @@ _EVENT_ID = re.compile(rb"([0-9a-f]{32})\.(\d{1,9})(?:\.([123]))?\Z")
 _REQUEST_ID = re.compile(r"req_([0-9a-f]{32})\Z")
 _KEY = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")
 _HEX_DIGITS: Final = 32  # of a digest: 128 bits
-_ENDPOINT_LETTERS = {Endpoint.CHAT: "c", Endpoint.COMPLETIONS: "t"}
+_ENDPOINT_LETTERS = {Endpoint.CHAT: "c", Endpoint.COMPLETIONS: "t", Endpoint.MESSAGES: "m"}
 _ENDPOINTS = {letter: endpoint for endpoint, letter in _ENDPOINT_LETTERS.items()}
 
 

@@ -135,7 +135,7 @@ _decode_completion = msgspec.json.Decoder(CompletionBody).decode
 def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
     """The checked request, or an ApiError (400) naming the field at fault."""
     if endpoint is Endpoint.CHAT:
-        chat: ChatBody = _decoded(_decode_chat, body)
+        chat: ChatBody = decoded(_decode_chat, body)
         if (values := _CHAT_VALUES(chat)) != _CHAT_UNSET:
             _refuse_unsupported(_CHAT_FIELDS, values)
         limit = _max_tokens(chat.max_tokens, chat.max_completion_tokens)
@@ -144,7 +144,7 @@ def parse(endpoint: Endpoint, body: bytes) -> GenerationRequest:
             request.calls, request.tools = rule_of(chat)
             request.n_text_bytes += len(request.tools)
         return request
-    completion: CompletionBody = _decoded(_decode_completion, body)
+    completion: CompletionBody = decoded(_decode_completion, body)
     if (values := _COMPLETION_VALUES(completion)) != _COMPLETION_UNSET:
         _refuse_unsupported(_COMPLETION_FIELDS, values)
     prompt = completion.prompt
@@ -303,7 +303,8 @@ _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
-def _decoded(decode: Any, body: bytes) -> Any:
+def decoded(decode: Any, body: bytes) -> Any:
+    """What a decoder makes of a body; its errors become ApiErrors (400) that name the field."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:

@@ -99,7 +99,7 @@ class ChunkWriter:
         for piece in pieces:
             text = _encode(piece.text).decode()
             if not text.isascii():
-                text = _without_line_ends(text)
+                text = without_line_ends(text)
             if piece.logprobs:
                 out.append(
                     f"{id_}{piece.offset}{before}{text}{self._middle}{self._logprobs(piece)}{self._after}"
@@ -149,7 +149,7 @@ class ChunkWriter:
             logprobs = chat_logprobs(tokens_of(piece.logprobs)) if piece.logprobs else None
             choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
             body = _encode(_head(self._stream, _CHUNK_OBJECT) | {"choices": [choice], **nothing}).decode()
-            out.append(f"{self._id}{piece.offset}\ndata: {_without_line_ends(body)}\n\n")
+            out.append(f"{self._id}{piece.offset}\ndata: {without_line_ends(body)}\n\n")
         return "".join(out).encode()
 
     def _logprobs(self, piece: Piece) -> str:
@@ -161,7 +161,7 @@ class ChunkWriter:
                 self._n_chars = self._stream.n_chars_seen
             rendered = completion_logprobs(tokens, self._n_chars)
             self._n_chars += sum(len(text) for text, _, _ in tokens)
-        return _without_line_ends(_encode(rendered).decode())
+        return without_line_ends(_encode(rendered).decode())
 
     def _opening(self) -> list[str]:
         self.begun = True
@@ -187,7 +187,7 @@ def _message_with_calls(stream: Stream, pieces: list[Piece]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = [
             {
-                "id": _call_id(stream, i),
+                "id": call_id(stream, i),
                 "type": "function",
                 "function": {"name": name, "arguments": arguments},
             }
@@ -202,15 +202,15 @@ def _call_delta(stream: Stream, part: CallPiece) -> dict[str, Any]:
     if part.name is None:
         return {"index": part.call, "function": {"arguments": part.arguments}}
     function = {"name": part.name, "arguments": part.arguments}
-    return {"index": part.call, "id": _call_id(stream, part.call), "type": "function", "function": function}
+    return {"index": part.call, "id": call_id(stream, part.call), "type": "function", "function": function}
 
 
-def _call_id(stream: Stream, index: int) -> str:
+def call_id(stream: Stream, index: int) -> str:
     """Of request and index alone: the same however often the answer is told. OpenAI takes 40 characters."""
     return f"call_{stream.shown}{index}"
 
 
-def _without_line_ends(text: str) -> str:
+def without_line_ends(text: str) -> str:
     """JSON text with the line ends that JSON allows raw, and that many clients split lines at, escaped."""
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 

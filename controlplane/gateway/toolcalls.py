@@ -40,6 +40,8 @@ class Said(NamedTuple):
 
     content: str
     calls: tuple[CallPiece, ...] = ()
+    n_after: int = 0  # of the content's characters: those that came after a call
+    begins: bool = False  # the content is the first, and no call came before it
 
 
 NOTHING: Final = Said("")
@@ -63,22 +65,30 @@ _decode = msgspec.json.Decoder(_Call).decode
 
 
 class CallReader:
-    """Of one answer. `n_calls` so far; `only_one`: those after the first are read over."""
+    """Of one answer. `n_calls` so far; `only_one`: those after the first are read over. `has_lead`: whether it began
+    with text; `after`: text that came after a call."""
 
     __slots__ = (
+        "_begins",
         "_content",
         "_depth",
         "_escaped",
         "_held",
         "_in",
         "_in_string",
+        "_n_after",
         "_only_one",
         "_out",
+        "after",
+        "has_lead",
         "n_calls",
     )
 
     def __init__(self, *, only_one: bool = False) -> None:
         self.n_calls = 0
+        self.has_lead = False
+        self.after = ""
+        self._n_after, self._begins = 0, False
         self._only_one = only_one
         self._in = _In.TEXT
         self._held = ""  # read, not decided
@@ -96,8 +106,9 @@ class CallReader:
             self._finish()
         if not (self._content or self._out):
             return NOTHING
-        said = Said("".join(self._content), tuple(self._out))
+        said = Said("".join(self._content), tuple(self._out), self._n_after, self._begins)
         self._content, self._out = [], []
+        self._n_after, self._begins = 0, False
         return said
 
     def _step(self) -> bool:
@@ -212,8 +223,14 @@ class CallReader:
         return True
 
     def _say(self, text: str) -> None:
-        if text:
-            self._content.append(text)
+        if not text:
+            return
+        self._content.append(text)
+        if self.n_calls:
+            self.after += text
+            self._n_after += len(text)
+        elif not self.has_lead:
+            self.has_lead = self._begins = True
 
     def _call(self, name: str, arguments: str) -> None:
         self.n_calls += 1
@@ -230,6 +247,11 @@ class CallReader:
             self._out[-1] = begun._replace(arguments=begun.arguments + arguments)
         else:
             self._out.append(CallPiece(call, None, arguments))
+
+    @property
+    def n_told(self) -> int:
+        """Calls that are not read over."""
+        return min(self.n_calls, 1 if self._only_one else MAX_CALLS)
 
     @property
     def _is_over(self) -> bool:

@@ -84,6 +84,18 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("POST", "/v1/completions", 200, 404, 404, {**TEXT, "model": f"{MODEL}:formal"}),
         Row("POST", "/v1/completions", 404, 404, 404, {**TEXT, "model": "acme/" + MODEL}, partner=200),
     ),
+    "/v1/messages": (
+        Row("POST", "/v1/messages", 200, 404, 200, {**CHAT, "max_tokens": 4}),
+        Row(
+            "POST",
+            "/v1/messages",
+            404,
+            404,
+            404,
+            {**CHAT, "max_tokens": 4, "model": "acme/" + MODEL},
+            partner=200,
+        ),
+    ),
     "/v1/models": (
         Row("GET", "/v1/models", 200, 200, 200, partner=200),
         Row("HEAD", "/v1/models", 200, 200, 200, partner=200),
