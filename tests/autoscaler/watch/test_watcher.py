@@ -627,7 +627,7 @@ def test_threads_outlive_redis_being_away(threads: Watch, eventually: Callable[.
     threads.cell.redis.connection_pool = good
     threads.scaling.queue("first")
     eventually(lambda: Replica.objects.exists(), "a replica was ordered")
-    assert threads.watcher.is_active
+    eventually(lambda: threads.watcher.is_active, "it is active again")
 
 
 def test_threads_outlive_postgres_being_away(
