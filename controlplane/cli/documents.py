@@ -72,6 +72,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
             "objective_ppm": (),
         },
     ),
+    "EndCustomerLimits": Shape(
+        ("project",), {"end_customer": (), "customer": (), "limits": _LIMITS}, ("limits",)
+    ),
     "Quota": Shape(("name",), {"limit": (), "limit_usd_per_h": ()}),
     "Webhook": Shape(("url",), {"events": (), "description": (), "enabled": ()}),
     "Upstream": Shape(
@@ -142,8 +145,10 @@ class Document:
         )
         about = [f"{part} {self.spec[part]}" for part in ("key", "deployment") if self.spec.get(part)]
         of = f" of {' on '.join(about)}" if self.kind == "SloRule" and about else ""
+        if self.kind == "EndCustomerLimits":
+            of = f" of {self.spec.get('end_customer') or self.spec.get('customer') or 'each'}"
         where = f" ({self.heads['project']})" if "project" in self.heads else ""
-        return f"{_words(self.kind)} {name}{of}{where}".rstrip()
+        return f"{' '.join(filter(None, (_words(self.kind), name)))}{of}{where}"
 
     def at(self, path: str) -> str:
         """file:line of a value, or of what holds it."""

@@ -207,6 +207,21 @@ KINDS: Final[Mapping[str, Kind]] = {
         },
         one=False,
     ),
+    "end-customer-limits": Kind(
+        "/end-customer-limits",
+        {
+            "ID": "id",
+            "PROJECT": "project_id",
+            "CUSTOMER": lambda row: row["customer"] or "each without its own",
+            "RPM": lambda row: row["limits"]["rpm"],
+            "IN TPM": lambda row: row["limits"]["input_tpm"],
+            "OUT TPM": lambda row: row["limits"]["output_tpm"],
+            "AT ONCE": lambda row: row["limits"]["max_concurrency"],
+            "BUDGET": lambda row: money(row["limits"]["budget_nano"]),
+            "AGE": _age,
+        },
+        called=("customer",),
+    ),
     "upstreams": Kind(
         "/upstreams",
         {

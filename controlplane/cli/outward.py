@@ -1,4 +1,5 @@
-"""`corral apply`: what leads out of the house (upstreams, webhooks), what is promised (SLO rules), and quotas.
+"""`corral apply`: what leads out of the house (upstreams, webhooks), what is promised (SLO rules), quotas, and
+limits on end customers.
 
 As reconcile.py, which calls the makers here: reads the API, changes nothing. Files hold no secrets: an upstream's key
 and headers come from variables of the environment that the file names.
@@ -11,7 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from controlplane.cli.documents import Document
-from controlplane.cli.steps import Call, Present, Step, nano, patch, project_id, settled
+from controlplane.cli.steps import (
+    LIMIT_NAMES,
+    Call,
+    Present,
+    Step,
+    limits_in,
+    nano,
+    patch,
+    project_id,
+    settled,
+)
 
 _RATES: Final = ("input", "cached", "output")
 _PLACES: Final = {
@@ -69,6 +80,41 @@ def _slo_rule(present: Present, document: Document) -> Step:
         calls = [Call(c.method, c.path, c.body, waits=True, in_file=_PLACES) for c in calls]
     step.calls += calls
     return settled(step)
+
+
+def _end_customer_limits(present: Present, document: Document) -> Step:
+    spec = document.spec
+    whom = {name: spec[name] for name in ("end_customer", "customer") if spec.get(name) is not None}
+    if len(whom) > 1:
+        raise document.wrong(
+            "spec.customer",
+            "is the pseudonym of an end_customer: give one of the two, or none for each customer",
+        )
+    for name, value in whom.items():
+        if not isinstance(value, str) or not value.strip():
+            raise document.wrong(
+                f"spec.{name}", "must be a text: in quotes, if it is a number; leave it out for each customer"
+            )
+    wanted = limits_in(document, spec)["limits"]
+    project = present.project(document.heads["project"])
+    row = None
+    if project is not None and "end_customer" in whom:
+        row = next(present.found("end-customer-limits", project_id=project["id"], **whom), None)
+    elif project is not None:
+        of_it = {"project_id": project["id"], "customer": whom.get("customer", "")}
+        row = present.one("end-customer-limits", **of_it)
+    if row is not None and all(row["limits"].get(name) == wanted.get(name) for name in LIMIT_NAMES):
+        return Step(document.title, "same", document)
+    places = {name: f"spec.{name}" for name in whom}
+    call = Call(
+        "PUT",
+        lambda: f"/projects/{project_id(present, document)}/end-customer-limits",
+        lambda: {**whom, **wanted},
+        waits=project is None,
+        under="spec.limits",
+        in_file=places,
+    )
+    return Step(document.title, "create" if row is None else "update", document, [call])
 
 
 def _quota(present: Present, document: Document) -> Step:
@@ -242,6 +288,7 @@ def _row(present: Present, word: str, name: str, project: Mapping[str, Any] | No
 
 MAKERS: Final[Mapping[str, Callable[[Present, Document], Step]]] = {
     "SloRule": _slo_rule,
+    "EndCustomerLimits": _end_customer_limits,
     "Quota": _quota,
     "Webhook": _webhook,
     "Upstream": _upstream,

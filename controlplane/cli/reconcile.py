@@ -38,6 +38,7 @@ ORDER: Final = (
     "Limits",
     "Budget",
     "SloRule",
+    "EndCustomerLimits",
     "Quota",
     "Webhook",
     "Upstream",

@@ -6,7 +6,7 @@ what an earlier step makes, hence they are made when they are sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -57,6 +57,10 @@ class Present:
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         return self._lists(kind)
+
+    def found(self, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
+        """Rows that the API finds by what only it can tell, newest first."""
+        return self._api.pages(KINDS[kind].path, **filters)
 
     @cached_property
     def _cache(self) -> dict[str, list[dict[str, Any]]]:

@@ -82,6 +82,14 @@ def _slo_rule(present: Present, row: Row) -> _Parts:
     return {"class": row["slo_class"], "project": _slug(present, row["project_id"])}, named | spec
 
 
+def _end_customer_limits(present: Present, row: Row) -> _Parts:
+    """By its pseudonym: the id that programs send is kept nowhere."""
+    return {"project": _slug(present, row["project_id"])}, {
+        "customer": row["customer"],
+        "limits": _limits(row) or {"rpm": None},  # excepted from those of each
+    }
+
+
 def _quota(_: Present, row: Row) -> _Parts:
     return None if row["own"] is None else ({"name": row["kind"]}, {"limit": row["own"]})
 
@@ -110,6 +118,7 @@ _WRITERS: Final[Mapping[str, tuple[str, Callable[[Present, Row], _Parts]]]] = {
     "keys": ("Key", _key),
     "budgets": ("Budget", _budget),
     "slo-rules": ("SloRule", _slo_rule),
+    "end-customer-limits": ("EndCustomerLimits", _end_customer_limits),
     "quotas": ("Quota", _quota),
     "webhooks": ("Webhook", _webhook),
     "upstreams": ("Upstream", _upstream),

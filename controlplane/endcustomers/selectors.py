@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from django.conf import settings
 from django.db.models import QuerySet
 
 from controlplane.endcustomers.models import EndCustomerLimits
-from controlplane.errors import NotFoundError
+from controlplane.errors import InvalidInputError, NotFoundError
+from controlplane.tenants.end_customers import MAX_ID, pseudonym
 
 
-def limits(*, organization_id: UUID, project_id: UUID) -> QuerySet[EndCustomerLimits]:
-    return EndCustomerLimits.objects.filter(organization_id=organization_id, project_id=project_id)
+def limits(*, organization_id: UUID, project_id: UUID | None = None) -> QuerySet[EndCustomerLimits]:
+    """Of one project, or of all."""
+    found = EndCustomerLimits.objects.filter(organization_id=organization_id)
+    return found if project_id is None else found.filter(project_id=project_id)
+
+
+def customer_of(*, organization_id: UUID, end_customer: str) -> str:
+    """The pseudonym of whom a tenant's programs call so. Raises InvalidInputError."""
+    named = end_customer.strip()
+    if not 0 < len(named) <= MAX_ID:
+        raise InvalidInputError(
+            f"end_customer: send its id as your programs do, 1 to {MAX_ID} characters", field="end_customer"
+        )
+    return pseudonym(settings.ENV.digest_secret, organization_id.hex, named)
 
 
 def one(*, organization_id: UUID, limits_id: UUID) -> EndCustomerLimits:

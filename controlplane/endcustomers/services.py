@@ -7,7 +7,6 @@ from typing import Final
 from uuid import UUID
 
 import structlog
-from django.conf import settings
 
 from controlplane.endcustomers import selectors
 from controlplane.endcustomers.models import EndCustomerLimits
@@ -15,7 +14,7 @@ from controlplane.errors import ConflictError, InvalidInputError
 from controlplane.tenants import invalidation
 from controlplane.tenants import selectors as tenants
 from controlplane.tenants.context import tenant
-from controlplane.tenants.end_customers import MAX_ID, pseudonym
+from controlplane.tenants.end_customers import LENGTH, SHAPE
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import Project
 
@@ -27,21 +26,27 @@ MAX_LIMITED: Final = (
 
 
 def set_limits(
-    *, organization_id: UUID, project_id: UUID, limits: Limits, end_customer: str | None = None
+    *,
+    organization_id: UUID,
+    project_id: UUID,
+    limits: Limits,
+    end_customer: str | None = None,
+    customer: str = "",
 ) -> EndCustomerLimits:
-    """Replace all five limits of one customer, or (None) of each that has none of its own. Raises NotFoundError,
-    InvalidInputError and ConflictError (too many)."""
+    """Replace all five limits of one customer, by the id that programs send or by its pseudonym, or (neither) of each
+    that has none of its own. Raises NotFoundError, InvalidInputError and ConflictError (too many)."""
     for field, message in limits.problems():
         raise InvalidInputError(message, field=field)
-    customer = ""
+    if end_customer is not None and customer:
+        raise InvalidInputError(
+            "customer: it is the pseudonym of an end_customer: send one of the two", field="customer"
+        )
     if end_customer is not None:
-        named = end_customer.strip()
-        if not 0 < len(named) <= MAX_ID:
-            raise InvalidInputError(
-                f"end_customer: send its id as your programs do, 1 to {MAX_ID} characters",
-                field="end_customer",
-            )
-        customer = pseudonym(settings.ENV.digest_secret, organization_id.hex, named)
+        customer = selectors.customer_of(organization_id=organization_id, end_customer=end_customer)
+    elif SHAPE.match(customer) is None:
+        raise InvalidInputError(
+            f"customer: must be a pseudonym as usage shows it, {LENGTH} hex digits", field="customer"
+        )
     with tenant(organization_id):
         tenants.project(organization_id=organization_id, project_id=project_id)
         Project.objects.select_for_update(no_key=True).get(id=project_id)

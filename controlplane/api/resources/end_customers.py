@@ -44,6 +44,21 @@ class NewEndCustomerLimits(LimitsValue):
         "pseudonym of it is kept. Null: each customer that has no limits of its own",
         examples=["cust-4711"],
     )
+    customer: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{LENGTH}}}$")] | None = Field(
+        default=None, description="In place of end_customer: its pseudonym, as usage and lists show it"
+    )
+
+
+class EndCustomerLimitsQuery(PageQuery):
+    """Which limits."""
+
+    project_id: ProjectId | None = None
+    end_customer: Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"\S")] | None = Field(
+        default=None, description="Those of one customer, by the id that your programs send"
+    )
+    customer: Annotated[str, Field(pattern=rf"^([0-9a-f]{{{LENGTH}}})?$")] | None = Field(
+        default=None, description="By its pseudonym; empty: those for each customer without its own"
+    )
 
 
 def limits_out(row: EndCustomerLimits) -> EndCustomerLimitsOut:
@@ -65,6 +80,33 @@ def limits_out(row: EndCustomerLimits) -> EndCustomerLimitsOut:
 def _current(request: ApiRequest, limits_id: EndCustomerLimitsId, **_: object) -> tuple[Model, Any]:
     found = selectors.one(organization_id=request.caller.organization_id, limits_id=limits_id)
     return found, limits_out
+
+
+@operation(router, "GET", "/end-customer-limits", Permission.PROJECTS_READ, Page[EndCustomerLimitsOut])
+def list_all_end_customer_limits(
+    request: ApiRequest, query: Query[EndCustomerLimitsQuery]
+) -> Page[EndCustomerLimitsOut]:
+    """Limits on end customers, of all projects, newest first."""
+    organization_id = request.caller.organization_id
+    rows = selectors.limits(organization_id=organization_id, project_id=query.project_id)
+    if query.end_customer is not None:
+        whose = selectors.customer_of(organization_id=organization_id, end_customer=query.end_customer)
+        rows = rows.filter(customer=whose)
+    if query.customer is not None:
+        rows = rows.filter(customer=query.customer)
+    return page(rows, query, limits_out)
+
+
+@operation(
+    router,
+    "GET",
+    "/end-customer-limits/{limits_id}",
+    Permission.PROJECTS_READ,
+    EndCustomerLimitsOut,
+)
+def get_end_customer_limits(request: ApiRequest, limits_id: EndCustomerLimitsId) -> EndCustomerLimitsOut:
+    """One of them."""
+    return limits_out(selectors.one(organization_id=request.caller.organization_id, limits_id=limits_id))
 
 
 @operation(
@@ -96,12 +138,13 @@ def set_end_customer_limits(
     """Limit one end customer, or each that has no limits of its own. They count beside those of key, project and
     organization, for requests that name a customer."""
     values = body.model_dump()
-    end_customer = values.pop("end_customer")
+    end_customer, customer = values.pop("end_customer"), values.pop("customer")
     row = services.set_limits(
         organization_id=request.caller.organization_id,
         project_id=project_id,
         limits=Limits(**values),
         end_customer=end_customer,
+        customer=customer or "",
     )
     return limits_out(row)
 

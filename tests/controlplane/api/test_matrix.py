@@ -132,6 +132,8 @@ READS = {
     "list_slo_classes",
     "list_slo_rules",
     "list_end_customer_limits",
+    "list_all_end_customer_limits",
+    "get_end_customer_limits",
     "list_slo_alerts",
     "get_attainment",
     "list_budgets",

@@ -10,6 +10,7 @@ import yaml
 
 from controlplane.api.app import api as rest
 from controlplane.cli.documents import SHAPES
+from controlplane.cli.steps import LIMIT_NAMES
 from controlplane.slo.models import SloRule
 from controlplane.tenants.context import tenant
 from controlplane.upstreams import services as upstreams
@@ -38,6 +39,14 @@ OUTWARD = """
     class: interactive
     project: main
     spec: {ttft_ms: 400, objective_ppm: 995000}
+    ---
+    kind: EndCustomerLimits
+    project: main
+    spec: {limits: {rpm: 20, budget_usd: 5}}
+    ---
+    kind: EndCustomerLimits
+    project: main
+    spec: {end_customer: cust-4711, limits: {rpm: 600}}
     ---
     kind: Quota
     name: machines
@@ -80,15 +89,17 @@ def _given(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_is_made_in_one_go_and_the_second_time_nothing(corral: Corral, world: World) -> None:
     planned = corral.apply(ALL, "--dry-run")
-    assert "7 to create, 2 to change, 0 to end, 0 as they should be" in planned.output
+    assert "9 to create, 2 to change, 0 to end, 0 as they should be" in planned.output
     assert "+ slo rule batch of key web on deployment chat (main)" in planned.output
+    assert "+ end customer limits of each (main)" in planned.output
+    assert "+ end customer limits of cust-4711 (main)" in planned.output
     with tenant(world.organization.id):
         assert not SloRule.objects.exists()
         assert not Upstream.objects.exists()
     first = corral.apply(ALL)
     assert re.search(r"^https://example.org/hook  whsec_\S+$", first.stdout, re.M)
     assert "sk-theirs" not in first.output + planned.output
-    assert "0 to create, 0 to change, 0 to end, 9 as they should be" in corral.apply(ALL).output
+    assert "0 to create, 0 to change, 0 to end, 11 as they should be" in corral.apply(ALL).output
     with tenant(world.organization.id):
         made = Upstream.objects.get(name="theirs")
         secret = secret_of(UpstreamSecrets.objects.get(upstream=made))
@@ -104,11 +115,20 @@ def test_what_is_there_is_written_as_a_file_that_changes_nothing(corral: Corral,
     corral.apply(ALL)
     corral.apply("kind: Budget\nname: team\nspec: {project: main, limit_usd: 100, period: month}")
     words = ["organization", "projects", "members", "deployments", "keys", "budgets"]
-    words += ["slo-rules", "quotas", "webhooks", "upstreams"]
+    words += ["slo-rules", "end-customer-limits", "quotas", "webhooks", "upstreams"]
     texts = [corral.run("get", word, "--documents").stdout for word in words]
     whole = "---\n".join(texts)
     kinds = [each["kind"] for each in yaml.safe_load_all(whole)]
-    assert {"SloRule", "Quota", "Webhook", "Upstream", "Deployment", "Key", "Budget"} <= set(kinds)
+    assert {
+        "SloRule",
+        "EndCustomerLimits",
+        "Quota",
+        "Webhook",
+        "Upstream",
+        "Deployment",
+        "Key",
+        "Budget",
+    } <= set(kinds)
     again = corral.run("apply", "-f", corral.file(whole), "--yes")
     assert f"0 to create, 0 to change, 0 to end, {len(kinds)} as they should be" in again.output
     one = yaml.safe_load(corral.run("get", "upstream", "theirs", "--documents").stdout)
@@ -125,13 +145,13 @@ def test_changes_are_planned_field_by_field_and_only_what_differs_is_sent(
     corral.apply(ALL)
     text = ALL.replace("slots: 8", "slots: 9").replace("ttft_ms: 400", "ttft_ms: null")
     text = text.replace("limit: 4", "limit: null").replace("pages us", "wakes us")
-    text = text.replace("enabled: false", "enabled: true")
+    text = text.replace("enabled: false", "enabled: true").replace("rpm: 600", "rpm: 700")
     shown = corral.apply(text, "--dry-run").output
-    for line in ("slots: 8 → 9", "ttft_ms: 400 → none", "description: pages us → wakes us"):
+    for line in ("slots: 8 → 9", "ttft_ms: 400 → none", "description: pages us → wakes us", "rpm: 600 → 700"):
         assert line in shown, shown
-    assert "0 to create, 5 to change, 0 to end, 4 as they should be" in shown
+    assert "0 to create, 6 to change, 0 to end, 5 as they should be" in shown
     corral.apply(text)
-    assert "9 as they should be" in corral.apply(text).output
+    assert "11 as they should be" in corral.apply(text).output
 
 
 def test_a_default_moves_from_one_class_to_another(corral: Corral, world: World) -> None:
@@ -173,6 +193,7 @@ def test_secrets_are_sent_once_or_when_asked_for(
 _UPSTREAM = (
     "Upstream\nname: u\nproject: main\nspec:\n  deployment: chat\n  role: {}\n  base_url: {}\n  model: m\n"
 )
+_ENDS = "EndCustomerLimits\nproject: main\nspec:\n"
 _FINE = _UPSTREAM.format("replica", "https://a.example/v1")
 _RULE = "SloRule\nclass: batch\nproject: main\nspec:\n"
 
@@ -196,6 +217,11 @@ _RULE = "SloRule\nclass: batch\nproject: main\nspec:\n"
         ("SloRule\nclass: fast\nproject: main", "2: class: slo_class='fast': choose one of "),
         (_RULE + "  ttft_ms: 0", "5: spec.ttft_ms: "),
         (_RULE + "  key: nobody", "5: spec.key: there is no key 'nobody' in main"),
+        (_ENDS + "  end_customer: a", "3: spec: EndCustomerLimits needs limits"),
+        (_ENDS + "  end_customer: 4711\n  limits: {}", "4: spec.end_customer: must be a text: in quotes"),
+        (_ENDS + "  end_customer: a\n  customer: b\n  limits: {}", "5: spec.customer: is the pseudonym of"),
+        (_ENDS + "  limits: {}\n  customer: b", "5: spec.customer: "),
+        (_ENDS + "  limits:\n    rpm: -1", "5: spec.limits.rpm: "),
         (_UPSTREAM.format("king", "https://a.example/v1"), "6: spec.role: "),
         (_UPSTREAM.format("replica", "http://169.254.169.254/v1"), "7: spec.base_url: "),
         (_FINE + "  slots: 0\n", "9: spec.slots: "),
@@ -259,6 +285,7 @@ def test_an_upstream_keeps_its_deployment(corral: Corral) -> None:
         ("Webhook", "NewWebhook", {"url"}),
         ("SloRule", "NewSloRule", {"slo_class", "project_id", "key_id", "deployment_id"}),
         ("Quota", "QuotaValue", set()),
+        ("EndCustomerLimits", "NewEndCustomerLimits", set(LIMIT_NAMES)),
     ],
 )
 def test_files_say_whatever_the_api_takes(kind: str, schema: str, elsewhere: set[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import msgspec
 import pytest
@@ -53,6 +54,11 @@ def test_rest_sets_lists_and_clears_and_keeps_no_name(world: World, api: Api) ->
     for wrong in ({"rpm": -1}, {"end_customer": " ", "rpm": 1}, {"end_customer": "", "rpm": 1}):
         refused = api.call("PUT", path, wrong)
         assert (refused.status_code, refused.body["errors"][0]["field"]) == (400, next(iter(wrong)))
+    for wrong in ({"end_customer": "a", "customer": jane}, {"customer": "jane"}, {"customer": ""}):
+        refused = api.call("PUT", path, wrong)
+        assert (refused.status_code, refused.body["errors"][0]["field"]) == (400, "customer"), wrong
+    by_pseudonym = api.call("PUT", path, {"customer": jane, "rpm": 700})
+    assert by_pseudonym.body == again.body == api.get(f"/end-customer-limits/{one.body['id']}").body
     planned = api.call("PUT", f"{path}?plan=true", {"end_customer": "jane@example.org", "rpm": 1})
     (change,) = planned.body["changes"]
     assert (change["kind"], change["id"]) == ("end_customer_limits", one.body["id"])
@@ -60,8 +66,30 @@ def test_rest_sets_lists_and_clears_and_keeps_no_name(world: World, api: Api) ->
     assert len(api.get(path).body["data"]) == 1
 
 
+def test_they_are_found_by_project_by_pseudonym_and_by_the_programs_id(world: World, api: Api) -> None:
+    annex = tenants.create_project(organization_id=world.organization.id, name="Annex", slug="annex")
+    for project in (world.project, annex):
+        ids: dict[str, Any] = {"organization_id": world.organization.id, "project_id": project.id}
+        services.set_limits(**ids, limits=Limits(rpm=1))
+        services.set_limits(**ids, limits=Limits(rpm=2), end_customer="jane")
+    jane = pseudonym(settings.ENV.digest_secret, world.organization.id.hex, "jane")
+
+    def found(query: str) -> list[tuple[bool, str]]:
+        rows = api.get(f"/end-customer-limits?{query}").body["data"]
+        return [(row["project_id"] == f"prj_{annex.id.hex}", row["customer"]) for row in rows]
+
+    assert found("") == [(True, jane), (True, ""), (False, jane), (False, "")]
+    assert found("limit=1") == [(True, jane)]
+    assert found(f"project_id=prj_{annex.id.hex}") == [(True, jane), (True, "")]
+    assert found("end_customer=jane") == found(f"customer={jane}") == [(True, jane), (False, jane)]
+    assert found("customer=") == [(True, ""), (False, "")]
+    assert found("end_customer=nobody") == []
+    refused = api.get("/end-customer-limits?end_customer=%20")
+    assert (refused.status_code, refused.body["errors"][0]["field"]) == (400, "end_customer")
+
+
 def test_a_gateway_reads_them_with_the_key_and_its_cells_part(world: World) -> None:
-    ids = {"organization_id": world.organization.id, "project_id": world.project.id}
+    ids: dict[str, Any] = {"organization_id": world.organization.id, "project_id": world.project.id}
     assert context_of(record(world)).ends is None
     services.set_limits(**ids, limits=Limits(rpm=60, budget_nano=1_000))
     services.set_limits(**ids, limits=Limits(max_concurrency=4), end_customer="vip")
