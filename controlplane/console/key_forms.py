@@ -71,7 +71,7 @@ class ScopesForm(forms.Form):
 
 
 class LimitsForm(forms.Form):
-    """The limits of one key. Empty: no limit at this level."""
+    """The limits of a key or an end customer. Empty: no limit at this level."""
 
     rpm = forms.IntegerField(label="Requests per minute", required=False, min_value=0, max_value=2**31 - 1)
     input_tpm = forms.IntegerField(
@@ -88,8 +88,7 @@ class LimitsForm(forms.Form):
     )
 
     @classmethod
-    def of(cls, key: ApiKey) -> LimitsForm:
-        limits = key.limits
+    def of(cls, limits: Limits) -> LimitsForm:
         budget = limits.budget_nano
         shown = None if budget is None else (Decimal(budget) / NANO_PER_DOLLAR).normalize()
         return cls(

@@ -6,6 +6,7 @@ from controlplane.console.views import (
     audit,
     budgets,
     deployments,
+    end_customers,
     identity,
     invitation,
     keys,
@@ -76,6 +77,10 @@ urlpatterns = [
     path("budgets/<str:budget>", budgets.change_budget, name="change_budget"),
     path("machines", machines.machine_list, name="machines"),
     path("audit", audit.audit_log, name="audit"),
+    path("end-customers", end_customers.end_customers, name="end_customers"),
+    path("end-customers/limit", end_customers.limit_end_customer, name="limit_end_customer"),
+    path("end-customers/<str:limits>", end_customers.end_customer, name="end_customer"),
+    path("end-customers/<str:limits>/change", end_customers.change_end_customer, name="change_end_customer"),
     path("usage", usage.usage_page, name="usage"),
     path("usage.csv", usage.usage_csv, name="usage_csv"),
 ]

@@ -140,7 +140,7 @@ def _detail(request: MemberRequest, key: ApiKey, status: int = 200, **context: A
         "may_bind": may_bind,
         "may_limit": may_limit,
         "scopes_form": ScopesForm.of(key),
-        "limits_form": LimitsForm.of(key),
+        "limits_form": LimitsForm.of(key.limits),
         "overlap_h": ROTATION_OVERLAP_S // 3600,
         **context,
     }

@@ -17,12 +17,14 @@ from django.urls import URLPattern, URLResolver, get_resolver
 
 from controlplane.budgets import services as budgets
 from controlplane.deployments import sharing
+from controlplane.endcustomers import services as endcustomers
 from controlplane.identity import domains, invitations, providers
 from controlplane.identity.models import ProviderKind
 from controlplane.policy.periods import Period
 from controlplane.scim import tokens as scim_tokens
 from controlplane.tenants import services
 from controlplane.tenants.context import tenant
+from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import ApiKey, Role
 from controlplane.tenants.rights import PERMISSIONS, Permission
 from controlplane.upstreams import services as upstreams
@@ -115,6 +117,15 @@ ROWS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "budgets/<str:budget>": (Row("POST", Permission.LIMITS_WRITE, {"limit": "7.50"}),),
+    "end-customers": (Row("GET", Permission.LIMITS_WRITE),),
+    "end-customers/limit": (
+        Row("POST", Permission.LIMITS_WRITE, {"end_customer": "cust-2", "project": "{project}", "rpm": "5"}),
+    ),
+    "end-customers/<str:limits>": (Row("GET", Permission.LIMITS_WRITE),),
+    "end-customers/<str:limits>/change": (
+        Row("POST", Permission.LIMITS_WRITE, {"rpm": "6"}),
+        Row("POST", Permission.LIMITS_WRITE, {"delete": "1"}),
+    ),
     "upstreams": (Row("GET", Permission.UPSTREAMS_READ),),
     "upstreams/attach": (
         Row(
@@ -225,6 +236,12 @@ class Acme:
         self.budget = budgets.create_budget(
             organization_id=organization_id, name="acme-secret-budget", limit_nano=10**9, period=Period.DAY
         )
+        self.ends = endcustomers.set_limits(
+            organization_id=organization_id,
+            project_id=world.project.id,
+            limits=Limits(rpm=7),
+            end_customer="acme-customer",
+        )
         self.domain = domains.claim(organization_id=organization_id, name="acme-secret.example")
         self.provider = providers.create_provider(
             organization_id=organization_id,
@@ -267,6 +284,7 @@ class Acme:
             "provider": str(self.provider),
             "scim_token": str(self.scim_token),
             "budget": str(self.budget),
+            "limits": str(self.ends),
             "invitation": str(self.invitation),
             "request_id": str(self.booked),
             "deployment": str(self.deployment),
@@ -282,6 +300,7 @@ class Acme:
             scim_plaintext,
             webhook_secret,
             self.domain.token,
+            self.ends.customer,
             "alice@example.org",
             "bob@example.org",
             *(
@@ -294,6 +313,7 @@ class Acme:
                     self.booked.request_id,
                     self.invitation.id,
                     self.budget.id,
+                    self.ends.id,
                     self.domain.id,
                     self.provider.id,
                     self.scim_token.id,
