@@ -49,3 +49,34 @@ class EndCustomerLimits(models.Model):
     @property
     def limits(self) -> Limits:
         return Limits(self.rpm, self.input_tpm, self.output_tpm, self.max_concurrency, self.budget_nano)
+
+
+class EndCustomerLease(models.Model):
+    """What one cell may spend of a customer's money, while there are several cells. Granted by corral_lease_end
+    (migrations/0002), when a request asks; given back by leases.py, when none has for a while."""
+
+    id = models.UUIDField(primary_key=True, default=ids.new_id, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+")
+    project_id = models.UUIDField()
+    customer = models.CharField(max_length=LENGTH, help_text="pseudonym")
+    cell = models.CharField(max_length=32)
+    granted = models.BigIntegerField(help_text="nano-dollars, those spent in the cell included")
+    expires_at = models.DateTimeField(help_text="the cell admits nothing under it from then on")
+    counts_until = models.DateTimeField(
+        help_text="what was admitted under it has ended and is booked by then"
+    )
+    returned_at = models.DateTimeField(null=True, help_text="only what was spent counts since then")
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["project_id", "customer", "cell"], name="endcustomerlease_unique"
+            ),
+            models.CheckConstraint(condition=Q(granted__gte=0), name="endcustomerlease_not_negative"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["cell", "expires_at"], name="endcustomerlease_lapsed")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.customer} in {self.cell}"

@@ -124,7 +124,7 @@ def context_of(record: KeyRecord) -> KeyContext:
         ("prj", project.id, _part(project.limits.values(), "prj", lease)),
         ("org", organization.id, _part(organization.limits.values(), "org", lease)),
     )
-    ends = endlimits.of(record.end_customers, project.id, lambda limits: _share(limits, lease))
+    ends = endlimits.of(record.end_customers, project.id, None if lease is None else lease.ppm)
     is_limited = ends is not None or bool(record.budgets)
     is_limited = is_limited or any(limit >= 0 for _, _, limits in scopes for limit in limits)
     weights = (key.weight, project.weight, organization.weight)
@@ -230,13 +230,6 @@ def _part(limits: Limits, scope: str, lease: LeaseRow | None) -> Limits:
     rpm, input_tpm, output_tpm, concurrency = (scaled(limit, lease.ppm) for limit in limits[:4])
     budget = limits[4] if limits[4] < 0 else lease.budgets.get(scope, 0)
     return rpm, input_tpm, output_tpm, concurrency, budget
-
-
-def _share(limits: Limits, lease: LeaseRow | None) -> Limits:
-    """This cell's part of an end customer's limits; its money is divided as the rest, for there is no lease of it."""
-    if lease is None:
-        return limits
-    return tuple(scaled(limit, lease.ppm) for limit in limits)  # type: ignore[return-value]
 
 
 class _Entry:

@@ -175,6 +175,16 @@ class BudgetRow(msgspec.Struct, frozen=True):
     rolling_hours: int | None = None
 
 
+class EndLeaseRow(msgspec.Struct, frozen=True):
+    """This cell's part of an end customer's money, while there are several: it may spend `granted` in all, and admits
+    under that for `left_ms`. `spent`: booked here; `elsewhere`: what other cells have and have not used."""
+
+    spent: int
+    granted: int
+    left_ms: int
+    elsewhere: int = 0
+
+
 class ShadowRow(msgspec.Struct, frozen=True):
     """What is sent copies of a deployment's requests: an endpoint elsewhere, or `target`, a deployment of the same
     project. `organization`, `project`: whose it is. Rates are the endpoint's own."""
@@ -247,8 +257,14 @@ class KeyDirectory(Protocol):
     async def spent_here_nano(self, scope: str, scope_id: str) -> Nano:
         """The same, as far as it was spent in this cell."""
 
-    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
-        """Booked for an end customer of a project, by its pseudonym; `here`: in this cell."""
+    async def spent_for_nano(self, project: str, customer: str) -> Nano:
+        """Booked for an end customer of a project, by its pseudonym."""
+
+    async def lease_end(
+        self, project: str, customer: str, *, used: Nano, idle: bool, need: Nano
+    ) -> EndLeaseRow:
+        """Have a part of its money for this cell. `used`: spent or held here; `idle`: nothing is held; `need`: what a
+        request wants beyond that."""
 
     async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
         """Booked in this cell under a window budget: by start of each step (ms), or in all where `step_ms` is 0."""
@@ -326,11 +342,19 @@ class PgDirectory:
             raise DirectoryUnavailable
         return Nano(int(await self._ask("SELECT corral_spent_in(%s, %s, %s)", scope, scope_id, self._cell)))
 
-    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
+    async def spent_for_nano(self, project: str, customer: str) -> Nano:
         if not self.up:
             raise DirectoryUnavailable
-        cell = self._cell if here else None
-        return Nano(int(await self._ask("SELECT corral_spent_for(%s, %s, %s)", project, customer, cell)))
+        return Nano(int(await self._ask("SELECT corral_spent_for(%s, %s, NULL)", project, customer)))
+
+    async def lease_end(
+        self, project: str, customer: str, *, used: Nano, idle: bool, need: Nano
+    ) -> EndLeaseRow:
+        if not self.up:
+            raise DirectoryUnavailable
+        statement = "SELECT corral_lease_end(%s, %s, %s, %s, %s, %s)"
+        found = await self._ask(statement, project, customer, self._cell, used, idle, need)
+        return msgspec.convert(found, EndLeaseRow)
 
     async def spent_in_window(self, budget: str, from_ms: int, until_ms: int, step_ms: int) -> dict[str, int]:
         if not self.up:

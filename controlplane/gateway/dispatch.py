@@ -10,6 +10,7 @@ import asyncio
 import time
 from typing import Any, Final
 
+from billing.money import Nano
 from controlplane.gateway import endlimits, ratelimits, windows
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.decisions import Decisions
@@ -189,7 +190,7 @@ class Dispatcher:
         for _ in range(1 + len(stream.key.budgets) + (stream.key.ends is not None)):
             if verdict[0] != b"seed":
                 break
-            await self._seed(stream.key, verdict)
+            await self._seed(stream.key, verdict, Nano(stream.hold.money_nano))
             verdict = await self._try_admit(stream, request, body, ask)
         outcome = verdict[0]
         if outcome == b"bound":
@@ -362,9 +363,9 @@ class Dispatcher:
         ends = prefix.ends(found, len(text), n_prompt)
         return Ask(n_prompt, found, ends, deployment.adapter, organization)
 
-    async def _seed(self, key: KeyContext, verdict: list[Any]) -> None:
-        """Give the cell the money already booked, from the ledger: of the window budget that the verdict names, or of
-        each scope with a lifetime budget."""
+    async def _seed(self, key: KeyContext, verdict: list[Any], need: Nano) -> None:
+        """Give the cell the money already booked, from the ledger: of the window budget or the end customer that the
+        verdict names, or of each scope with a lifetime budget."""
         try:
             if verdict[1] == b"bud":
                 if not verdict[4]:  # the key was cached for longer than the windows it knew of
@@ -373,12 +374,8 @@ class Dispatcher:
                 await budget.seed(self._redis, self._keys, self._directory, int(verdict[3]), int(verdict[4]))
                 return
             if verdict[1] == b"end":
-                name, asked_ms = verdict[2].decode(), time.time_ns() // 1_000_000
-                project, _, customer = name.partition(".")
-                here = key.lease_ms is not None
-                spent = await self._directory.spent_for_nano(project, customer, here=here)
-                args = (self._keys.prefix, "end", name, spent, asked_ms)
-                await self._redis.evalsha(scripts.SEED, (), args)
+                name, leased = verdict[2].decode(), key.ends is not None and key.ends.leased
+                await endlimits.seed(self._redis, self._keys, self._directory, name, need, leased=leased)
                 return
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:
@@ -439,6 +436,8 @@ def _refusal(key: KeyContext, scope: bytes, limit: bytes, retry_ms: int, value: 
     if name.startswith("budget "):
         named = name.removeprefix("budget ")
         return next(b for b in key.budgets if b.id == named).refusal(retry_ms, value)
+    if name == "budget" and who is _SCOPE_NAMES["end"]:
+        return endlimits.refusal(limit, scope, retry_ms)
     if name == "budget":
         return ApiError(
             429,

@@ -42,6 +42,9 @@ SELECT organization_id, min(least(rpm, max_concurrency)) FROM (
     WHERE revoked_at IS NULL
     UNION ALL
     SELECT organization_id, NULL, NULL, NULL, NULL, limit_nano FROM budgets_budget WHERE hard
+    UNION ALL
+    -- Of end customers each cell lets at least one of a kind pass (gateway/endlimits.py): no units.
+    SELECT organization_id, NULL, NULL, 0, NULL, NULL FROM endcustomers_endcustomerlimits
 ) AS limited
 WHERE coalesce(rpm, max_concurrency, input_tpm, output_tpm, budget_nano) IS NOT NULL
 GROUP BY organization_id ORDER BY organization_id

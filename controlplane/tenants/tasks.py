@@ -11,6 +11,7 @@ from django.utils import timezone
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from controlplane.endcustomers.leases import give_back
 from controlplane.tenants.leases import DATABASE, Leases
 from controlplane.tenants.models import IdempotentWrite
 
@@ -52,8 +53,8 @@ def forget_answers() -> None:
     name="tenants.lease_shares", ignore_result=True, expires=LEASES_EVERY_S
 )
 def lease_shares() -> None:
-    """Renew this cell's part of every tenant's limits. A run that fails is made up for by the next: a lease outlives
-    several."""
+    """Renew this cell's part of every tenant's limits; give back what it does not use of end customers' money. A run
+    that fails is made up for by the next: a lease outlives several."""
     client = redis.Redis.from_url(
         settings.ENV.redis_url,
         socket_timeout=REDIS_TIMEOUT_S,
@@ -64,6 +65,7 @@ def lease_shares() -> None:
         with client:
             alone = timedelta(seconds=settings.ENV.gateway_key_stale_s)
             renewed = Leases(settings.ENV.cell, client, alone=alone).renew(timezone.now())
+            give_back(settings.ENV.cell, client, timezone.now())
     except (redis.RedisError, DatabaseError, InterfaceError) as error:
         connections[DATABASE].close()
         log.warning("leases.not_renewed", error=type(error).__name__)

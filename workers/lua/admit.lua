@@ -17,7 +17,8 @@
 --       that its organization may have waiting, if the slots were its own, to be let in all the same where others wait,
 --       too (its share by weight),
 --       47.. ranked candidate replica ids; and last, where there are any, the window budgets (msgpack, lib_windows.lua), or,
---       where the end customer is limited, {e: its scope of 7 as above, w: the window budgets, if any}.
+--       where the end customer is limited, {e: its scope of 7 as above, and 1 where its money is leased (seed.lua),
+--       w: the window budgets, if any}.
 -- Returns {'bound', epoch, rid, hold_out, heads...}
 --       | {'queued', depth, waiting_for_replica 0|1, hold_out, ms before it, heads...}
 --       | {'late', depth, ms before it, heads...} | {'refused', scope, limit, retry_ms, limit_value, remaining, heads...}
@@ -52,7 +53,19 @@ end
 
 -- First pass: would every scope allow it? Nothing is written before all of them do.
 local look = examine(P, now, ARGV, 17, n_in, n_out)
+-- A leased budget: `ends[6]` becomes this cell's part of it; without one that counts it is asked for first.
+local lease, is_lapsed, is_dry = nil, false, true
+if ends and ends[8] then
+  lease = redis.call('HMGET', scope_key(P, 0, ends[1]), 'lease', 'until', 'dry', 'rest')
+  is_lapsed, is_dry = tonumber(lease[2] or '0') <= now, tonumber(lease[3] or '0') > now
+  ends[9] = ends[6]
+  if not is_lapsed then ends[6] = math.min(ends[6], tonumber(lease[1])) end
+end
 if ends then examine(P, now, ends, 1, n_in, n_out, look) end
+if is_lapsed and not look.refusal then
+  drop_body()
+  return {'seed', SCOPE[0], ends[1]}
+end
 if look.seed and not look.refusal then
   drop_body()
   return {'seed', SCOPE[look.seed], look.seed == 0 and ends[1] or ARGV[17 + (look.seed - 1) * 7]}
@@ -67,14 +80,20 @@ end
 -- The money held: the worst case where much is left; else a share of what is left, topped up as it is used
 -- (topup.lua), or, without sharing, what is left of the worst case. The prompt and one token must fit.
 local granted, left = n_out, look.left
+if lease and look.tight == 0 and left < money and ends[6] < ends[9] and not is_dry and not look.refusal then
+  drop_body()
+  return {'seed', SCOPE[0], ends[1]} -- perhaps there is more to be had
+end
 if left and not look.seed and left < money * math.max(share, 1) then
   local least = math.ceil(prompt_money + math.min(n_out, 1) * out_rate)
   if left < least then
     if look.tight > 3 then
       look.refusal = seldom().refused_by(look.windows[look.tight - 3], least, left)
     else
-      local budget = tonumber(look.tight == 0 and ends[6] or ARGV[17 + (look.tight - 1) * 7 + 5])
-      look.refusal = {SCOPE[look.tight], 'budget', -1, budget, math.max(left, 0)}
+      local budget = tonumber(look.tight == 0 and (ends[9] or ends[6]) or ARGV[17 + (look.tight - 1) * 7 + 5])
+      local is_elsewhere = look.tight == 0 and lease and tonumber(lease[4] or '0') > 0
+      local retry_ms = is_elsewhere and math.max(tonumber(lease[3] or '0') - now, 1000) or -1
+      look.refusal = {SCOPE[look.tight], 'budget', retry_ms, budget, math.max(left, 0)}
     end
   elseif out_rate > 0 then
     local rest = (left - prompt_money) / math.max(share, 1)
@@ -148,7 +167,7 @@ take(look, now, money)
 if budgets then adm[WINDOWS] = seldom().take_windows(look, math.floor(money)) end
 if ends then
   adm[WINDOWS] = adm[WINDOWS] or {} -- no gaps: what is packed stays an array
-  adm[ENDS] = {ends[1], tonumber(ends[3]), tonumber(ends[4]), tonumber(ends[6])}
+  adm[ENDS] = {ends[1], tonumber(ends[3]), tonumber(ends[4]), tonumber(ends[6]), ends[9]}
 end
 local packed = cmsgpack.pack(adm)
 if rid then

@@ -52,8 +52,10 @@ for s = adm[ENDS] and 0 or 1, 3 do
   if s == 0 then budget, scope_id = adm[ENDS][4], adm[ENDS][1] end
   if budget >= 0 then
     limited[#limited + 1] = scope_key(P, s, scope_id)
-    local v = redis.call('HMGET', limited[#limited], 'spent', 'held', 'conc', 'ask')
+    local v = redis.call('HMGET', limited[#limited], 'spent', 'held', 'conc', 'ask', s == 0 and 'lease' or 'ask')
     if not v[1] then return {'wait'} end -- about to be read from the ledger
+    -- Leased among several cells: the lease may have grown since; while this request holds money it does not shrink.
+    if s == 0 and adm[ENDS][5] then budget = math.min(adm[ENDS][5], math.max(budget, tonumber(v[5] or '0'))) end
     local here = math.max(budget - tonumber(v[1]) - tonumber(v[2] or '0'), 0)
     if not left or here < left then left, tight = here, v end
   end

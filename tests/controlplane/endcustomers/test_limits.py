@@ -105,7 +105,13 @@ def test_a_gateway_reads_them_with_the_key_and_its_cells_part(world: World) -> N
     assert ends.scope("") is None
     half = context_of(msgspec.structs.replace(found, lease=LeaseRow(500_000, 5_000)))
     assert half.ends is not None and half.lease_ms == 5_000
-    assert half.ends.scope("ab" * 12) == (f"{project}.{'ab' * 12}", 30, -1, -1, -1, 500, 0)
+    assert half.ends.scope("ab" * 12) == (f"{project}.{'ab' * 12}", 30, -1, -1, -1, 1_000, 0, 1), (
+        "money is leased"
+    )
+    assert half.ends.scope(vip) == (f"{project}.{vip}", -1, -1, -1, 2, -1, 0)
+    little = context_of(msgspec.structs.replace(found, lease=LeaseRow(50_000, 5_000))).ends
+    assert little is not None
+    assert little.scope(vip) == (f"{project}.{vip}", -1, -1, -1, 1, -1, 0), "or few would be served nowhere"
 
 
 def test_a_change_is_in_the_feed_that_gateways_poll(world: World) -> None:

@@ -28,6 +28,7 @@ from controlplane.gateway.directory import (
     DeploymentRow,
     DirectoryUnavailable,
     EndCustomerRow,
+    EndLeaseRow,
     KeyRecord,
     KeyRow,
     LimitsRow,
@@ -82,6 +83,8 @@ class FakeDirectory:
         self.records: dict[str, KeyRecord] = {}
         self.spent: dict[tuple[str, str], int] = {}
         self.spent_for: dict[str, int] = {}
+        self.end_leases: dict[str, int] = {}
+        self.lease_left_ms, self.elsewhere, self.n_leased = 60_000, 0, 0
         self.in_window: dict[str, dict[str, int]] = {}
         self.noted: list[str] = []
         self.n_found = 0
@@ -120,9 +123,18 @@ class FakeDirectory:
         assert lookup
         self.records[lookup] = replace_struct(self.records[lookup], end_customers=rows)
 
-    async def spent_for_nano(self, project: str, customer: str, *, here: bool) -> Nano:
+    async def spent_for_nano(self, project: str, customer: str) -> Nano:
         self._require_up()
         return Nano(self.spent_for.get(f"{project}.{customer}", 0))
+
+    async def lease_end(
+        self, project: str, customer: str, *, used: Nano, idle: bool, need: Nano
+    ) -> EndLeaseRow:
+        """As much as is needed of what `end_leases` has, of which the rest is elsewhere."""
+        self._require_up()
+        self.n_leased += 1
+        most = self.end_leases[f"{project}.{customer}"]
+        return EndLeaseRow(0, min(used + need, most), self.lease_left_ms, self.elsewhere)
 
     def change(self, key: str, **changes: Any) -> None:
         """Alter a key's row, as the console would."""

@@ -16,7 +16,7 @@ from django.db import connections
 from django.test import override_settings
 
 from controlplane.budgets import services as budgets
-from controlplane.gateway import windows
+from controlplane.gateway import endlimits, windows
 from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
 from controlplane.policy.flows import ANY_MS
@@ -59,20 +59,30 @@ class CellSide:
         return context_of(msgspec.convert(msgspec.json.decode(found), KeyRecord))
 
     def admit(
-        self, context: KeyContext, now_ms: int, *, n_in: int = 10, n_out: int = 20, rate: int = 2
+        self,
+        context: KeyContext,
+        now_ms: int,
+        *,
+        n_in: int = 10,
+        n_out: int = 20,
+        rate: int = 2,
+        ends: endlimits.Scope | None = None,
     ) -> list[Any]:
-        """One request under that context."""
+        """One request under that context, for an end customer with these limits."""
         request = uuid.uuid4().hex
+        last: tuple[Any, ...] = windows.argument(context.budgets, "")
+        if ends is not None:
+            last = endlimits.argument(ends, last)
         self.client.set(self.keys.body(request), b"B")
         verdict: list[Any] = self.client.evalsha(
             scripts.ADMIT.sha, 0, self.keys.prefix, now_ms, request, "d1", "g1", 1, "pv", n_in, n_out,
             n_in + rate * n_out, now_ms, 100_000, n_in, rate, "", 0, *context.scope_args, 0, n_out, b"", 0, 60_000, 0,
             0, ANY_MS, 0,
-            *map(msgspec.msgpack.encode, windows.argument(context.budgets, "")),
+            *map(msgspec.msgpack.encode, last),
         )  # fmt: skip
         if verdict[0] == b"queued":
             self.n_admitted += 1
-        elif verdict[0] == b"seed":
+        elif verdict[0] == b"seed" and verdict[1] != b"end":
             scope, scope_id = verdict[1].decode(), verdict[2].decode()
             if scope == "bud":
                 args = (scope_id, int(verdict[3]), int(verdict[4]), 0, 0, 86_400_000)
