@@ -187,10 +187,12 @@ class Dispatcher:
         ask = self._ask(stream, request)
         told = self._decisions.candidates(stream, ask) if self._decisions.wants() else None
         verdict = await self._try_admit(stream, request, body, ask)
-        for _ in range(1 + len(stream.key.budgets) + (stream.key.ends is not None)):
+        ends = stream.key.ends
+        n_seeds = 1 + len(stream.key.budgets) + (0 if ends is None else ends.n_seeds)
+        for n in range(n_seeds):
             if verdict[0] != b"seed":
                 break
-            await self._seed(stream.key, verdict, Nano(stream.hold.money_nano))
+            await self._seed(stream.key, verdict, Nano(stream.hold.money_nano), last=n >= n_seeds - 2)
             verdict = await self._try_admit(stream, request, body, ask)
         outcome = verdict[0]
         if outcome == b"bound":
@@ -363,9 +365,9 @@ class Dispatcher:
         ends = prefix.ends(found, len(text), n_prompt)
         return Ask(n_prompt, found, ends, deployment.adapter, organization)
 
-    async def _seed(self, key: KeyContext, verdict: list[Any], need: Nano) -> None:
+    async def _seed(self, key: KeyContext, verdict: list[Any], need: Nano, *, last: bool) -> None:
         """Give the cell the money already booked, from the ledger: of the window budget or the end customer that the
-        verdict names, or of each scope with a lifetime budget."""
+        verdict names, or of each scope with a lifetime budget. `last`: who asks takes what there is then."""
         try:
             if verdict[1] == b"bud":
                 if not verdict[4]:  # the key was cached for longer than the windows it knew of
@@ -375,7 +377,9 @@ class Dispatcher:
                 return
             if verdict[1] == b"end":
                 name, leased = verdict[2].decode(), key.ends is not None and key.ends.leased
-                await endlimits.seed(self._redis, self._keys, self._directory, name, need, leased=leased)
+                await endlimits.seed(
+                    self._redis, self._keys, self._directory, name, need, leased=leased, last=last
+                )
                 return
             for scope, scope_id, limits in key.scopes:
                 if limits[4] >= 0:

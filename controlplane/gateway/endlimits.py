@@ -24,6 +24,9 @@ from workers.redis_client import Client
 _NO_WEIGHT: Final = 0  # the fair queue knows no end customers
 # After a lease that was less than a request needed, nobody of this cell asks for that customer again so soon.
 _DRY_MS: Final = 2_000
+# Others may take what was leased for a request before it does: so often it asks, then it takes what there is.
+_MOST_ASKED: Final = 4
+_TAKEN_MS: Final = 50
 Scope = tuple[
     str | int, ...
 ]  # id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano, weight, 1 if it is leased
@@ -39,6 +42,11 @@ class EndLimits:
     each: dict[str, Limits]
     budgeted: bool
     leased: bool = False
+
+    @property
+    def n_seeds(self) -> int:
+        """How often at most a request asks what its customer has spent, or may spend here."""
+        return _MOST_ASKED if self.leased else 1
 
     def scope(self, customer: str) -> Scope | None:
         """What is taken for this customer; None where nothing limits it, or none is named."""
@@ -73,10 +81,17 @@ def argument(scope: Scope, windows: tuple[list[msgspec.Raw], ...]) -> tuple[dict
 
 
 async def seed(
-    redis: Client, keys: CellKeys, ledger: KeyDirectory, name: str, need: Nano, *, leased: bool
+    redis: Client,
+    keys: CellKeys,
+    ledger: KeyDirectory,
+    name: str,
+    need: Nano,
+    *,
+    leased: bool,
+    last: bool = False,
 ) -> None:
     """Tell this cell's Redis what a customer (by its scope's id) has spent, and, where money is leased, have what a
-    request needs. Raises DirectoryUnavailable and RedisError."""
+    request needs. `last`: it does not ask again. Raises DirectoryUnavailable and RedisError."""
     project, _, customer = name.partition(".")
     asked_ms = time.time_ns() // 1_000_000
     if not leased:
@@ -97,7 +112,7 @@ async def seed(
         asked_ms,
         lease.granted,
         asked_ms + lease.left_ms,
-        asked_ms + _DRY_MS if left < need else 0,
+        asked_ms + _DRY_MS if left < need else time.time_ns() // 1_000_000 + _TAKEN_MS if last else 0,
         lease.elsewhere,
     )
     await redis.evalsha(scripts.SEED, (), args)

@@ -6,7 +6,7 @@ from django.db import migrations, models
 
 from controlplane.tenants.rls import EnableRLS, RunStatements
 
-# A cell asks for what a request needs: half of what nobody has, or that, if it is more. Its own lease grows; one that
+# A cell asks for what a request needs: it is given half of what nobody has, or four times that, if it is more. Its own lease grows; one that
 # has lapsed, with nothing running under it (p_idle), is cut anew. p_used: what the cell's Redis knows to be spent or
 # held. Answers what is booked here (`spent`), the lease (`granted`, with what was spent), for how long it admits
 # (`left_ms`), and what other cells have and have not used (`elsewhere`). The lock is the customer's; the leases that
@@ -59,7 +59,9 @@ BEGIN
     END IF;
     mine := greatest(mine, used);
     free := greatest(total - others - mine, 0);
-    mine := mine + least(free, greatest(p_need - (mine - used), CASE WHEN mine - used < p_need THEN free / 2 ELSE 0 END));
+    IF mine - used < p_need THEN
+        mine := mine + least(free, greatest(4 * p_need, free / 2));
+    END IF;
     INSERT INTO endcustomers_endcustomerlease AS e
         (id, organization_id, project_id, customer, cell, granted, expires_at, counts_until)
     VALUES (gen_random_uuid(), whose, p_project, p_customer, p_cell, mine, asked_at + interval '65 s', asked_at + interval '965 s')

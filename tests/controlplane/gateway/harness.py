@@ -130,11 +130,11 @@ class FakeDirectory:
     async def lease_end(
         self, project: str, customer: str, *, used: Nano, idle: bool, need: Nano
     ) -> EndLeaseRow:
-        """As much as is needed of what `end_leases` has, of which the rest is elsewhere."""
+        """Four times what is needed of what `end_leases` has, of which the rest is elsewhere."""
         self._require_up()
         self.n_leased += 1
         most = self.end_leases[f"{project}.{customer}"]
-        return EndLeaseRow(0, min(used + need, most), self.lease_left_ms, self.elsewhere)
+        return EndLeaseRow(0, min(used + 4 * need, most), self.lease_left_ms, self.elsewhere)
 
     def change(self, key: str, **changes: Any) -> None:
         """Alter a key's row, as the console would."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from controlplane.gateway.directory import EndCustomerRow, LimitsRow
+from controlplane.gateway.directory import EndCustomerRow, LeaseRow, LimitsRow
+from controlplane.tenants.api_keys import lookup_of
 from controlplane.tenants.end_customers import pseudonym
 from tests.controlplane.gateway.fronted import fronted
 from tests.controlplane.gateway.harness import CHAT, KEYS, PEPPER, Machine, Running, until
@@ -99,6 +101,69 @@ async def test_customers_who_are_refused_leave_nothing_for_ever(gw: Running, mac
     assert (await gw.post(CHAT | {"user": "ann"})).status_code == 429
     assert await gw.redis.hget(scope_of("ann"), "spent") == b"1000"
     assert await gw.redis.pttl(scope_of("ann")) > 6 * 3_600_000
+
+
+def leased(gw: Running, customer: str, *, most: int, budget_nano: int) -> None:
+    """Several cells: of a customer's money this one can have `most`."""
+    limited(gw, budget_nano=budget_nano)
+    lookup = lookup_of(gw.key)
+    assert lookup
+    records = gw.directory.records
+    records[lookup] = replace(records[lookup], lease=LeaseRow(500_000, 60_000))
+    gw.directory.end_leases[scope_of(customer).partition("end:")[2]] = most
+
+
+@pytest.mark.parametrize("elsewhere", [0, 900])
+async def test_a_refused_customer_hears_whether_its_money_is_with_another_cell(
+    gw: Running, machine: Machine, elsewhere: int
+) -> None:
+    leased(gw, "ann", most=1, budget_nano=10**9)
+    gw.directory.elsewhere = elsewhere
+    for _ in range(4):
+        refused = await gw.post(CHAT | {"user": "ann"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (429, "insufficient_quota")
+    assert refused.headers["x-corral-scope"] == "end"
+    assert ("with another cell for the moment" in error["message"]) == bool(elsewhere)
+    assert ("retry-after" in refused.headers) == bool(elsewhere)
+    assert ("x-should-retry" in refused.headers) == (not elsewhere)
+    assert gw.directory.n_leased == 1, "the others do not ask again so soon"
+
+
+async def test_a_lease_is_asked_for_again_when_it_is_over_or_used_up(gw: Running, machine: Machine) -> None:
+    leased(gw, "ann", most=10**9, budget_nano=10**9)
+    for n, n_tokens in ((1, 100), (1, 100), (2, 1_000)):  # four times as much as the request needs, each time
+        assert (await gw.post(CHAT | {"user": "ann", "max_tokens": n_tokens})).status_code == 200
+        assert gw.directory.n_leased == n
+    await gw.redis.hset(scope_of("ann"), mapping={"until": 1, "lease": 10**9})
+    assert (await gw.post(CHAT | {"user": "ann"})).status_code == 200
+    assert gw.directory.n_leased == 3
+    gw.directory.lease_left_ms = 0  # no share of the tenant's limits any more
+    await gw.redis.hset(scope_of("ann"), "until", 1)
+    assert (await gw.post(CHAT | {"user": "ann"})).status_code == 503
+
+
+async def test_32_streams_share_a_leased_credit_to_the_token(redis_url: str, tmp_path: Path) -> None:
+    async with fronted(redis_url, tmp_path) as (gw, _):
+        leased(gw, "ann", most=3_001, budget_nano=10**9)
+        ended = await asyncio.gather(*(_streamed(gw, _chat(n, 400) | {"user": "ann"}) for n in range(32)))
+    spent = sum(_cost(usage) for _, usage in ended)
+    assert {finish for finish, _ in ended} == {"budget"}
+    assert 3_001 - OUT_NANO < spent <= 3_001
+
+
+async def test_what_runs_is_topped_up_from_a_lease_that_has_grown(redis_url: str, tmp_path: Path) -> None:
+    async with fronted(redis_url, tmp_path) as (gw, _):
+        leased(gw, "ann", most=400, budget_nano=10**9)
+        long = asyncio.ensure_future(_streamed(gw, _chat(0, 400) | {"user": "ann"}))
+        await until(lambda: gw.directory.n_leased)
+        leases = gw.directory.end_leases
+        leases |= dict.fromkeys(leases, 10**9)
+        await until(lambda: gw.redis.hget(scope_of("ann"), "held"))
+        await gw.redis.hset(scope_of("ann"), "dry", 0)
+        assert (await gw.post(_chat(1, 300, stream=False) | {"user": "ann"})).status_code == 200
+        finish, usage = await long
+    assert (finish, usage["completion_tokens"]) == ("length", 400)
 
 
 async def test_without_the_ledger_an_unknown_customers_money_is_a_503(gw: Running, machine: Machine) -> None:
