@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from autoscaler.policy.spot import FleetView, OfferView, Orders
+from autoscaler.policy.spot import FleetView, OfferView, Orders, SpotSpec
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import Steps, Zone
 
@@ -54,6 +54,12 @@ class Terms:
     n_reserve: int = 0
     resume_s: float = 0.0
     stopped_usd_per_h: float = 0.0
+
+    def spot_spec(self, availability: float = 0.999) -> SpotSpec:
+        """The house's way of buying under them."""
+        return SpotSpec(
+            self.boot_s, self.notice_s, availability, resume_s=self.resume_s if self.n_reserve else None
+        )
 
 
 class Fleet:

@@ -117,7 +117,7 @@ CORRAL = Policy(
     queue=lambda s: Fair(window=WINDOW_TOKENS * TOKEN, learn=True),
     router=boards(),
     scaler=production(),
-    buyer=lambda s: Corral(SpotSpec(s.terms.boot_s, s.terms.notice_s)),
+    buyer=lambda s: Corral(s.terms.spot_spec()),
 )
 
 

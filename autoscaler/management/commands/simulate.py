@@ -107,6 +107,18 @@ class Command(BaseCommand):
         market.add_argument(
             "--notice-s", type=float, default=120.0, help="warning before a spot machine goes"
         )
+        market.add_argument(
+            "--reserve",
+            type=int,
+            default=0,
+            help="on-demand machines that lie stopped, to stand in for spot ones that go (default 0)",
+        )
+        market.add_argument(
+            "--resume-s", type=float, default=60.0, help="order of a stopped machine to serving"
+        )
+        market.add_argument(
+            "--stopped-usd", type=float, default=0.011, help="a stopped machine's disk, an hour"
+        )
         market.add_argument("--max-machines", type=int, default=64)
         market.add_argument(
             "--oracle",
@@ -250,6 +262,7 @@ _LEAST = {
     "zone_machines": (1, True), "itl_s": (0, False), "ttft_s": (0, False), "target_ratio": (0, False),
     "keep": (0, False), "speed": (0, False), "hours": (0, False), "start_h": (0, True), "boot_s": (0, True),
     "notice_s": (0, True), "spot_usd": (0, True), "on_demand_usd": (0, True), "availability": (0, False),
+    "reserve": (0, True), "resume_s": (0, True), "stopped_usd": (0, True),
 }  # fmt: skip
 _MOST = {"keep": 1.0, "target_ratio": 1.0, "availability": 1.0, "boot_s": 3600.0}
 
@@ -283,7 +296,15 @@ def _setting(options: dict[str, Any], warn: Callable[[str], Any]) -> Setting:
                 "--spot: no recording of capacity (*.json, or *.csv of counts or events) there"
             )
         until_s = min(until_s, *(zone.end_s for zone in zones))
-    terms = Terms(options["boot_s"], options["notice_s"], on_demand_usd, tick_s=15)
+    terms = Terms(
+        options["boot_s"],
+        options["notice_s"],
+        on_demand_usd,
+        tick_s=15,
+        n_reserve=options["reserve"],
+        resume_s=options["resume_s"],
+        stopped_usd_per_h=options["stopped_usd"],
+    )
     return Setting(
         engine,
         slots,
@@ -378,6 +399,12 @@ def _assumptions(options: dict[str, Any], setting: Setting) -> dict[str, str]:
             f"{setting.terms.on_demand_usd_per_h:g} USD/h, boot {setting.terms.boot_s:g} s, notice "
             f"{setting.terms.notice_s:g} s, {round(setting.until_s / 3600, 1):g} h"
         )
+        kept = setting.terms
+        if kept.n_reserve:
+            found["reserve"] = (
+                f"{kept.n_reserve} stopped on-demand machines, {kept.stopped_usd_per_h:g} USD/h each, serving "
+                f"{kept.resume_s:g} s after an order"
+            )
     else:
         found["market"] = f"none: {setting.replicas} replicas are there"
     return found

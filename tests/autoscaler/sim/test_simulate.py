@@ -69,6 +69,30 @@ def test_a_market_is_paid_and_its_losses_are_served_again(requests_file: Path, z
     assert "2 zones" in report["assumptions"]["market"]
 
 
+def test_a_reserve_of_stopped_machines_is_told_and_paid(requests_file: Path, zone_files: Path) -> None:
+    market = (
+        "--requests",
+        requests_file,
+        "--spot",
+        zone_files,
+        "--hours",
+        0.2,
+        "--boot-s",
+        60,
+        "--notice-s",
+        20,
+    )
+    quick = simulate(*market, "--policy", "corral", "--reserve", 8, "--resume-s", 20)
+    assert "8 stopped on-demand machines, 0.011 USD/h each" in quick["assumptions"]["reserve"]
+    assert quick["policies"]["corral"][0]["n_requests"] == 600
+    # As slow as a start they change nothing but the bill: all of them lie there at times, never more.
+    without = simulate(*market, "--policy", "on-demand")
+    slow = simulate(*market, "--policy", "on-demand", "--reserve", 8, "--resume-s", 60, "--stopped-usd", 1)
+    assert "reserve" not in without["assumptions"]
+    plain, kept = (r["policies"]["on-demand"][0]["usd"] for r in (without, slow))
+    assert 0 < kept - plain < 8 * 0.2
+
+
 def test_prices_of_a_list_and_a_page_of_charts(requests_file: Path, zone_files: Path, tmp_path: Path) -> None:
     prices = tmp_path / "prices.csv"
     prices.write_text("instance_type,az,on_demand_usd_per_hour,spot_usd_per_hour\np3,a,7,2\np3,b,7,4\n")
