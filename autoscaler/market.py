@@ -320,6 +320,7 @@ def memory_to(memory: SpotMemory) -> dict[str, object]:
         },
         "leaving": dict(memory.leaving),
         "ready": dict(memory.ready),
+        "lost_at_s": memory.lost_at_s,
     }
 
 
@@ -327,7 +328,13 @@ def memory_from(stored: Mapping[str, object]) -> SpotMemory:
     """Of `memory_to`; an empty memory for what is not one, since a forgotten hazard costs little."""
     try:
         offers = {name: Learned(*values) for name, values in dict(stored["offers"]).items()}  # type: ignore[call-overload]
-        return SpotMemory(stored["at_s"], offers, dict(stored["leaving"]), dict(stored.get("ready") or {}))  # type: ignore[arg-type,call-overload]
+        return SpotMemory(
+            stored["at_s"],  # type: ignore[arg-type]
+            offers,
+            dict(stored["leaving"]),  # type: ignore[call-overload]
+            dict(stored.get("ready") or {}),  # type: ignore[call-overload]
+            stored.get("lost_at_s"),  # type: ignore[arg-type]
+        )
     except (KeyError, TypeError, ValueError):
         return SpotMemory()
 

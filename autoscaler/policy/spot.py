@@ -132,6 +132,7 @@ class SpotMemory:
     offers: Mapping[str, Learned] = field(default_factory=dict)
     leaving: Mapping[str, int] = field(default_factory=dict)
     ready: Mapping[str, int] = field(default_factory=dict)  # and not leaving, less what was given back since
+    lost_at_s: float | None = None  # when machines were last told to go, or went
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,8 @@ def buy(view: FleetView, spec: SpotSpec, memory: SpotMemory) -> tuple[Orders, Sp
     n_uncovered = n_wanted - n_will_be - n_on_demand - sum(launch.values())
     launch_on_demand = min(max(n_uncovered, goal.n_on_demand - n_on_demand, 0), spec.max_orders)
     n_bridge = 0
-    if _bridges(view, spec) and any(_was_lost(o, view.now_s, spec) for o in view.offers):
+    is_late = memory.lost_at_s is not None and view.now_s < memory.lost_at_s + spec.boot_s
+    if is_late and _bridges(view, spec):
         # What was lost is on its way and late: stopped machines serve until it is there, and lie down again.
         n_bridge = min(n_wanted - n_staying_ready - n_on_demand, view.n_stopped) - launch_on_demand
     if n_bridge > 0:
@@ -240,6 +242,7 @@ def learn(view: FleetView, memory: SpotMemory) -> SpotMemory:
     passed_h = 0.0 if memory.at_s is None else max(view.now_s - memory.at_s, 0.0) / 3600
     keep = 0.5 ** (passed_h / FORGET_H)
     offers: dict[str, Learned] = {}
+    lost_at_s = memory.lost_at_s
     for offer in view.offers:
         known = memory.offers.get(offer.name, Learned())
         n_losses, held_h, n_usual = known.n_losses * keep, known.held_h * keep, known.n_usual * keep
@@ -251,12 +254,13 @@ def learn(view: FleetView, memory: SpotMemory) -> SpotMemory:
         is_told = offer.n_leaving > 0 and not memory.leaving.get(offer.name, 0)
         is_lost = is_told or _took_back(offer, view.now_s, memory)
         n_losses += is_lost
+        lost_at_s = view.now_s if is_lost else lost_at_s
         gives = n_held > offer.n_leaving and not is_lost
         up_since_s = (known.up_since_s if known.up_since_s is not None else view.now_s) if gives else None
         offers[offer.name] = Learned(n_losses, held_h, up_since_s, n_usual)
     leaving = {o.name: o.n_leaving for o in view.offers}
     ready = {o.name: o.n_ready - o.n_leaving for o in view.offers}
-    return replace(memory, at_s=view.now_s, offers=offers, leaving=leaving, ready=ready)
+    return replace(memory, at_s=view.now_s, offers=offers, leaving=leaving, ready=ready, lost_at_s=lost_at_s)
 
 
 def _took_back(offer: OfferView, now_s: float, memory: SpotMemory) -> bool:
@@ -297,9 +301,3 @@ def _bridges(view: FleetView, spec: SpotSpec) -> bool:
     """Whether on-demand machines that lie stopped, and those that are up, can stand in for all that is wanted."""
     n_reserve = view.n_stopped + view.n_on_demand_pending + view.n_on_demand_ready
     return spec.bridged_gap_s < spec.gap_s and n_reserve >= view.n_wanted
-
-
-def _was_lost(offer: OfferView, now_s: float, spec: SpotSpec) -> bool:
-    """It is going, or went (or refused) so lately that a replacement cannot be ready."""
-    at_s = offer.refused_at_s
-    return offer.n_leaving > 0 or (at_s is not None and at_s <= now_s < at_s + spec.boot_s)

@@ -118,7 +118,7 @@ def test_what_is_not_listed_any_more_goes_stale(selling: Scaling) -> None:
 
 
 def test_what_the_policy_learned_is_kept_between_plans(selling: Scaling) -> None:
-    memory = SpotMemory(5.0, {"spot/a": Learned(1.5, 2.0, None)}, {"spot/a": 1})
+    memory = SpotMemory(5.0, {"spot/a": Learned(1.5, 2.0, None)}, {"spot/a": 1}, lost_at_s=4.0)
     assert market.memory_from(market.memory_to(memory)) == memory
     assert market.memory_from({"offers": 3}) == SpotMemory()
     selling.queue("a")

@@ -1,13 +1,10 @@
-"""What 99.9 % costs where a notice is shorter than a start: the fit of the cover, its judgement, two bounds, and what a
-reserve of stopped machines saves."""
+"""What 99.9 % costs where a notice is shorter than a start: the fit of the cover, its judgement, and two bounds."""
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from autoscaler.policy.spot import SHORTAGE_WORTH, SpotSpec
@@ -42,18 +39,9 @@ _GAPS: Final = (
     (0.0, 180.0, 4),
 )  # notice_s, boot_s, machines a zone
 _FIT: Final = (_HEADLINE, (0.0, 120.0, 4), (0.0, 180.0, 4))
-# Judged again with machines that lie stopped: one of the gaps, and how long one of them takes to serve.
-_RESUMES: Final = (
-    (_HEADLINE, 120.0),
-    (_HEADLINE, 150.0),
-    ((120.0, 180.0, 4), 120.0),
-    ((0.0, 180.0, 4), 60.0),
-)
-_STOPPED_USD_PER_H: Final = 0.011  # 100 GB of gp3, as the house has it (CORRAL_STOPPED_NANO_PER_H)
 _WORTHS: Final = (50.0, 100.0, 150.0)
 _FIT_FIRST: Final = 100  # seed of the first window that is tuned on; the judged ones begin at 0
 _COVERED = "covered"
-Reserved = tuple[list[Paid], list[Paid]]  # by window: with stopped machines, and without
 _PLAN = "purchase plan"
 
 
@@ -90,25 +78,14 @@ def run(options: dict[str, Any], progress: Progress) -> Study:
             length_s,
         )
         progress(f"judged: notice {notice_s:g} s, boot {boot_s:g} s")
-    n_reserve = math.ceil(2 * options["machines"])
-    reserved: dict[str, Reserved] = {}
-    for gap, resume_s in _RESUMES:
-        notice_s, boot_s, n = gap
-        spans = [at(markets[n][MAIN], seed) for seed in range(options["seeds"])]
-        kept = _with_reserve(spans, terms(notice_s, boot_s), length_s, n_reserve, resume_s)
-        reserved[f"six zones: {_named(gap)}, resumed in {resume_s:g} s"] = kept, judged[gap]["corral"]
-        progress(f"reserve: notice {notice_s:g} s, boot {boot_s:g} s, resumed in {resume_s:g} s")
     notice_s, boot_s, n = _HEADLINE
-    resume_s = _RESUMES[0][1]
     elsewhere: dict[str, dict[str, list[Paid]]] = {}
     for name, market in markets[n].items():
         if name != MAIN:
             spans = [at(market, seed) for seed in range(options["seeds"])]
             elsewhere[name] = _all(spans, terms(notice_s, boot_s), length_s)
-            kept = _with_reserve(spans, terms(notice_s, boot_s), length_s, n_reserve, resume_s)
-            reserved[f"{name}, resumed in {resume_s:g} s"] = kept, elsewhere[name]["corral"]
             progress(name)
-    return _study(options, fitted, judged, elsewhere, reserved)
+    return _study(options, fitted, judged, elsewhere)
 
 
 def _fit(zones: tuple[Zone, ...], at: Terms, wanted: Steps, length_s: float) -> dict[float, Paid]:
@@ -124,28 +101,6 @@ def _fit(zones: tuple[Zone, ...], at: Terms, wanted: Steps, length_s: float) -> 
         )
         for worth in _WORTHS
     }
-
-
-def _with_reserve(
-    spans: Sequence[tuple[tuple[Zone, ...], Steps]],
-    at: Terms,
-    length_s: float,
-    n_reserve: int,
-    resume_s: float,
-) -> list[Paid]:
-    """Our buyer, where so many on-demand machines lie stopped."""
-    kept = replace(at, n_reserve=n_reserve, resume_s=resume_s, stopped_usd_per_h=_STOPPED_USD_PER_H)
-    return [
-        bought(
-            Corral(kept.spot_spec(AVAILABILITY)),
-            zones,
-            kept,
-            wanted,
-            length_s,
-            least_usd(zones, at, wanted, length_s),
-        )
-        for zones, wanted in spans
-    ]
 
 
 def _all(
@@ -177,7 +132,6 @@ def _study(
     fitted: Mapping[tuple[float, float, int], Mapping[float, list[Paid]]],
     judged: Mapping[tuple[float, float, int], Mapping[str, list[Paid]]],
     elsewhere: Mapping[str, Mapping[str, list[Paid]]],
-    reserved: Mapping[str, Reserved],
 ) -> Study:
     named = [
         Column(title, form)
@@ -205,10 +159,6 @@ def _study(
             "at all times costs whoever knows all but which zone goes next. Not a bound on a buyer that leaves "
             "a gap open where that is unlikely to be felt",
             "as available": "as in study spot",
-            "reserve": f"{math.ceil(2 * options['machines'])} on-demand machines that lie stopped from the beginning "
-            f"on, {_STOPPED_USD_PER_H:g} USD/h each (100 GB of gp3), on-demand's price from the order on; the weights "
-            "are on their disks. On-demand has room for them whenever they are ordered, as for all on-demand machines "
-            "here. Ordered when a zone's machines are told to go or went, given back when spot is ready",
             "runs": f"{options['seeds']} windows, the same for all; ± is the 95 % interval",
         },
         [
@@ -229,24 +179,6 @@ def _study(
                 [[name, *market_row(found)] for name, found in elsewhere.items()],
             ),
             Table(
-                "Judged: ours with a reserve of stopped machines",
-                [
-                    Column("market"),
-                    Column("corral × oracle", "{:.3f}"),
-                    Column("available", "{:.3%}"),
-                    Column("less than without, × oracle", "{:+.3f}"),
-                ],
-                [
-                    [
-                        name,
-                        interval([p.ratio for p in found]),
-                        interval([p.availability for p in found]),
-                        interval([w.ratio - p.ratio for p, w in zip(found, without, strict=True)]),
-                    ]
-                    for name, (found, without) in reserved.items()
-                ],
-            ),
-            Table(
                 "Tuned on: USD an hour and available by what a shortage is worth, other windows of the six zones",
                 [Column("notice, boot, machines per zone"), *named],
                 [
@@ -262,7 +194,7 @@ def _study(
                 ],
             ),
         ],
-        [*_goals(judged, elsewhere), *_reserve_goals(reserved)],
+        _goals(judged, elsewhere),
     )
 
 
@@ -321,21 +253,4 @@ def _goals(
                     why="two zones: with one gone nothing is left to spread over; the worth was fitted on six",
                 )
             )
-    return goals
-
-
-def _reserve_goals(reserved: Mapping[str, Reserved]) -> list[Goal]:
-    goals = []
-    for name, (found, _) in reserved.items():
-        available = interval([p.availability for p in found])
-        ratio = interval([p.ratio for p in found])
-        is_met = available.mean >= AVAILABILITY and ratio.high <= RATIO_GOAL
-        goals.append(
-            Goal(
-                f"{name}, with a reserve: 99.9 % at no more than {RATIO_GOAL:g} times the oracle's cost",
-                f"{available.mean:.3%} ± {available.half:.3%} at {ratio.mean:.3f} ± {ratio.half:.3f}",
-                is_met,
-                "" if is_met else "what is woken serves later than the notice lasts",
-            )
-        )
     return goals

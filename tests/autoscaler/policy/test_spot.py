@@ -229,7 +229,8 @@ def test_cover_is_left_out_where_stopped_machines_stand_in_for_all(
     assert orders.launch_on_demand == n_woken
 
 
-def test_growth_wakes_nobody() -> None:
+def test_growth_wakes_nobody_whoever_refuses() -> None:
     """A start that was never lost takes as long as a start."""
-    orders, _ = buy(replace(view(OfferView("a", 0.9, n_ready=2)), n_stopped=8), WITH_RESERVE, SpotMemory())
+    offers = OfferView("a", 0.9, n_ready=2), OfferView("b", 0.8, refused_at_s=990.0)
+    orders, _ = buy(replace(view(*offers), n_stopped=8), WITH_RESERVE, SpotMemory())
     assert (orders.launch, orders.launch_on_demand) == ((("a", 2),), 0)

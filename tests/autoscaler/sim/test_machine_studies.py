@@ -120,13 +120,23 @@ def test_study_of_cover_tunes_on_other_windows_than_it_judges_and_shows_the_boun
     found = study(
         "spot-cover", traces, "--seeds", "1", "--days", "0.1", "--machines", "2", "--fit-windows", "1"
     )
-    judged, elsewhere, reserved, fitted = found["tables"]
+    judged, elsewhere, fitted = found["tables"]
     assert (len(judged["rows"]), len(fitted["rows"]), len(elsewhere["rows"])) == (4, 3, 1)
-    assert len(reserved["rows"]) == 5
     assert all(row[-3]["mean"] >= 1 for row in judged["rows"]), "cover is never cheaper than none"
     by_worth = [cell["mean"] for cell in fitted["rows"][0][1::2]]
     assert by_worth == sorted(by_worth), "what is worth more is covered better"
-    assert sum("times the oracle" in goal["claim"] for goal in found["goals"]) == 4 + 5
+    assert sum("times the oracle" in goal["claim"] for goal in found["goals"]) == 4
+
+
+def test_study_of_the_reserve_compares_with_the_same_buyer_without_it(traces: Path) -> None:
+    args = ("--seeds", "1", "--days", "0.1", "--machines", "2", "--hours", "0.6")
+    alone, served = study("spot-reserve", traces, *args)["tables"]
+    assert len(alone["rows"]) == 5  # four assumptions of the six zones, and the other market
+    for row in (alone["rows"][i] for i in (0, 2, 4)):  # where what is woken serves within the notice
+        assert row[1]["mean"] >= 1 and row[2]["mean"] == 1.0
+    assert [row[0].rpartition(": ")[2] for row in served["rows"]] == [
+        "on-demand", "without a reserve", "with a reserve"
+    ] * 2  # fmt: skip
 
 
 def test_study_scaling_tunes_on_one_span_and_judges_on_another(
