@@ -376,6 +376,9 @@ MFA_ADAPTER = "controlplane.identity.adapters.MfaAdapter"
 MFA_FORMS = {
     "authenticate": "controlplane.identity.adapters.OnceForm",
     "reauthenticate": "controlplane.identity.adapters.OnceAgainForm",
+    "add_webauthn": "controlplane.identity.key_answers.AddKeyForm",
+    "authenticate_webauthn": "controlplane.identity.key_answers.UseKeyForm",
+    "reauthenticate_webauthn": "controlplane.identity.key_answers.UseKeyAgainForm",
 }
 MFA_ALLOW_UNVERIFIED_EMAIL = True  # as above: every address is verified before there is an account
 MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]

@@ -84,6 +84,7 @@ def test_every_operation_keeps_to_the_document(case: Any, caller: dict[str, Any]
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # 200 calls, perhaps on a machine that others use
 @schema.parametrize()
 @generated(200)
 def test_every_operation_keeps_to_the_document_for_long(case: Any, caller: dict[str, Any]) -> None:
