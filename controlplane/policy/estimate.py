@@ -8,8 +8,7 @@ the settle corrects them. Each (tenant, model) keeps one `Calibration`, moved by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from controlplane.policy import lengths
 
@@ -32,8 +31,7 @@ _SPREADS: Final = 4.0
 _LEAST_MARGIN, _MOST_MARGIN = 1 / 64, 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(NamedTuple):  # two a request: a frozen dataclass takes four times as long to make
     """Of one (tenant, model), exponentially weighted: exact over raw prompt tokens after `n` requests, and
     tokens of an answer after `n_answers`."""
 
