@@ -122,16 +122,15 @@ def chunk(found: Pace, promise: Promise, wish: Wish, n_running: int) -> tuple[in
 
 def portion(found: Pace, promise: Promise, n_running: int, chunk_tokens: int) -> tuple[int, str]:
     """(new tokens of one prompt in a step, 0 = all that has room; why). vLLM goes on with prompts before it begins
-    others, so that a short one would wait for the whole of every long one that came before it. A third, not half: now
-    and then two long ones are computed at once, and halves would leave a short one nothing (docs/operations.md)."""
+    others, so that a short one would wait for the whole of every long one that came before it."""
     if promise.itl_ms >= RELAXED_MS:
         return 0, "nobody watches this class: a prompt may have a whole step"
-    third = (chunk_tokens - min(n_running, chunk_tokens // 2)) // 3
+    half = (chunk_tokens - min(n_running, chunk_tokens // 2)) // 2
     long = 8 * chunk_tokens
-    alone_ms, shared_ms = found.prefill_ms(long, chunk_tokens), found.prefill_ms(long, third)
-    return third, (
-        f"a third of what a step has for prompts, so that a short one finds room beside two long ones; {long} tokens "
-        f"alone take {shared_ms:.0f} ms instead of {alone_ms:.0f} ms"
+    alone_ms, shared_ms = found.prefill_ms(long, chunk_tokens), found.prefill_ms(long, half)
+    return half, (
+        f"half of what a step has for prompts, so that a short one finds room beside a long one; {long} tokens alone "
+        f"take {shared_ms:.0f} ms instead of {alone_ms:.0f} ms"
     )
 
 
