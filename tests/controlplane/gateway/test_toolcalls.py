@@ -64,6 +64,13 @@ def test_what_is_held_back_is_bounded() -> None:
     assert len(read(written(*A) * (MAX_CALLS + 3))[1]) == MAX_CALLS
 
 
+def test_where_a_call_stops_being_read_at_once_does_not_hang_on_the_cuts() -> None:
+    head = '{"name": "a", "arguments": '
+    for n_more, arguments in ((0, '{"x": 1}'), (1, '{"x":1}')):
+        text = OPEN + " " * (MAX_HEAD - len(head) + n_more) + head + '{"x": 1}}' + CLOSE
+        assert read(text) == read(*text) == ("", [("a", arguments)])
+
+
 def test_arguments_are_told_as_they_come_and_text_that_is_none_at_once() -> None:
     reader = CallReader()
     assert reader.read("Well <").content == "Well"
