@@ -114,3 +114,10 @@ def test_tokens_after_a_stop_string_do_not_count(tokenizer) -> None:
 
 def test_special_tokens_have_no_text(tokenizer) -> None:
     assert decode(tokenizer, [5], [tokenizer.encode("a<|eos|>b").ids], ()) == ["ab"]
+
+
+def test_special_tokens_that_are_asked_for_have_their_text(tokenizer) -> None:
+    tag = tokenizer.token_to_id("<|tool|>")
+    ids = [*tokenizer.encode("a").ids, tag, *tokenizer.encode(" b").ids]
+    detokenizer = Detokenizer(tokenizer, [5], (), {tag: "<|tool|>"})
+    assert detokenizer.push(ids, final=True) == (len(ids), "a<|tool|> b")
