@@ -45,7 +45,9 @@ class NewEndCustomerLimits(LimitsValue):
         examples=["cust-4711"],
     )
     customer: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{LENGTH}}}$")] | None = Field(
-        default=None, description="In place of end_customer: its pseudonym, as usage and lists show it"
+        default=None,
+        description="In place of end_customer: its pseudonym, as usage and lists show it",
+        examples=[None],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Annotated
 
 from ninja import Field, Query, Router, Schema
 
@@ -47,6 +48,13 @@ def grant_out(row: Grant) -> GrantOut:
     )
 
 
+class GrantHeldQuery(PageQuery):
+    """Which grants."""
+
+    name: Annotated[str, Field(max_length=64)] | None = Field(default=None, description="Of the deployment")
+    project_id: ProjectId | None = None
+
+
 @operation(router, "GET", "/grants", Permission.DEPLOYMENTS_READ, Page[GrantOut])
 def list_grants(request: ApiRequest, query: Query[GrantQuery]) -> Page[GrantOut]:
     """Grants that you gave, newest first."""
@@ -57,9 +65,14 @@ def list_grants(request: ApiRequest, query: Query[GrantQuery]) -> Page[GrantOut]
 
 
 @operation(router, "GET", "/grants-held", Permission.DEPLOYMENTS_READ, Page[GrantOut])
-def list_grants_held(request: ApiRequest, query: Query[PageQuery]) -> Page[GrantOut]:
+def list_grants_held(request: ApiRequest, query: Query[GrantHeldQuery]) -> Page[GrantOut]:
     """Grants that others gave you, newest first: what your keys may call besides your own deployments."""
-    return page(Grant.objects.filter(grantee_id=request.caller.organization_id), query, grant_out)
+    rows = Grant.objects.filter(grantee_id=request.caller.organization_id)
+    if query.name is not None:
+        rows = rows.filter(name=query.name)
+    if query.project_id is not None:
+        rows = rows.filter(project_id=query.project_id)
+    return page(rows, query, grant_out)
 
 
 @operation(router, "DELETE", "/grants/{grant_id}", Permission.DEPLOYMENTS_WRITE, None, status=204)

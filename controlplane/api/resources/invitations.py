@@ -35,6 +35,13 @@ class InvitationOut(Schema):
     expires_at: datetime
 
 
+class InvitationQuery(PageQuery):
+    """Which invitations."""
+
+    email: Annotated[str, Field(max_length=254)] | None = None
+    status: Literal["open", "accepted", "revoked", "expired"] | None = None
+
+
 class NewInvitation(Body):
     """Whom to invite as what."""
 
@@ -56,9 +63,19 @@ def invitation_out(row: Invitation) -> InvitationOut:
 
 
 @operation(router, "GET", "/invitations", Permission.MEMBERS_READ, Page[InvitationOut])
-def list_invitations(request: ApiRequest, query: Query[PageQuery]) -> Page[InvitationOut]:
+def list_invitations(request: ApiRequest, query: Query[InvitationQuery]) -> Page[InvitationOut]:
     """Invitations, newest first, those that ended included."""
     rows = Invitation.objects.filter(organization_id=request.caller.organization_id)
+    if query.email is not None:
+        rows = rows.filter(email=query.email.lower())
+    if query.status == "accepted":
+        rows = rows.exclude(accepted_at=None)
+    elif query.status == "revoked":
+        rows = rows.exclude(revoked_at=None)
+    elif query.status is not None:
+        rows = rows.filter(accepted_at=None, revoked_at=None)
+        late = {"expires_at__lte": timezone.now()}
+        rows = rows.filter(**late) if query.status == "expired" else rows.exclude(**late)
     return page(rows, query, invitation_out)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from django.db.models import Model
-from ninja import Query, Router, Schema
+from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
@@ -40,6 +40,7 @@ class MemberQuery(PageQuery):
     """Which members."""
 
     role: Role | None = None
+    email: Annotated[str, Field(max_length=254)] | None = None
 
 
 def member_out(row: Member) -> MemberOut:
@@ -64,6 +65,8 @@ def list_members(request: ApiRequest, query: Query[MemberQuery]) -> Page[MemberO
     rows = Member.objects.filter(organization_id=request.caller.organization_id).select_related("user")
     if query.role is not None:
         rows = rows.filter(role=query.role)
+    if query.email is not None:
+        rows = rows.filter(user__email=query.email.lower())
     return page(rows, query, member_out)
 
 

@@ -35,6 +35,19 @@ class NewServiceAccount(Body):
     role: Role
 
 
+class ServiceAccountQuery(PageQuery):
+    """Which service accounts."""
+
+    name: Annotated[str, Field(max_length=120)] | None = None
+    role: Role | None = None
+
+
+class TokenQuery(PageQuery):
+    """Which tokens."""
+
+    revoked: bool | None = Field(default=None, description="true: only those; false: only others")
+
+
 class TokenOut(Schema):
     """A management token, without its secret."""
 
@@ -85,9 +98,13 @@ def _current(request: ApiRequest, account_id: ServiceAccountId, **_: object) -> 
 
 
 @operation(router, "GET", "/service-accounts", Permission.SERVICE_ACCOUNTS_READ, Page[ServiceAccountOut])
-def list_service_accounts(request: ApiRequest, query: Query[PageQuery]) -> Page[ServiceAccountOut]:
+def list_service_accounts(request: ApiRequest, query: Query[ServiceAccountQuery]) -> Page[ServiceAccountOut]:
     """Service accounts, newest first."""
     rows = ServiceAccount.objects.filter(organization_id=request.caller.organization_id, deleted_at=None)
+    if query.name is not None:
+        rows = rows.filter(name=query.name)
+    if query.role is not None:
+        rows = rows.filter(role=query.role)
     return page(rows, query, account_out)
 
 
@@ -143,11 +160,15 @@ def delete_service_account(request: ApiRequest, account_id: ServiceAccountId) ->
     Permission.SERVICE_ACCOUNTS_READ,
     Page[TokenOut],
 )
-def list_tokens(request: ApiRequest, account_id: ServiceAccountId, query: Query[PageQuery]) -> Page[TokenOut]:
+def list_tokens(
+    request: ApiRequest, account_id: ServiceAccountId, query: Query[TokenQuery]
+) -> Page[TokenOut]:
     """Tokens of a service account, newest first, revoked ones included."""
     organization_id = request.caller.organization_id
     account = accounts.service_account(organization_id=organization_id, account_id=account_id)
     rows = ManagementToken.objects.filter(organization_id=organization_id, service_account=account)
+    if query.revoked is not None:
+        rows = rows.filter(revoked_at__isnull=not query.revoked)
     return page(rows, query, lambda row: TokenOut(**_facts(row)))
 
 

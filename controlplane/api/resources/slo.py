@@ -264,6 +264,14 @@ def alert_out(row: SloAlert) -> SloAlertOut:
     )
 
 
+class SloAlertQuery(PageQuery):
+    """Which alerts."""
+
+    project_id: ProjectId | None = None
+    slo_class: Annotated[str, Field(max_length=16)] | None = None
+    open: bool | None = Field(default=None, description="true: those without an end; false: those that ended")
+
+
 @operation(router, "GET", "/slo/attainment", Permission.USAGE_READ, AttainmentOut)
 def get_attainment(request: ApiRequest, query: Query[AttainmentQuery]) -> AttainmentOut:
     """Share of requests that kept their promise, error budget and burn rates, by class. Some seconds behind."""
@@ -283,9 +291,16 @@ def get_attainment(request: ApiRequest, query: Query[AttainmentQuery]) -> Attain
 
 
 @operation(router, "GET", "/slo/alerts", Permission.USAGE_READ, Page[SloAlertOut])
-def list_slo_alerts(request: ApiRequest, query: Query[PageQuery]) -> Page[SloAlertOut]:
+def list_slo_alerts(request: ApiRequest, query: Query[SloAlertQuery]) -> Page[SloAlertOut]:
     """Alerts about error budgets, newest first; those without an end are open."""
-    return page(SloAlert.objects.filter(organization_id=request.caller.organization_id), query, alert_out)
+    rows = SloAlert.objects.filter(organization_id=request.caller.organization_id)
+    if query.project_id is not None:
+        rows = rows.filter(project_id=query.project_id)
+    if query.slo_class is not None:
+        rows = rows.filter(slo_class=query.slo_class)
+    if query.open is not None:
+        rows = rows.filter(ended_at__isnull=query.open)
+    return page(rows, query, alert_out)
 
 
 def _attained(row: attainment.Attained, rates: dict[str, Counts]) -> AttainedOut:

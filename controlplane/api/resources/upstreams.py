@@ -144,6 +144,22 @@ class UpstreamChange(_Settings):
     model: _Model | None = None
 
 
+class UpstreamQuery(PageQuery):
+    """Which endpoints."""
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    deployment_id: DeploymentId | None = None
+    role: UpstreamRole | None = None
+    enabled: bool | None = None
+
+
+class ShadowResultQuery(PageQuery):
+    """Which results."""
+
+    failed: bool | None = Field(default=None, description="true: the shadow gave no answer; false: it did")
+    is_same: bool | None = Field(default=None, description="Of greedy requests: letter for letter, or not")
+
+
 class UpstreamUse(Schema):
     """What an endpoint was used for, and, of a shadow, how its answers compare. Money in nano-dollars."""
 
@@ -266,9 +282,18 @@ def _change(body: _Settings) -> Change:
 
 
 @operation(router, "GET", "/upstreams", Permission.UPSTREAMS_READ, Page[UpstreamOut])
-def list_upstreams(request: ApiRequest, query: Query[PageQuery]) -> Page[UpstreamOut]:
+def list_upstreams(request: ApiRequest, query: Query[UpstreamQuery]) -> Page[UpstreamOut]:
     """Endpoints that are attached to deployments, newest first."""
-    return page(selectors.upstreams(organization_id=request.caller.organization_id), query, upstream_out)
+    rows = selectors.upstreams(organization_id=request.caller.organization_id)
+    if query.name is not None:
+        rows = rows.filter(name=query.name)
+    if query.deployment_id is not None:
+        rows = rows.filter(deployment_id=query.deployment_id)
+    if query.role is not None:
+        rows = rows.filter(role=query.role)
+    if query.enabled is not None:
+        rows = rows.filter(disabled_at__isnull=query.enabled)
+    return page(rows, query, upstream_out)
 
 
 @operation(router, "POST", "/upstreams", Permission.UPSTREAMS_WRITE, UpstreamOut, status=201)
@@ -355,12 +380,16 @@ def get_upstream_use(request: ApiRequest, upstream_id: UpstreamId, query: Query[
     router, "GET", "/upstreams/{upstream_id}/shadow-results", Permission.UPSTREAMS_READ, Page[ShadowResultOut]
 )
 def list_shadow_results(
-    request: ApiRequest, upstream_id: UpstreamId, query: Query[PageQuery]
+    request: ApiRequest, upstream_id: UpstreamId, query: Query[ShadowResultQuery]
 ) -> Page[ShadowResultOut]:
     """What a shadow made of the requests it was copied, newest first; kept for a month."""
     organization_id = request.caller.organization_id
     selectors.upstream(organization_id=organization_id, upstream_id=upstream_id)
     rows = selectors.shadow_results(organization_id=organization_id, upstream_id=upstream_id)
+    if query.failed is not None:
+        rows = rows.exclude(status=200) if query.failed else rows.filter(status=200)
+    if query.is_same is not None:
+        rows = rows.filter(is_same=query.is_same)
     return page(rows, query, shadow_out)
 
 

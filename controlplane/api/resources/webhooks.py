@@ -75,6 +75,20 @@ class Rotation(Body):
     """Nothing needs saying."""
 
 
+class WebhookQuery(PageQuery):
+    """Which endpoints."""
+
+    url: Annotated[str, Field(max_length=MAX_URL)] | None = None
+    enabled: bool | None = None
+
+
+class DeliveryQuery(PageQuery):
+    """Which deliveries."""
+
+    state: State | None = None
+    kind: Annotated[str, Field(max_length=40)] | None = Field(default=None, description="Of the event")
+
+
 class DeliveryOut(Schema):
     """One event for one endpoint."""
 
@@ -133,9 +147,14 @@ def _current(request: ApiRequest, webhook_id: WebhookId, **_: object) -> tuple[M
 
 
 @operation(router, "GET", "/webhooks", Permission.WEBHOOKS_READ, Page[WebhookOut])
-def list_webhooks(request: ApiRequest, query: Query[PageQuery]) -> Page[WebhookOut]:
+def list_webhooks(request: ApiRequest, query: Query[WebhookQuery]) -> Page[WebhookOut]:
     """Endpoints, newest first."""
-    return page(selectors.endpoints(organization_id=request.caller.organization_id), query, webhook_out)
+    rows = selectors.endpoints(organization_id=request.caller.organization_id)
+    if query.url is not None:
+        rows = rows.filter(url=query.url)
+    if query.enabled is not None:
+        rows = rows.filter(disabled_at__isnull=query.enabled)
+    return page(rows, query, webhook_out)
 
 
 @operation(router, "POST", "/webhooks", Permission.WEBHOOKS_WRITE, CreatedWebhook, status=201)
@@ -198,11 +217,17 @@ def try_webhook(request: ApiRequest, webhook_id: WebhookId, body: Rotation) -> D
 
 
 @operation(router, "GET", "/webhooks/{webhook_id}/deliveries", Permission.WEBHOOKS_READ, Page[DeliveryOut])
-def list_deliveries(request: ApiRequest, webhook_id: WebhookId, query: Query[PageQuery]) -> Page[DeliveryOut]:
+def list_deliveries(
+    request: ApiRequest, webhook_id: WebhookId, query: Query[DeliveryQuery]
+) -> Page[DeliveryOut]:
     """What was, or will be, sent to an endpoint, newest first; kept for a month."""
     organization_id = request.caller.organization_id
     selectors.endpoint(organization_id=organization_id, endpoint_id=webhook_id)
     rows = selectors.deliveries(organization_id=organization_id, endpoint_id=webhook_id)
+    if query.state is not None:
+        rows = rows.filter(state=query.state)
+    if query.kind is not None:
+        rows = rows.filter(event__kind=query.kind)
     return page(rows, query, delivery_out)
 
 
