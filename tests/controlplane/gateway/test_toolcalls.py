@@ -30,6 +30,9 @@ def read(*portions: str, only_one: bool = False) -> tuple[str, list[tuple[str, s
         # Cut off: in its arguments it is a call, before them it is text.
         (written(*B)[:60], "", [("get_weather", B[1][:11])]),
         ('<tool_call>\n{"name": "get_', '<tool_call>\n{"name": "get_', []),
+        # The next call's first characters are no text; without a call before them they are.
+        (written(*A) + "\n<tool_c", "", [A]),
+        (written(*A) + "\n<b", "\n<b", [A]),
         # Without its end tag; with other spacing, another order, another name, arguments as text or none.
         (written(*A).removesuffix(CLOSE), "", [A]),
         (written(*A).removesuffix("\n" + CLOSE) + OPEN + written(*B).removeprefix(OPEN), "", [A, B]),
