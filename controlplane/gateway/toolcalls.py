@@ -202,7 +202,8 @@ class CallReader:
     def _finish(self) -> None:
         held, self._held = self._held, ""
         if self._in is _In.TEXT:
-            cut_off = self.n_calls and OPEN.startswith(held.strip())  # nothing, or the next call's first characters
+            # Nothing, or the first characters of the next call.
+            cut_off = self.n_calls and OPEN.startswith(held.strip())
             if not cut_off:
                 self._say(held)
         elif self._in in (_In.HEAD, _In.WHOLE) and not self._complete(held):
