@@ -302,7 +302,7 @@ def test_a_request_outlives_its_gateway_and_is_billed_once(w: World) -> None:
 
 def test_a_client_that_comes_back_gets_the_rest_from_another_gateway(w: World) -> None:
     async def story() -> None:
-        stream = w.client.ask("question", 150, door=w.doors[0], returns=True)
+        stream = w.client.ask("question", 400, door=w.doors[0], returns=True)
         plain = w.client.ask(
             "other", LONG, door=w.doors[0], streaming=False, returns=True, idempotency_key="key"
         )
