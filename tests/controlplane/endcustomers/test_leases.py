@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+import psycopg
 import pytest
 import redis
 from django.db import connections
@@ -236,23 +237,30 @@ def test_of_a_redis_that_forgot_it_counts_until_all_of_it_must_have_ended(sides:
     assert not EndCustomerLease.objects.using("operator").filter(cell="c1").exists()
 
 
-def test_leases_asked_for_at_once_never_sum_to_more(sides: tuple[Side, Side]) -> None:
+def test_leases_asked_for_at_once_never_sum_to_more(
+    sides: tuple[Side, Side], pg_server: EmbeddedPostgres
+) -> None:
+    """The second question waits for the first one's transaction, or it would not see what that grants."""
     project = sides[0].world.project.id.hex
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
 
-    async def all_at_once() -> None:
-        await asyncio.gather(
-            *(
-                side.directory.lease_end(project, ANN, used=Nano(0), idle=False, need=Nano(need))
-                for need in range(100, 900, 100)
-                for side in sides
+    async def both() -> None:
+        async with await psycopg.AsyncConnection.connect(pg_server.dsn("app")) as first:
+            await first.execute("SELECT corral_lease_end(%s, %s, 'c0', 0, true, 1000)", [project, ANN])
+            second = asyncio.ensure_future(
+                sides[1].directory.lease_end(project, ANN, used=Nano(0), idle=True, need=Nano(1_000))
             )
-        )
+            while not second.done():  # bounded by the directory's own time
+                found = await (await first.execute(waiting)).fetchone()
+                if found and found[0]:
+                    break
+                await asyncio.sleep(0.01)
+            await first.commit()
+            await second
 
-    for n in range(6):
-        EndCustomerLease.objects.using("operator").all().delete()
-        sides[0].await_(all_at_once())
-        granted = EndCustomerLease.objects.using("operator").values_list("granted", flat=True)
-        assert len(granted) == 2 and sum(granted) <= MOST, n
+    sides[0].await_(both())
+    granted = EndCustomerLease.objects.using("operator").values_list("granted", flat=True)
+    assert sorted(granted) == [1_000, 4_000]
 
 
 def test_a_cell_without_a_share_of_its_tenants_limits_gets_none(sides: tuple[Side, Side]) -> None:
