@@ -65,7 +65,9 @@ def test_a_drill_that_cannot_be_carried_out_says_so_and_is_no_pass(stack: BenchS
     "name", ["kill-engine", "hang-engine", "spot-notice", "duplicate", "kill-agent", "poison"]
 )
 def test_sixty_four_streams(stack: BenchStack, name: str) -> None:
-    assert_nothing_lost(drill(stack, name), 64)
+    # A replacement takes 20 s on a busy machine: streams that have ended before the drain are handed to nobody.
+    longer = ("--tokens", "3000") if name == "spot-notice" else ()
+    assert_nothing_lost(drill(stack, name, *longer), 64)
 
 
 @pytest.mark.full
