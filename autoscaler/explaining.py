@@ -49,7 +49,7 @@ class Explanation:
     """A decision whole, as JSON values, with its replay. `about`: the deployment's name, or the pool's."""
 
     id: str
-    kind: str  # tick, purchase or pool
+    kind: str  # tick, or what PoolDecisionKind knows
     about: str
     at: str
     policy_version: str

@@ -19,6 +19,14 @@ _HEADS: Final = {
     "give_up": "which machine to give up",
     "rest": "what a pool without work keeps",
 }
+_MACHINE_ORDERS: Final = (
+    ("give_up", "give up"),
+    ("cancel", "cancel"),
+    ("stop", "stop"),
+    ("end", "end"),
+    ("quarantine", "quarantine"),
+    ("lift", "let stay"),
+)
 _PREFIX: Final = {"machine": "mch_", "retire": "rep_", "give_up": "mch_"}
 
 
@@ -29,6 +37,7 @@ def lines(explained: Explanation) -> Iterator[str]:
         "purchase": "purchase for the",
         "pool": "turn of the",
         "health": "health of the",
+        "operator": "an operator's order in the",
     }.get(explained.kind, "")
     yield f"{explained.id}  {explained.at[:19].replace('T', ' ')} UTC  {what} {explained.about}"
     yield f"policy {explained.policy_version or 'unknown: it was not kept then'}"
@@ -36,7 +45,9 @@ def lines(explained: Explanation) -> Iterator[str]:
         yield f"its owner reads it at {explained.link} and replays it at {explained.link}/replay"
     yield ""
     yield "seen"
-    read = {"tick": _tick_seen, "health": _health_seen}.get(explained.kind, _pool_seen)
+    read = {"tick": _tick_seen, "health": _health_seen, "operator": _operator_seen}.get(
+        explained.kind, _pool_seen
+    )
     seen = read(explained.inputs)
     yield from (f"  {line}" for line in seen)
     yield from _weighed(explained.alternatives)
@@ -51,7 +62,10 @@ def lines(explained: Explanation) -> Iterator[str]:
     else:
         yield from (f"  {line}" for order in explained.orders for line in _outcome(order))
     yield ""
-    yield explained.replayed.words
+    if explained.kind == "operator":
+        yield "a person decided this: there is no policy to ask again"
+    else:
+        yield explained.replayed.words
 
 
 def _tick_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
@@ -111,6 +125,11 @@ def _health_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
             yield f"mch_{each.get('id')} GPU {gpu.get('index')}: {', '.join(told) or 'nothing to say'}"
 
 
+def _operator_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
+    yield f"mch_{inputs.get('machine_id')} was {inputs.get('state')}"
+    yield f"{inputs.get('by')} gave the order"
+
+
 def _weighed(alternatives: list[dict[str, Any]]) -> Iterator[str]:
     for question in dict.fromkeys(str(each.get("question")) for each in alternatives):
         yield ""
@@ -149,6 +168,8 @@ def _outcome(outcome: Any) -> Iterator[str]:
     for each in outcome.get("buy", []):
         stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else ""
         yield f"order   buy {each.get('offer')}{stands_in}"
-    for name, what in (("give_up", "give up"), ("cancel", "cancel"), ("quarantine", "quarantine")):
+    for name, what in _MACHINE_ORDERS:
         for each in outcome.get(name, []):
             yield f"order   {what} mch_{each.get('machine_id')} ({each.get('why')})"
+    for each in outcome.get("start", []):
+        yield f"order   start mch_{each} again"

@@ -1,7 +1,7 @@
 """Keeps what was decided for a pool: inputs, outcome, what was passed over, and by which policy; decides it again.
 
-Called by market.py (purchases), pool.py (the pool's own turn), health.py (sick machines), and by whoever explains. The
-house's alone: no tenant sees these rows.
+Called by market.py (purchases), pool.py (the pool's own turn), health.py (sick machines), quarantine.py (an operator's
+own orders), and by whoever explains. The house's alone: no tenant sees these rows.
 """
 
 from __future__ import annotations
@@ -54,4 +54,6 @@ def replay(row: PoolDecision) -> Any:
         return to_json(plan_pool(from_json(PoolInputs, row.inputs))[0])
     if row.kind == PoolDecisionKind.HEALTH:
         return to_json(judge(from_json(HealthInputs, row.inputs)))
+    if row.kind == PoolDecisionKind.OPERATOR:
+        return row.outcome  # a person decided
     return to_json(from_json(Purchase, row.inputs).plan()[0])

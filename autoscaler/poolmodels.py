@@ -15,6 +15,7 @@ class PoolDecisionKind(models.TextChoices):
 
     PURCHASE = "purchase"  # what the machine of one order may be: policy/market.py
     HEALTH = "health"  # which machines are given up because a GPU is sick: policy/gpuhealth.py
+    OPERATOR = "operator"  # a machine quarantined by hand, or left in after all: quarantine.py
     POOL = "pool"  # what else to buy and what to give up: policy/poolplan.py
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from django.db.models import Max
+from django.db.models import F, Max
+from django.db.models.functions import Coalesce, NullIf
 
 from autoscaler import timings
 from autoscaler.config import AutoscalerConfig
@@ -17,14 +18,15 @@ UNKNOWN_WAKE_RATIO = 0.5  # of a start, until one has woken: it has its process 
 
 def rungs(deployment: Deployment, config: AutoscalerConfig) -> tuple[tuple[Rung, ...], Stakes | None]:
     """None where its engine does not sleep, or the house does not want it. The place that a sleeper gave up costs as
-    much as one on the dearest machine that could hold it.
+    much as the dearest one of a machine that could hold it.
     """
     level = deployment.engine_profile.get("sleep_level", 0)
     if not level or not config.warm_ladder or not config.sleepers_per_machine:
         return (), None
     pool = Machine.objects.filter(cell=deployment.cell, provider=config.provider, state=MachineState.READY)
-    dearest_nano = pool.aggregate(dearest=Max("price_nano_per_h"))["dearest"] or config.machine_nano_per_h
-    place_usd = dearest_nano / NANO / config.replicas_per_machine
+    n_places = Coalesce(NullIf("n_places", 0), config.replicas_per_machine)
+    dearest_nano = pool.aggregate(dearest=Max(F("price_nano_per_h") / n_places))["dearest"]
+    place_usd = (dearest_nano or config.machine_nano_per_h / config.replicas_per_machine) / NANO
     known = timings.read(config.provider, deployment.model_version.digest)
     if known.starting_replica is None or known.loading_model is None:
         start_s = timings.usual_start_s(config.provider)

@@ -13,6 +13,7 @@ from django.utils import timezone
 from autoscaler.config import AutoscalerConfig
 from autoscaler.market import STALE_AFTER
 from autoscaler.models import LIVE_PHASES, Decision, Replica
+from autoscaler.policy.sizes import places
 from controlplane.errors import NotFoundError
 
 
@@ -63,14 +64,32 @@ def is_mine_alone(*, machine_id: UUID) -> bool:
         return bool(cursor.fetchone()[0])
 
 
-def machine_price_nano_per_h(config: AutoscalerConfig, cell: str) -> int:
-    """Of one more machine of the pool: the cheapest on-demand offer, else any; as configured where there are none."""
+@dataclass(frozen=True, slots=True)
+class MachineKind:
+    """A kind of machine that may be bought: its price, and how many replicas share it."""
+
+    price_nano_per_h: int
+    n_places: int
+
+
+def next_machine(config: AutoscalerConfig, cell: str) -> MachineKind:
+    """One more of the pool's: on-demand rather than spot, the one whose replicas cost least each; as configured where
+    nothing is sold that holds one."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT corral_machine_price(%s, %s, %s)", [cell, config.provider, timezone.now() - STALE_AFTER]
+            "SELECT * FROM corral_machine_kinds(%s, %s, %s)",
+            [cell, config.provider, timezone.now() - STALE_AFTER],
         )
-        found = cursor.fetchone()[0]
-    return config.machine_nano_per_h if found is None else int(found)
+        rows = cursor.fetchall()
+    found = [
+        (is_spot, price / n, n, price)
+        for is_spot, gpu, n_gpus, price in rows
+        if (n := places(config.need, gpu, n_gpus, config.replicas_per_machine))
+    ]
+    if not found:
+        return MachineKind(config.machine_nano_per_h, config.replicas_per_machine)
+    _, _, n_places, price_nano_per_h = min(found)
+    return MachineKind(price_nano_per_h, n_places)
 
 
 def replica(*, organization_id: UUID, replica_id: UUID) -> Replica:

@@ -57,8 +57,13 @@ class FromTo(Schema):
 class Cost(Schema):
     """What the change does to the rate of spending on machines. A replica's part of its machine is reckoned."""
 
-    machine_nano_per_h: int = Field(description="Price of one machine", examples=[1_006_000_000])
-    replicas_per_machine: int
+    machine_nano_per_h: int = Field(
+        description="Price of one more machine, of the size whose replicas cost least each",
+        examples=[1_006_000_000],
+    )
+    replicas_per_machine: int = Field(
+        description="Replicas that share it, each on GPUs of its own", examples=[4]
+    )
     least_nano_per_h: FromTo = Field(description="With the least replicas that are kept")
     most_nano_per_h: FromTo = Field(description="With the most replicas that load may bring")
 

@@ -18,7 +18,7 @@ from django.utils.dateparse import parse_datetime
 from autoscaler.house import build_cell
 from autoscaler.longoperations import DRAIN_MACHINE, DRAIN_REPLICA
 from autoscaler.models import Replica, ReplicaPhase
-from autoscaler.selectors import machine_price_nano_per_h
+from autoscaler.selectors import next_machine
 from autoscaler.specs import engine_digest
 from controlplane import ids
 from controlplane.api.plandocument import (
@@ -55,14 +55,14 @@ def cost_of(organization_id: UUID, written: Sequence[Written]) -> Cost | None:
     if least[0] == least[1] and most[0] == most[1]:
         return None
 
-    price = machine_price_nano_per_h(config, settings.ENV.cell)
+    kind = next_machine(config, settings.ENV.cell)
 
     def nano(n_replicas: int) -> int:
-        return -(-n_replicas * price // config.replicas_per_machine)
+        return -(-n_replicas * kind.price_nano_per_h // kind.n_places)
 
     return Cost(
-        machine_nano_per_h=price,
-        replicas_per_machine=config.replicas_per_machine,
+        machine_nano_per_h=kind.price_nano_per_h,
+        replicas_per_machine=kind.n_places,
         least_nano_per_h=FromTo(before=nano(least[0]), after=nano(least[1])),
         most_nano_per_h=FromTo(before=nano(most[0]), after=nano(most[1])),
     )

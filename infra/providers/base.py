@@ -149,6 +149,9 @@ class Provider(Protocol):
     def leaving(self, ref: str, in_s: float) -> None:
         """We move everything off it, within `in_s`. Where machines share a computer, its successor takes its place."""
 
+    def staying(self, ref: str) -> None:
+        """It stays after all: takes `leaving` back, and nothing that the provider itself announced. May be repeated."""
+
     def describe(self) -> list[ProviderMachine]:
         """Every machine of ours that exists, known to the caller or not."""
 

@@ -162,6 +162,12 @@ class LocalProvider:
         if directory.is_dir() and _notice_of(directory) is None:
             give_notice(directory, in_s)
 
+    def staying(self, ref: str) -> None:
+        """The notice is withdrawn, unless it has run out."""
+        directory = self._dir(ref)
+        if not _is_taken(directory):
+            (directory / "notice.json").unlink(missing_ok=True)
+
     def describe(self) -> list[ProviderMachine]:
         """See Provider; oldest first. Whose notice has run out is ended first, ready or not."""
         for path in self.root.glob("*/notice.json"):

@@ -103,6 +103,9 @@ class FakeProvider:
     def leaving(self, ref: str, in_s: float) -> None:
         self.left.append(ref)
 
+    def staying(self, ref: str) -> None:
+        self.left.remove(ref)
+
     def describe(self) -> list[ProviderMachine]:
         if self.n_blind:
             self.n_blind -= 1

@@ -18,6 +18,7 @@ from autoscaler.watch.recorder import Recorder
 from autoscaler.watch.watcher import Watcher
 from tests.autoscaler.conftest import Scaling
 from tests.autoscaler.test_from_zero import real  # noqa: F401
+from tests.cloud.asking import Asker
 from workers.contract import ReplicaPhase as Reported
 from workers.contract import ReplicaStatus
 
@@ -170,34 +171,27 @@ def test_it_sleeps_and_wakes_with_real_processes(
     cell, did = real.house.cell, real.deployment.id.hex
     profile: dict[str, Any] = {"sleep_level": 1, "toy_weights_bytes": 8 << 20, "kv_cache_bytes": 64 << 20}
     real.change(engine_profile={**real.deployment.engine_profile, **profile}, idle_timeout_s=1)
-    real.queue("first")
-    cell.redis.publish(cell.keys.wake_channel, did)
+    asker = Asker(cell, did)
+    request = asker.ask("first")
     eventually(lambda: len(cell.routed(did)) == 1, "a replica is routed to", 60)
     first = real.replica()
     machine = real.machine()
     pid = cell.read_actual([(first.id.hex, machine.id.hex)])[first.id.hex].pid
+    eventually(lambda: asker.answer(request)[1], "it is answered", 20)
+    asker.settle(request)
     eventually(
-        lambda: cell.redis.hget(cell.keys.replica(first.id.hex), "used") == b"0" or _end(real), "end", 20
-    )
-    eventually(
-        lambda: real.tick() and real.replica().phase == ReplicaPhase.SLEEPING, "it is put to sleep", 60
+        lambda: real.tick() and real.replica().phase == ReplicaPhase.SLEEPING, "it is put to sleep", 120
     )
 
     def sleeps() -> bool:
         return cell.read_actual([(first.id.hex, machine.id.hex)])[first.id.hex].asleep
 
     eventually(sleeps, "its front sleeps", 20)
-    real.queue("second")
-    cell.redis.publish(cell.keys.wake_channel, did)
+    request = asker.ask("second")
     eventually(lambda: [r.hex for r in cell.routed(did)] == [first.id.hex], "it is woken", 20)
     eventually(lambda: real.replica().phase == ReplicaPhase.READY, "its row says so", 20)
     assert cell.read_actual([(first.id.hex, machine.id.hex)])[first.id.hex].pid == pid
     assert Replica.objects.count() == 1 and Machine.objects.count() == 1
+    eventually(lambda: asker.answer(request)[1], "and it answers", 20)
     assert StartTiming.objects.filter(stage="waking_replica").exists()
-
-
-def _end(real: Scaling) -> bool:  # noqa: F811
-    """The request of nobody ends as its gateway would end it."""
-    cell = real.house.cell
-    cell.redis.hset(cell.keys.replica(real.replica().id.hex), "used", 0)
-    return False
+    asker.close()

@@ -105,6 +105,9 @@ class AwsProvider:
     def leaving(self, ref: str, in_s: float) -> None:
         """Nothing: its successor is a computer of its own."""
 
+    def staying(self, ref: str) -> None:
+        """Nothing: `leaving` was nothing."""
+
     def describe(self) -> list[ProviderMachine]:
         """Instances with our cell's tag that are not terminated, oldest first."""
         filters = [

@@ -236,6 +236,36 @@ def test_replicas_and_their_streams_are_named_and_priced(api: Api, running: Any)
     assert (calm["disrupts"]["replicas"], calm["cost"]) == ([], None)
 
 
+def test_a_replica_is_priced_by_the_kind_of_machine_that_holds_it_most_cheaply(
+    api: Api, running: Any, settings: Any
+) -> None:
+    """The cheapest machine holds none, the next one place at 0.30 $, the big one four at 1.00 $; spot is cheaper still,
+    and not counted on."""
+    from dataclasses import replace
+
+    from django.utils import timezone
+
+    from autoscaler.models import Offer
+
+    settings.AUTOSCALER = replace(settings.AUTOSCALER, accelerator="l4")
+    kinds = [("t4", 1, False, 0.1), ("l4", 1, False, 0.3), ("l4", 4, False, 1.0), ("l4", 1, True, 0.05)]
+    with acting_as("corral_operator"):
+        for n, (gpu, n_gpus, is_spot, usd) in enumerate(kinds):
+            Offer.objects.create(
+                cell="c0", provider=settings.AUTOSCALER.provider, name=f"o{n}", instance_type=f"t{n}", zone="z",
+                is_spot=is_spot, gpu=gpu, n_gpus=n_gpus, price_nano_per_h=int(usd * 1e9), priced_at=timezone.now(),
+            )  # fmt: skip
+    path = f"/deployments/dep_{running.id.hex}?plan=true"
+    cost = api.call("PATCH", path, {"max_replicas": 6}).body["cost"]
+    assert (cost["machine_nano_per_h"], cost["replicas_per_machine"]) == (1_000_000_000, 4)
+    assert cost["most_nano_per_h"] == {"before": 750_000_000, "after": 1_500_000_000}
+    with acting_as("corral_operator"):
+        Offer.objects.filter(name="o2").delete()
+    cost = api.call("PATCH", path, {"max_replicas": 6}).body["cost"]
+    assert (cost["machine_nano_per_h"], cost["replicas_per_machine"]) == (300_000_000, 1)
+    assert cost["most_nano_per_h"] == {"before": 900_000_000, "after": 1_800_000_000}
+
+
 def test_streams_that_cannot_be_asked_are_null(
     api: Api, running: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
