@@ -35,15 +35,8 @@ class FinishReason(enum.StrEnum):
 
 
 class Endpoint(enum.StrEnum):
-    """Of /v1. MESSAGES is known to gateways alone: they make a chat of it, which is what replicas read."""
-
     CHAT = "chat"
     COMPLETIONS = "completions"
-    MESSAGES = "messages"
-
-    @property
-    def served_as(self) -> Endpoint:
-        return Endpoint.CHAT if self is Endpoint.MESSAGES else self
 
 
 class ReplicaPhase(enum.StrEnum):

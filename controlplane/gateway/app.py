@@ -37,20 +37,21 @@ from controlplane.gateway.messagewriter import error_body
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
 from controlplane.gateway.stream import Resumed
+from controlplane.gateway.surface import Surface, Translated
 from controlplane.tenants.key_scopes import Route
 from workers.contract import Endpoint
 
 log = logging.getLogger(__name__)
 
-_GENERATE: Final = {
+_GENERATE: Final[dict[str, Surface]] = {
     "/v1/chat/completions": Endpoint.CHAT,
     "/v1/completions": Endpoint.COMPLETIONS,
-    "/v1/messages": Endpoint.MESSAGES,
+    "/v1/messages": Translated.MESSAGES,
 }
-_ROUTES: Final = {
+_ROUTES: Final[dict[Surface | None, Route]] = {
     Endpoint.CHAT: Route.CHAT,
     Endpoint.COMPLETIONS: Route.COMPLETIONS,
-    Endpoint.MESSAGES: Route.CHAT,
+    Translated.MESSAGES: Route.CHAT,
     None: Route.REQUESTS,
 }
 _MODEL_PREFIX: Final = "/v1/models/"
@@ -119,7 +120,7 @@ class GatewayApp:
         path, method = scope["path"], scope["method"]
         endpoint = _GENERATE.get(path)
         if endpoint is not None and method == "POST":
-            if endpoint is Endpoint.MESSAGES:
+            if endpoint is Translated.MESSAGES:
                 own = (*own, (b"request-id", own[0][1]))  # where its SDK looks for it
             await self._generate(endpoint, request_id, scope, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
@@ -131,7 +132,7 @@ class GatewayApp:
 
     async def _generate(
         self,
-        endpoint: Endpoint | None,
+        endpoint: Surface | None,
         request_id: str,
         scope: Scope,
         headers: RequestHeaders,
@@ -288,16 +289,14 @@ class GatewayApp:
         send: Send,
         error: ApiError,
         own: Headers,
-        endpoint: Endpoint | None = None,
+        endpoint: Surface | None = None,
         *,
         head_only: bool = False,
     ) -> None:
         headers = (JSON, *own, *error.response_headers())
         await respond(send, error.status, _body_of(error, endpoint), headers, head_only=head_only)
 
-    def _record(
-        self, endpoint: Endpoint | None, request_id: str, outcome: Outcome, duration_s: float
-    ) -> None:
+    def _record(self, endpoint: Surface | None, request_id: str, outcome: Outcome, duration_s: float) -> None:
         metrics = self._metrics
         name = "events" if endpoint is None else endpoint.value
         metrics.requests[(name, outcome.status, outcome.code)] += 1
@@ -344,8 +343,8 @@ class GatewayApp:
         self._log.write(line)
 
 
-def _body_of(error: ApiError, endpoint: Endpoint | None) -> bytes:
-    return error_body(error) if endpoint is Endpoint.MESSAGES else error.body()
+def _body_of(error: ApiError, endpoint: Surface | None) -> bytes:
+    return error_body(error) if endpoint is Translated.MESSAGES else error.body()
 
 
 def _model_object(name: str, deployment: Deployment) -> dict[str, object]:

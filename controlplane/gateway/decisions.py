@@ -30,9 +30,9 @@ from controlplane.gateway.errors import ApiError
 from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
+from controlplane.gateway.surface import Surface
 from controlplane.policy.flows import ANY_MS
 from controlplane.policy.routing import Ask
-from workers.contract import Endpoint
 from workers.keys import DECISIONS_STREAM_MAX, CellKeys
 from workers.redis_client import Client
 
@@ -107,7 +107,7 @@ class Decisions:
         )
 
     def refused(
-        self, key: KeyContext, request: str, error: ApiError, stream: Stream | None, endpoint: Endpoint | None
+        self, key: KeyContext, request: str, error: ApiError, stream: Stream | None, endpoint: Surface | None
     ) -> None:
         """A call was refused; its answer will name where that is explained."""
         if error.status not in TOLD:

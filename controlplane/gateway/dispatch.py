@@ -23,6 +23,7 @@ from controlplane.gateway.placements import Placements
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.stream import Origin, Stream
+from controlplane.gateway.surface import Surface, served_as
 from controlplane.gateway.toolcalls import CallReader
 from controlplane.policy import admission, estimate, prefix
 from controlplane.policy.lengths import likely
@@ -31,7 +32,7 @@ from controlplane.policy.promises import best
 from controlplane.policy.routing import Ask
 from controlplane.prediction.lengths.model import LengthModel
 from workers import contract, scripts
-from workers.contract import Endpoint, RequestEnvelope
+from workers.contract import RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
@@ -151,7 +152,7 @@ class Dispatcher:
         deployment: Deployment,
         origin: Origin,
         *,
-        endpoint: Endpoint,
+        endpoint: Surface,
         streaming: bool,
         admitted_ms: int,
         timeout_s: float,
@@ -269,7 +270,7 @@ class Dispatcher:
             key=key.key,
             deployment=deployment.id,
             model=deployment.name,
-            endpoint=stream.endpoint.served_as,
+            endpoint=served_as(stream.endpoint),
             payload=body,
             sampling=request.sampling(hold.n_output + (0 if origin is None else origin.n_carried)),
             price_version=deployment.price_version,

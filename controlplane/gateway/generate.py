@@ -27,8 +27,9 @@ from controlplane.gateway.shadows import Shadows
 from controlplane.gateway.sse import ChunkWriter, answer
 from controlplane.gateway.stages import StageBoard, comment_of
 from controlplane.gateway.stream import Origin, Stream
+from controlplane.gateway.surface import Surface, Translated
 from controlplane.tenants.end_customers import MAX_ID
-from workers.contract import End, Endpoint, FinishReason
+from workers.contract import End, FinishReason
 
 _SSE_HEADERS: Headers = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -65,7 +66,7 @@ class Generator:
 
     async def serve(
         self,
-        endpoint: Endpoint,
+        endpoint: Surface,
         key: KeyContext,
         request_id: str,
         body: bytes,
@@ -83,7 +84,7 @@ class Generator:
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
-        if endpoint is Endpoint.MESSAGES:
+        if isinstance(endpoint, Translated):
             request, body = parse_messages(body)
         else:
             request = schemas.parse(endpoint, body)
@@ -167,7 +168,7 @@ class Generator:
             await stream.wait(loop)
         end = _checked_end(stream)
         outcome.status = 200
-        body = message(stream, end) if stream.endpoint is Endpoint.MESSAGES else answer(stream, end)
+        body = message(stream, end) if stream.endpoint is Translated.MESSAGES else answer(stream, end)
         await respond(send, 200, body, (JSON, *headers))
 
     async def _stream(
@@ -187,7 +188,7 @@ class Generator:
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *headers]})
         writer: ChunkWriter | MessageWriter = (
             MessageWriter(stream)
-            if stream.endpoint is Endpoint.MESSAGES
+            if stream.endpoint is Translated.MESSAGES
             else ChunkWriter(stream, include_usage=include_usage)
         )
         direct = exchange.of(send)

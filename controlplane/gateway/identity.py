@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Self
 from controlplane.gateway.bodies import ChatBody
 from controlplane.gateway.errors import bad_request
 from controlplane.gateway.schemas import GenerationRequest
+from controlplane.gateway.surface import SURFACES, Surface, Translated
 from controlplane.gateway.tools import READ, READ_ONE, letter_of
 from controlplane.tenants.end_customers import pseudonym
 from workers.contract import Endpoint
@@ -29,7 +30,11 @@ _EVENT_ID = re.compile(rb"([0-9a-f]{32})\.(\d{1,9})(?:\.([123]))?\Z")
 _REQUEST_ID = re.compile(r"req_([0-9a-f]{32})\Z")
 _KEY = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")
 _HEX_DIGITS: Final = 32  # of a digest: 128 bits
-_ENDPOINT_LETTERS = {Endpoint.CHAT: "c", Endpoint.COMPLETIONS: "t", Endpoint.MESSAGES: "m"}
+_ENDPOINT_LETTERS: dict[Surface, str] = {
+    Endpoint.CHAT: "c",
+    Endpoint.COMPLETIONS: "t",
+    Translated.MESSAGES: "m",
+}
 _ENDPOINTS = {letter: endpoint for endpoint, letter in _ENDPOINT_LETTERS.items()}
 
 
@@ -89,7 +94,7 @@ class Note(NamedTuple):
     are what requests that this one continues were charged for.
     """
 
-    endpoint: Endpoint
+    endpoint: Surface
     streaming: bool
     include_usage: bool
     keyed: bool
@@ -124,7 +129,7 @@ class Note(NamedTuple):
 
 
 @cache
-def _letters(endpoint: Endpoint, streaming: bool, include_usage: bool, keyed: bool, calls: str) -> str:
+def _letters(endpoint: Surface, streaming: bool, include_usage: bool, keyed: bool, calls: str) -> str:
     letters = _ENDPOINT_LETTERS[endpoint] + ("s" if streaming else "p")
     return letters + ("u" if include_usage else "") + ("k" if keyed else "") + calls + ":"
 
@@ -134,12 +139,12 @@ class Digests:
 
     def __init__(self, secret: bytes) -> None:
         self._of_body = {
-            e: hashlib.sha256(b"body\0" + e.value.encode() + b"\0" + secret + b"\0") for e in Endpoint
+            e: hashlib.sha256(b"body\0" + e.value.encode() + b"\0" + secret + b"\0") for e in SURFACES
         }
         self._secret = secret
         self._of_key = hashlib.sha256(b"idempotency-key\0" + secret + b"\0")
 
-    def body(self, endpoint: Endpoint, body: bytes) -> str:
+    def body(self, endpoint: Surface, body: bytes) -> str:
         digest = self._of_body[endpoint].copy()
         digest.update(body)
         return digest.hexdigest()[:_HEX_DIGITS]

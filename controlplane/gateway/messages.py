@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from controlplane.gateway.errors import ApiError, bad_request
 from controlplane.gateway.schemas import GenerationRequest, decoded, parse
+from controlplane.gateway.surface import Translated
 from workers.contract import Endpoint
 
 _Label = Annotated[str, Meta(max_length=512)]
@@ -100,7 +101,7 @@ def parse_messages(body: bytes) -> tuple[GenerationRequest, bytes]:
         request = parse(Endpoint.CHAT, chat)
     except ApiError as error:
         raise _in_its_words(error) from None
-    request.endpoint = Endpoint.MESSAGES
+    request.endpoint = Translated.MESSAGES
     return request, chat
 
 

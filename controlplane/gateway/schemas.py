@@ -17,6 +17,7 @@ import msgspec
 from controlplane.gateway.bodies import ChatBody, CompletionBody, Message
 from controlplane.gateway.errors import ApiError, bad_request
 from controlplane.gateway.structured import json_schema_of
+from controlplane.gateway.surface import Surface
 from controlplane.gateway.tools import check_history, rule_of
 from controlplane.policy import estimate
 from workers.contract import CallRule, Endpoint, Sampling
@@ -29,7 +30,7 @@ MAX_TOKEN_ID: Final = 2**31 - 1
 class GenerationRequest(msgspec.Struct, gc=False):
     """A checked body: all that the gateway needs of it. `max_tokens` None = as much as the context leaves."""
 
-    endpoint: Endpoint
+    endpoint: Surface
     model: str
     stream: bool
     include_usage: bool

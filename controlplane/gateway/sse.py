@@ -18,15 +18,22 @@ from controlplane.gateway.errors import ApiError
 from controlplane.gateway.identity import TAIL_FINISH, TAIL_USAGE
 from controlplane.gateway.logprobs import chat_logprobs, completion_logprobs, tokens_of
 from controlplane.gateway.stream import CallsPiece, Piece, Stream
+from controlplane.gateway.surface import Surface
 from controlplane.gateway.toolcalls import NOTHING, CallPiece, CallReader, whole
 from workers.contract import End, Endpoint, FinishReason
 
 DONE: Final = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
-_ID_PREFIX = {Endpoint.CHAT: "chatcmpl-", Endpoint.COMPLETIONS: "cmpl-"}
-_CHUNK_OBJECT = {Endpoint.CHAT: "chat.completion.chunk", Endpoint.COMPLETIONS: "text_completion"}
-_ANSWER_OBJECT = {Endpoint.CHAT: "chat.completion", Endpoint.COMPLETIONS: "text_completion"}
+_ID_PREFIX: dict[Surface, str] = {Endpoint.CHAT: "chatcmpl-", Endpoint.COMPLETIONS: "cmpl-"}
+_CHUNK_OBJECT: dict[Surface, str] = {
+    Endpoint.CHAT: "chat.completion.chunk",
+    Endpoint.COMPLETIONS: "text_completion",
+}
+_ANSWER_OBJECT: dict[Surface, str] = {
+    Endpoint.CHAT: "chat.completion",
+    Endpoint.COMPLETIONS: "text_completion",
+}
 
 
 def finish_reason(end: End, calls: CallReader | None = None) -> str:
@@ -215,7 +222,7 @@ def without_line_ends(text: str) -> str:
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
-def _head(stream: Stream, objects: dict[Endpoint, str]) -> dict[str, Any]:
+def _head(stream: Stream, objects: dict[Surface, str]) -> dict[str, Any]:
     return {
         "id": _ID_PREFIX[stream.endpoint] + stream.shown,
         "object": objects[stream.endpoint],

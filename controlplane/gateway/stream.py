@@ -14,13 +14,14 @@ from typing import Final, NamedTuple
 from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.logprobs import tokens_of
+from controlplane.gateway.surface import Surface
 from controlplane.gateway.toolcalls import NOTHING, CallReader, Said
 from controlplane.policy.admission import Hold
 from controlplane.policy.coming import NONE
 from controlplane.policy.outlook import Terms
 from controlplane.policy.routing import Placed
 from controlplane.prediction.lengths.model import Lengths
-from workers.contract import End, Endpoint, Stage
+from workers.contract import End, Stage
 
 MIN_BUFFER: Final = 8  # entries
 MAX_NAMED: Final = 21  # tokens that a well-formed entry names the probabilities of
@@ -150,7 +151,7 @@ class Stream:
         self,
         number: int,
         request: str,
-        endpoint: Endpoint,
+        endpoint: Surface,
         key: KeyContext,
         deployment: Deployment,
         hold: Hold,

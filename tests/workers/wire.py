@@ -30,7 +30,7 @@ def travelling() -> dict[str, Any]:
         name: value
         for name, value in vars(contract).items()
         if isinstance(value, type)
-        and (issubclass(value, msgspec.Struct) or issubclass(value, enum.Enum))
+        and (issubclass(value, msgspec.Struct | enum.Enum) or _is_named_tuple(value))
         and value.__module__ == contract.__name__
     }
     return found | {"Admitted": records.Admitted, "Credentials": enrol.Credentials}
@@ -51,6 +51,8 @@ def sample(kind: Any, *, full: bool) -> Any:
         hints = typing.get_type_hints(kind)
         fields = [f for f in msgspec.structs.fields(kind) if full or f.required]
         return kind(**{f.name: sample(hints[f.name], full=full) for f in fields})
+    if _is_named_tuple(kind):
+        return kind(*(sample(hint, full=full) for hint in typing.get_type_hints(kind).values()))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return next(iter(kind))
     return {str: "text", int: 7, float: 1.5, bool: True, bytes: b"bytes", object: "anything"}[kind]
@@ -85,10 +87,21 @@ def _default(field: dict[str, Any]) -> Any:
     return msgspec.field(default_factory=type(value)) if isinstance(value, list | dict) else value
 
 
+def _is_named_tuple(kind: Any) -> bool:
+    """It travels as an array, like a structure that says so."""
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_field_defaults")
+
+
 def _shape(kind: Any) -> dict[str, Any]:
     if issubclass(kind, enum.Enum):
         return {"members": [[member.name, member.value] for member in kind]}
     fields = []
+    if _is_named_tuple(kind):
+        for name, annotation in kind.__annotations__.items():
+            default = kind._field_defaults.get(name, msgspec.NODEFAULT)
+            told = {} if default is msgspec.NODEFAULT else {"default": msgspec.to_builtins(default)}
+            fields.append({"name": name, "type": getattr(annotation, "__forward_arg__", annotation), **told})
+        return {"array_like": True, "fields": fields}
     for field in msgspec.structs.fields(kind):
         entry: dict[str, Any] = {"name": field.name, "type": kind.__annotations__[field.name]}
         if field.default is not msgspec.NODEFAULT:

@@ -11,6 +11,7 @@ from anthropic import AsyncAnthropic
 from controlplane.gateway.directory import LimitsRow
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.messages import parse_messages
+from controlplane.gateway.surface import Translated, served_as
 from tests.controlplane.gateway.harness import Job, Machine, Running, running
 from workers.contract import Endpoint, FinishReason
 from workers.engine.tool_form import written
@@ -30,7 +31,7 @@ CALLS = written("get_weather", '{"city": "Zürich"}') + "\n" + written("get_weat
 
 def chat_of(**changes: Any) -> dict[str, Any]:
     request, chat = parse_messages(json.dumps({**BODY, **changes}).encode())
-    assert request.endpoint is Endpoint.MESSAGES and request.endpoint.served_as is Endpoint.CHAT
+    assert request.endpoint is Translated.MESSAGES and served_as(request.endpoint) is Endpoint.CHAT
     return json.loads(chat)
 
 
