@@ -10,10 +10,10 @@ import pytest
 from controlplane.gateway.app import _ROUTES, GatewayApp
 from controlplane.gateway.directory import ScopesRow
 from controlplane.gateway.keybounds import callable_names, client_of
+from controlplane.gateway.surface import SURFACES
 from controlplane.tenants import api_keys
 from controlplane.tenants.key_scopes import KeyScopes, Route, network_of
 from tests.controlplane.gateway.harness import CHAT, KEYS, Job, Machine, Running, running, until
-from workers.contract import Endpoint
 
 NAMES = ("tiny", "acme/tiny", "acme/huge", "other/tiny")
 
@@ -89,7 +89,7 @@ async def test_a_key_is_refused_where_its_routes_do_not_lead(
 
 def test_every_path_of_the_gateway_belongs_to_a_route() -> None:
     """A new endpoint without a route could be called by every bound key."""
-    assert set(_ROUTES) == {*Endpoint, None}
+    assert set(_ROUTES) == {*SURFACES, None}
     assert {*_ROUTES.values(), Route.MODELS} == set(Route)
     public = {"/healthz", "/readyz", "/metrics"}
     source = GatewayApp.__init__.__code__.co_consts
