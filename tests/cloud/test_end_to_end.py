@@ -173,7 +173,12 @@ def test_a_lost_reply_of_create_fleet_is_exactly_one_machine(
     n_lost: int,
 ) -> None:
     cloud.ec2.faults.append(Fault("CreateFleet", times=n_lost, lose_reply=True))
-    cloud.answered(eventually, cloud.asker.ask("did you hear me?"))
+    asked = cloud.asker.ask("did you hear me?")
+    # As beat has it done every 15 s.
+    eventually(
+        lambda: reconcile.reconcile(cloud.scaling.house) and cloud.routed(), "a replica is routed to", 180
+    )
+    cloud.answered(eventually, asked)
     assert len(cloud.ec2.instances()) == 1
     tokens = {form["ClientToken"] for action, form in cloud.ec2.calls if action == "CreateFleet"}
     assert len(tokens) == 1, "every repetition was the same request to AWS"
