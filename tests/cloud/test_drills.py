@@ -34,7 +34,7 @@ def test_a_bought_machine_is_replaced_before_it_drains_and_no_stream_notices(nam
         assert totals[key] == 0, key
     assert totals["n_interrupted"] == 24, "all but the short ones were handed over"
     assert report["runs"][0]["notes"]["replacement"].startswith("served before the drain")
-    assert region["n_fetched_weights"] == 2, "the drained machine and its successor"
-    assert region["n_bought"] >= 2
+    # The drained machine and its successor, and at most each machine that was bought: a spare fetches ahead.
+    assert 2 <= region["n_fetched_weights"] <= region["n_bought"]
     for key in ("n_bought_twice", "n_unknown", "n_left"):
         assert region[key] == 0, key
