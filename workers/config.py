@@ -98,15 +98,13 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_s: float = 1.0
     # Beyond this a prompt is tokenised off the loop: 8 KB cost some 4 ms, about half an engine step.
     inline_prompt_bytes: int = 8192
-    # Flushes in flight per gateway: what gathers while one is under way leaves together, which is what keeps an engine
-    # that is faster than its readers cheap; with an end in them, which somebody waits for, more. More only helps when a
-    # round trip outlasts an engine step. Then, up to the third number, another one leaves when the last left a while
-    # ago: shorter than an engine step, and so long that a Redis which is slow because it is busy sees no more than 250
-    # flushes a second.
-    flush_depth: int = 1
+    # Flushes to one gateway are so far apart, shorter than an engine step; what gathers in between leaves together,
+    # which is what keeps an engine that is faster than its readers cheap, and a Redis which is slow because it is busy
+    # sees no more than 250 flushes a second. With an end in them, which somebody waits for, flushes leave at once while
+    # so few are under way. In any case no more are than the last number.
+    flush_spacing_s: float = 0.004
     flush_depth_ends: int = 3
     flush_depth_far: int = 32
-    flush_spacing_s: float = 0.004
     # Entries of one flush: bounds what one script call costs Redis (some 5 µs each).
     flush_max_entries: int = 512
     # Tokens that may wait for one gateway while Redis is slow or away; beyond it generations are held back.
@@ -123,8 +121,9 @@ class ServeTuning(msgspec.Struct, frozen=True, kw_only=True):
     republish_per_beat: int = 100
     # A usage record is some 350 bytes: 8 MiB are 24,000 requests that intake has not booked.
     spool_max_bytes: int = 8 << 20
-    # An engine with work that has not stepped for max(this, 4 × its usual step) is hung.
-    hang_s: float = 5.0
+    # An engine with work that has not stepped for max(this, 4 × its usual step) is hung. It is looked at every half
+    # second and taken over in some 0.3 s: so the next token comes within 5 s of a silent death.
+    hang_s: float = 4.0
     # An answer whose money is used up waits so long for more (others may return what they hold, or the gateway has
     # died and nobody answers); then it ends with `budget`. It keeps its slot meanwhile.
     budget_patience_s: float = 5.0

@@ -28,6 +28,7 @@ user may touch (`acl_rules`); everything else belongs to the trusted side (gatew
 | `lock:intake` | string | trusted | which control process books usage now; expires |
 | `lock:webhooks` | string | trusted | which control process sends webhooks now; expires |
 | `lock:watcher` | string | trusted | which control worker's watcher is active; expires |
+| `lock:look` | string | trusted | the provider was asked a moment ago about machines that are being stopped; expires |
 | `m:<mid>:req:<id>` | hash | machine | lease of a bound request: epoch, state, reader, offset, up to which token |
 | `m:<mid>:body:<id>`, `m:<mid>:jrn:<id>` | string, list | machine | moved here by bind, moved away by rebind |
 | `m:<mid>:replica.<rid>`, `unacked…`, `_kombu…` | Celery's | machine | broker keys of the replica's consumer |
@@ -165,6 +166,10 @@ class CellKeys:
     @property
     def watcher_lock(self) -> str:
         return f"{self.prefix}lock:watcher"
+
+    @property
+    def look_lock(self) -> str:
+        return f"{self.prefix}lock:look"
 
     @property
     def usage_pattern(self) -> str:

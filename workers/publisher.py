@@ -1,21 +1,23 @@
 """From engine steps to Redis: one fenced flush per gateway and step, self-clocked, pipelined, bounded.
 
 serve.py opens an `Output` per attempt and adds tokens to it; each gateway has a `Lane` that turns what has
-gathered into one call of the flush script. The next flush leaves as soon as tokens are there and the one before
-is answered; so an idle lane adds no delay and a busy one merges steps. An end waits for less: the client of a
-plain answer sees nothing before it, and its slot is taken until then. Where Redis is far away more may be under
-way, `flush_spacing_s` apart: a round trip delays every token alike and holds none back for the one before it.
+gathered into one call of the flush script. Tokens leave at once, unless a flush left less than `flush_spacing_s`
+ago: so an idle lane and an engine at its own pace are not delayed, and an engine that is faster merges steps. An end
+waits for nothing: the client of a plain answer sees nothing before it, and its slot is taken until then. No flush
+waits for the answer to another: a round trip delays every token alike.
 Tokens of one output that gather while a lane is busy leave as one entry. When Redis is away, unanswered flushes
 are sent again byte for byte and in order (the offsets make that safe: what was applied comes back as a
-duplicate).
+duplicate), after a wait that nothing shortens.
 Runs on the engine loop only. Never logs text.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import functools
 import logging
+import operator
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -42,15 +44,23 @@ _RETRY_MAX_S: Final = 1.0
 
 
 class _Batch:
-    """One call of the flush script, kept until answered: `entries` are (output, tokens, is the end)."""
+    """One call of the flush script, kept until answered: the `number`th of its lane. `entries` are (output, tokens, is
+    the end).
+    """
 
-    __slots__ = ("args", "entries", "n_refused", "n_tokens")
+    __slots__ = ("args", "entries", "n_refused", "n_tokens", "number")
 
-    def __init__(self, args: list[Any], entries: list[tuple[Output, int, bool]], n_tokens: int) -> None:
+    def __init__(
+        self, number: int, args: list[Any], entries: list[tuple[Output, int, bool]], n_tokens: int
+    ) -> None:
+        self.number = number
         self.args = args
         self.entries = entries
         self.n_tokens = n_tokens
         self.n_refused = 0
+
+
+_number: Final = operator.attrgetter("number")
 
 
 class Lane:
@@ -63,10 +73,11 @@ class Lane:
         self.n_ending = 0  # ends that gather
         self._publisher = publisher
         self._gathering: dict[Output, None] = {}
-        self._again: deque[_Batch] = deque()
-        self._n_in_flight = 0
+        self._again: deque[_Batch] = deque()  # by number
+        self._n_batches = self._n_in_flight = 0
         self._sent_at_s = 0.0  # the last flush, on the loop's clock
-        self._scheduled = self._spacing = False
+        self._scheduled = self._spacing = self._backing_off = False
+        self._doubtful = False  # the last answer was a failure
         self._retry_s = _RETRY_S
         self._room = asyncio.Event()
         self._room.set()
@@ -116,13 +127,17 @@ class Lane:
 
     def _flush(self) -> None:
         self._scheduled = False
+        if self._backing_off:
+            return
         while (self._again or self._gathering) and self._may_send():
             self._send(self._again.popleft() if self._again else self._gather())
 
     def _may_send(self) -> bool:
         """Whether another flush may leave now; where only the spacing forbids it, it will leave in time."""
         tuning = self._publisher.tuning
-        if self._n_in_flight < (tuning.flush_depth_ends if self.n_ending else tuning.flush_depth):
+        if self._doubtful:  # one asks, the others follow its answer: else they might be taken before it
+            return self._n_in_flight == 0
+        if (self.n_ending or self._again) and self._n_in_flight < tuning.flush_depth_ends:
             return True
         if self._n_in_flight >= tuning.flush_depth_far:
             return False
@@ -134,6 +149,10 @@ class Lane:
 
     def _spaced(self) -> None:
         self._spacing = False
+        self._flush()
+
+    def _try_again(self) -> None:
+        self._backing_off = False
         self._flush()
 
     def _gather(self) -> _Batch:
@@ -162,7 +181,8 @@ class Lane:
         if n_ends:
             self.n_ending -= n_ends
             self._publisher.before_ends()
-        return _Batch(args, entries, n_tokens)
+        self._n_batches += 1
+        return _Batch(self._n_batches, args, entries, n_tokens)
 
     def _send(self, batch: _Batch) -> None:
         self._n_in_flight += 1
@@ -176,7 +196,7 @@ class Lane:
         if error is not None:
             self._failed(batch, error)
             return
-        self._retry_s = _RETRY_S
+        self._retry_s, self._doubtful = _RETRY_S, False
         self.n_pending -= batch.n_tokens
         self._open_room()
         for (output, n, is_end), code in zip(batch.entries, reply.result(), strict=True):
@@ -202,6 +222,11 @@ class Lane:
         tries.
         """
         self._publisher.n_failed_flushes += 1
+        self._doubtful = True
+        if not self._backing_off:
+            self._backing_off = True
+            self._publisher.loop.call_later(self._retry_s, self._try_again)
+            self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
         code = getattr(error, "code", type(error).__name__)
         # A full Redis is a Redis that is away: somebody will make room. It says so before a script's first write.
         if not isinstance(error, RedisUnavailable) and "OOM" not in str(error):
@@ -209,11 +234,8 @@ class Lane:
             if batch.n_refused >= self._publisher.tuning.max_refusals:
                 self._give_up(batch, code)
                 return
-        self._again.append(batch)
-        if not self._scheduled:
-            self._scheduled = True
-            self._publisher.loop.call_later(self._retry_s, self._flush)
-            self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
+        # Those that were not sent with it stay behind it: an entry that came before its predecessor would be a gap.
+        bisect.insort(self._again, batch, key=_number)
 
     def _give_up(self, batch: _Batch, code: str) -> None:
         """Not our keys any more, or a fault of ours: these requests cannot end here."""

@@ -70,9 +70,8 @@ class Spool:
         self._n_live_bytes = self._n_file_bytes = 0
         self._unwritten: list[bytes] = []
         self._dirty = False
-        self.on_news: Callable[[], object] = lambda: (
-            None
-        )  # called when there is something to write out or to sync
+        # Called when there is something to write out or to sync.
+        self.on_news: Callable[[], object] = lambda: None
         self.failed = False  # the disk refuses writes; usage then has one witness only
         self._fd = _open_owned(path)
         self._read()

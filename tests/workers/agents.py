@@ -21,7 +21,7 @@ import msgspec
 from tests.workers.serving import Cell
 from tests.workers.waiting import wait_until
 from workers.agent.agent import Agent
-from workers.agent.replicas import Limits
+from workers.agent.known import Limits
 from workers.config import AgentConfig, ServeTuning
 from workers.contract import Heartbeat, ReplicaPhase, ReplicaSpec, ReplicaStatus
 from workers.engine.base import EngineProfile

@@ -92,7 +92,7 @@ class History:
         )  # fmt: skip
         most_ms = rng.choice([ANY_MS, ANY_MS, 2_000, 300, 0, -1])
         candidates = tuple(name for name in sorted(twin.replicas) if rng.random() < 0.7)
-        ahead_ms = twin.ahead_ms(request.flow)
+        ahead_ms = twin.flows.ahead_ms(request.flow)
         own_ms = rng.choice([-1, 0, 500, 3_000])
         verdict, bindings = twin.admit(
             request, self.now_ms, candidates, most_ahead_ms=most_ms, most_own_ms=own_ms
@@ -103,7 +103,7 @@ class History:
         args = [
             request.id, "d1", "g1", 7, "pv1", request.n_prompt, 10_000, 0, request.order_key, twin.bound, 0,
             0, "", 0, *scopes,
-            request.flow.band, request.n_expected, "".join(prefixes), twin.window, twin.age_ms, 0,
+            request.flow.band, request.n_expected, "".join(prefixes), twin.flows.window, twin.age_ms, 0,
             request.slot_ms, most_ms, own_ms, *candidates,
         ]  # fmt: skip
         text = f"arrive {request} {candidates} {ahead_ms} of {most_ms}"
@@ -184,7 +184,7 @@ class History:
         self._note(f"lose {name}", scripts.WITHDRAW, [name, "dead", 1], [n, 0, 0], bindings)
 
     def sweep(self) -> None:
-        self.twin.sweep()
+        self.twin.flows.sweep()
         self._note("sweep", scripts.SWEEP, ["d1", 0, 1000], None, [])
 
     def _note(
@@ -198,28 +198,29 @@ class History:
 
 def twin_state(twin: FairQueue) -> dict[str, Any]:
     """All that the queue shows, in the cell's own names."""
-    levels = "opk"
+    levels, flows = "opk", twin.flows
     counters = {
         f"{band}{levels[level]}{parent}{':' if parent else ''}{name}": value
-        for (level, band, parent, name), value in twin.counters().items()
+        for ((level, band, parent), name), value in flows.counters.items()
     }
     counters |= {
-        f"{band}{levels[level].upper()}{parent}": v for (level, band, parent), v in twin.last_left().items()
+        f"{band}{levels[level].upper()}{parent}": v for (level, band, parent), v in flows.left.items()
     }
-    counters |= {f"n{org}": n for org, n in twin.n_waiting().items()}
-    for letter, sums in (("m", twin.slot_ms()), ("c", twin.waiting_cost())):
+    counters |= {f"n{org}": n for org, n in flows.n_waiting.items()}
+    for letter, sums in (("m", flows.slot_ms), ("c", flows.cost)):
         counters |= {
             f"{letter}{band}{levels[level]}{parent}{':' if parent else ''}{name}": value
-            for (level, band, parent, name), value in sums.items()
+            for ((level, band, parent), name), value in sums.items()
         }
-    counters |= {f"m{band}": value for band, value in twin.band_ms().items()}
+    counters |= {f"m{band}": value for band, value in flows.band_ms.items()}
     if twin.turn:
         counters["t"] = twin.turn
     if twin.usual_wait_ms:
         counters["u"] = twin.usual_wait_ms
     active = {
-        f"{levels[level]}:{band}{':' if parent else ''}{parent}": flows
-        for (level, band, parent), flows in twin.active().items()
+        f"{levels[level]}:{band}{':' if parent else ''}{parent}": ranking.items()
+        for (level, band, parent), ranking in flows.active.items()
+        if ranking
     }
     q: dict[str, int] = {}
     for name, requests in twin.waiting().items():

@@ -22,10 +22,11 @@ from workers.agent.adapters import AdapterFiles
 from workers.agent.enrol import Credentials, credentials_of
 from workers.agent.gpuhealth import GpuWatch
 from workers.agent.imds import Metadata, MetadataError
+from workers.agent.known import Limits
 from workers.agent.notice import Notice, read_notice
 from workers.agent.prefetch import Prefetch
 from workers.agent.renewal import Renewal
-from workers.agent.replicas import Limits, Replicas
+from workers.agent.replicas import Replicas
 from workers.agent.shelf import Shelf
 from workers.agent.spools import DeadSpools
 from workers.agent.zygote_client import Zygote, ZygoteGone

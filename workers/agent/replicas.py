@@ -13,13 +13,14 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from workers.agent import gpus
+from workers.agent.fetching import fetch, loadable
+from workers.agent.known import Known, Limits, judge, ms_since
 from workers.agent.plan import Life, Step, plan
 from workers.agent.records import Record, Records
 from workers.agent.zygote_client import Zygote, ZygoteGone, ZygoteRefused
@@ -30,7 +31,6 @@ from workers.contract import MACHINE_STOPPED, ReplicaPhase, ReplicaSpec, Replica
 from workers.control import SLEEP, WAKE
 from workers.failure import ReplicaFailure, read_outcome
 from workers.modelcache.store import ModelStore, ModelStoreError
-from workers.modelcache.uses import Claim
 
 log = logging.getLogger(__name__)
 
@@ -42,32 +42,6 @@ _HAND_BACK_S: Final = 5.0  # from "stop now" to the kill: time to journal and re
 def without_urls(spec: ReplicaSpec) -> ReplicaSpec:
     """For disk and process: signed URLs are secrets, and of no use once the files are here."""
     return msgspec.structs.replace(spec, model_urls={}, model_siblings=[])
-
-
-@dataclass(slots=True)
-class Known:
-    """A replica this agent knows. Instants are monotonic seconds."""
-
-    spec: ReplicaSpec
-    life: Life
-    pid: int = 0
-    started_at_s: float = 0.0
-    end: ReplicaStatus | None = None
-    stages_ms: dict[str, int] = field(default_factory=dict)
-    failure: ReplicaFailure | None = None  # why we ended it, if we did
-    task: asyncio.Task[None] | None = None
-    claim: Claim | None = None  # keeps its model version on the disk
-    arriving: bool = False  # forked, and its weights are still being fetched
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    gpus: list[str] = field(default_factory=list)  # its own among several
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Patience of the agent, in seconds."""
-
-    start_s: float = 600.0  # a large model from a cold disk
-    beat_s: float = 15.0  # a front that has not turned its loop for so long is dead to the world
 
 
 class Replicas:
@@ -218,7 +192,7 @@ class Replicas:
                 if known.arriving:
                     continue  # the fetch has limits of its own
                 beat = read_beat(self._dirs.beat(replica))
-                known.failure = _judge(
+                known.failure = judge(
                     known, beat.at_s if beat else None, bool(beat and beat.ready), now_s, self._limits
                 )
                 if known.failure is not None:
@@ -245,17 +219,17 @@ class Replicas:
 
     async def _bring_up(self, known: Known) -> None:
         replica = known.spec.replica
-        fetch = asyncio.create_task(self._fetch(known, opened := asyncio.Event()))
+        fetching = asyncio.create_task(fetch(self._store, known, opened := asyncio.Event()))
         try:
-            model_dir = await self._loadable(fetch, opened, known)
+            model_dir = await loadable(self._store, fetching, opened, known)
             async with asyncio.timeout(self._limits.start_s):
                 zygote = await asyncio.shield(self._zygote())
-            if fetch.done() or not zygote.loads_arriving:
-                model_dir = await fetch
+            if fetching.done() or not zygote.loads_arriving:
+                model_dir = await fetching
             if known.life is not Life.STARTING:
                 self._end(replica, ReplicaPhase.STOPPED)
                 return
-            known.arriving = not fetch.done()
+            known.arriving = not fetching.done()
             known.pid = await zygote.fork(self._fork_spec(known, model_dir))
         except ModelStoreError as error:
             self._end(replica, ReplicaPhase.FAILED, error.code, str(error))
@@ -272,23 +246,14 @@ class Replicas:
                 known.life = Life.RUNNING
             log.info("forked", extra={"replica": replica, "pid": known.pid})
         finally:
-            if known.arriving or not fetch.done():
-                self._tasks.add(rest := asyncio.create_task(self._await_rest(known, fetch)))
+            if known.arriving or not fetching.done():
+                self._tasks.add(rest := asyncio.create_task(self._await_rest(known, fetching)))
                 rest.add_done_callback(self._tasks.discard)
 
-    async def _loadable(
-        self, fetch: asyncio.Task[Path | None], opened: asyncio.Event, known: Known
-    ) -> Path | None:
-        """The model's directory once it is there, or its weights are coming and all else is there."""
-        early = asyncio.create_task(opened.wait())
-        await asyncio.wait({fetch, early}, return_when=asyncio.FIRST_COMPLETED)
-        early.cancel()
-        return self._store.path(known.spec.model_digest) if not fetch.done() else fetch.result()
-
-    async def _await_rest(self, known: Known, fetch: asyncio.Task[Path | None]) -> None:
+    async def _await_rest(self, known: Known, fetching: asyncio.Task[Path | None]) -> None:
         """The front loads meanwhile. If what comes is not the model, it ends before it serves."""
         try:
-            await fetch
+            await fetching
         except ModelStoreError as error:
             known.failure = known.failure or ReplicaFailure(error.code, str(error))
         except OSError as error:
@@ -303,39 +268,8 @@ class Replicas:
             log.error("killed: %s", known.failure.message, extra={"replica": known.spec.replica})
             await self._signal(known, signal.SIGKILL, group=True)
 
-    async def _fetch(self, known: Known, opened: asyncio.Event) -> Path | None:
-        """The model's directory; None for the toy engine, which has none unless it is told to serve a stored version:
-        then it waits for its files as an engine would, and the drills' machines start as real ones do.
-
-        `opened`: loading may begin.
-        """
-        spec = known.spec
-        is_toy = spec.profile.get("engine") == "toy" and not spec.model_urls
-        if is_toy or spec.upstream is not None:
-            return None
-        started_s, loop = time.monotonic(), asyncio.get_running_loop()
-
-        def on_open(_: Path) -> None:
-            loop.call_soon_threadsafe(opened.set)
-
-        try:
-            path, known.claim = await asyncio.to_thread(
-                self._store.acquire,
-                spec.model_digest,
-                spec.model_source,
-                None,
-                spec.model_urls,
-                spec.model_siblings,
-                None if spec.profile.get("engine") == "toy" else on_open,  # it has nothing to load
-            )
-        except ValueError as error:
-            raise ModelStoreError("bad_digest", str(error)) from None
-        if not known.pid:  # else it went on beside the load
-            known.stages_ms["fetch"] = _ms_since(started_s)
-        return path
-
     def _fork_spec(self, known: Known, model_dir: Path | None) -> ForkSpec:
-        known.stages_ms["agent"] = _ms_since(known.started_at_s)
+        known.stages_ms["agent"] = ms_since(known.started_at_s)
         front = FrontConfig(
             cell=self._cell,
             machine=self._config.machine,
@@ -446,19 +380,3 @@ class Replicas:
     def _forget(self, replica: str) -> None:
         del self._known[replica]
         self._records.forget(replica)
-
-
-def _judge(
-    known: Known, beat_at_s: float | None, ready: bool, now_s: float, limits: Limits
-) -> ReplicaFailure | None:
-    if not ready and now_s - known.started_at_s > limits.start_s:
-        return ReplicaFailure("start_timeout", f"the replica was not ready within {limits.start_s:.0f} s")
-    if ready and beat_at_s is not None and now_s - beat_at_s > limits.beat_s:
-        return ReplicaFailure(
-            "front_hung", f"the replica showed no sign of life for {now_s - beat_at_s:.0f} s"
-        )
-    return None
-
-
-def _ms_since(started_s: float) -> int:
-    return round((time.monotonic() - started_s) * 1000)

