@@ -39,9 +39,8 @@ from infra.providers.base import Provider
 log = structlog.get_logger("corral.autoscaler")
 
 _MAX_REASON = 500
-HAND_BACK_S = (
-    8.0  # what an agent needs at most from the end of the grace to the process's end, and some to spare
-)
+# What an agent needs at most from the end of the grace to the process's end, and some to spare.
+HAND_BACK_S = 8.0
 _TAKES_REPLICAS = (MachineState.PENDING, MachineState.ENROLLED, MachineState.RESUMING, MachineState.READY)
 
 
@@ -51,13 +50,21 @@ def act(
     """Carry out one command; False if fresh rows speak against it. Raises what the database raises."""
     match command:
         case LaunchMachine(command_id, n_replicas):
+            keeper, owner = stopping.Keeper(config, provider, cell), _owner(deployment)
             machine = launch.launch(
-                UUID(command_id), provider, config, cell, deployment, n_replicas=n_replicas
+                UUID(command_id),
+                provider,
+                config,
+                cell,
+                deployment,
+                n_replicas=n_replicas,
+                from_reserve=lambda: stopping.resume_one(keeper, owner),
             )
             return machine is not None
         case StartMachine(_, machine_id):
-            owner = None if deployment is None else deployment.organization_id
-            return stopping.resume(UUID(machine_id), stopping.Keeper(config, provider, cell), owner)
+            return stopping.resume(
+                UUID(machine_id), stopping.Keeper(config, provider, cell), _owner(deployment)
+            )
         case StartReplica():
             return deployment is not None and _start(command, deployment, config, cell)
         case DrainReplica(_, replica_id, reason):
@@ -71,6 +78,10 @@ def act(
             return wake(UUID(replica_id), config, cell)
         case TerminateMachine(_, machine_id, reason):
             return launch.terminate(UUID(machine_id), reason, provider, cell)
+
+
+def _owner(deployment: Deployment | None) -> UUID | None:
+    return None if deployment is None else deployment.organization_id
 
 
 def drain(replica_id: UUID, reason: str, cell: Cell) -> bool:

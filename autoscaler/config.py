@@ -44,6 +44,9 @@ class AutoscalerConfig:
     # Machines kept beside what has work, so that a spot machine taken back is stood in for at once: as many as cost
     # less than the time in shortage is worth (policy/cover.py), this many at most.
     max_spares: int = 4
+    # On-demand machines that lie stopped, weights on their disks, and serve while what replaces a spot machine starts:
+    # as many as have work, where a notice is shorter than a boot. 0: none, cover is bought instead.
+    spot_reserve: int = 0
     # What a pool without work keeps, where machines cost something: a warm one as long as that costs less than what it
     # saves the next request, by the gaps seen so far. 0: `machine_keep_warm_s`, whatever they cost. A request that
     # waits more than `late_after_s` costs `late_usd`, and each second of it `late_usd_per_s`.
@@ -66,15 +69,13 @@ class AutoscalerConfig:
     machine_redis: str = ""  # host:port of the cell's Redis as machines reach it; empty: as we do
     # A machine's Redis password is valid so long at most, and replaced when half of it is over (policy/passwords.py).
     machine_password_s: float = 6 * 3600.0
-    quarantine_s: float = (
-        300.0  # a machine with a sick GPU leaves so long after, at the latest: its successor comes first
-    )
+    # A machine with a sick GPU leaves so long after, at the latest: its successor comes first.
+    quarantine_s: float = 300.0
     lease_s: float = 10.0  # a tick takes milliseconds; after a crash this long nobody ticks
     heartbeat_stale_s: float = 2.0  # four beats missed
     decision_days: float = 7.0
-    suspension_grace_s: float = (
-        300.0  # a suspended tenant's replicas end after it: what was admitted may finish
-    )
+    # A suspended tenant's replicas end after it: what was admitted may finish.
+    suspension_grace_s: float = 300.0
     # Load is foretold so far ahead, with a calibrated reserve (policy/forecast.py): what a start takes from the order
     # to the first token. 0, no forecast, where that is seconds, as on the local stack.
     forecast_lead_s: float = 0.0
@@ -91,6 +92,7 @@ class AutoscalerConfig:
             ("agent_restarts", 0, 100),
             ("agent_lost_s", 10, 3600),
             ("max_spares", 0, 100),
+            ("spot_reserve", 0, 1000),
             ("stopped_nano_per_h", 0, 10**12),
             ("late_after_s", 0, 3600),
             ("late_usd", 0, 1e6),
@@ -111,6 +113,16 @@ class AutoscalerConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{_variable(name)}={value}: set a number from {low} to {high}")
+        if self.spot_reserve and not self.spot:
+            raise ConfigError(
+                f"{_variable('spot_reserve')}={self.spot_reserve}: nothing to stand in for with "
+                f"{_variable('spot')}=0; set it to 1, or the reserve to 0"
+            )
+        if self.spot_reserve and not self.stopped_nano_per_h:
+            raise ConfigError(
+                f"{_variable('spot_reserve')}={self.spot_reserve}: {_variable('stopped_nano_per_h')}=0 has no machine "
+                "stopped; set what a stopped one costs, or the reserve to 0"
+            )
         try:
             accelerator(self.accelerator)
         except ValueError as error:

@@ -108,6 +108,8 @@ def _pool_seen(inputs: Mapping[str, Any]) -> Iterator[str]:
         f"on-demand: {view.get('n_on_demand_ready')} ready, {view.get('n_on_demand_pending')} coming, from "
         f"{view.get('on_demand_usd_per_h', 0):.4f} $/h"
     )
+    if view.get("n_stopped"):
+        yield f"reserve: {view['n_stopped']} lie stopped"
     yield f"{len(offers)} spot offers in the market"
 
 
@@ -163,11 +165,16 @@ def _outcome(outcome: Any) -> Iterator[str]:
         return
     if "names" in outcome:
         names = outcome["names"]
+        if outcome.get("from_reserve"):
+            yield "start a stopped machine of the reserve, or where none has room:"
         yield "ask for " + ", then ".join(names) if names else "ask for nothing: every offer refused lately"
         return
     for each in outcome.get("buy", []):
         stands_in = f" to stand in for mch_{each['replaces']}" if each.get("replaces") else ""
-        yield f"order   buy {each.get('offer')}{stands_in}"
+        lies = (
+            "" if each.get("reserve_place") is None else f" for place {each['reserve_place']} of the reserve"
+        )
+        yield f"order   buy {each.get('offer')}{stands_in}{lies}"
     for name, what in _MACHINE_ORDERS:
         for each in outcome.get(name, []):
             yield f"order   {what} mch_{each.get('machine_id')} ({each.get('why')})"

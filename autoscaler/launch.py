@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -45,10 +46,12 @@ _MAX_REASON = 500
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """A machine that the pool orders for itself: offers in their order, and what it stands in for (None: a spare)."""
+    """A machine that the pool orders for itself: offers in their order, and what it stands in for (None: nothing)."""
 
     names: tuple[str, ...]
     replaces: UUID | None = None
+    # Bought to lie stopped, at this place of the reserve and at none of the pool.
+    reserve_place: int | None = None
 
 
 def launch(
@@ -59,10 +62,12 @@ def launch(
     deployment: Deployment | None = None,
     stand_in: StandIn | None = None,
     n_replicas: int = 1,
+    from_reserve: Callable[[], Machine | None] | None = None,
 ) -> Machine | None:
     """One machine for this command, of the offers of `stand_in` if given, else of what `n_replicas` without room are
     served by most cheaply; None when the pool has no place, a quota of the deployment's organization or of the house
-    would be broken, or the provider has no machine.
+    would be broken, or the provider has no machine. `from_reserve` starts one that lies stopped; it is called before
+    anything is bought, where the buying policy says so.
 
     Called again with the same command, it answers the machine of the first call. Only who made the row asks
     the provider, since only they have the proof; a row left behind by a crash is completed by reconcile.
@@ -70,9 +75,21 @@ def launch(
     proof, digest = new_proof()
     machine = Machine.objects.filter(command_id=command_id).first()
     if machine is None:
-        machine, is_ours = _insert(
-            command_id, digest, provider, config, cell.keys.cell, deployment, stand_in, n_replicas
-        )
+        name = cell.keys.cell
+        if stand_in is None:
+            plan = market.plan(
+                provider, config, name, command_id=command_id, n_replicas=n_replicas, deployment=deployment
+            )
+        else:
+            plan = LaunchPlan(stand_in.names, ())
+        if plan is not None and plan.from_reserve and from_reserve is not None:
+            started = from_reserve()
+            if started is not None:
+                return started
+        if plan is not None and not plan.names:
+            log.warning("machine.no_offer", reasons=plan.reasons, retry_at_s=plan.retry_at_s)
+            return None
+        machine, is_ours = _insert(command_id, digest, provider, config, name, deployment, stand_in, plan)
         if machine is not None and is_ours:
             return machine if ask_provider(machine, proof, provider, config) else None
     return None if machine is None or machine.state == MachineState.GONE else machine
@@ -215,28 +232,13 @@ def _insert(
     cell_name: str,
     deployment: Deployment | None,
     stand_in: StandIn | None,
-    n_replicas: int,
+    plan: LaunchPlan | None,
 ) -> tuple[Machine | None, bool]:
-    """The row of a new machine in the lowest free place of the pool, with its plan; None without a place or while
-    every offer refuses; whether we made it.
+    """The row of a new machine with its plan, at its place of the reserve or the lowest free one of the pool; None
+    without a place; whether we made it.
     """
-    if stand_in is None:
-        plan = market.plan(
-            provider, config, cell_name, command_id=command_id, n_replicas=n_replicas, deployment=deployment
-        )
-    else:
-        plan = LaunchPlan(stand_in.names, ())
-    if plan is not None and not plan.names:
-        log.warning("machine.no_offer", reasons=plan.reasons, retry_at_s=plan.retry_at_s)
-        return None, False
-    taken = set(
-        Machine.objects.filter(cell=cell_name, provider=provider.name)
-        .exclude(state=MachineState.GONE)
-        .values_list("pool_slot", flat=True)
-    )
-    for slot in range(config.max_machines):
-        if slot in taken:
-            continue
+    place = None if stand_in is None else stand_in.reserve_place
+    for slot in _free_slots(cell_name, provider, config) if place is None else [None]:
         try:
             with transaction.atomic():
                 names, most = _within_quotas(plan, provider, cell_name, deployment)
@@ -247,6 +249,7 @@ def _insert(
                     enroll_proof_digest=digest,
                     cell=cell_name,
                     pool_slot=slot,
+                    reserve_place=place,
                     launch_plan=names,
                     launched_for=None if deployment is None else deployment.organization_id,
                     # Until the provider says which of the plan it is, it counts as the dearest, and as the smallest.
@@ -264,6 +267,15 @@ def _insert(
             if found is not None:
                 return found, False
     return Machine.objects.filter(command_id=command_id).first(), False  # it may have taken the last place
+
+
+def _free_slots(cell_name: str, provider: Provider, config: AutoscalerConfig) -> list[int]:
+    taken = set(
+        Machine.objects.filter(cell=cell_name, provider=provider.name)
+        .exclude(state=MachineState.GONE)
+        .values_list("pool_slot", flat=True)
+    )
+    return [slot for slot in range(config.max_machines) if slot not in taken]
 
 
 def _within_quotas(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from uuid import UUID
@@ -17,7 +18,7 @@ import structlog
 from django.db.models import F
 from django.utils import timezone
 
-from autoscaler import gpuwork, pooldecisions
+from autoscaler import gpuwork, pooldecisions, reserve, timings
 from autoscaler.codec import CodecError, from_json
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import Machine, MachineState, Offer, PoolDecisionKind, PoolState
@@ -98,7 +99,8 @@ def plan(
         able = [o for o in offers if o.gpu in work]
         offers, work = (able, work) if able else (offers, {})
     state, _ = PoolState.objects.get_or_create(cell=cell, provider=provider.name)
-    view = one_more(fleet_view(offers, cell, provider.name, spec, now, scale, n_missing, work), n_missing)
+    view = fleet_view(offers, cell, provider.name, spec, now, scale, n_missing, work, config.spot_reserve)
+    view = one_more(view, n_missing)
     on_demand = on_demand_offers(offers, scale, n_missing, work)
     purchase = Purchase(
         view, on_demand, spec, memory_from(state.memory), config.spot, scale, n_replicas, work
@@ -124,8 +126,14 @@ def plan(
 
 
 def spot_spec(config: AutoscalerConfig) -> SpotSpec:
-    """How this house buys."""
-    return SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
+    """How this house buys: with a reserve of stopped machines by what starting one took so far."""
+    spec = SpotSpec(boot_s=config.machine_boot_s, notice_s=config.spot_notice_s)
+    if not config.spot_reserve:
+        return spec
+    resume_s = timings.usual_resume_s(config.provider)
+    if resume_s is None:
+        return replace(spec, resume_s=config.machine_boot_s * timings.UNKNOWN_RESUME_RATIO)
+    return replace(spec, resume_s=resume_s + timings.usual_start_s(config.provider))
 
 
 def places_of(offer: Offer, config: AutoscalerConfig) -> int:
@@ -175,12 +183,16 @@ def fleet_view(
     scale: Scale,
     n_used: int,
     work: Mapping[str, float] = NO_WORK,
+    n_reserve: int = 0,
 ) -> FleetView:
     """The pool as the buying policy sees it, without machines that we give up, in units of the scale. Prices are those
     of a unit where so many would be used, and of the work that one does on the GPU it needs. `n_wanted` is left 0.
+    Of the reserve (of `n_reserve`) counts what lies stopped, and as on-demand what was started again.
     """
-    rows = Machine.objects.filter(cell=cell, provider=provider, given_up_at=None).exclude(
-        state__in=(MachineState.GONE, MachineState.STOPPING, MachineState.STOPPED)
+    rows = (
+        Machine.objects.filter(cell=cell, provider=provider, given_up_at=None)
+        .exclude(state__in=(MachineState.GONE, MachineState.STOPPING, MachineState.STOPPED))
+        .exclude(reserve.FILLING_Q)
     )
     pending: Counter[str] = Counter()
     ready: Counter[str] = Counter()
@@ -217,6 +229,7 @@ def fleet_view(
         on_demand_usd_per_h=min((usd_per_h(o) for o in fixed), default=_NO_PRICE_USD),
         n_on_demand_pending=sum(pending[o.name] * scale.units(o.name) for o in fixed),
         n_on_demand_ready=sum(ready[o.name] * scale.units(o.name) for o in fixed),
+        n_stopped=reserve.n_stopped(cell, provider, n_reserve, scale, now) if n_reserve else 0,
     )
 
 
@@ -301,6 +314,14 @@ def note_refusals(refusals: Iterable[Refusal], cell: str, provider: str, now: da
         )
         if changed:
             log.warning("offer.refused", offer=refusal.offering, code=refusal.code, until=until.isoformat())
+
+
+def note_taken_back(machine: Machine, now: datetime) -> None:
+    """A spot machine went without a word, and its offer is left alone as if it had refused: as in the simulator, that
+    is how the policy sees a loss that nobody announced, and that what was lost is to be stood in for."""
+    if machine.ready_at is None or machine.ends_at is not None or not machine.offering.startswith("spot/"):
+        return
+    note_refusals((Refusal(machine.offering, "TakenBack"),), machine.cell, machine.provider, now)
 
 
 def note_given(name: str, cell: str, provider: str) -> None:

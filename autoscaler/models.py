@@ -86,6 +86,11 @@ class Machine(models.Model):
     pool_slot = models.PositiveIntegerField(
         null=True, help_text="its place among the machines the pool may have; unique while it exists"
     )
+    reserve_place = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="its place among those that lie stopped to stand in for spot; unique while it exists",
+    )
     ends_at = models.DateTimeField(
         null=True,
         blank=True,
@@ -145,6 +150,12 @@ class Machine(models.Model):
                 fields=["cell", "provider", "pool_slot"],
                 condition=~Q(state=MachineState.GONE),
                 name="machine_pool_slot_unique",
+            ),
+            # Nor one for the reserve.
+            models.UniqueConstraint(
+                fields=["cell", "provider", "reserve_place"],
+                condition=~Q(state=MachineState.GONE),
+                name="machine_reserve_place_unique",
             ),
         ]
         indexes: ClassVar[list[models.Index]] = [

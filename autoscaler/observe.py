@@ -14,11 +14,12 @@ import redis
 import structlog
 from django.db.models import Count, Max, Q
 
-from autoscaler import quotas, weights
+from autoscaler import quotas, reserve, timings, weights
 from autoscaler.cell import Cell, DeploymentReading, ReplicaReading
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import AWAKE_PHASES, LIVE_PHASES, Machine, Replica, ReplicaPhase
 from autoscaler.models import MachineState as MachineRowState
+from autoscaler.policy.comeback import Stopping, StopTimes
 from autoscaler.policy.pool import Pool
 from autoscaler.poolmodels import TAKEN_AWAY
 from autoscaler.specs import candidate, engine_digest
@@ -37,10 +38,8 @@ from infra.providers.external import ExternalProvider
 log = structlog.get_logger("corral.autoscaler")
 
 MAX_FAILURES_SEEN = 20
+MAX_STOPPING_SEEN = 100
 MACHINE_FAILURES_FOR = timedelta(hours=1)
-# What a stopped machine's row says after its zone had no room to start it, and for how long it is not asked again.
-NO_ROOM = "no room in its zone: "
-AGAIN_AFTER = timedelta(seconds=60)
 # Endpoints elsewhere (external.py) are not ours to scale.
 ELSEWHERE_Q = Q(machine__provider=ExternalProvider.name)
 LIVE_Q = Q(replicas__phase__in=AWAKE_PHASES)  # those with a place; sleepers have beds
@@ -64,6 +63,7 @@ def observe(
     loading, machines = weights.look(deployment, machine_views(config, cell.keys.cell), config, cell)
     pool = Pool(machines)
     reached = quotas.why_none(deployment, cell.keys.cell, config.provider, now)
+    stopping = being_stopped(config, cell.keys.cell)
     return Observation(
         now_s=now.timestamp(),
         deployment_id=deployment.id.hex,
@@ -72,6 +72,8 @@ def observe(
         replicas=replicas,
         machines=pool.view(replicas, spec.max_replicas, loading),
         stopped=startable(config, cell.keys.cell, now),
+        stopping=stopping,
+        stop_times=(timings.stop_times(config.provider, config.machine_boot_s) if stopping else StopTimes()),
         loading=loading,
         n_machines=pool.n_machines,
         failures=failures,
@@ -83,7 +85,7 @@ def observe(
 
 
 def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView, ...]:
-    """Every machine of the pool that exists, with its room."""
+    """Every machine of the pool that exists, with its room; those that are being filled for the reserve have none."""
     rows = (
         Machine.objects.filter(cell=cell_name, provider=config.provider)
         .exclude(state__in=(MachineRowState.GONE, MachineRowState.STOPPING, MachineRowState.STOPPED))
@@ -101,14 +103,15 @@ def machine_views(config: AutoscalerConfig, cell_name: str) -> tuple[MachineView
             # One that is being started again is as one that was ordered when that began.
             state=MachineState.PENDING if row.state == MachineRowState.RESUMING else MachineState(row.state),
             resumes=row.state == MachineRowState.RESUMING,
-            n_free=max(capacity(row, config) - row.n_live, 0),
+            in_reserve=row.reserve_place is not None,
+            n_free=0 if reserve.is_filling(row) else max(capacity(row, config) - row.n_live, 0),
             n_replicas=row.n_live,
             created_at_s=_begun_at(row).timestamp(),
             empty_since_s=(None if row.n_live else _latest_s((row.emptied_at, row.bedded_at, row.ready_at))),
             ends_at_s=_latest_s((row.ends_at,)),
             leaves_because=row.reason if _is_ours_to_tell(row) else "",
             ready_at_s=_latest_s((row.ready_at,)),
-            n_beds=max(config.sleepers_per_machine - row.n_asleep, 0),
+            n_beds=0 if reserve.is_filling(row) else max(config.sleepers_per_machine - row.n_asleep, 0),
         )
         for row in rows
     )
@@ -123,10 +126,29 @@ def _begun_at(row: Machine) -> datetime:
 
 
 def startable(config: AutoscalerConfig, cell_name: str, now: datetime) -> tuple[str, ...]:
-    """Stopped machines whose zone did not refuse to start them a moment ago."""
-    rows = Machine.objects.filter(cell=cell_name, provider=config.provider, state=MachineRowState.STOPPED)
-    refused = Q(reason__startswith=NO_ROOM, rest_at__gt=now - AGAIN_AFTER)
-    return tuple(row.hex for row in rows.exclude(refused).order_by("id").values_list("id", flat=True))
+    """Stopped machines whose zone did not refuse to start them a moment ago. Those in reserve wait for the word of the
+    buying policy (launch.py)."""
+    rows = Machine.objects.filter(
+        cell=cell_name, provider=config.provider, state=MachineRowState.STOPPED, reserve_place=None
+    )
+    rows = rows.exclude(reserve.refused_lately(now)).order_by("id")
+    return tuple(row.hex for row in rows.values_list("id", flat=True))
+
+
+def being_stopped(config: AutoscalerConfig, cell_name: str) -> tuple[Stopping, ...]:
+    """Machines that were told to stop, and can be started as soon as they are stopped."""
+    rows = Machine.objects.filter(
+        cell=cell_name,
+        provider=config.provider,
+        state=MachineRowState.STOPPING,
+        rest_at__isnull=False,
+        reserve_place=None,
+    )
+    return tuple(
+        Stopping(row.id.hex, row.rest_at.timestamp(), capacity(row, config))
+        for row in rows.order_by("id")[:MAX_STOPPING_SEEN]
+        if row.rest_at is not None
+    )
 
 
 def capacity(machine: Machine, config: AutoscalerConfig) -> int:

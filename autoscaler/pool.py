@@ -12,11 +12,12 @@ from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
+import redis
 import structlog
 from django.db.models import Count, F, Max
 from django.utils import timezone
 
-from autoscaler import launch, market, pooldecisions, stopping, timings
+from autoscaler import launch, market, pooldecisions, prefetch, reserve, stopping, timings
 from autoscaler.codec import to_json
 from autoscaler.config import AutoscalerConfig
 from autoscaler.models import (
@@ -37,6 +38,7 @@ from autoscaler.policy.ident import command_id
 from autoscaler.policy.ladder import Rung, Stakes
 from autoscaler.policy.poolplan import PoolInputs, PoolMachine, PoolOrders, Stopped, plan_pool
 from autoscaler.policy.poolrest import NOTHING, STOPPED, WARM, RestInputs
+from autoscaler.policy.reserve import ReserveInputs
 from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, SpotMemory, SpotSpec, effective_usd_per_h
 from autoscaler.tick import House
@@ -45,7 +47,6 @@ from infra.providers.base import ProviderError
 
 log = structlog.get_logger("corral.autoscaler")
 
-UNKNOWN_RESUME_RATIO: Final = 0.7  # of a boot, until a machine has come back: no image, no weights to fetch
 _MAX_ALTERNATIVES: Final = 6  # offers asked for one machine of the pool's own
 
 
@@ -88,19 +89,24 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         .annotate(n_live=Count("replicas", filter=LIVE_Q))
         .order_by("id")
     )
-    rows = [row for row in all_rows if row.given_up_at is None]
+    rows = [row for row in all_rows if row.given_up_at is None and not reserve.is_filling(row)]
     by_name = {o.name: o for o in offers}
     stopped = _stopped(house, now)
     n_stopping = Machine.objects.filter(
-        cell=cell, provider=house.provider.name, state=MachineState.STOPPING
+        cell=cell, provider=house.provider.name, state=MachineState.STOPPING, reserve_place=None
     ).count()
     can = house.config.stopped_nano_per_h > 0
-    may_stop = tuple(row.id.hex for row in rows if can and stopping.may_stop(row, house.provider))
+    may_stop = tuple(
+        row.id.hex
+        for row in rows
+        if can and row.reserve_place is None and stopping.may_stop(row, house.provider)
+    )
     machines = tuple(_machine(row, by_name, house) for row in rows)
     n_wanted = sum(scale.needed(m.held.n_replicas) for m in machines if not m.held.is_leaving)
-    view = replace(
-        market.fleet_view(offers, cell, house.provider.name, spec, now, scale, n_wanted), n_wanted=n_wanted
+    view = market.fleet_view(
+        offers, cell, house.provider.name, spec, now, scale, n_wanted, n_reserve=config.spot_reserve
     )
+    view = replace(view, n_wanted=n_wanted)
     buyable = tuple(
         Buyable(
             name=o.name,
@@ -136,7 +142,22 @@ def observe(house: House, offers: list[Offer], state: PoolState, now: datetime) 
         n_stopping=n_stopping,
         may_stop=may_stop,
         scale=scale,
+        reserve=_reserve(house, now),
     )
+
+
+def _reserve(house: House, now: datetime) -> ReserveInputs:
+    """What there is of it. While Redis is away nobody knows what lies on a disk."""
+    cell, provider = house.cell.keys.cell, house.provider
+    rows = reserve.rows(cell, provider.name)
+    n = house.config.spot_reserve if provider.stops else 0
+    up = [row.id.hex for row in rows if row.state == MachineState.READY]
+    filled: frozenset[str] = frozenset()
+    try:
+        filled = prefetch.filled(up, house.cell, now) if up else filled
+    except redis.RedisError as error:
+        log.warning("pool.redis_away", error=type(error).__name__)
+    return ReserveInputs(n, tuple(reserve.member(row, row.id.hex in filled, now) for row in rows))
 
 
 def _cover(fixed: list[Buyable], scale: Scale, n_wanted: int) -> str:
@@ -147,7 +168,9 @@ def _cover(fixed: list[Buyable], scale: Scale, n_wanted: int) -> str:
 def _stopped(house: House, now: datetime) -> tuple[Stopped, ...]:
     cell, provider = house.cell.keys.cell, house.provider.name
     usable = startable(house.config, cell, now)
-    rows = Machine.objects.filter(cell=cell, provider=provider, state=MachineState.STOPPED).order_by("id")
+    rows = Machine.objects.filter(
+        cell=cell, provider=provider, state=MachineState.STOPPED, reserve_place=None
+    ).order_by("id")
     return tuple(
         Stopped(row.id.hex, (now - (row.rest_at or now)).total_seconds(), row.id.hex in usable)
         for row in rows
@@ -178,7 +201,7 @@ def _rest(
         rungs = (Rung(WARM, min(prices), start_s), Rung(NOTHING, 0.0, boot_s + start_s))
         if may_stop:
             resume_s = timings.usual_resume_s(provider)
-            resume_s = boot_s * UNKNOWN_RESUME_RATIO if resume_s is None else resume_s
+            resume_s = boot_s * timings.UNKNOWN_RESUME_RATIO if resume_s is None else resume_s
             usd_per_h = config.stopped_nano_per_h / market.NANO
             rungs = (rungs[0], Rung(STOPPED, usd_per_h, resume_s + start_s), rungs[1])
     stakes = Stakes(config.late_after_s, config.late_usd, config.late_usd_per_s, min(prices, default=0.0))
@@ -236,6 +259,7 @@ def _act(row: PoolDecision, orders: PoolOrders, inputs: PoolInputs, house: House
         stand_in = launch.StandIn(
             (wanted.offer, *others[: _MAX_ALTERNATIVES - 1]),
             UUID(hex=wanted.replaces) if wanted.replaces else None,
+            wanted.reserve_place,
         )
         token = UUID(hex=command_id(str(row), number, "buy"))
         try:

@@ -6,6 +6,7 @@ fetches when nothing else is fetched there, and takes the field away; a field th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -36,17 +37,8 @@ def order(cell: Cell, provider: str, now: datetime) -> int:
     rows = Machine.objects.filter(
         cell=cell.keys.cell, provider=provider, state=MachineState.READY, ends_at=None
     ).order_by("id")[:MAX_MACHINES]
-    shelves = cell.read_shelves([row.id.hex for row in rows])
-    rooms = [
-        Room(mid, frozenset(shelf.digests), cell.read_prefetches(mid), shelf.free_bytes)
-        for mid, shelf in shelves.items()
-    ]
     by_digest = {version.digest: version for version in versions}
-    wanted = [
-        Wanted(v.digest, v.size_bytes, v.n_starts)  # type: ignore[attr-defined]
-        for v in versions
-    ]
-    asked = prefetches(rooms, wanted)
+    asked = prefetches(_rooms([row.id.hex for row in rows], cell), _wanted(versions))
     for mid, digest in asked:
         source = by_digest[digest].source_uri
         spec = PrefetchSpec(
@@ -58,6 +50,31 @@ def order(cell: Cell, provider: str, now: datetime) -> int:
         cell.ask_prefetch(mid, spec)
         log.info("machine.prefetch", machine=mid, digest=digest)
     return len(asked)
+
+
+def filled(machine_ids: Sequence[str], cell: Cell, now: datetime) -> frozenset[str]:
+    """Those of these machines on which nothing is left to fetch; all of them where nothing lies in a bucket."""
+    versions = _versions(now)
+    if not versions:
+        return frozenset(machine_ids)
+    rooms = _rooms(machine_ids, cell)
+    wanted = _wanted(versions)
+    unfilled = {mid for mid, _ in prefetches(rooms, wanted)}
+    return frozenset(room.machine_id for room in rooms if not room.asked and room.machine_id not in unfilled)
+
+
+def _rooms(machine_ids: Sequence[str], cell: Cell) -> list[Room]:
+    return [
+        Room(mid, frozenset(shelf.digests), cell.read_prefetches(mid), shelf.free_bytes)
+        for mid, shelf in cell.read_shelves(machine_ids).items()
+    ]
+
+
+def _wanted(versions: Sequence[ModelVersion]) -> list[Wanted]:
+    return [
+        Wanted(v.digest, v.size_bytes, v.n_starts)  # type: ignore[attr-defined]
+        for v in versions
+    ]
 
 
 def _versions(now: datetime) -> list[ModelVersion]:

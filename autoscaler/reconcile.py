@@ -18,7 +18,7 @@ import structlog
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import launch, market, metrics, prefetch, renewal, stopping
+from autoscaler import launch, market, metrics, prefetch, renewal, reserve, stopping
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.models import (
@@ -34,6 +34,7 @@ from autoscaler.observe import machine_views
 from autoscaler.policy.machines import Silence, lost, to_release
 from autoscaler.specs import desired_spec
 from autoscaler.tick import House
+from autoscaler.types import MachineState as MachineViewState
 from infra.providers.base import ProviderError, ProviderMachine, ProviderState
 
 log = structlog.get_logger("corral.autoscaler")
@@ -140,6 +141,8 @@ def _check(row: Machine, seen: ProviderMachine | None, house: House, report: Rep
     if seen is None:
         launched_s = (now - (row.launched_at or row.created_at)).total_seconds()
         if row.provider_ref and launched_s >= house.provider.lists_after_s:
+            if house.config.spot_reserve:  # a pool without anything to stand in buys where it can, at once
+                market.note_taken_back(row, now)
             _gone(row, "the provider does not list it any more", house, report)
         elif row.provider_ref:
             return
@@ -188,10 +191,19 @@ def _gone(row: Machine, reason: str, house: House, report: Report) -> None:
 
 
 def _release(house: House, report: Report, now: datetime) -> None:
-    """Machines that nothing lives on any more."""
+    """Machines that nothing lives on any more. Those of the reserve lie down: what is up and empty is left to the
+    pool's turn, what was given up is stopped where others end."""
+    cell, n_reserve = house.cell.keys.cell, house.config.spot_reserve
+    kept = {
+        row.id.hex for row in reserve.rows(cell, house.provider.name) if reserve.is_member(row, n_reserve)
+    }
     n_kept, keep_warm_s = market.kept_warm(house.config, house.cell.keys.cell, house.provider.name)
     commands = to_release(
-        machine_views(house.config, house.cell.keys.cell),
+        tuple(
+            m
+            for m in machine_views(house.config, cell)
+            if m.id not in kept or m.state is not MachineViewState.READY
+        ),
         now.timestamp(),
         keep_warm_s=keep_warm_s,
         pending_timeout_s=house.config.machine_pending_timeout_s,
@@ -199,7 +211,9 @@ def _release(house: House, report: Report, now: datetime) -> None:
     )
     for command in commands:
         row = Machine.objects.get(id=UUID(command.machine_id))
-        if row.ready_at is None:  # replicas may be waiting for it in vain
+        if command.machine_id in kept and row.given_up_at is not None:
+            stopping.stop(row.id, "reserve: spot serves again", _keeper(house), now)
+        elif row.ready_at is None:  # replicas may be waiting for it in vain
             if row.provider_ref:
                 house.provider.terminate(row.provider_ref)
             _gone(row, command.reason, house, report)

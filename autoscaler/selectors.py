@@ -8,6 +8,7 @@ from typing import Final
 from uuid import UUID
 
 from django.db import connection
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from autoscaler.config import AutoscalerConfig
@@ -108,6 +109,11 @@ def replicas(*, organization_id: UUID, deployment_id: UUID | None = None, limit:
     live = list(found.filter(phase__in=LIVE_PHASES).order_by("-created_at", "-id")[:limit])
     ended = found.exclude(phase__in=LIVE_PHASES).order_by("-created_at", "-id")
     return live + list(ended[: limit - len(live)])
+
+
+def live_replicas(*, organization_id: UUID) -> QuerySet[Replica]:
+    """Those that hold a place on a machine, oldest first."""
+    return Replica.objects.filter(organization_id=organization_id, phase__in=LIVE_PHASES).order_by("id")
 
 
 def decisions(*, organization_id: UUID, deployment_id: UUID, limit: int = 50) -> list[Decision]:

@@ -21,7 +21,7 @@ from django.db import transaction
 from django.db.models import F, Q
 from django.utils import timezone
 
-from autoscaler import adapters, means, quotas, timings
+from autoscaler import adapters, means, quotas, stopping, timings
 from autoscaler.act import act
 from autoscaler.cell import Cell
 from autoscaler.codec import from_json, to_json, union_from_json
@@ -94,12 +94,20 @@ def tick(deployment_id: UUID, house: House, now: datetime | None = None) -> Tick
         decision = None
         for _ in range(MAX_ROUNDS):
             decision = _round(deployment, house, lease, now or timezone.now())
-            if not any(isinstance(c, LaunchMachine | StartMachine) for c in decision.commands):
+            ordered = any(isinstance(c, LaunchMachine | StartMachine) for c in decision.commands)
+            if not ordered and not _has_stopped(decision, house, now or timezone.now()):
                 break
         adapters.deliver(deployment, house.cell, now or timezone.now())
         return TickResult(decision=decision)
     finally:
         lease.release()
+
+
+def _has_stopped(decision: Decision, house: House, now: datetime) -> bool:
+    """Whether a machine that this decision waits for can be started now."""
+    keeper = stopping.Keeper(house.config, house.provider, house.cell)
+    awaited = decision.memory.awaited
+    return bool(awaited) and stopping.look(awaited, keeper, now)
 
 
 def replay(row: DecisionRow) -> Decision:
@@ -132,7 +140,10 @@ def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -
     )
     with transaction.atomic():
         lease.keep(to_json(decision.memory))
-        if decision.commands or phase_changed:  # a quiet tick that repeats the last one leaves no row
+        waits_anew = decision.memory.awaited != memory.awaited
+        if (
+            decision.commands or phase_changed or waits_anew
+        ):  # a quiet tick that repeats the last one leaves no row
             _store(deployment, now, observation, spec, memory, decision)
     if observation.quota and observation.quota in decision.reasons:
         reached = quotas.why_none(deployment, house.cell.keys.cell, house.config.provider, now)

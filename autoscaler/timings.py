@@ -12,6 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 
 from autoscaler.models import Machine, Replica, StartTiming
+from autoscaler.policy.comeback import StopTimes
 from autoscaler.policy.eta import Timings, average
 from autoscaler.policy.startup import Tier
 from autoscaler.types import StageName
@@ -19,6 +20,9 @@ from autoscaler.types import StageName
 MAX_MS = 24 * 3600 * 1000.0
 GIB = 1 << 30
 MIN_READING_S = 0.05
+STOP_STAGE = "stopping_machine"  # from the order until the provider shows it stopped
+UNKNOWN_STOP_S = 30.0  # until one was stopped: EC2 lets the system shut down, which takes seconds to a minute
+UNKNOWN_RESUME_RATIO = 0.7  # of a boot, until a machine has come back: no image, no weights to fetch
 INIT_STAGE = "engine_init"  # of a start: what it takes beside its weights
 UNKNOWN_START_S = 5.0  # until a replica has been started
 
@@ -83,6 +87,24 @@ def usual_resume_s(provider: str) -> float | None:
     """From the order to start a stopped machine to its readiness; None: none has been measured."""
     found = StartTiming.objects.filter(provider=provider, stage=StageName.STARTING_MACHINE).first()
     return None if found is None else found.average_ms / 1000
+
+
+def stop_times(provider: str, unknown_boot_s: float) -> StopTimes:
+    """What stopping a machine, starting it again and buying another take; `unknown_boot_s` until one has booted."""
+    found = StartTiming.objects.filter(provider=provider, stage=STOP_STAGE).first()
+    boot_s, resume_s = usual_boot_s(provider), usual_resume_s(provider)
+    boot_s = unknown_boot_s if boot_s is None else boot_s
+    return StopTimes(
+        stop_s=UNKNOWN_STOP_S if found is None else found.average_ms / 1000,
+        resume_s=boot_s * UNKNOWN_RESUME_RATIO if resume_s is None else resume_s,
+        boot_s=boot_s,
+    )
+
+
+def note_stopped(machine: Machine, now: datetime) -> None:
+    """A machine that was told to stop is stopped."""
+    if machine.rest_at is not None:
+        note(machine.provider, "", STOP_STAGE, (now - machine.rest_at).total_seconds() * 1000)
 
 
 def note_resumed(machine: Machine, now: datetime) -> None:

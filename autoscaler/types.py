@@ -7,10 +7,11 @@ Instants (`…_at_s`) are Unix seconds on the control plane's clock; ids are the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+from autoscaler.policy.comeback import Stopping, StopTimes
 from autoscaler.policy.forecast import ForecastMemory
 from autoscaler.policy.ladder import Rung, Stakes
 from autoscaler.policy.poolrest import RestMemory
@@ -78,6 +79,9 @@ class MachineView:
     on_disk: bool = False
     sends: bool = False
     resumes: bool = False  # it was stopped, and is being started again
+    in_reserve: bool = (
+        False  # of the reserve of stopped machines, even while it serves: it takes no place of the pool
+    )
     nic_bytes: float = 0.0
     disk_bytes: float = 0.0
 
@@ -132,6 +136,9 @@ class Observation:
     last_request_at_s: float | None = None
     # Machines of the pool that are stopped and may be started again, by id.
     stopped: tuple[str, ...] = ()
+    # Those that are still being stopped, and what stops, starts and boots take.
+    stopping: tuple[Stopping, ...] = ()
+    stop_times: StopTimes = field(default_factory=StopTimes)
     # None: nothing to load, or not known how much.
     loading: Loading | None = None
     # Why no machine may be bought for this tenant now ('' = one may).
@@ -254,6 +261,8 @@ class ScalerMemory:
     last_busy_at_s: float | None = None
     n_requests_total: int = 0
     no_room_since_s: float | None = None
+    # Machines that are being stopped, and are started instead of buying as soon as they can be.
+    awaited: tuple[str, ...] = ()
     forecast: ForecastMemory | None = None
     usual: UsualMemory | None = None
     rest: RestMemory | None = None

@@ -24,6 +24,10 @@ class Watching(Connection):
             return False
         return bool(self.redis.pexpire(self.keys.watcher_lock, life_ms))
 
+    def may_look(self, life_ms: int) -> bool:
+        """Whether the provider may be asked about machines that somebody waits for; then nobody may for so long."""
+        return bool(self.redis.set(self.keys.look_lock, b"1", nx=True, px=life_ms))
+
     def pubsub(self) -> PubSub:
         """A connection that hears the agents' events, requests that wait for a first replica, and changes."""
         pubsub = cast(PubSub, cast(Any, self.redis).pubsub(ignore_subscribe_messages=True))

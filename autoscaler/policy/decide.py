@@ -7,6 +7,7 @@ and by the simulator. Pure: no clock, no random, no I/O; equal inputs give equal
 from dataclasses import replace
 
 from autoscaler.policy import retire, status
+from autoscaler.policy.comeback import Stopping, left_s, worth_awaiting
 from autoscaler.policy.failures import Gate, gate
 from autoscaler.policy.ident import command_id
 from autoscaler.policy.placement import Placement, place
@@ -80,10 +81,11 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         if n_tried:
             reasons.append(f"a rollout tries out {n_canary}, {len(canaries)} of them there")
 
-    since_s = None
+    awaited = placement.awaits or trial.awaits
+    now_s, since_s = observation.now_s, None
     if no_room:
         since_s = observation.now_s if memory.no_room_since_s is None else memory.no_room_since_s
-    memory = replace(memory, no_room_since_s=since_s)
+    memory = replace(memory, no_room_since_s=since_s, awaited=tuple(machine.id for machine in awaited))
     gone = retired | to_bed | {r.replica_id for r in (*surplus, *replaced)}
     verdict = status.status(
         observation,
@@ -92,6 +94,7 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
         n_missing=n_missing,
         live=tuple(r for r in present if r.id not in gone),
         ordered=_ordered_stage(placement, observation),
+        ordered_at_s=now_s + (left_s(awaited[0], observation.stop_times, now_s) if awaited else 0.0),
         gate=replica_gate,
         machine_gate=machine_gate,
         no_room=no_room,
@@ -102,9 +105,12 @@ def decide(observation: Observation, spec: ScalerSpec, memory: ScalerMemory) -> 
     orders += _starts(placement)
     orders += [replace(start, canary=True) for start in _starts(trial)]
     if placement.launch or trial.launch:
-        n_wanted = max(placement.n_unplaced, trial.n_unplaced)
+        n_wanted = max(placement.n_unplaced, trial.n_unplaced) - sum(machine.n_free for machine in awaited)
         stopped = min(observation.stopped, default="")
-        orders.append(StartMachine("", stopped) if stopped else LaunchMachine("", n_wanted))
+        if stopped:
+            orders.append(StartMachine("", stopped))
+        elif n_wanted > 0:
+            orders.append(LaunchMachine("", n_wanted))
     commands, memory = _number(orders, observation.deployment_id, memory)
     return Decision(commands, memory, tuple(reasons), want.n, verdict)
 
@@ -167,7 +173,10 @@ def _place(
     if found.launch and observation.stopped:
         reasons.append(f"no room for {found.n_unplaced}: a stopped machine is started again")
     elif found.launch:
-        reasons.append(f"no room for {found.n_unplaced}: one machine more, {observation.n_machines} exist")
+        found = replace(found, awaits=_to_await(found.n_unplaced, observation, reasons))
+        n_left = found.n_unplaced - sum(machine.n_free for machine in found.awaits)
+        if n_left > 0:
+            reasons.append(f"no room for {n_left}: one machine more, {observation.n_machines} exist")
     elif found.n_unplaced:
         no_room = (
             f"no room for {found.n_unplaced} replicas: all {observation.n_machines} of "
@@ -178,11 +187,28 @@ def _place(
     return found, ""
 
 
+def _to_await(n_missing: int, observation: Observation, reasons: list[str]) -> tuple[Stopping, ...]:
+    """Machines that are being stopped, as many as hold what finds no room: nothing is bought for that."""
+    times, now_s = observation.stop_times, observation.now_s
+    found: list[Stopping] = []
+    for machine in worth_awaiting(observation.stopping, times, now_s):
+        if n_missing <= 0:
+            break
+        n_missing -= machine.n_free
+        found.append(machine)
+        reasons.append(
+            f"machine {machine.id} was told to stop {now_s - machine.since_s:.0f} s ago, stops in some "
+            f"{left_s(machine, times, now_s):.0f} s and is started again: {times.resume_s:.0f} s more, against "
+            f"{times.boot_s:.0f} s for a new one"
+        )
+    return tuple(found)
+
+
 def _ordered_stage(placement: Placement, observation: Observation) -> StageName | None:
     ready = {m.id for m in observation.machines if m.state is MachineState.READY}
     if any(machine_id in ready for machine_id in placement.machine_ids):
         return StageName.STARTING_REPLICA
-    if placement.launch and observation.stopped and not placement.machine_ids:
+    if placement.launch and (observation.stopped or placement.awaits) and not placement.machine_ids:
         return StageName.STARTING_MACHINE
     return StageName.LAUNCHING_MACHINE if placement.machine_ids or placement.launch else None
 

@@ -30,11 +30,13 @@ class OnDemandOffer:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """Names of offers, best first; empty when everything has refused lately. `retry_at_s`: when one may be asked."""
+    """Names of offers, best first; empty when everything has refused lately. `retry_at_s`: when one may be asked.
+    `from_reserve`: first a machine that lies stopped is started, and if one is, nothing is bought."""
 
     names: tuple[str, ...]
     reasons: tuple[str, ...]
     retry_at_s: float | None = None
+    from_reserve: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,19 @@ def plan_launch(
     # Cover keeps its place however many spot offers there are.
     n_cover = min(len(free), MAX_PLAN // 3 if spot_names else MAX_PLAN)
     names = (*spot_names[: MAX_PLAN - n_cover], *(o.name for o in free[:n_cover]))
+    # On-demand for what was lost, or because no spot is to be had: as in the simulator, what lies stopped comes first.
+    # Cover beside spot that is to be had is not what this machine is for.
+    is_late = memory.lost_at_s is not None and view.now_s < memory.lost_at_s + spec.boot_s
+    is_ordered = orders.launch_on_demand > 0 and (is_late or not orders.launch)
+    from_reserve = is_ordered and view.n_stopped > 0
+    if from_reserve:
+        reasons.insert(0, f"from the reserve: {orders.reasons[-1]}")
     if names:
-        return LaunchPlan(names, tuple(reasons)), memory
+        return LaunchPlan(names, tuple(reasons), from_reserve=from_reserve), memory
     waits = [o.refused_until_s for o in on_demand if o.refused_until_s is not None]
     waits += [o.refused_at_s + spec.retry_s for o in view.offers if spot and o.refused_at_s is not None]
-    return LaunchPlan((), ("every offer refused lately",), min(waits, default=None)), memory
+    reasons = [*reasons[: int(from_reserve)], "every offer refused lately"]
+    return LaunchPlan((), tuple(reasons), min(waits, default=None), from_reserve), memory
 
 
 def backoff_s(n_refusals: int) -> float:

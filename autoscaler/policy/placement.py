@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 from typing import Final
 
+from autoscaler.policy.comeback import Stopping
 from autoscaler.policy.nearness import Near, Yards
 from autoscaler.types import Loading, MachineState, MachineView, Observation, ScalerSpec
 
@@ -18,12 +19,14 @@ RANK: Final = {MachineState.READY: 0, MachineState.ENROLLED: 1, MachineState.PEN
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Machine ids, one per replica; whether to buy one more; how many replicas found no room. `near`: how soon each of
-    them serves there, where that was weighed."""
+    them serves there, where that was weighed. `awaits`: machines that are being stopped and will hold some of those
+    without room."""
 
     machine_ids: tuple[str, ...]
     launch: bool
     n_unplaced: int
     near: tuple[Near, ...] = ()
+    awaits: tuple[Stopping, ...] = ()
 
 
 def preference(machine: MachineView) -> tuple[int, int, str]:

@@ -28,12 +28,12 @@ MAX_SENDERS: Final = 3  # as many as siblings.py names
 class Pool:
     """Machines by preference. Room that one deployment took in this pass is not offered to the next.
 
-    n_machines: how many count against the limit; those under notice do not.
+    n_machines: how many count against the limit; those under notice and those of the reserve do not.
     """
 
     def __init__(self, machines: Iterable[MachineView]) -> None:
         self._machines = {m.id: m for m in machines}
-        self.n_machines = sum(1 for m in self._machines.values() if m.ends_at_s is None)
+        self.n_machines = sum(1 for m in self._machines.values() if m.ends_at_s is None and not m.in_reserve)
         # Candidates by the part of place()'s preference that comes before the id: a few groups, each sorted.
         self._open: dict[tuple[float, ...], list[str]] = {}
         for mid in sorted(self._machines):

@@ -22,6 +22,7 @@ from autoscaler.policy.disruption import (
     consolidate,
 )
 from autoscaler.policy.poolrest import NOTHING, STOPPED, WARM, RestInputs, RestMemory, next_rest
+from autoscaler.policy.reserve import ReserveInputs, keep
 from autoscaler.policy.sizes import Scale
 from autoscaler.policy.spot import FleetView, Orders, SpotMemory, SpotSpec, buy
 
@@ -83,14 +84,19 @@ class PoolInputs:
     may_stop: tuple[str, ...] = ()
     stopped_reserve_s: float = 3600.0
     scale: Scale = field(default_factory=Scale)
+    # Machines that lie stopped to stand in for spot. None of them is in `stopped` or `may_stop`, in `machines` only
+    # those that were started again.
+    reserve: ReserveInputs = field(default_factory=ReserveInputs)
 
 
 @dataclass(frozen=True, slots=True)
 class Buy:
-    """One machine of this offer; it stands in for the machine `replaces` ('' = for none: a spare)."""
+    """One machine of this offer; it stands in for the machine `replaces` ('' = for none: a spare), or lies stopped at
+    `reserve_place`."""
 
     offer: str
     replaces: str = ""
+    reserve_place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +174,14 @@ def plan_pool(inputs: PoolInputs) -> tuple[PoolOrders, SpotMemory, PoolMemory]:
     buys = buys[: max(min(inputs.n_room, MAX_BUYS), 0)]
     if buys:
         reasons.insert(0, "; ".join(wanted.reasons))
+    kept = keep(inputs.reserve, inputs.view.n_wanted)
+    if inputs.cover:  # beside the places of the pool
+        buys += [Buy(inputs.cover, reserve_place=place) for place in kept.buy[:MAX_BUYS]]
+        reasons += [
+            f"reserve: a machine for place {place} of {inputs.reserve.n}" for place in kept.buy[:MAX_BUYS]
+        ]
+    stop += tuple(GiveUp(*each) for each in kept.stop)
+    end += tuple(GiveUp(*each) for each in kept.end)
     reasons += [f"{g.machine_id}: {g.why}" for g in (*stop, *end)]
     orders = PoolOrders(
         tuple(buys),
@@ -279,7 +293,9 @@ def _to_release(
 
 
 def _to_cancel(inputs: PoolInputs, staying: list[PoolMachine], wanted: Orders) -> list[str]:
-    coming = [m for m in staying if not m.held.is_ready and not m.held.n_replicas]
+    # Those of the reserve lie down when they are up.
+    mine = {m.id for m in inputs.reserve.members if m.place < inputs.reserve.n}
+    coming = [m for m in staying if not m.held.is_ready and not m.held.n_replicas and m.held.id not in mine]
     found = _within([m for m in coming if not m.is_spot], wanted.cancel_on_demand, inputs.scale)
     for name, n in wanted.cancel:
         found += _within([m for m in coming if m.offering == name], n, inputs.scale)

@@ -23,6 +23,7 @@ def status(
     n_missing: int,
     live: tuple[ReplicaView, ...],
     ordered: StageName | None,
+    ordered_at_s: float,
     gate: Gate,
     machine_gate: Gate,
     no_room: str,
@@ -30,7 +31,8 @@ def status(
 ) -> Status:
     """`live`: replicas that stay; `n_missing` of those wanted do not exist.
 
-    `ordered`: the stage that this decision's own orders begin, if any. `no_room`: why replicas could not be
+    `ordered`: the stage that this decision's own orders begin, if any; `ordered_at_s`: when, which for a machine that
+    has yet to stop is later than now. `no_room`: why replicas could not be
     placed ('' when they could).
     """
     now_s = observation.now_s
@@ -47,7 +49,7 @@ def status(
         stage, since_s = _furthest(coming, observation)
         return Status(DeploymentPhase.STARTING, error, stage, since_s)
     if ordered is not None:
-        return Status(DeploymentPhase.STARTING, error, ordered, now_s)
+        return Status(DeploymentPhase.STARTING, error, ordered, ordered_at_s)
     for closed in (gate, machine_gate):
         if closed.last is not None and not closed.is_open(now_s):
             retry_after_s = max(1, math.ceil(closed.retry_at_s - now_s))

@@ -130,7 +130,7 @@ class Fair:
             place,
             job.n_prompt,
             job.n_predicted,
-            beginnings.names(job) if self.queue.window and job.prefix else (),
+            beginnings.names(job) if self.queue.flows.window and job.prefix else (),
         )
         outcome, bindings = self.queue.admit(request, now_ms, [str(c) for c in candidates])
         if outcome == "full":

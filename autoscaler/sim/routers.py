@@ -12,9 +12,8 @@ from autoscaler.sim.prefixcache import BLOCK
 from autoscaler.sim.world import Replica
 from controlplane.policy.routing import MAX_CANDIDATES, Ask, Board, Placed, ReplicaLoad, RouteWeights
 
-TELLS_AFTER_S = (
-    0.1  # a gateway collects what it placed so long before it tells the others (gateway/placements.py)
-)
+# A gateway collects what it placed so long before it tells the others (gateway/placements.py).
+TELLS_AFTER_S = 0.1
 
 
 class LeastLoad:

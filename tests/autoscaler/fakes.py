@@ -11,6 +11,7 @@ from infra.providers.base import (
     CentralNotice,
     LaunchSpec,
     Offering,
+    ProviderError,
     ProviderMachine,
     ProviderState,
     Refusal,
@@ -24,6 +25,7 @@ class FakeProvider:
     lists_after_s = 0.0
     stops = True
     no_room = False  # for a stopped machine
+    stops_slowly = False  # it is `stopping` until the test says more
 
     def __init__(self) -> None:
         self.machines: dict[str, ProviderMachine] = {}
@@ -93,11 +95,13 @@ class FakeProvider:
 
     def stop(self, ref: str) -> None:
         if ref in self.machines:
-            self.set_state(ref, ProviderState.STOPPED)
+            self.set_state(ref, ProviderState.STOPPING if self.stops_slowly else ProviderState.STOPPED)
 
     def start(self, ref: str) -> None:
         if self.no_room:
             raise CapacityError("no room to start it")
+        if self.machines[ref].state is ProviderState.STOPPING:
+            raise ProviderError("it is still being stopped")
         self.set_state(ref, ProviderState.RUNNING)
 
     def leaving(self, ref: str, in_s: float) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 _WRITES = re.compile(
     rb"(INSERT INTO \"\w+\"|UPDATE \"\w+\"|DELETE FROM \"\w+\"|COMMIT)"
     rb"|\r\n(HSET|HDEL|HINCRBY|DEL|EVALSHA|PUBLISH|SETUSER|DELUSER|LPUSH|SADD|SREM)\r\n"
-    rb"|Action=(CreateFleet|TerminateInstances|CreateLaunchTemplate)\b"
+    rb"|Action=(CreateFleet|TerminateInstances|StopInstances|StartInstances|CreateLaunchTemplate)\b"
 )
 _CHUNK = 1 << 20
 _ANSWERED_WITHIN_S = 10.0

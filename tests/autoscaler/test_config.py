@@ -35,3 +35,19 @@ def test_the_environment_wins() -> None:
 def test_wrong_values_are_named(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _read(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CORRAL_SPOT", "CORRAL_SPOT_RESERVE=2: nothing to stand in for with CORRAL_SPOT=0; set it to 1"),
+        (
+            "CORRAL_STOPPED_NANO_PER_H",
+            "CORRAL_SPOT_RESERVE=2: CORRAL_STOPPED_NANO_PER_H=0 has no machine stopped",
+        ),
+    ],
+)
+def test_a_reserve_needs_spot_and_machines_that_stop(name: str, message: str) -> None:
+    assert _read(CORRAL_SPOT_RESERVE="2").spot_reserve == 2
+    with pytest.raises(ConfigError, match=message):
+        _read(CORRAL_SPOT_RESERVE="2", **{name: "0"})

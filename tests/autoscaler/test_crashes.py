@@ -24,7 +24,8 @@ from tests.autoscaler.crashing import Crash, Effects, crashing
 from workers.contract import ReplicaPhase
 
 KIND = Offering(instance_type="t", zone="z", is_spot=True, price_nano_per_h=1)
-COVER = Offering(instance_type="t", zone="z", is_spot=False, price_nano_per_h=1)
+OTHER = Offering(instance_type="t", zone="y", is_spot=True, price_nano_per_h=2)
+COVER = Offering(instance_type="t", zone="z", is_spot=False, price_nano_per_h=5)
 MAX_EFFECTS = 200
 
 
@@ -94,6 +95,41 @@ def _keeper(scaling: Scaling) -> stopping.Keeper:
     return stopping.Keeper(scaling.house.config, scaling.house.provider, scaling.house.cell)
 
 
+def _on_spot(scaling: Scaling) -> None:
+    """A replica serves on spot, and what is lost there is stood in for by a machine that lies stopped."""
+    scaling.provider.kinds = [KIND, OTHER, COVER]
+    scaling.configure(
+        spot_reserve=1, max_spares=0, machine_boot_s=180.0, disruption_share=1.0, max_machines=2
+    )
+    scaling.serving()
+
+
+def _turn(scaling: Scaling, now: datetime) -> None:
+    pool.turn(scaling.house, now)
+
+
+def _reserved(scaling: Scaling) -> None:
+    _on_spot(scaling)
+    _turn(scaling, timezone.now())
+    scaling.machine_up()
+    _turn(scaling, timezone.now())
+    reconcile.reconcile(scaling.house)
+    assert scaling.machine().state == MachineState.STOPPED
+
+
+def _noticed(scaling: Scaling) -> None:
+    _reserved(scaling)
+    records.machine_leaves(scaling.replica().machine_id, 600_000)
+
+
+def _stood_in_for(scaling: Scaling) -> None:
+    """It was started in vain, was given up, and nothing runs on it any more."""
+    _reserved(scaling)
+    assert stopping.resume_one(_keeper(scaling)) is not None
+    records.machine_answers(scaling.machine().id)
+    pool.give_up(scaling.machine().id, "spot serves", scaling.house, timezone.now())
+
+
 SCENES: dict[str, tuple[Callable[[Scaling], None], Callable[[Scaling, datetime], None]]] = {
     "launch": (_nothing, _launch),
     "drain": (_serving, _drain),
@@ -102,6 +138,9 @@ SCENES: dict[str, tuple[Callable[[Scaling], None], Callable[[Scaling, datetime],
     "wake": (_asleep, _launch),
     "stop": (_idle_machine, _stop),
     "resume": (_stopped, _launch),
+    "reserve": (_on_spot, _turn),
+    "stand-in": (_noticed, _launch),
+    "lie-down": (_stood_in_for, _terminate),
 }
 
 
@@ -113,6 +152,9 @@ MUST_STRIKE = {
     "wake": {"QuerySet.update", "Cell.set_desired"},
     "stop": {"QuerySet.update", "Cell.delete_machine", "FakeProvider.stop"},
     "resume": {"QuerySet.update", "Cell.set_user", "FakeProvider.start", "Cell.set_desired"},
+    "reserve": {"QuerySet.update", "QuerySet.create", "FakeProvider.launch"},
+    "stand-in": {"QuerySet.update", "Cell.set_user", "FakeProvider.start", "Cell.set_desired"},
+    "lie-down": {"QuerySet.update", "Cell.delete_machine", "FakeProvider.stop"},
 }
 
 
@@ -125,6 +167,8 @@ def _restart(scaling: Scaling) -> None:
     now = timezone.now() + timedelta(seconds=60)
     for _ in range(6):
         ScalerState.objects.update(lease_until=None, lease_owner="")
+        if scaling.house.config.spot_reserve:
+            pool.turn(scaling.house, now)
         reconcile.reconcile(scaling.house, now)
         _tick(scaling, now)
         now += timedelta(seconds=20)
@@ -138,7 +182,10 @@ def _check(scaling: Scaling, where: str) -> None:
     assert {m.machine_id for m in provider.machines.values()} == {row.id.hex for row in live}, (
         f"{where}: forgotten"
     )
-    assert len(provider.machines) <= scaling.house.config.max_machines, (
+    in_reserve = {row.provider_ref for row in live if row.reserve_place is not None}
+    assert len(in_reserve) <= scaling.house.config.spot_reserve, f"{where}: more than the reserve"
+    leaving = {row.provider_ref for row in live if row.ends_at is not None}
+    assert len(set(provider.machines) - in_reserve - leaving) <= scaling.house.config.max_machines, (
         f"{where}: more than the pool may have"
     )
     for row in live:
@@ -196,6 +243,7 @@ def test_no_crash_buys_twice_or_forgets(scaling: Scaling, scene: str, before: bo
 def _end_round(scaling: Scaling) -> None:
     """The model is given up: everything is given back by the ordinary loop; then it is wanted again."""
     scaling.change(deleted_at=timezone.now())
+    scaling.configure(spot_reserve=0)
     now = timezone.now() + timedelta(seconds=600)
     for _ in range(4):
         ScalerState.objects.update(lease_until=None, lease_owner="")

@@ -23,7 +23,7 @@ import pytest
 from django.db import connections
 from django.utils import timezone
 
-from autoscaler import reconcile, records, services
+from autoscaler import pool, reconcile, records, services, stopping
 from autoscaler.identity import Expected
 from autoscaler.models import LIVE_PHASES, Machine, MachineState, Offer, Replica, ScalerState
 from autoscaler.models import Decision as DecisionRow
@@ -45,6 +45,14 @@ MUST_STRIKE = {
         "COMMIT",
     },
     "drain": {'UPDATE "autoscaler_replica"', "HSET", "EVALSHA"},
+    "stop": {'UPDATE "autoscaler_machine"', "DELUSER", "Action=StopInstances"},
+    "resume": {
+        'UPDATE "autoscaler_machine"',
+        "SETUSER",
+        "Action=StartInstances",
+        'INSERT INTO "autoscaler_replica"',
+        "HINCRBY",
+    },
     "terminate": {"Action=TerminateInstances", 'UPDATE "autoscaler_machine"', "DELUSER", "DEL"},
 }
 
@@ -86,8 +94,9 @@ class World:
     def did(self) -> str:
         return self.scaling.deployment.id.hex
 
-    def up(self) -> Replica:
+    def up(self, *, spot: bool = True) -> Replica:
         """A machine that has enrolled by its identity, with a replica that serves."""
+        self.scaling.configure(spot=spot)
         self.scaling.queue("a")
         self.scaling.tick()
         machine = self.scaling.machine()
@@ -118,10 +127,12 @@ class World:
         tokens = Counter(_tag(i, "token") for i in self.ec2.instances())
         assert all(n == 1 for n in tokens.values()), f"{where}: one command bought two machines: {tokens}"
         live = Machine.objects.exclude(state=MachineState.GONE)
-        alive = self.ec2.instances("pending", "running")
+        alive = self.ec2.instances("pending", "running", "stopping", "stopped")
         assert {_tag(i, "machine") for i in alive} == {row.id.hex for row in live}, f"{where}: forgotten"
         assert {i.id for i in alive} == {row.provider_ref for row in live}, f"{where}: not written down"
+        off = {_tag(i, "machine") for i in alive if i.state in ("stopping", "stopped")}
         for row in live:
+            assert (row.state == MachineState.STOPPED) is (row.id.hex in off), f"{where}: {row.state}"
             wanted = {r.id.hex for r in Replica.objects.filter(machine=row, phase__in=LIVE_PHASES)}
             told = set(self.scaling.house.cell.read_desired(row.id.hex)) - {"generation"}
             assert told == wanted, f"{where}: Redis and rows disagree"
@@ -135,6 +146,7 @@ class World:
             _tick(self.scaling, now)
             for replica in Replica.objects.filter(phase__in=LIVE_PHASES):
                 self.scaling.report(replica, ReplicaPhase.STOPPED)
+            pool.turn(self.scaling.house, now)  # ends what is stopped
             reconcile.reconcile(self.scaling.house, now)
             now += timedelta(seconds=60)
         assert self.ec2.alive() == [], f"{where}: still paid for"
@@ -166,9 +178,30 @@ def _terminate(world: World) -> list[str]:
     return ["reconcile"]
 
 
+def _stop(world: World) -> list[str]:
+    """A machine that nobody needs now, of a kind that can be stopped."""
+    replica = world.up(spot=False)
+    cell = world.scaling.house.cell
+    cell.redis.delete(*cell.redis.keys(f"{cell.keys.prefix}*"))
+    for phase in (ReplicaPhase.DRAINING, ReplicaPhase.STOPPED):
+        world.scaling.report(replica, phase)
+    return [f"stop {replica.machine_id.hex}"]
+
+
+def _resume(world: World) -> list[str]:
+    _stop(world)
+    house, machine = world.scaling.house, world.scaling.machine()
+    assert stopping.stop(machine.id, "rests", stopping.Keeper(house.config, house.provider, house.cell))
+    reconcile.reconcile(house)
+    assert world.scaling.machine().state == MachineState.STOPPED
+    return _launch(world)
+
+
 SCENES: dict[str, Callable[[World], list[str]]] = {
     "launch": _launch,
     "drain": _drain,
+    "stop": _stop,
+    "resume": _resume,
     "terminate": _terminate,
 }
 

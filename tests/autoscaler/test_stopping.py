@@ -6,14 +6,24 @@ from datetime import datetime, timedelta
 from io import StringIO
 
 import pytest
+import redis
 from django.core.management import call_command
 from django.utils import timezone
 
 from autoscaler import pool, reconcile, records, stopping
-from autoscaler.models import Machine, MachineState, Offer, PoolDecision, Replica, ReplicaPhase, StartTiming
+from autoscaler.models import (
+    Decision,
+    Machine,
+    MachineState,
+    Offer,
+    PoolDecision,
+    Replica,
+    ReplicaPhase,
+    StartTiming,
+)
 from autoscaler.observe import machine_views, startable
 from autoscaler.stopping import Keeper
-from infra.providers.base import Offering, ProviderRefusedError, ProviderState
+from infra.providers.base import Offering, ProviderMachine, ProviderRefusedError, ProviderState
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ReplicaPhase as Reported
 
@@ -161,6 +171,92 @@ def test_while_it_stops_nothing_is_bought_in_its_place(scaling: Scaling, idle: M
         pool.turn(scaling.house, at + timedelta(seconds=seconds))
     assert [(m.id, m.state) for m in Machine.objects.all()] == [(idle.id, MachineState.STOPPING)]
     assert scaling.provider.n_launch_calls == 1
+
+
+@pytest.fixture
+def leaving(scaling: Scaling, idle: Machine) -> Machine:
+    """Being stopped since a moment ago. A stop takes 20 s, a start 60 s, a boot 100 s."""
+    scaling.provider.stops_slowly = True
+    for stage, seconds in (("stopping_machine", 20), ("starting_machine", 60), ("launching_machine", 100)):
+        StartTiming.objects.update_or_create(
+            provider="fake", model_digest="", stage=stage, defaults={"average_ms": 1000 * seconds}
+        )
+    for stage in ("starting_replica", "loading_model"):
+        StartTiming.objects.filter(stage=stage).update(average_ms=1000)
+    assert stopping.stop(idle.id, "rests", keeper(scaling))
+    scaling.configure(max_machines=3)
+    return scaling.machine()
+
+
+def test_a_request_while_it_is_being_stopped_waits_for_it_and_starts_it_then(
+    scaling: Scaling, leaving: Machine
+) -> None:
+    cell, did = scaling.house.cell, scaling.deployment.id.hex
+    scaling.queue("a")
+    decided = scaling.tick().decision
+    assert (decided.commands, decided.memory.awaited) == ((), (leaving.id.hex,))
+    assert cell.last_stage(did) == ("starting_machine", "")
+    eta_ms = int(cell.redis.hget(cell.keys.stage(did), "eta_ms") or 0)
+    assert 20_000 + 60_000 < eta_ms < 20_000 + 60_000 + 5_000, "its stop, its start, and the replica's"
+    assert Decision.objects.latest("at").reasons[-1].startswith(f"machine {leaving.id.hex} was told to stop")
+
+    scaling.provider.set_state(leaving.provider_ref, ProviderState.STOPPED)
+    cell.redis.delete(cell.keys.look_lock)  # two seconds on
+    Machine.objects.update(rest_at=timezone.now() - timedelta(seconds=10))
+    scaling.tick()
+    back = scaling.machine()
+    assert (back.id, back.state) == (leaving.id, MachineState.RESUMING), "seen and started by the same tick"
+    assert (scaling.replica().machine_id, scaling.provider.n_launch_calls) == (leaving.id, 1)
+    assert StartTiming.objects.get(stage="stopping_machine").average_ms == pytest.approx(17_000, rel=0.05)
+
+
+def test_whoever_waits_asks_the_provider_seldom(
+    scaling: Scaling, leaving: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    listed = scaling.provider.describe
+
+    def counted() -> list[ProviderMachine]:
+        asked.append(1)
+        return listed()
+
+    monkeypatch.setattr(scaling.provider, "describe", counted)
+    scaling.queue("a")
+    for _ in range(3):
+        scaling.tick()
+    assert len(asked) == 1
+
+
+def test_one_that_hangs_in_stopping_holds_nobody_beyond_the_bound_and_is_ended(
+    scaling: Scaling, leaving: Machine
+) -> None:
+    """Late by 40 s, what a start of it saves against a boot: that is when a machine is bought."""
+    scaling.queue("a")
+    for seconds, n_bought in ((1, 1), (59, 1), (61, 2)):
+        Machine.objects.filter(id=leaving.id).update(rest_at=timezone.now() - timedelta(seconds=seconds))
+        scaling.tick()
+        assert scaling.provider.n_launch_calls == n_bought, seconds
+    assert scaling.replica().machine_id == scaling.machine().id != leaving.id
+    late = timezone.now() + timedelta(seconds=scaling.house.config.machine_pending_timeout_s - 60)
+    assert reconcile.reconcile(scaling.house, late).n_gone == 1
+    assert scaling.provider.terminated == [leaving.provider_ref], "nobody pays for it for good"
+
+
+def test_a_request_that_dies_with_redis_away_buys_nothing_either(
+    scaling: Scaling, leaving: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can say who may ask: the next pass of reconcile sees that it has stopped."""
+    scaling.queue("a")
+    scaling.provider.set_state(leaving.provider_ref, ProviderState.STOPPED)
+
+    def away(life_ms: int) -> bool:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(scaling.house.cell, "may_look", away)
+    assert scaling.tick().decision.memory.awaited == (leaving.id.hex,)
+    reconcile.reconcile(scaling.house)
+    scaling.tick()
+    assert (scaling.machine().state, scaling.provider.n_launch_calls) == (MachineState.RESUMING, 1)
 
 
 def test_the_ladder_stops_it_and_ends_it_when_even_its_disk_is_not_worth_it(

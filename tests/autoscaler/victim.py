@@ -18,7 +18,7 @@ import django
 
 django.setup()
 
-from autoscaler import reconcile, tick  # noqa: E402
+from autoscaler import reconcile, stopping, tick  # noqa: E402
 from autoscaler.cell import Cell  # noqa: E402
 from autoscaler.config import AutoscalerConfig  # noqa: E402
 from infra.providers.aws.clients import connect  # noqa: E402
@@ -56,6 +56,9 @@ def _carry_out(order: dict[str, Any], provider: AwsProvider) -> None:
     for step in order["steps"]:
         if step == "reconcile":
             reconcile.reconcile(house, now)
+        elif step.startswith("stop "):
+            keeper = stopping.Keeper(house.config, house.provider, house.cell)
+            stopping.stop(UUID(hex=step.removeprefix("stop ")), "rests", keeper, now)
         else:
             tick.tick(UUID(hex=step), house, now)
 

@@ -64,6 +64,7 @@ class Ec2:
 
     boot_s: float = 0.0
     stop_s: float = 0.0  # what stopping takes
+    start_s: float | None = None  # what starting one again takes; None: as long as a boot
     visible_after_s: float = 0.0  # DescribeInstances trails a launch by so much
     faults: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Ec2:
     def reset(self) -> None:
         """As after `start`: an account with a network in it and nothing else."""
         self.boot_s = self.stop_s = self.visible_after_s = 0.0
+        self.start_s = None
         self._born_s.clear()
         backend = get_backend("ec2")[self.account][REGION]
         for kept in (
@@ -287,7 +289,8 @@ class Ec2:
             elif is_stop:
                 self._pass_through(instance, "stopping", "stopped", self.stop_s)
             else:
-                self._pass_through(instance, "pending", "running", self.boot_s)
+                takes_s = self.boot_s if self.start_s is None else self.start_s
+                self._pass_through(instance, "pending", "running", takes_s)
         return reply
 
     def _without_newborn(

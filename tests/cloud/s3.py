@@ -28,10 +28,12 @@ def _weed() -> str:
 
 
 def _ports(n: int) -> list[int]:
-    """Free ports whose neighbour 10,000 higher is free too: the server takes both."""
+    """Free ports whose neighbour 10,000 higher is free too: the server takes both. All are held until the last is
+    found, or one would be found as the neighbour of another."""
     found: list[int] = []
-    while len(found) < n:
-        with socket.socket() as one, socket.socket() as other:
+    with contextlib.ExitStack() as held:
+        while len(found) < n:
+            one, other = (held.enter_context(socket.socket()) for _ in range(2))
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
             with contextlib.suppress(OSError, OverflowError):

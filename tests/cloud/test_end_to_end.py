@@ -16,7 +16,16 @@ import boto3
 import pytest
 
 from autoscaler import pool, reconcile, specs, tick
-from autoscaler.models import Machine, MachineState, Offer, PoolDecision, PoolDecisionKind, Replica
+from autoscaler.models import (
+    Machine,
+    MachineState,
+    Offer,
+    PoolDecision,
+    PoolDecisionKind,
+    Replica,
+    StartTiming,
+)
+from autoscaler.tick import House
 from autoscaler.types import ScalerSpec
 from controlplane.deployments import services
 from controlplane.deployments.models import ModelSource
@@ -44,7 +53,7 @@ def test_from_zero_a_request_buys_a_spot_machine_that_boots_loads_weights_from_s
     eventually: Eventually,  # noqa: F811
 ) -> None:
     weights = os.urandom(N_WEIGHTS)
-    digest, _ = _stored(cloud, weights, tmp_path / "origin")
+    digest, _ = stored(cloud, weights, tmp_path / "origin")
     assert (cloud.ec2.alive(), cloud.machines()) == ([], [])
 
     request = cloud.asker.ask("what is left when all is gone?")
@@ -71,22 +80,11 @@ def test_a_reserve_is_stopped_by_the_ladder_and_a_request_starts_it_again_with_i
     eventually: Eventually,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def hasty(*args: Any) -> ScalerSpec:
-        """Nothing left to wait for but the idle timeout."""
-        return replace(
-            specs.scaler_spec(*args), stable_window_s=1.0, panic_window_s=1.0, scale_down_delay_s=0.5
-        )
-
-    monkeypatch.setattr(tick, "scaler_spec", hasty)
+    _hasty(monkeypatch)
     weights = os.urandom(N_WEIGHTS)
-    digest, place = _stored(cloud, weights, tmp_path / "origin")
+    digest, place = stored(cloud, weights, tmp_path / "origin")
     cloud.ec2.stop_s = 0.5
-    # On-demand only, and no second of waiting is worth more than some of a warm machine.
-    house = cloud.scaling.house
-    config = replace(house.config, spot=False, late_after_s=0.0, late_usd=0.0, late_usd_per_s=3e-4)
-    cloud.rehouse(replace(house, config=config))
-    house = cloud.scaling.house
-    cloud.scaling.change(idle_timeout_s=1)
+    house = _frugal(cloud)
 
     request = cloud.asker.ask("are you there?")
     text = cloud.answered(eventually, request)
@@ -122,7 +120,66 @@ def test_a_reserve_is_stopped_by_the_ladder_and_a_request_starts_it_again_with_i
     cloud.all_given_back(eventually)
 
 
-def _stored(cloud: Cloud, weights: bytes, source: Path) -> tuple[str, Place]:  # noqa: F811
+def test_a_request_while_a_machine_is_being_stopped_is_served_by_it_and_nothing_is_bought(
+    cloud: Cloud,  # noqa: F811
+    eventually: Eventually,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _hasty(monkeypatch)
+    house = _frugal(cloud)
+    first = cloud.asker.ask("are you there?")
+    text = cloud.answered(eventually, first)
+    cloud.asker.settle(first)
+    [machine] = cloud.machines()
+    cloud.ec2.stop_s = 4.0
+
+    def is_being_stopped() -> bool:
+        cloud.recorder.want_tick(cloud.scaling.deployment.id.hex)
+        pool.turn(house)
+        return Machine.objects.get(id=machine.id).state == MachineState.STOPPING
+
+    eventually(is_being_stopped, "the ladder has it stopped", 60)
+    eventually(lambda: [i.state for i in cloud.ec2.instances()] == ["stopping"], "EC2 is at it", 5)
+    StartTiming.objects.filter(stage="launching_machine").update(average_ms=180_000)  # as at EC2, not as here
+    request = cloud.asker.ask("are you there?")
+    stages = set()
+
+    def is_started() -> bool:
+        """Beat's tick alone: nobody reconciles."""
+        cloud.recorder.want_tick(cloud.scaling.deployment.id.hex)
+        stages.add(house.cell.last_stage(cloud.scaling.deployment.id.hex)[0])
+        return Machine.objects.get(id=machine.id).state in (MachineState.RESUMING, MachineState.READY)
+
+    eventually(is_started, "it is started as soon as it has stopped", 30)
+    assert "starting_machine" in stages, "which is what the client was told meanwhile"
+    assert cloud.answered(eventually, request) == text
+    assert [(m.id, m.state) for m in cloud.machines()] == [(machine.id, MachineState.READY)]
+    asked = [form for action, form in cloud.ec2.calls if action in ("CreateFleet", "StartInstances")]
+    assert len(asked) == 2, "one bought, one started, and no start that EC2 refused"
+    cloud.all_given_back(eventually)
+
+
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing left to wait for but the idle timeout."""
+
+    def hasty(*args: Any) -> ScalerSpec:
+        return replace(
+            specs.scaler_spec(*args), stable_window_s=1.0, panic_window_s=1.0, scale_down_delay_s=0.5
+        )
+
+    monkeypatch.setattr(tick, "scaler_spec", hasty)
+
+
+def _frugal(cloud: Cloud) -> House:  # noqa: F811
+    """On-demand only, and no second of waiting is worth more than some of a warm machine."""
+    house = cloud.scaling.house
+    config = replace(house.config, spot=False, late_after_s=0.0, late_usd=0.0, late_usd_per_s=3e-4)
+    cloud.rehouse(replace(house, config=config))
+    cloud.scaling.change(idle_timeout_s=1)
+    return cloud.scaling.house
+
+
+def stored(cloud: Cloud, weights: bytes, source: Path) -> tuple[str, Place]:  # noqa: F811
     """(digest, where) of a version that the deployment is to serve from now on, and that lies in a bucket only."""
     place = Place("models", f"e2e-{os.urandom(4).hex()}")
     manifest = a_version(source, {"config.json": b"{}", "model.safetensors": weights})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 from django.utils import timezone
 
-from autoscaler import reconcile
+from autoscaler import reconcile, stopping
 from autoscaler.models import Machine, MachineState, Offer, PoolDecision, Replica, ReplicaPhase
 from autoscaler.tick import tick
 from infra.providers.aws.provider import AwsProvider
-from tests.autoscaler.conftest import Scaling, operator_db, scaling  # noqa: F401 - fixtures
+from tests.autoscaler.conftest import Scaling, eventually, operator_db, scaling  # noqa: F401 - fixtures
 from tests.cloud.conftest import TYPE, aws_config
 from tests.cloud.ec2 import ZONES, Ec2, Fault
 from tests.cloud.test_from_zero import assert_nothing_left
@@ -79,6 +80,31 @@ def test_throttling_is_backed_off_from_with_bounded_calls(bought: Scaling, ec2: 
         tick(bought.deployment.id, bought.house, timezone.now() + timedelta(seconds=after_s))
     assert ec2.count("CreateFleet") == 6
     assert len(ec2.alive()) == 1
+    give_back(bought, ec2)
+
+
+def test_a_machine_that_is_being_stopped_is_waited_for_and_started_by_the_tick_that_sees_it_stopped(
+    bought: Scaling,
+    ec2: Ec2,
+    eventually: Callable[..., None],  # noqa: F811
+) -> None:
+    bought.configure(spot=False)
+    bought.tick()
+    Replica.objects.update(phase=ReplicaPhase.STOPPED, stopped_at=timezone.now())
+    Machine.objects.update(state=MachineState.READY, ready_at=timezone.now())
+    ec2.stop_s = 0.5
+    machine, house = bought.machine(), bought.house
+    assert stopping.stop(machine.id, "rests", stopping.Keeper(house.config, house.provider, house.cell))
+    bought.tick()
+    assert (bought.machine().state, ec2.count("CreateFleet")) == (MachineState.STOPPING, 1)
+    assert bought.house.cell.last_stage(bought.deployment.id.hex) == ("starting_machine", "")
+    eventually(lambda: [i.state for i in ec2.instances()] == ["stopped"], "EC2 has stopped it")
+    bought.house.cell.redis.delete(bought.house.cell.keys.look_lock)  # two seconds on
+    bought.tick()
+    assert (bought.machine().id, bought.machine().state) == (machine.id, MachineState.RESUMING)
+    assert bought.replica().machine_id == machine.id
+    assert (ec2.count("CreateFleet"), ec2.count("StartInstances")) == (1, 1)
+    Machine.objects.update(state=MachineState.READY)
     give_back(bought, ec2)
 
 

@@ -47,7 +47,8 @@ class Command(BaseCommand):
 
         found = []
         clients = connect(config.region)
-        for finding in examine(config, clients, max_machines=house.max_machines, holds=holds):
+        n_most = house.max_machines + house.spot_reserve  # that may run at once
+        for finding in examine(config, clients, max_machines=n_most, holds=holds):
             found.append(finding)
             if not options["json"]:
                 self.stdout.write(f"{_MARKS[finding.verdict]}  {finding.subject}: {finding.found}")

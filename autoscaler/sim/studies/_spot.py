@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from autoscaler.policy.spot import SpotSpec
+from autoscaler.sim import scenario
 from autoscaler.sim.buyers import AnyZoneElseOnDemand, Corral, Heeding, OnDemandOnly, SpotHedge, SpotOnly
 from autoscaler.sim.fleet import Buyer, Fleet, Terms
 from autoscaler.sim.kernel import Kernel
 from autoscaler.sim.market import Steps, Zone
 from autoscaler.sim.oracle import bound_of
-from autoscaler.sim.scenario import Setting
+from autoscaler.sim.policies import CORRAL
+from autoscaler.sim.scenario import Result, Setting
 from autoscaler.sim.statistics import Interval, interval
 from autoscaler.sim.studies import _given as given
 from autoscaler.sim.studies.base import Cell, Column, Goal
@@ -32,6 +34,10 @@ RIVALS: Final[dict[str, dict[str, Callable[[], Buyer]]]] = {
     "spothedge": {f"spothedge:n_extra={n}": lambda n=n: SpotHedge(n) for n in (1, 2, 4)},  # type: ignore[misc]
 }
 HEEDING: Final = "any-zone:heeds_notice=1"
+WARM_S: Final = 1950.0  # not counted of a run with requests: whole ticks of the recording
+_FINE_S: Final = (
+    39.0  # the oracle's tick where demand moves by the quarter minute: a fifth of the recording's
+)
 SPOT_ONLY: Final = "spot-only"
 
 
@@ -65,6 +71,40 @@ def bought(
     kernel.run(until_s=length_s)
     fleet.close()
     return Paid(fleet.usd / least, fleet.availability)
+
+
+@dataclass(frozen=True, slots=True)
+class Demanded:
+    """One window with requests: its setting, the run on on-demand machines with the production scaler, what that scaler
+    wished for (all others must meet it), and what the oracle pays for the part that counts."""
+
+    setting: Setting
+    on_demand: Result
+    wanted: Steps
+    least_usd: float
+
+
+def demanded(load: given.Load, market: given.Market, at: Terms, seed: int, length_s: float) -> Demanded:
+    zones = market.window(seed, length_s)
+    setting = Setting(
+        given.engine(), given.SLOTS, 0, given.TTFT_S, zones, at, until_s=length_s, warm_s=WARM_S
+    )
+    on_demand = scenario.run(
+        setting,
+        replace(CORRAL, buyer=lambda s: OnDemandOnly()),
+        load.jobs(seed, length_s),
+        label=f"{load.name}, on-demand, seed {seed}",
+    )
+    assert on_demand.demand is not None
+    wanted = on_demand.demand
+    # Counted from the warm-up's end, as the runs are; the oracle has all it needs by then.
+    counted = replace(
+        setting,
+        zones=tuple(zone.window(WARM_S, length_s - WARM_S) for zone in zones),
+        until_s=length_s - WARM_S,
+    )
+    later = Steps(tuple(at_s - WARM_S for at_s in wanted.at_s), wanted.values)
+    return Demanded(setting, on_demand, wanted, bound_of(counted, later, AVAILABILITY, _FINE_S).usd)
 
 
 def machines_alone(zones: tuple[Zone, ...], terms: Terms, wanted: Steps, length_s: float) -> dict[str, Paid]:

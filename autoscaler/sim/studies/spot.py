@@ -5,14 +5,11 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from autoscaler.sim import scenario
-from autoscaler.sim.buyers import AnyZoneElseOnDemand, OnDemandOnly, SpotHedge
+from autoscaler.sim.buyers import AnyZoneElseOnDemand, SpotHedge
 from autoscaler.sim.fleet import Buyer, Terms
-from autoscaler.sim.market import Steps
-from autoscaler.sim.oracle import bound_of
 from autoscaler.sim.policies import CORRAL
 from autoscaler.sim.scalers import Replay
 from autoscaler.sim.scenario import Policy, Result, Setting
@@ -27,6 +24,7 @@ from autoscaler.sim.studies._spot import (
     SPOT_ONLY,
     Paid,
     cheaper,
+    demanded,
     equal,
     machines_alone,
     market_row,
@@ -37,10 +35,6 @@ from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Tab
 
 HELP = "spot markets: cost and availability against the oracle, SpotHedge and any-zone-else-on-demand"
 _BASE: Final = (120.0, 120.0, 16)  # notice_s, boot_s, machines per zone
-_WARM_S: Final = 1950.0  # whole ticks of the recording
-_FINE_S: Final = (
-    39.0  # the oracle's tick where demand moves by the quarter minute: a fifth of the recording's
-)
 _MARGIN_S: Final = 1.0  # a fifth of the promised first token: what may count as no worse
 
 
@@ -112,30 +106,9 @@ def _served(
         buyers[chosen] = lambda s, make=makers[chosen]: make()  # type: ignore[misc]
     found: dict[str, list[tuple[Result, float]]] = defaultdict(list)
     for seed in seeds:
-        setting = Setting(
-            given.engine(),
-            given.SLOTS,
-            0,
-            given.TTFT_S,
-            market.window(seed, length_s),
-            terms,
-            until_s=length_s,
-            warm_s=_WARM_S,
-        )
-        first = scenario.run(
-            setting,
-            replace(CORRAL, buyer=lambda s: OnDemandOnly()),
-            load.jobs(seed, length_s),
-            label=f"{load.name}, on-demand, seed {seed}",
-        )
-        assert first.demand is not None
-        wanted = first.demand
-        # Counted from the warm-up's end, as the runs are; the oracle has all it needs by then.
-        zones = tuple(zone.window(_WARM_S, length_s - _WARM_S) for zone in setting.zones)
-        counted = replace(setting, zones=zones, until_s=length_s - _WARM_S)
-        later = Steps(tuple(at_s - _WARM_S for at_s in wanted.at_s), wanted.values)
-        least_usd = bound_of(counted, later, AVAILABILITY, _FINE_S).usd
-        found["on-demand"].append((first, first.usd / least_usd))
+        window = demanded(load, market, terms, seed, length_s)
+        setting, wanted, least_usd = window.setting, window.wanted, window.least_usd
+        found["on-demand"].append((window.on_demand, window.on_demand.usd / least_usd))
         for name, buyer in buyers.items():
             policy = Policy(CORRAL.queue, CORRAL.router, lambda s, wanted=wanted: Replay(wanted), buyer)  # type: ignore[misc]
             result = scenario.run(

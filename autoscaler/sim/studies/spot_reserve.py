@@ -11,16 +11,24 @@ from dataclasses import replace
 from typing import Any, Final
 
 from autoscaler.sim import scenario
-from autoscaler.sim.buyers import Corral, OnDemandOnly
+from autoscaler.sim.buyers import Corral
 from autoscaler.sim.fleet import Terms
 from autoscaler.sim.market import Steps, Zone
-from autoscaler.sim.oracle import bound_of
 from autoscaler.sim.policies import CORRAL
 from autoscaler.sim.scalers import Replay
-from autoscaler.sim.scenario import Result, Setting
+from autoscaler.sim.scenario import Result
 from autoscaler.sim.statistics import interval
 from autoscaler.sim.studies import _given as given
-from autoscaler.sim.studies._spot import AVAILABILITY, MAIN, RATIO_GOAL, Paid, bought, least_usd, terms
+from autoscaler.sim.studies._spot import (
+    AVAILABILITY,
+    MAIN,
+    RATIO_GOAL,
+    Paid,
+    bought,
+    demanded,
+    least_usd,
+    terms,
+)
 from autoscaler.sim.studies.base import Cell, Column, Goal, Progress, Study, Table
 
 HELP = "spot markets whose notice is shorter than a start: what a reserve of stopped machines saves"
@@ -35,17 +43,14 @@ _SIX_ZONES: Final = (
     (0.0, _BOOT_S, 4, 60.0),
 )
 _STOPPED_USD_PER_H: Final = 0.011  # 100 GB of gp3, as the house has it (CORRAL_STOPPED_NANO_PER_H)
-_WARM_S: Final = 1950.0  # whole ticks of the recording
-_FINE_S: Final = 39.0  # the oracle's tick where demand moves by the quarter minute
 _MARGIN_S: Final = 1.0  # of P99 to the first token: what may count as no worse
 _WITHOUT: Final = "without a reserve"
 _WITH: Final = "with a reserve"
 _ON_DEMAND: Final = "on-demand"
 
 Pair = tuple[list[Paid], list[Paid]]  # by window: with a reserve, and without
-Served = dict[
-    str, list[tuple[Result, float]]
-]  # by buyer and window: the result, and its cost over the oracle's
+# By buyer and window: the result, and its cost over the oracle's.
+Served = dict[str, list[tuple[Result, float]]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -111,34 +116,13 @@ def _served(
     at = Terms(_BOOT_S, _NOTICE_S, given.ON_DEMAND_USD_PER_H, tick_s=15)
     found: Served = {_ON_DEMAND: [], _WITHOUT: [], _WITH: []}
     for seed in range(n_seeds):
-        setting = Setting(
-            given.engine(),
-            given.SLOTS,
-            0,
-            given.TTFT_S,
-            market.window(seed, length_s),
-            at,
-            until_s=length_s,
-            warm_s=_WARM_S,
-        )
-        first = scenario.run(
-            setting,
-            replace(CORRAL, buyer=lambda s: OnDemandOnly()),
-            load.jobs(seed, length_s),
-            label=f"{load.name}, on-demand, seed {seed}",
-        )
-        assert first.demand is not None
-        wanted = first.demand
-        # Counted from the warm-up's end, as the runs are.
-        zones = tuple(zone.window(_WARM_S, length_s - _WARM_S) for zone in setting.zones)
-        counted = replace(setting, zones=zones, until_s=length_s - _WARM_S)
-        later = Steps(tuple(at_s - _WARM_S for at_s in wanted.at_s), wanted.values)
-        least = bound_of(counted, later, AVAILABILITY, _FINE_S).usd
-        found[_ON_DEMAND].append((first, first.usd / least))
+        window = demanded(load, market, at, seed, length_s)
+        wanted, least = window.wanted, window.least_usd
+        found[_ON_DEMAND].append((window.on_demand, window.on_demand.usd / least))
         n_reserve = 2 * max(round(statistics.fmean(wanted.values)), 1)
         for name, each in ((_WITHOUT, at), (_WITH, _reserving(at, n_reserve, _RESUME_S))):
             result = scenario.run(
-                replace(setting, terms=each),
+                replace(window.setting, terms=each),
                 replace(CORRAL, scaler=lambda s, wanted=wanted: Replay(wanted)),  # type: ignore[misc]
                 load.jobs(seed, length_s),
                 label=f"{load.name}, {name}, seed {seed}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autoscaler.policy.comeback import Stopping, StopTimes
 from autoscaler.policy.decide import decide
 from autoscaler.types import (
     Decision,
@@ -66,6 +67,9 @@ class Scene:
     machines: tuple[MachineView, ...] = ()
     failures: tuple[Failure, ...] = ()
     machine_failures: tuple[Failure, ...] = ()
+    stopped: tuple[str, ...] = ()
+    stopping: tuple[Stopping, ...] = ()
+    stop_times: StopTimes = field(default_factory=StopTimes)
     last_good_at_s: float | None = None
     memory: ScalerMemory = field(default_factory=ScalerMemory)
     frozen: frozenset[str] = frozenset()
@@ -81,6 +85,9 @@ class Scene:
             n_machines=sum(1 for m in self.machines if m.ends_at_s is None),
             failures=self.failures,
             machine_failures=self.machine_failures,
+            stopped=self.stopped,
+            stopping=self.stopping,
+            stop_times=self.stop_times,
             last_good_at_s=self.last_good_at_s,
         )
 

@@ -39,7 +39,7 @@ def test_corral_is_the_production_queue_and_two_of_the_gateways_boards() -> None
     assert all(isinstance(board, Affinity) and type(board.board) is Board for board in boards)
     queue = policies.CORRAL.queue(SETTING)
     assert isinstance(queue, Fair)
-    assert queue.queue.window == Deployment._meta.get_field("locality_window_tokens").default * TOKEN
+    assert queue.queue.flows.window == Deployment._meta.get_field("locality_window_tokens").default * TOKEN
     assert policies.BOARDS_AGE_S == routes._POLL_S
     assert policies.USUAL_LEADS == specs.USUAL_LEADS
     assert routers.TELLS_AFTER_S == placements._EVERY_S

@@ -628,6 +628,7 @@ def test_threads_outlive_redis_being_away(threads: Watch, eventually: Callable[.
     threads.scaling.queue("first")
     eventually(lambda: Replica.objects.exists(), "a replica was ordered")
     eventually(lambda: threads.watcher.is_active, "it is active again")
+    assert Replica.objects.count() == 1
 
 
 def test_threads_outlive_postgres_being_away(
