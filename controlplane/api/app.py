@@ -31,6 +31,7 @@ from controlplane.api.resources import (
     rollouts,
     scim_tokens,
     service_accounts,
+    shadow_results,  # noqa: F401 - adds to the router of upstreams
     slo,
     upstreams,
     usage,

@@ -35,6 +35,11 @@ class PageQuery(Schema):
     cursor: str | None = Field(None, max_length=64, description="`next_cursor` of the page before")
 
 
+def matching(rows: QuerySet[Row], **wanted: object) -> QuerySet[Row]:
+    """Those whose fields are as a query wants them; None wants nothing of a field."""
+    return rows.filter(**{field: value for field, value in wanted.items() if value is not None})
+
+
 def page(rows: QuerySet[Row], query: PageQuery, out: Callable[[Row], T]) -> Page[T]:
     """The rows after the cursor. `rows` are scoped by their tenant already. Raises InvalidInputError (cursor)."""
     if query.cursor is not None:

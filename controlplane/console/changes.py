@@ -68,11 +68,10 @@ def kinds(*, organization_id: UUID) -> list[str]:
     return sorted(set(lately.values_list("kind", flat=True)))
 
 
-def counts(*, organization_id: UUID) -> tuple[int, int]:
-    """(links of the chain, entries that no link seals yet)."""
+def n_sealed(*, organization_id: UUID) -> int:
+    """Links of the chain."""
     last = Seal.objects.filter(organization_id=organization_id).order_by("-n").first()
-    n_unsealed = Entry.objects.filter(organization_id=organization_id, seal=None).count()
-    return (last.n if last else 0), n_unsealed
+    return last.n if last else 0
 
 
 def _change(row: Entry, names: dict[str, str]) -> Change:

@@ -15,6 +15,7 @@ from controlplane.deployments import services as deployments
 from controlplane.deployments.models import Deployment, ModelVersion
 from controlplane.errors import NotFoundError
 from controlplane.settings import ENV
+from controlplane.tenants import key_services, limit_services
 from controlplane.tenants import services as tenants
 from controlplane.tenants.limits import Limits
 from infra.drills.scene import Scene
@@ -53,8 +54,8 @@ def prepare(engine: str, model: str, *, place: str = "") -> DrillTenant:
     owner = tenants.ensure_user(email=OWNER_EMAIL, password=secrets.token_urlsafe(24), name="Drills")
     organization = tenants.ensure_organization(name="Drills", slug=SLUG, owner=owner)
     project = tenants.ensure_project(organization_id=organization.id, name="Drills", slug=SLUG)
-    tenants.set_organization_limits(organization_id=organization.id, limits=LIMITS)
-    tenants.set_project_limits(organization_id=organization.id, project_id=project.id, limits=LIMITS)
+    limit_services.set_organization_limits(organization_id=organization.id, limits=LIMITS)
+    limit_services.set_project_limits(organization_id=organization.id, project_id=project.id, limits=LIMITS)
     _sweep(organization.id)
     version = importing.register(
         organization_id=organization.id,
@@ -63,7 +64,7 @@ def prepare(engine: str, model: str, *, place: str = "") -> DrillTenant:
     )
     if place:
         version = _published(version, place)
-    key, text = tenants.create_api_key(
+    key, text = key_services.create_api_key(
         organization_id=organization.id, project_id=project.id, name="drill", limits=LIMITS
     )
     return DrillTenant(organization.id, project.id, key.id, text, version)
@@ -81,7 +82,7 @@ def _published(version: ModelVersion, place: str) -> ModelVersion:
 
 def unseen_key(tenant: DrillTenant) -> tuple[UUID, str]:
     """Id and text of another key, which no gateway has seen."""
-    key, text = tenants.create_api_key(
+    key, text = key_services.create_api_key(
         organization_id=tenant.organization_id,
         project_id=tenant.project_id,
         name="drill, unseen",
@@ -156,4 +157,4 @@ def end_of(replica_id: str) -> str:
 
 
 def forget_key(tenant: DrillTenant, key_id: UUID) -> None:
-    tenants.revoke_api_key(organization_id=tenant.organization_id, key_id=key_id)
+    key_services.revoke_api_key(organization_id=tenant.organization_id, key_id=key_id)

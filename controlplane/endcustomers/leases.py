@@ -34,9 +34,7 @@ def give_back(cell: str, client: redis.Redis, now: datetime) -> int:
     n_returned = 0
     counters: list[list[Any]] = pipeline.execute()
     for lease, (spent, held) in zip(lapsed, counters, strict=True):
-        if (
-            spent is None
-        ):  # this Redis has lost it: nobody knows what runs, so it counts until its time is over
+        if spent is None:  # lost by this Redis: nobody knows what runs, so it counts until its time is over
             continue
         change: dict[str, Any] = {"counts_until": now + SETTLES}
         if int(held or 0) == 0:

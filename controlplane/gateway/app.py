@@ -17,7 +17,7 @@ import uuid_utils
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from controlplane.gateway import ratelimits
-from controlplane.gateway.auth import Deployment, KeyCache, KeyContext
+from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.config import GatewayConfig
 from controlplane.gateway.decisions import Decisions
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, bad_request, unavailable
@@ -33,6 +33,7 @@ from controlplane.gateway.http import (
     respond_and_drain,
 )
 from controlplane.gateway.identity import asked, parse_request_id
+from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.messagewriter import error_body
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp

@@ -13,8 +13,8 @@ from typing import Final
 from billing.money import NanoPerMillion, Rates
 from billing.rating import FREE
 from controlplane.gateway import windows
-from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.directory import BudgetRow, Limits, ShadowRow
+from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.policy.flows import TOKEN
 from controlplane.policy.ordering import QueueOrder
 from controlplane.policy.periods import Period

@@ -25,9 +25,9 @@ from controlplane.decisions.wire import (
     Refusals,
     encode,
 )
-from controlplane.gateway.auth import KeyContext
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.forecasts import Forecasts
+from controlplane.gateway.keycontext import KeyContext
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.stream import Stream
 from controlplane.gateway.surface import Surface

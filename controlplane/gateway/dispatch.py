@@ -1,7 +1,7 @@
-"""From a checked request to a replica or the queue in one write.
+"""From a stream to a replica or the queue in one write.
 
-Called by the generation handler. All numbers are computed here from the pure policies; the admission script
-only compares and takes. How a request ends is in ends.py.
+Called by the generation handler with a stream from opening.py. All numbers are computed before, from the pure policies;
+the admission script only compares and takes. How a request ends is in ends.py.
 """
 
 from __future__ import annotations
@@ -12,32 +12,31 @@ from typing import Any, Final
 
 from billing.money import Nano
 from controlplane.gateway import endlimits, ratelimits, windows
-from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.decisions import Decisions
-from controlplane.gateway.directory import DirectoryUnavailable, KeyDirectory
+from controlplane.gateway.directory import KeyDirectory
 from controlplane.gateway.ends import Ends
-from controlplane.gateway.errors import ApiError, Headers, bad_request, unavailable
+from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.identity import Digests
+from controlplane.gateway.keycontext import Deployment, KeyContext
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.placements import Placements
+from controlplane.gateway.refusals import refusal
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
-from controlplane.gateway.stream import Origin, Stream
-from controlplane.gateway.surface import Surface, served_as
-from controlplane.gateway.toolcalls import CallReader
-from controlplane.policy import admission, estimate, prefix
+from controlplane.gateway.seeding import seed
+from controlplane.gateway.stream import Stream
+from controlplane.gateway.surface import served_as
+from controlplane.policy import admission, prefix
 from controlplane.policy.lengths import likely
 from controlplane.policy.ordering import QueueOrder, order_key, predicted_ms
-from controlplane.policy.promises import best
 from controlplane.policy.routing import Ask
-from controlplane.prediction.lengths.model import LengthModel
-from workers import contract, scripts
+from workers import contract
 from workers.contract import RequestEnvelope
 from workers.keys import RETENTION_MS, CellKeys
 from workers.redis_client import Client, RedisError, RedisUnavailable
 
 _MAX_ROOMY: Final = 50_000
-_SCOPE_NAMES: Final = {"end": "end customer", "key": "API key", "prj": "project", "org": "organization"}
 
 
 class Dispatcher:
@@ -51,21 +50,17 @@ class Dispatcher:
         directory: KeyDirectory,
         routes: RouteTable,
         ends: Ends,
+        opener: Opener,
         *,
         queue_bound: int,
         queue_age_s: float,
         request_timeout_s: float,
-        stream_buffer: int,
         digests: Digests,
         placements: Placements,
         forecasts: Forecasts,
         decisions: Decisions,
-        lengths: LengthModel | None = None,
-        first_number: int = 0,
     ) -> None:
-        """`first_number`: streams are numbered from there, so that two of these may share an inbox."""
         self._redis = redis
-        self._lengths = lengths
         self._keys = keys
         self._gateway = gateway
         self._directory = directory
@@ -76,109 +71,10 @@ class Dispatcher:
         self._ends = ends
         self._queue_bound = queue_bound
         self._age_ms = int(queue_age_s * 1000)
-        self._timeout_s = request_timeout_s
-        self._buffer = stream_buffer
         # A body outlives its request's timeout, and is found by a resume until the record is gone.
         self._body_ms = int(request_timeout_s * 1000) + RETENTION_MS
         self._digests = digests
-        self._roomy: set[str] = set()  # keys of which the last admission found room for many more
-        self._n_streams = first_number
-
-    def open(
-        self,
-        request_id: str,
-        key: KeyContext,
-        deployment: Deployment,
-        request: GenerationRequest,
-        origin: Origin | None = None,
-    ) -> Stream:
-        """A stream for the request, known to the inbox before anything is sent, because frames may be
-        quick. With `origin` it continues that one, and only the rest is held."""
-        ids = request.token_ids  # a count that is known teaches the calibration nothing
-        raw = 0 if ids is not None else estimate.raw_tokens(request.n_text_bytes, request.n_messages)
-        if request.tier is not None or request.slo_class is not None:
-            deployment = _chosen(deployment, request)
-        calibration = self._ends.calibration(key.organization, deployment.id)
-        n_exact = None if ids is None else min(len(ids), deployment.context_tokens)
-        n_prompt = n_exact or min(estimate.estimate(raw, calibration), deployment.context_tokens)
-        hold = admission.hold(
-            n_prompt,
-            request.max_tokens,
-            deployment.context_tokens,
-            deployment.rates,
-            streaming=request.stream,
-            n_paid=n_exact
-            or min(
-                estimate.upper_bound(n_prompt, calibration, is_roomy=key.key in self._roomy),
-                deployment.context_tokens,
-            ),
-        )
-        if origin is not None:
-            hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
-        stream = Stream(
-            self.next_number(),
-            request_id,
-            request.endpoint,
-            key,
-            deployment,
-            hold,
-            streaming=request.stream,
-            raw_estimate=raw,
-            expected=estimate.expected_output(calibration, hold.n_output),
-            now=time.monotonic(),
-            now_ms=time.time_ns() // 1_000_000,
-            timeout_s=self._timeout_s,
-            buffer=self._buffer,
-            origin=origin,
-        )
-        stream.is_greedy = request.body.temperature == 0
-        if request.calls is not None:
-            stream.calls = CallReader(only_one=not request.calls.many)
-        if self._lengths is not None and deployment.queue_order is QueueOrder.SJF:
-            stream.predicted = self._lengths.predict(request.question(), deployment.name)
-        self._ends.inbox.streams[stream.number] = stream
-        return stream
-
-    def next_number(self) -> int:
-        """A number that no other stream of this process has."""
-        self._n_streams += 1
-        return self._n_streams
-
-    def reopen(
-        self,
-        number: int,
-        request_id: str,
-        key: KeyContext,
-        deployment: Deployment,
-        origin: Origin,
-        *,
-        endpoint: Surface,
-        streaming: bool,
-        admitted_ms: int,
-        timeout_s: float,
-        calls: CallReader | None = None,
-    ) -> Stream:
-        """A stream for a request that was admitted before, known to the inbox."""
-        stream = Stream(
-            number,
-            request_id,
-            endpoint,
-            key,
-            deployment,
-            admission.hold(1, None, deployment.context_tokens, deployment.rates, streaming=streaming),
-            streaming=streaming,
-            raw_estimate=0,
-            expected=0,
-            now=time.monotonic(),
-            now_ms=admitted_ms,
-            timeout_s=timeout_s,
-            buffer=self._buffer,
-            origin=origin,
-        )
-        stream.admitted = True
-        stream.calls = calls
-        self._ends.inbox.streams[number] = stream
-        return stream
+        self._roomy = opener.roomy
 
     async def admit(self, stream: Stream, request: GenerationRequest, body: bytes) -> None:
         """Take the holds and bind or queue the request; ApiError says what refused it. Call once per
@@ -193,7 +89,8 @@ class Dispatcher:
         for n in range(n_seeds):
             if verdict[0] != b"seed":
                 break
-            await self._seed(stream.key, verdict, Nano(stream.hold.money_nano), last=n >= n_seeds - 2)
+            need, last = Nano(stream.hold.money_nano), n >= n_seeds - 2
+            await seed(self._redis, self._keys, self._directory, stream.key, verdict, need, last=last)
             verdict = await self._try_admit(stream, request, body, ask)
         outcome = verdict[0]
         if outcome == b"bound":
@@ -212,7 +109,7 @@ class Dispatcher:
             raise self._forecasts.refusal(stream, verdict[2])
         elif outcome == b"refused":
             stream.limits = ratelimits.headers(verdict[6:])
-            raise _refusal(stream.key, *verdict[1:6])
+            raise refusal(stream.key, *verdict[1:6])
         elif outcome == b"full":
             whose = "" if verdict[2] == b"deployment" else ", as many of them yours as may"
             stream.limits = ratelimits.headers(verdict[3:])
@@ -366,39 +263,6 @@ class Dispatcher:
         ends = prefix.ends(found, len(text), n_prompt)
         return Ask(n_prompt, found, ends, deployment.adapter, organization)
 
-    async def _seed(self, key: KeyContext, verdict: list[Any], need: Nano, *, last: bool) -> None:
-        """Give the cell the money already booked, from the ledger: of the window budget or the end customer that the
-        verdict names, or of each scope with a lifetime budget. `last`: who asks takes what there is then."""
-        try:
-            if verdict[1] == b"bud":
-                if not verdict[4]:  # the key was cached for longer than the windows it knew of
-                    raise DirectoryUnavailable
-                budget = next(b for b in key.budgets if b.id == verdict[2].decode())
-                await budget.seed(self._redis, self._keys, self._directory, int(verdict[3]), int(verdict[4]))
-                return
-            if verdict[1] == b"end":
-                name, leased = verdict[2].decode(), key.ends is not None and key.ends.leased
-                await endlimits.seed(
-                    self._redis, self._keys, self._directory, name, need, leased=leased, last=last
-                )
-                return
-            for scope, scope_id, limits in key.scopes:
-                if limits[4] >= 0:
-                    asked_ms = time.time_ns() // 1_000_000
-                    # A leased budget is this cell's part of it, and so is what was spent of it.
-                    ask = (
-                        self._directory.spent_nano
-                        if key.lease_ms is None
-                        else self._directory.spent_here_nano
-                    )
-                    spent = await ask(scope, scope_id)
-                    args = (self._keys.prefix, scope, scope_id, spent, asked_ms)
-                    await self._redis.evalsha(scripts.SEED, (), args)
-        except (DirectoryUnavailable, RedisError) as error:
-            raise unavailable(
-                "budget_unavailable", "the budget cannot be read at the moment: try again shortly", 2.0
-            ) from error
-
 
 def _beginnings(ask: Ask) -> str:
     """What the queue prefers a replica for: the adapter, if there is one, and the prompt's beginnings."""
@@ -409,61 +273,3 @@ def _beginnings(ask: Ask) -> str:
 def _salt(key: KeyContext, deployment: Deployment) -> str:
     """Tenants share no cached prompts, and neither do the adapters of one: the same words mean another cache."""
     return f"{key.organization}.{deployment.adapter}" if deployment.adapter else key.organization
-
-
-def _chosen(deployment: Deployment, request: GenerationRequest) -> Deployment:
-    """The deployment at the class that the request names, by header or in OpenAI's words. ApiError (400) for one it may
-    not have by name; `priority` is the best it may have."""
-    classes, named = deployment.classes, request.slo_class
-    if named is not None:
-        found = classes.get(named)
-        if found is None:
-            raise bad_request(
-                f"X-Corral-Slo-Class: {named[:40]!r} is none that this model gives to this key; send one of "
-                f"{', '.join(sorted(classes))}, or have a rule made for the class",
-                "X-Corral-Slo-Class",
-                "slo_class_unavailable",
-            )
-        return found
-    if request.tier == "flex":
-        return classes.get("flex", deployment)
-    if request.tier == "priority":
-        return classes[best(each.promise for each in classes.values()).name]
-    if request.tier == "default":
-        return classes[deployment.own_class]
-    return deployment
-
-
-def _refusal(key: KeyContext, scope: bytes, limit: bytes, retry_ms: int, value: int, left: int) -> ApiError:
-    """A limit as a 429 in OpenAI's terms: a budget is `insufficient_quota`, which no client should retry."""
-    who = _SCOPE_NAMES[scope.decode()]
-    name = limit.decode()
-    if name.startswith("budget "):
-        named = name.removeprefix("budget ")
-        return next(b for b in key.budgets if b.id == named).refusal(retry_ms, value)
-    if name == "budget" and who is _SCOPE_NAMES["end"]:
-        return endlimits.refusal(limit, scope, retry_ms)
-    if name == "budget":
-        return ApiError(
-            429,
-            "insufficient_quota",
-            f"the budget of this {who} is used up: an owner, admin or billing member can raise it",
-            type_="insufficient_quota",
-            headers=((b"x-should-retry", b"false"), (b"x-corral-limit", limit), (b"x-corral-scope", scope)),
-        )
-    own: Headers = ((b"x-corral-limit", limit), (b"x-corral-scope", scope))
-    if name == "concurrency":  # the one limit that no standard header tells
-        own = (
-            *own,
-            (b"x-ratelimit-limit-concurrency", b"%d" % value),
-            (b"x-ratelimit-remaining-concurrency", b"%d" % max(0, left)),
-            (b"x-ratelimit-reset-concurrency", b"%dms" % retry_ms),
-        )
-    return ApiError(
-        429,
-        "rate_limit_exceeded",
-        f"the {name.replace('_', ' ')} limit of this {who} ({value}) is reached: "
-        f"try again in {retry_ms / 1000:.3g} s",
-        retry_after_s=retry_ms / 1000,
-        headers=own,
-    )

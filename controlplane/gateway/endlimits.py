@@ -27,9 +27,8 @@ _DRY_MS: Final = 2_000
 # Others may take what was leased for a request before it does: so often it asks, then it takes what there is.
 _MOST_ASKED: Final = 4
 _TAKEN_MS: Final = 50
-Scope = tuple[
-    str | int, ...
-]  # id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano, weight, 1 if it is leased
+# id, rpm, input_tpm, output_tpm, max_concurrency, budget_nano, weight, 1 if it is leased
+Scope = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)

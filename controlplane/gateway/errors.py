@@ -59,8 +59,8 @@ class ApiError(Exception):
         self.headers = headers
         self.details = details or {}  # further members of the object
 
-    def body(self) -> bytes:
-        """The JSON body."""
+    def members(self) -> dict[str, object]:
+        """Of the object that tells it."""
         error: dict[str, object] = {
             "message": self.message,
             "type": self.type,
@@ -70,7 +70,11 @@ class ApiError(Exception):
         }
         if self.retry_after_s is not None:
             error["retry_after_ms"] = self._retry_ms(self.retry_after_s)
-        return _encode({"error": error})
+        return error
+
+    def body(self) -> bytes:
+        """The JSON body."""
+        return _encode({"error": self.members()})
 
     def response_headers(self) -> Headers:
         """Headers besides content type and length."""

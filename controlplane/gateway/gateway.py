@@ -27,6 +27,7 @@ from controlplane.gateway.forecasts import Forecasts
 from controlplane.gateway.generate import Generator
 from controlplane.gateway.identity import Digests
 from controlplane.gateway.metrics import GatewayMetrics
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.placements import Placements
 from controlplane.gateway.requestlog import RequestLog
 from controlplane.gateway.resume import Resumer
@@ -102,26 +103,26 @@ class Gateway:
             url=config.console_url,
         )
         self.digests = Digests(config.digest_secret or config.key_pepper)
-        self.dispatcher = self._dispatcher(
-            self.decisions,
-            queue_bound=config.queue_bound,
-            lengths=load_lengths(Path(config.length_model)) if config.length_model else None,
-        )
+        opener = self._opener(load_lengths(Path(config.length_model)) if config.length_model else None)
+        self.dispatcher = self._dispatcher(opener, self.decisions, queue_bound=config.queue_bound)
         # Copies never wait for a slot, and their admissions are no decisions that anybody asks about.
         silent = Decisions(
             self.redis, keys, config.name, self.routes, self.forecasts, sample=0, url=config.console_url
         )
+        copier = self._opener(first_number=FIRST_NUMBER)
         self.shadows = Shadows(
             self.redis,
             keys,
             self.routes,
             self.ends,
-            self._dispatcher(silent, queue_bound=0, first_number=FIRST_NUMBER),
+            copier,
+            self._dispatcher(copier, silent, queue_bound=0),
         )
         self.resumer = Resumer(
             self.redis,
             keys,
             self.id,
+            opener,
             self.dispatcher,
             self.ends,
             self.digests,
@@ -137,7 +138,7 @@ class Gateway:
         )
         self.metrics = GatewayMetrics(config.name)
         self.request_log = request_log or RequestLog(config.log_sample)
-        generator = Generator(self.dispatcher, self.resumer, self.ends, self.board, self.shadows)
+        generator = Generator(opener, self.dispatcher, self.resumer, self.ends, self.board, self.shadows)
         self.app = GatewayApp(
             config,
             self.key_cache,
@@ -188,14 +189,16 @@ class Gateway:
             await self._pg.close()
         await self.request_log.close()
 
-    def _dispatcher(
-        self,
-        decisions: Decisions,
-        *,
-        queue_bound: int,
-        lengths: LengthModel | None = None,
-        first_number: int = 0,
-    ) -> Dispatcher:
+    def _opener(self, lengths: LengthModel | None = None, *, first_number: int = 0) -> Opener:
+        return Opener(
+            self.ends,
+            request_timeout_s=self.config.request_timeout_s,
+            stream_buffer=self.config.stream_buffer,
+            lengths=lengths,
+            first_number=first_number,
+        )
+
+    def _dispatcher(self, opener: Opener, decisions: Decisions, *, queue_bound: int) -> Dispatcher:
         config = self.config
         return Dispatcher(
             self.redis,
@@ -204,16 +207,14 @@ class Gateway:
             self.directory,
             self.routes,
             self.ends,
+            opener,
             queue_bound=queue_bound,
             queue_age_s=config.queue_age_s,
             request_timeout_s=config.request_timeout_s,
-            stream_buffer=config.stream_buffer,
             digests=self.digests,
             placements=self.placements,
             forecasts=self.forecasts,
             decisions=decisions,
-            lengths=lengths,
-            first_number=first_number,
         )
 
     def end_streams(self) -> None:

@@ -14,14 +14,15 @@ import time
 from dataclasses import dataclass
 
 from controlplane.gateway import exchange, schemas
-from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
 from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.identity import Asked
+from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.messages import parse_messages
 from controlplane.gateway.messagewriter import MessageWriter, message
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.shadows import Shadows
 from controlplane.gateway.sse import ChunkWriter, answer
@@ -56,8 +57,15 @@ class Generator:
     """Serves generation requests with the parts of one process."""
 
     def __init__(
-        self, dispatcher: Dispatcher, resumer: Resumer, ends: Ends, board: StageBoard, shadows: Shadows
+        self,
+        opener: Opener,
+        dispatcher: Dispatcher,
+        resumer: Resumer,
+        ends: Ends,
+        board: StageBoard,
+        shadows: Shadows,
     ) -> None:
+        self._opener = opener
         self._dispatcher = dispatcher
         self._resumer = resumer
         self._ends = ends
@@ -94,7 +102,7 @@ class Generator:
         if end_customer is not None:
             request.end_customer = end_customer[:MAX_ID].decode("utf-8", "replace").strip()
         if asked is None:
-            stream = self._dispatcher.open(request_id, key, deployment, request)
+            stream = self._opener.open(request_id, key, deployment, request)
         else:
             stream = await self._resumer.open(asked, request_id, key, deployment, request, body)
         await self._run(stream, request, body, request.include_usage, receive, send, headers, outcome)

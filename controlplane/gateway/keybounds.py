@@ -1,7 +1,7 @@
 """What a key's scopes mean to a request: the networks and routes they allow, and the models that exist for it.
 
-Built once per cached key (auth.py), asked by the app after the key was found good. A key that is bound to nothing has
-no `Bounds`, so the common request pays one comparison.
+Built once per cached key (keycontext.py), asked by the app after the key was found good. A key that is bound to
+nothing has no `Bounds`, so the common request pays one comparison.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ refused by name. Pure.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -28,6 +29,7 @@ _WORDS: Final = (
     ("stop has", "stop_sequences has"),
     ("stop:", "stop_sequences:"),
 )
+_MISSING: Final = "missing_required_parameter"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -142,20 +144,20 @@ def _turns(asked: MessagesBody) -> list[dict[str, Any]]:
     for i, turn in enumerate(asked.messages):
         at = f"messages[{i}].content"
         blocks = [Block("text", turn.content)] if isinstance(turn.content, str) else turn.content
-        for said in _assistant(blocks, at) if turn.role == "assistant" else _user(blocks, at):
-            _add(turns, said)
-    return turns
+        turns += [_assistant(blocks, at)] if turn.role == "assistant" else _user(blocks, at)
+    return [_joined(list(same)) for _, same in groupby(turns, _side)]
 
 
-def _add(turns: list[dict[str, Any]], said: dict[str, Any]) -> None:
-    """Two turns of one side in a row are one."""
-    last = turns[-1] if turns else {}
-    if last.get("role") == said["role"] in ("user", "assistant") and not (
-        "tool_calls" in last or "tool_calls" in said
-    ):
-        last["content"] = f"{last['content']}\n{said['content']}"
-    else:
-        turns.append(said)
+def _side(turn: dict[str, Any]) -> object:
+    """Turns of one side in a row are one turn; those with calls and results stay what they are."""
+    is_plain = turn["role"] in ("user", "assistant") and "tool_calls" not in turn
+    return turn["role"] if is_plain else id(turn)
+
+
+def _joined(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(turns) == 1:
+        return turns[0]
+    return {"role": turns[0]["role"], "content": "\n".join(turn["content"] for turn in turns)}
 
 
 def _user(blocks: list[Block], at: str) -> list[dict[str, Any]]:
@@ -176,7 +178,7 @@ def _user(blocks: list[Block], at: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _assistant(blocks: list[Block], at: str) -> list[dict[str, Any]]:
+def _assistant(blocks: list[Block], at: str) -> dict[str, Any]:
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
     for k, block in enumerate(blocks):
@@ -190,10 +192,7 @@ def _assistant(blocks: list[Block], at: str) -> list[dict[str, Any]]:
         function = {"name": block.name, "arguments": _encode(block.input or {}).decode()}
         calls.append({"id": block.id, "type": "function", "function": function})
     said: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
-    return [said | {"tool_calls": calls} if calls else said]
-
-
-_MISSING: Final = "missing_required_parameter"
+    return said | {"tool_calls": calls} if calls else said
 
 
 def _text(content: str | list[Block], at: str) -> str:

@@ -39,9 +39,8 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 def error_body(error: ApiError) -> bytes:
     """An error as Anthropic's clients read it; ours beside it, which names code and field."""
-    ours = msgspec.json.decode(error.body())["error"]
     kind = _ERRORS.get(error.status, "api_error")
-    return _encode({"type": "error", "error": {**ours, "type": kind, "message": error.message}})
+    return _encode({"type": "error", "error": error.members() | {"type": kind}})
 
 
 def message(stream: Stream, end: End) -> bytes:

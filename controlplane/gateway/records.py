@@ -10,9 +10,9 @@ import asyncio
 import time
 from typing import Any, Final, NamedTuple
 
-from controlplane.gateway.auth import KeyContext
 from controlplane.gateway.errors import NO_RETRY, ApiError, from_wire, unavailable
 from controlplane.gateway.identity import Note
+from controlplane.gateway.keycontext import KeyContext
 from controlplane.gateway.stream import Stream
 from workers import scripts
 from workers.contract import FinishReason, JournalEntry, WireError, decode_error, decode_journal_entry, encode
@@ -175,13 +175,14 @@ class Records:
         if verdict != b"ok":
             raise unavailable("request_in_progress", "the request is just being continued: try again shortly")
 
-    def retract(self, stream: Stream) -> None:
-        """Sent before the refusal, so that the client's next try finds it done."""
-        first = "" if stream.origin is None else stream.origin.request
+    def retract(self, project: str, request: str, *, key_digest: str, first: str = "") -> None:
+        """Give back what a refused request took: its idempotency key ('' = none), and the one it was to continue.
+
+        Sent before the refusal, so that the client's next try finds it done.
+        """
         self._redis.fire(
-            "EVALSHA", scripts.RETRACT.sha, 0, self._keys.prefix, stream.request, stream.key.project,
-            stream.idempotency, first,
-        )  # fmt: skip
+            "EVALSHA", scripts.RETRACT.sha, 0, self._keys.prefix, request, project, key_digest, first
+        )
 
     async def _run(self, script: scripts.Script, args: tuple[Any, ...]) -> Any:
         try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from controlplane.gateway.auth import KeyContext
-from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, from_wire, unavailable
 from controlplane.gateway.identity import EventId
+from controlplane.gateway.keycontext import KeyContext
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.records import Found
 from controlplane.gateway.stream import Origin, Resumed, Stream
 from controlplane.gateway.tools import reader_of
@@ -39,7 +39,7 @@ class Reopener:
         redis: Client,
         keys: CellKeys,
         gateway: str,
-        dispatcher: Dispatcher,
+        opener: Opener,
         ends: Ends,
         *,
         timeout_s: float,
@@ -48,7 +48,7 @@ class Reopener:
         self._redis = redis
         self._keys = keys
         self._gateway = gateway
-        self._dispatcher = dispatcher
+        self._opener = opener
         self._ends = ends
         self._timeout_s = timeout_s
 
@@ -106,7 +106,7 @@ class Reopener:
         if how is Resumed.ATTACHED:
             # By the cell's clock: two gateways' may be minutes apart.
             left_s = max(1.0, left_s - found.age_ms / 1000)
-        stream = self._dispatcher.reopen(
+        stream = self._opener.reopen(
             number,
             found.request,
             key,

@@ -9,11 +9,12 @@ charged for the rest only.
 
 from __future__ import annotations
 
-from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import NO_RETRY, ApiError, bad_request
 from controlplane.gateway.identity import Asked, Digests, EventId, Note
+from controlplane.gateway.keycontext import Deployment, KeyContext
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.records import Found, Records, not_kept, was_cut_off
 from controlplane.gateway.reopen import Reopener, origin_of
 from controlplane.gateway.schemas import GenerationRequest
@@ -33,6 +34,7 @@ class Resumer:
         redis: Client,
         keys: CellKeys,
         gateway: str,
+        opener: Opener,
         dispatcher: Dispatcher,
         ends: Ends,
         digests: Digests,
@@ -40,11 +42,12 @@ class Resumer:
         timeout_s: float,
     ) -> None:
         self.n_continued = 0
+        self._opener = opener
         self._dispatcher = dispatcher
         self._ends = ends
         self._digests = digests
         self._records = Records(redis, keys, gateway, int(timeout_s * 1000) + RETENTION_MS)
-        self._reopener = Reopener(redis, keys, gateway, dispatcher, ends, timeout_s=timeout_s)
+        self._reopener = Reopener(redis, keys, gateway, opener, ends, timeout_s=timeout_s)
 
     @property
     def n_resumed(self) -> int:
@@ -72,7 +75,11 @@ class Resumer:
             key_digest = self._digests.key(asked.key)
             first = await self._records.take(key.project, key_digest, request_id)
             if first is None:
-                stream = self._dispatcher.open(request_id, key, deployment, request)
+                try:
+                    stream = self._opener.open(request_id, key, deployment, request)
+                except ApiError:  # of a service class that the request may not have
+                    self._records.retract(key.project, request_id, key_digest=key_digest)
+                    raise
                 stream.keep = True
                 stream.idempotency = key_digest
                 stream.note = Note(
@@ -88,7 +95,7 @@ class Resumer:
             first = asked.event.request
             if asked.key is not None:
                 await self._records.check_same(key.project, self._digests.key(asked.key), first)
-        number = self._dispatcher.next_number()
+        number = self._opener.next_number()
         found = await self._records.find(first, key, digest, number)
         if found.verdict != "done":
             is_greedy = request.body.temperature == 0
@@ -118,7 +125,7 @@ class Resumer:
             raise bad_request(
                 "Last-Event-ID is of another request than the path", "Last-Event-ID", "invalid_event_id"
             )
-        number = self._dispatcher.next_number()
+        number = self._opener.next_number()
         found = await self._records.find(first, key, "", number)
         if found.verdict != "done":
             stream = self._reopener.attached(
@@ -146,7 +153,10 @@ class Resumer:
             await self._dispatcher.admit(stream, request, body)
         except ApiError:
             if not stream.admitted:
-                self._records.retract(stream)
+                first = "" if stream.origin is None else stream.origin.request
+                self._records.retract(
+                    stream.key.project, stream.request, key_digest=stream.idempotency, first=first
+                )
             raise
 
     async def _continued(
@@ -179,7 +189,7 @@ class Resumer:
                     headers=NO_RETRY,
                 )
         origin = origin_of(Resumed.CONTINUED, first, found.created_ms, event, n_carried, n_charged)
-        stream = self._dispatcher.open(request_id, key, deployment, request, origin)
+        stream = self._opener.open(request_id, key, deployment, request, origin)
         stream.note = found.note._replace(n_carried=n_carried, n_carried_prompt=n_charged).encode()
         stream.keep = found.note.keyed
         try:

@@ -44,9 +44,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
     end_customer: str | None = None  # named by a header, or in OpenAI's words in the body
     tier: str | None = None  # `service_tier`; None, "auto": the default of whoever asks
     json_schema: str | None = None  # JSON text of the schema that the answer follows
-    token_ids: list[int] | None = (
-        None  # the prompt, where it came as token ids: its length is no estimate then
-    )
+    token_ids: list[int] | None = None  # the prompt, where it came so: its length is no estimate then
     calls: CallRule | None = None  # functions that the answer may or must call
     tools: bytes = b""  # they, as JSON
 

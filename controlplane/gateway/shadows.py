@@ -22,6 +22,7 @@ from controlplane.gateway.directory import ShadowRow
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError
+from controlplane.gateway.opening import Opener
 from controlplane.gateway.routes import RouteTable
 from controlplane.gateway.schemas import GenerationRequest
 from controlplane.gateway.sse import finish_reason
@@ -71,13 +72,20 @@ class Shadows:
     """Of one gateway process. Belongs to one event loop. `dispatcher`: one whose queue takes nobody."""
 
     def __init__(
-        self, redis: Client, keys: CellKeys, routes: RouteTable, ends: Ends, dispatcher: Dispatcher
+        self,
+        redis: Client,
+        keys: CellKeys,
+        routes: RouteTable,
+        ends: Ends,
+        opener: Opener,
+        dispatcher: Dispatcher,
     ) -> None:
         self.n_copied = self.n_skipped = 0
         self._redis = redis
         self._keys = keys
         self._routes = routes
         self._ends = ends
+        self._opener = opener
         self._dispatcher = dispatcher
         self._waiting: deque[_Copy] = deque()
         self._n_waiting_bytes = 0
@@ -161,7 +169,7 @@ class Shadows:
         await self._look(deployment.id)
         request = own.request
         request.end_customer = request.slo_class = request.tier = request.body.user = None
-        stream = self._dispatcher.open(uuid_utils.uuid7().hex, key, deployment, request)
+        stream = self._opener.open(uuid_utils.uuid7().hex, key, deployment, request)
         try:
             await self._dispatcher.admit(stream, request, own.body)
             text = await self._read(stream)

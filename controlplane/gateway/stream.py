@@ -11,8 +11,8 @@ import asyncio
 import enum
 from typing import Final, NamedTuple
 
-from controlplane.gateway.auth import Deployment, KeyContext
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
+from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.logprobs import tokens_of
 from controlplane.gateway.surface import Surface
 from controlplane.gateway.toolcalls import NOTHING, CallReader, Said

@@ -69,6 +69,7 @@ class CallReader:
     with text; `after`: text that came after a call."""
 
     __slots__ = (
+        "_after",
         "_begins",
         "_content",
         "_depth",
@@ -79,7 +80,6 @@ class CallReader:
         "_n_after",
         "_only_one",
         "_out",
-        "after",
         "has_lead",
         "n_calls",
     )
@@ -87,7 +87,7 @@ class CallReader:
     def __init__(self, *, only_one: bool = False) -> None:
         self.n_calls = 0
         self.has_lead = False
-        self.after = ""
+        self._after: list[str] = []
         self._n_after, self._begins = 0, False
         self._only_one = only_one
         self._in = _In.TEXT
@@ -180,7 +180,7 @@ class CallReader:
     def _tail(self) -> bool:
         found = _TAG.search(self._held)
         if found is None:
-            self._held = self._held[-_longest_begun(self._held) :] if _longest_begun(self._held) else ""
+            self._held = self._held[len(self._held) - _longest_begun(self._held) :]
             return False
         self._held = self._held[found.end() :]
         self._in = _In.HEAD if found.group() == OPEN else _In.TEXT
@@ -229,7 +229,7 @@ class CallReader:
             return
         self._content.append(text)
         if self.n_calls:
-            self.after += text
+            self._after.append(text)
             self._n_after += len(text)
         elif not self.has_lead:
             self.has_lead = self._begins = True
@@ -249,6 +249,10 @@ class CallReader:
             self._out[-1] = begun._replace(arguments=begun.arguments + arguments)
         else:
             self._out.append(CallPiece(call, None, arguments))
+
+    @property
+    def after(self) -> str:
+        return "".join(self._after)
 
     @property
     def n_told(self) -> int:

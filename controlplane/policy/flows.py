@@ -1,6 +1,6 @@
 """What a fair queue is made of: service and counters, flows, requests and replicas. Pure.
 
-`fairness.FairQueue` puts them in order; workers/lua/lib_flows.lua holds the same numbers in the cell.
+fairness.py and waitingflows.py put them in order; workers/lua/lib_flows.lua holds the same numbers in the cell.
 """
 
 from __future__ import annotations

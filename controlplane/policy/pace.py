@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 _KEEP: Final = 0.98  # of the sums, per request: the last 50 have most of the say
 _PRIOR: Final = 2.0  # requests that what is said beforehand counts for
 _SLOWEST_S: Final = 100.0  # for a token or a step: nothing is slower and still served
+_LEAST_BASE_S: Final = 1e-3
 _PRIOR_TOKENS: Final = 1_000  # where the second point of the prior's line lies
 
 
@@ -98,7 +99,10 @@ class Pace:
         # Prompts of one length say nothing of the slope: it stays, and the base takes up the difference.
         if spread > 1e-6 * w * sxx:
             self.token_s = max((w * sxy - sx * sy) / spread, 0.0)
-        self.base_s = max((sy - self.token_s * sx) / w, 1e-3)
+        self.base_s = (sy - self.token_s * sx) / w
+        if self.base_s < _LEAST_BASE_S:  # the slope is too steep: the mean of what was seen stays
+            self.base_s = _LEAST_BASE_S
+            self.token_s = max((sy - _LEAST_BASE_S * w) / sx, 0.0) if sx else 0.0
 
     def saw_answer(self, n_prompt: int, n_output: int, after_first_s: float) -> None:
         """A whole answer, from its first word to its last."""

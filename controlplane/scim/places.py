@@ -19,7 +19,7 @@ from controlplane.identity import invitations, policies, sessions
 from controlplane.identity.admission import role_by_groups, set_role
 from controlplane.identity.models import Invitation, SignInPolicy
 from controlplane.scim.models import ScimMembership, ScimUser
-from controlplane.tenants import selectors, services
+from controlplane.tenants import key_services, selectors, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Member, Role
 
@@ -113,4 +113,4 @@ def _revoke_keys(row: ScimUser) -> None:
         organization_id=row.organization_id, created_by_id=row.user_id, revoked_at=None
     )
     for key_id in list(keys.values_list("id", flat=True)):
-        services.revoke_api_key(organization_id=row.organization_id, key_id=key_id)
+        key_services.revoke_api_key(organization_id=row.organization_id, key_id=key_id)

@@ -16,7 +16,7 @@ from billing.models import UsageEvent as Row
 from billing.models import Witness
 from billing.usage_streams import Done, Settlement, UsageStreams
 from billing.vetting import Refusal
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from tests.billing.usage import KEYS, Tenant, admit, altered, deliver, event, new_hex
 from tests.database import acting_as
 from tests.records import changed
@@ -259,7 +259,7 @@ def test_machines_are_found_by_their_streams(streams: UsageStreams, client: redi
 
 def test_a_keys_last_use_moves_forward_only(world: World, intake: Intake, client: redis.Redis) -> None:
     with acting_as("corral_app"):
-        key, _ = services.create_api_key(
+        key, _ = key_services.create_api_key(
             organization_id=world.organization.id, project_id=world.project.id, name="ci"
         )
     tenant = Tenant(org=world.organization.id.hex, project=world.project.id.hex, key=key.id.hex)

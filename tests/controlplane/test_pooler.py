@@ -26,7 +26,7 @@ from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.directory import PgDirectory
 from controlplane.gateway.feed import ChangeFeed
 from controlplane.settings import Environment, database
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Role
 from infra.local.postgres import EmbeddedPostgres
@@ -196,7 +196,7 @@ def test_the_web_process_serves_two_tenants_at_once(pool: Pooler, world: World, 
 async def test_the_gateways_directory_follows_changes(pool: Pooler, world: World) -> None:
     from asgiref.sync import sync_to_async
 
-    key, plaintext = await sync_to_async(services.create_api_key)(
+    key, plaintext = await sync_to_async(key_services.create_api_key)(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
     directory = PgDirectory(pool.dsn("app"), pooled=True)
@@ -207,7 +207,7 @@ async def test_the_gateways_directory_follows_changes(pool: Pooler, world: World
         await feed.poll()
         context = await cache.authenticate(b"Bearer " + plaintext.encode(), None)
         assert context.organization == world.organization.id.hex
-        await sync_to_async(services.revoke_api_key)(organization_id=world.organization.id, key_id=key.id)
+        await sync_to_async(key_services.revoke_api_key)(organization_id=world.organization.id, key_id=key.id)
         await feed.poll()
         with pytest.raises(Exception, match="revoked_api_key"):
             await cache.authenticate(b"Bearer " + plaintext.encode(), None)

@@ -279,7 +279,9 @@ class World:
             if self.loop.now_s > LIMIT_S:
                 raise Stuck("something waits for ever: " + checks.what_waits(self))
             await asyncio.sleep(0.25)
-        await asyncio.sleep(TIDY_S)
+        n_ended = -1
+        while n_ended != (n_ended := sum(not front.process.alive for front in self.fronts.values())):
+            await asyncio.sleep(TIDY_S)  # again where a replica ended meanwhile: its agent has yet to see it
         checks.everything(self)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.audit.models import Entry, Seal
 from controlplane.tenants.rights import Permission
 
@@ -57,8 +57,5 @@ def entry_out(row: Entry) -> EntryOut:
 def list_audit(request: ApiRequest, query: Query[EntryQuery]) -> Page[EntryOut]:
     """Changes, newest first."""
     rows = Entry.objects.filter(organization_id=request.caller.organization_id).select_related("seal")
-    if query.kind is not None:
-        rows = rows.filter(kind=query.kind)
-    if query.thing is not None:
-        rows = rows.filter(thing=query.thing)
+    rows = matching(rows, kind=query.kind, thing=query.thing)
     return page(rows, query, entry_out)

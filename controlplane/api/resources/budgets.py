@@ -11,7 +11,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import MAX_64, Body, BudgetId, KeyId, Name, ProjectId
 from controlplane.budgets import selectors, services
 from controlplane.budgets.models import Budget
@@ -110,10 +110,7 @@ def _current(request: ApiRequest, budget_id: BudgetId, **_: object) -> tuple[Mod
 def list_budgets(request: ApiRequest, query: Query[BudgetsQuery]) -> Page[BudgetOut]:
     """Budgets with what was spent so far, newest first."""
     rows = selectors.budgets(organization_id=request.caller.organization_id)
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
-    if query.key_id is not None:
-        rows = rows.filter(api_key_id=query.key_id)
+    rows = matching(rows, project_id=query.project_id, api_key_id=query.key_id)
     return page(rows, query, budget_out)
 
 

@@ -12,7 +12,7 @@ from ninja import Field, Query, Router, Schema
 from autoscaler.longoperations import MAX_S, ROLLOUT
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
 from controlplane.deployments import selectors, services
 from controlplane.deployments.models import MAX_WINDOW_TOKENS, Admission, Deployment, ModelVersion, Phase
@@ -208,12 +208,7 @@ def list_deployments(request: ApiRequest, query: Query[DeploymentQuery]) -> Page
     rows = Deployment.objects.filter(
         organization_id=request.caller.organization_id, deleted_at=None
     ).select_related("price_version", "slo_class")
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
-    if query.name is not None:
-        rows = rows.filter(name=query.name)
-    if query.phase is not None:
-        rows = rows.filter(phase=query.phase)
+    rows = matching(rows, project_id=query.project_id, name=query.name, phase=query.phase)
     return page(rows, query, deployment_out)
 
 

@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import EndCustomerLimitsId, LimitsValue, ProjectId
 from controlplane.endcustomers import selectors, services
 from controlplane.endcustomers.models import EndCustomerLimits
@@ -94,8 +94,7 @@ def list_all_end_customer_limits(
     if query.end_customer is not None:
         whose = selectors.customer_of(organization_id=organization_id, end_customer=query.end_customer)
         rows = rows.filter(customer=whose)
-    if query.customer is not None:
-        rows = rows.filter(customer=query.customer)
+    rows = matching(rows, customer=query.customer)
     return page(rows, query, limits_out)
 
 

@@ -18,7 +18,7 @@ from autoscaler.models import LIVE_PHASES, Decision, MachineState, Replica, Repl
 from controlplane import ids
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.resources.operations import OperationOut, operation_out
 from controlplane.api.values import DecisionId, DeploymentId, MachineId, ReplicaId
 from controlplane.errors import ConflictError, NotPermittedError
@@ -163,10 +163,7 @@ def decision_out(row: Decision) -> DecisionOut:
 def list_replicas(request: ApiRequest, query: Query[ReplicaQuery]) -> Page[ReplicaOut]:
     """Replicas, newest first, those that ended included."""
     rows = Replica.objects.filter(organization_id=request.caller.organization_id)
-    if query.deployment_id is not None:
-        rows = rows.filter(deployment_id=query.deployment_id)
-    if query.phase is not None:
-        rows = rows.filter(phase=query.phase)
+    rows = matching(rows, deployment_id=query.deployment_id, phase=query.phase)
     if query.live is not None:
         rows = rows.filter(phase__in=LIVE_PHASES) if query.live else rows.exclude(phase__in=LIVE_PHASES)
     found = page(rows, query, lambda row: row)
@@ -222,8 +219,7 @@ def drain_machine(request: ApiRequest, machine_id: MachineId) -> OperationOut:
 def list_decisions(request: ApiRequest, query: Query[DecisionQuery]) -> Page[DecisionOut]:
     """Decisions of the autoscaler, newest first."""
     rows = Decision.objects.filter(organization_id=request.caller.organization_id)
-    if query.deployment_id is not None:
-        rows = rows.filter(deployment_id=query.deployment_id)
+    rows = matching(rows, deployment_id=query.deployment_id)
     return page(rows, query, decision_out)
 
 

@@ -9,7 +9,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import DeploymentId, GrantId, OrganizationId, ProjectId
 from controlplane.deployments import sharing
 from controlplane.deployments.models import Grant
@@ -59,8 +59,7 @@ class GrantHeldQuery(PageQuery):
 def list_grants(request: ApiRequest, query: Query[GrantQuery]) -> Page[GrantOut]:
     """Grants that you gave, newest first."""
     rows = Grant.objects.filter(organization_id=request.caller.organization_id)
-    if query.deployment_id is not None:
-        rows = rows.filter(deployment_id=query.deployment_id)
+    rows = matching(rows, deployment_id=query.deployment_id)
     return page(rows, query, grant_out)
 
 
@@ -68,10 +67,7 @@ def list_grants(request: ApiRequest, query: Query[GrantQuery]) -> Page[GrantOut]
 def list_grants_held(request: ApiRequest, query: Query[GrantHeldQuery]) -> Page[GrantOut]:
     """Grants that others gave you, newest first: what your keys may call besides your own deployments."""
     rows = Grant.objects.filter(grantee_id=request.caller.organization_id)
-    if query.name is not None:
-        rows = rows.filter(name=query.name)
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
+    rows = matching(rows, name=query.name, project_id=query.project_id)
     return page(rows, query, grant_out)
 
 

@@ -10,9 +10,9 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, KeyId, LimitsValue, Name, ProjectId, Weight, limits_of
-from controlplane.tenants import key_scopes, selectors, services
+from controlplane.tenants import key_scopes, key_services, limit_services, selectors
 from controlplane.tenants.key_scopes import KeyScopes, Route
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Permission
@@ -139,8 +139,7 @@ def _current(request: ApiRequest, key_id: KeyId, **_: object) -> tuple[Model, An
 def list_keys(request: ApiRequest, query: Query[KeyQuery]) -> Page[KeyOut]:
     """API keys, newest first, revoked ones included."""
     rows = ApiKey.objects.filter(organization_id=request.caller.organization_id)
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
+    rows = matching(rows, project_id=query.project_id)
     if query.revoked is not None:
         rows = rows.filter(revoked_at__isnull=not query.revoked)
     return page(rows, query, key_out)
@@ -149,7 +148,7 @@ def list_keys(request: ApiRequest, query: Query[KeyQuery]) -> Page[KeyOut]:
 @operation(router, "POST", "/keys", Permission.KEYS_WRITE, CreatedKey, status=201)
 def create_key(request: ApiRequest, body: NewKey) -> CreatedKey:
     """Create an API key."""
-    key, plaintext = services.create_api_key(
+    key, plaintext = key_services.create_api_key(
         organization_id=request.caller.organization_id,
         project_id=body.project_id,
         name=body.name,
@@ -172,7 +171,7 @@ def get_key(request: ApiRequest, key_id: KeyId) -> KeyOut:
 @operation(router, "PATCH", "/keys/{key_id}", Permission.KEYS_WRITE, KeyOut, current=_current)
 def change_key(request: ApiRequest, key_id: KeyId, body: KeyChange) -> KeyOut:
     """Change a key's name, aliases or tags."""
-    services.update_api_key(
+    key_services.update_api_key(
         organization_id=request.caller.organization_id,
         key_id=key_id,
         name=body.name,
@@ -186,7 +185,7 @@ def change_key(request: ApiRequest, key_id: KeyId, body: KeyChange) -> KeyOut:
 def set_key_scopes(request: ApiRequest, key_id: KeyId, body: ScopesValue) -> KeyOut:
     """Replace what a key is bound to. Gateways heed it within a second."""
     organization_id = request.caller.organization_id
-    services.set_api_key_scopes(organization_id=organization_id, key_id=key_id, scopes=body.as_scopes())
+    key_services.set_api_key_scopes(organization_id=organization_id, key_id=key_id, scopes=body.as_scopes())
     return key_out(selectors.api_key(organization_id=organization_id, key_id=key_id))
 
 
@@ -194,14 +193,14 @@ def set_key_scopes(request: ApiRequest, key_id: KeyId, body: ScopesValue) -> Key
 def set_key_limits(request: ApiRequest, key_id: KeyId, body: LimitsValue) -> KeyOut:
     """Replace all limits of a key."""
     organization_id = request.caller.organization_id
-    services.set_api_key_limits(organization_id=organization_id, key_id=key_id, limits=body.as_limits())
+    limit_services.set_api_key_limits(organization_id=organization_id, key_id=key_id, limits=body.as_limits())
     return key_out(selectors.api_key(organization_id=organization_id, key_id=key_id))
 
 
 @operation(router, "POST", "/keys/{key_id}/rotate", Permission.KEYS_WRITE, CreatedKey, status=201)
 def rotate_key(request: ApiRequest, key_id: KeyId, body: Rotation) -> CreatedKey:
     """Make a successor that is like it. The old key ends after the overlap."""
-    key, plaintext = services.rotate_api_key(
+    key, plaintext = key_services.rotate_api_key(
         organization_id=request.caller.organization_id, key_id=key_id, overlap_s=body.overlap_s
     )
     return CreatedKey(**_facts(key), key=plaintext)
@@ -210,4 +209,4 @@ def rotate_key(request: ApiRequest, key_id: KeyId, body: Rotation) -> CreatedKey
 @operation(router, "DELETE", "/keys/{key_id}", Permission.KEYS_WRITE, None, status=204, current=_current)
 def revoke_key(request: ApiRequest, key_id: KeyId) -> None:
     """Revoke a key for good, in every gateway at once."""
-    services.revoke_api_key(organization_id=request.caller.organization_id, key_id=key_id)
+    key_services.revoke_api_key(organization_id=request.caller.organization_id, key_id=key_id)

@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, MemberId, UserId
 from controlplane.tenants import selectors, services
 from controlplane.tenants.models import Member, Role
@@ -63,8 +63,7 @@ def _current(request: ApiRequest, member_id: MemberId, **_: object) -> tuple[Mod
 def list_members(request: ApiRequest, query: Query[MemberQuery]) -> Page[MemberOut]:
     """Members, newest first."""
     rows = Member.objects.filter(organization_id=request.caller.organization_id).select_related("user")
-    if query.role is not None:
-        rows = rows.filter(role=query.role)
+    rows = matching(rows, role=query.role)
     if query.email is not None:
         rows = rows.filter(user__email=query.email.lower())
     return page(rows, query, member_out)

@@ -11,7 +11,7 @@ from ninja import Router, Schema
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.values import Body, LimitsValue, Name, OrganizationId, Weight, limits_of
-from controlplane.tenants import selectors, services
+from controlplane.tenants import limit_services, selectors, services
 from controlplane.tenants.models import Organization
 from controlplane.tenants.rights import Permission
 
@@ -74,5 +74,5 @@ def change_organization(request: ApiRequest, body: OrganizationChange) -> Organi
 def set_organization_limits(request: ApiRequest, body: LimitsValue) -> OrganizationOut:
     """Replace all limits of the organization."""
     organization_id = request.caller.organization_id
-    services.set_organization_limits(organization_id=organization_id, limits=body.as_limits())
+    limit_services.set_organization_limits(organization_id=organization_id, limits=body.as_limits())
     return organization_out(selectors.organization(organization_id=organization_id))

@@ -10,9 +10,9 @@ from ninja import Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, LimitsValue, Name, ProjectId, Slug, Weight, limits_of
-from controlplane.tenants import selectors, services
+from controlplane.tenants import limit_services, selectors, services
 from controlplane.tenants.models import Project
 from controlplane.tenants.rights import Permission
 
@@ -76,8 +76,7 @@ def _current(request: ApiRequest, project_id: ProjectId, **_: object) -> tuple[M
 def list_projects(request: ApiRequest, query: Query[ProjectQuery]) -> Page[ProjectOut]:
     """Projects, newest first."""
     rows = Project.objects.filter(organization_id=request.caller.organization_id)
-    if query.slug is not None:
-        rows = rows.filter(slug=query.slug)
+    rows = matching(rows, slug=query.slug)
     return page(rows, query, project_out)
 
 
@@ -121,7 +120,7 @@ def change_project(request: ApiRequest, project_id: ProjectId, body: ProjectChan
 def set_project_limits(request: ApiRequest, project_id: ProjectId, body: LimitsValue) -> ProjectOut:
     """Replace all limits of a project."""
     organization_id = request.caller.organization_id
-    services.set_project_limits(
+    limit_services.set_project_limits(
         organization_id=organization_id, project_id=project_id, limits=body.as_limits()
     )
     return project_out(selectors.project(organization_id=organization_id, project_id=project_id))

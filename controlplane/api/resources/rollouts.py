@@ -12,7 +12,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.resources.deployments import Reasons
 from controlplane.api.values import (
     Body,
@@ -264,8 +264,7 @@ def list_rollouts(
     rows = Rollout.objects.filter(
         organization_id=request.caller.organization_id, deployment_id=deployment_id
     ).select_related("candidate")
-    if query.state is not None:
-        rows = rows.filter(state=query.state)
+    rows = matching(rows, state=query.state)
     return page(rows, query, rollout_out)
 
 

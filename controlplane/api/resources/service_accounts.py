@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, Name, ServiceAccountId, TokenId
 from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants.models import ManagementToken, Role, ServiceAccount
@@ -101,10 +101,7 @@ def _current(request: ApiRequest, account_id: ServiceAccountId, **_: object) -> 
 def list_service_accounts(request: ApiRequest, query: Query[ServiceAccountQuery]) -> Page[ServiceAccountOut]:
     """Service accounts, newest first."""
     rows = ServiceAccount.objects.filter(organization_id=request.caller.organization_id, deleted_at=None)
-    if query.name is not None:
-        rows = rows.filter(name=query.name)
-    if query.role is not None:
-        rows = rows.filter(role=query.role)
+    rows = matching(rows, name=query.name, role=query.role)
     return page(rows, query, account_out)
 
 

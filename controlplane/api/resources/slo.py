@@ -12,7 +12,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, DeploymentId, KeyId, ProjectId, SloAlertId, SloRuleId
 from controlplane.policy.attained import PPM, WINDOWS, Counts, budget_left, burn_rate, burning
 from controlplane.slo import attainment, selectors, services
@@ -294,10 +294,7 @@ def get_attainment(request: ApiRequest, query: Query[AttainmentQuery]) -> Attain
 def list_slo_alerts(request: ApiRequest, query: Query[SloAlertQuery]) -> Page[SloAlertOut]:
     """Alerts about error budgets, newest first; those without an end are open."""
     rows = SloAlert.objects.filter(organization_id=request.caller.organization_id)
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
-    if query.slo_class is not None:
-        rows = rows.filter(slo_class=query.slo_class)
+    rows = matching(rows, project_id=query.project_id, slo_class=query.slo_class)
     if query.open is not None:
         rows = rows.filter(ended_at__isnull=query.open)
     return page(rows, query, alert_out)

@@ -16,6 +16,7 @@ from billing.selectors import SUMS, events
 from controlplane import ids
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
+from controlplane.api.paging import matching
 from controlplane.api.values import DeploymentId, KeyId, ProjectId
 from controlplane.errors import InvalidInputError
 from controlplane.tenants.end_customers import MAX_ID, pseudonym
@@ -191,12 +192,7 @@ def _span(query: UsageQuery) -> tuple[datetime, datetime]:
 
 def _events(request: ApiRequest, query: UsageQuery, since: datetime, until: datetime) -> QuerySet[UsageEvent]:
     rows = events(organization_id=request.caller.organization_id, since=since, until=until)
-    if query.project_id is not None:
-        rows = rows.filter(project_id=query.project_id)
-    if query.key_id is not None:
-        rows = rows.filter(api_key_id=query.key_id)
-    if query.model is not None:
-        rows = rows.filter(model=query.model)
+    rows = matching(rows, project_id=query.project_id, api_key_id=query.key_id, model=query.model)
     if query.end_customer is not None:
         whose = pseudonym(settings.ENV.digest_secret, request.caller.organization_id.hex, query.end_customer)
         rows = rows.filter(end_customer=whose)

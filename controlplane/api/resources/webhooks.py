@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 
 from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
-from controlplane.api.paging import Page, PageQuery, page
+from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, DeliveryId, EventId, WebhookId
 from controlplane.outbound import MAX_URL
 from controlplane.tenants.rights import Permission
@@ -150,8 +150,7 @@ def _current(request: ApiRequest, webhook_id: WebhookId, **_: object) -> tuple[M
 def list_webhooks(request: ApiRequest, query: Query[WebhookQuery]) -> Page[WebhookOut]:
     """Endpoints, newest first."""
     rows = selectors.endpoints(organization_id=request.caller.organization_id)
-    if query.url is not None:
-        rows = rows.filter(url=query.url)
+    rows = matching(rows, url=query.url)
     if query.enabled is not None:
         rows = rows.filter(disabled_at__isnull=query.enabled)
     return page(rows, query, webhook_out)
@@ -224,10 +223,7 @@ def list_deliveries(
     organization_id = request.caller.organization_id
     selectors.endpoint(organization_id=organization_id, endpoint_id=webhook_id)
     rows = selectors.deliveries(organization_id=organization_id, endpoint_id=webhook_id)
-    if query.state is not None:
-        rows = rows.filter(state=query.state)
-    if query.kind is not None:
-        rows = rows.filter(event__kind=query.kind)
+    rows = matching(rows, state=query.state, event__kind=query.kind)
     return page(rows, query, delivery_out)
 
 

@@ -28,15 +28,13 @@ def audit_log(request: MemberRequest) -> HttpResponse:
     filters = _filters(request.GET)
     rows = changes.newest(organization_id=organization_id, filters=filters, limit=PAGE_ROWS + 1)
     more, rows = len(rows) > PAGE_ROWS, rows[:PAGE_ROWS]
-    n_sealed, n_unsealed = changes.counts(organization_id=organization_id)
     context = {
         "now": timezone.now(),
         "rows": rows,
         "kinds": kinds,
         "actions": ACTIONS,
         "filters": filters,
-        "n_sealed": n_sealed,
-        "n_unsealed": n_unsealed,
+        "n_sealed": changes.n_sealed(organization_id=organization_id),
         "older": _query(filters, before=rows[-1].id) if more else "",
         "newest": _query(filters),
     }

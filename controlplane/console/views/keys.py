@@ -18,7 +18,7 @@ from controlplane.console.forms import CreateKeyForm
 from controlplane.console.key_forms import LimitsForm, ScopesForm
 from controlplane.console.views.playground import is_playground_key
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
-from controlplane.tenants import selectors, services
+from controlplane.tenants import key_services, limit_services, selectors
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Permission, may
 
@@ -41,7 +41,7 @@ def create_key(request: MemberRequest) -> HttpResponse:
         return _page(request, {**_context(request), "form": form}, status=400)
     days = form.cleaned_data["expires"]
     try:
-        key, plaintext = services.create_api_key(
+        key, plaintext = key_services.create_api_key(
             organization_id=organization_id,
             project_id=UUID(hex=form.cleaned_data["project"]),
             name=form.cleaned_data["name"].strip(),
@@ -68,7 +68,7 @@ def bind_key(request: MemberRequest, key: str) -> HttpResponse:
     try:
         if not form.is_valid():
             return _detail(request, found, status=400, scopes_form=form)
-        services.set_api_key_scopes(
+        key_services.set_api_key_scopes(
             organization_id=request.membership.organization_id,
             key_id=found.id,
             scopes=form.scopes(found.bound_to),
@@ -89,7 +89,7 @@ def limit_key(request: MemberRequest, key: str) -> HttpResponse:
     found, form = _found(request, key), LimitsForm(request.POST)
     if not form.is_valid():
         return _detail(request, found, status=400, limits_form=form)
-    services.set_api_key_limits(
+    limit_services.set_api_key_limits(
         organization_id=request.membership.organization_id, key_id=found.id, limits=form.limits()
     )
     messages.success(request, "The limits are changed. Every gateway heeds them from the next second on.")
@@ -102,7 +102,7 @@ def rotate_key(request: MemberRequest, key: str) -> HttpResponse:
     """Answers with the successor's plaintext in the page. The old key goes on for a day."""
     found = _found(request, key)
     try:
-        successor, plaintext = services.rotate_api_key(
+        successor, plaintext = key_services.rotate_api_key(
             organization_id=request.membership.organization_id, key_id=found.id, overlap_s=ROTATION_OVERLAP_S
         )
     except InvalidInputError as error:
@@ -118,7 +118,7 @@ def revoke_key(request: MemberRequest, key: str) -> HttpResponse:
     organization_id = request.membership.organization_id
     found = _found(request, key)
     if request.method == "POST":
-        services.revoke_api_key(organization_id=organization_id, key_id=found.id)
+        key_services.revoke_api_key(organization_id=organization_id, key_id=found.id)
         messages.success(request, f"Key “{found.name}” is revoked. Calls with it are refused from now on.")
         return redirect("console:keys")
     template = "console/_revoke_key.html" if request.headers.get("HX-Request") else "console/revoke_key.html"

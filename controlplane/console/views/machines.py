@@ -12,7 +12,7 @@ from django.utils import timezone
 from django.views.decorators.http import require_GET
 
 from autoscaler import selectors
-from autoscaler.models import LIVE_PHASES, Replica
+from autoscaler.models import Replica
 from controlplane.console.access import MemberRequest, member_page
 from controlplane.deployments import selectors as deployments
 from controlplane.tenants.rights import Permission
@@ -27,9 +27,7 @@ def machine_list(request: MemberRequest) -> HttpResponse:
     rows = selectors.machines(SHOWN + 1)
     names = {row.id: row.name for row in deployments.deployments(organization_id=organization_id)}
     living: dict[UUID, list[Replica]] = defaultdict(list)
-    for replica in Replica.objects.filter(organization_id=organization_id, phase__in=LIVE_PHASES).order_by(
-        "id"
-    ):
+    for replica in selectors.live_replicas(organization_id=organization_id):
         living[replica.machine_id].append(replica)
     context = {
         "now": timezone.now(),

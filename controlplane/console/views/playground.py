@@ -21,7 +21,7 @@ from controlplane.console.access import MemberRequest, member_page
 from controlplane.deployments import selectors as deployments
 from controlplane.deployments.models import Deployment, Phase
 from controlplane.errors import NotFoundError
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.rights import Permission, may
 
@@ -65,7 +65,7 @@ def playground_key(request: MemberRequest) -> HttpResponse:
     except (ids.InvalidIdError, NotFoundError):
         return JsonResponse({"error": {"message": "No such deployment. Reload the page."}}, status=404)
     expires_at = timezone.now() + KEY_LIFE
-    key, plaintext = services.create_api_key(
+    key, plaintext = key_services.create_api_key(
         organization_id=organization_id,
         project_id=project_id,
         name=KEY_NAME,
@@ -90,5 +90,5 @@ def _replace_earlier(request: MemberRequest, key: ApiKey) -> None:
     held = request.session.get(_SESSION_KEY) or {}
     earlier = held.get(organization_id.hex)
     if earlier:
-        services.revoke_api_key(organization_id=organization_id, key_id=UUID(hex=earlier))
+        key_services.revoke_api_key(organization_id=organization_id, key_id=UUID(hex=earlier))
     request.session[_SESSION_KEY] = {**held, organization_id.hex: key.id.hex}

@@ -60,7 +60,7 @@ BENCHES = {
         "CPU per request and per streamed event, everything switched on",
         gateway.measure,
         gateway.as_text,
-        options=("only",),
+        options=("only", "gateways"),
     ),
     "engine": Bench(
         "the same vLLM behind Corral and behind its own API server",
@@ -170,6 +170,14 @@ class Command(BaseCommand):
             help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation, delay and clients: 3)",
         )
         parser.add_argument("--only", help="gateway, engine, coldstart: scenarios whose name contains this")
+        parser.add_argument(
+            "--gateways",
+            type=int,
+            default=gateway.N_GATEWAYS,
+            choices=range(1, 17),
+            metavar="N",
+            help=f"gateway: gateway processes, 1 to 16 (default: {gateway.N_GATEWAYS}, as the local stack has)",
+        )
         parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
         parser.add_argument(
             "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"

@@ -7,7 +7,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from controlplane import ids
 from controlplane.errors import CorralError
-from controlplane.tenants import services
+from controlplane.tenants import key_services, limit_services
 from controlplane.tenants.limits import NO_LIMITS, Limits
 from controlplane.tenants.models import Organization, Project
 
@@ -63,14 +63,14 @@ class Command(BaseCommand):
             levels = dict.fromkeys(levels, NO_LIMITS) | {options["limits_on"]: limits}
         try:
             if levels["organization"] is not None:
-                services.set_organization_limits(
+                limit_services.set_organization_limits(
                     organization_id=organization.id, limits=levels["organization"]
                 )
             if levels["project"] is not None:
-                services.set_project_limits(
+                limit_services.set_project_limits(
                     organization_id=organization.id, project_id=project.id, limits=levels["project"]
                 )
-            key, plaintext = services.create_api_key(
+            key, plaintext = key_services.create_api_key(
                 organization_id=organization.id,
                 project_id=project.id,
                 name=options["name"],

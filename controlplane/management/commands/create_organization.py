@@ -12,7 +12,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from controlplane import ids
 from controlplane.errors import CorralError
-from controlplane.tenants import services
+from controlplane.tenants import limit_services, services
 from controlplane.tenants.models import User
 
 
@@ -44,7 +44,7 @@ class Command(BaseCommand):
                 organization_id=organization.id, name=options["project"].title(), slug=options["project"]
             )
             if options["weight"] is not None:
-                services.set_weight(organization_id=organization.id, weight=options["weight"])
+                limit_services.set_weight(organization_id=organization.id, weight=options["weight"])
         except CorralError as error:
             raise CommandError(str(error)) from error
         facts = {

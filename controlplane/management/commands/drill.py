@@ -39,6 +39,7 @@ MODELS = {"demo": f"package:{DEMO_PACKAGE}", "tiny": "tiny"}
 
 _WIDTH = 105
 _REGION_WITHIN_S = 1800
+_COMMAND_WITHIN_S = 60
 
 
 class Command(BaseCommand):
@@ -188,7 +189,7 @@ class Command(BaseCommand):
         n_slots = n_streams + (PROBE_SLOTS if drill.probes else 0) + drill.beside
         deployment_id = tenants.deploy(tenant, name, engine, n_slots)
         scene = Scene(env.var, env.redis_url, env.cell, deployment_id.hex, self._step, engine, tenants.end_of)
-        scene.on_renewal = _renew
+        scene.on_renewal, scene.manage = _renew, _manage
         unseen_id, unseen_key = tenants.unseen_key(tenant)
         try:
             tenants.wait_until_it_serves(scene)
@@ -223,6 +224,17 @@ class Command(BaseCommand):
         """Progress goes to standard error, so that --json stays one object."""
         self.stderr.write(f"  {time.monotonic() - self._started_s:6.1f} s  {text}", self.style.NOTICE)
         self.stderr.flush()
+
+
+def _manage(*args: str) -> Any:
+    """What `manage.py ARGS --json` answers, as an operator would run it. DrillError with what it says otherwise."""
+    done = subprocess.run(
+        [sys.executable, "manage.py", *args, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=_COMMAND_WITHIN_S,
+    )  # fmt: skip
+    if done.returncode:
+        raise DrillError(f"manage.py {args[0]}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
 
 
 def _renew() -> None:

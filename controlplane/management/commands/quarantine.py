@@ -88,6 +88,7 @@ class Command(BaseCommand):
                 "state": str(row.state),
                 "n_replicas": row.n_live,
                 "offering": row.offering or row.provider,
+                "reserve_place": row.reserve_place,
                 "reason": row.reason,
             }
             for row in rows
@@ -98,11 +99,14 @@ class Command(BaseCommand):
         for each in told:
             n = each["n_replicas"]
             count = f"{n} replica{'' if n == 1 else 's'}"
-            self.stdout.write(
-                f"{each['machine']}  {each['state']:9} {count:>11}  {each['offering']}  {each['reason']}".rstrip()
-            )
+            kept = "" if each["reserve_place"] is None else f"  reserve {each['reserve_place']}"
+            line = f"{each['machine']}  {each['state']:9} {count:>11}  {each['offering']}{kept}  {each['reason']}"
+            self.stdout.write(line.rstrip())
         if not told:
             self.stdout.write("no machine")
+        if house.config.spot_reserve:
+            n = sum(row.state == MachineState.STOPPED and row.reserve_place is not None for row in rows)
+            self.stdout.write(f"reserve: {n} of {house.config.spot_reserve} lie stopped")
 
 
 def _id(text: str) -> UUID:

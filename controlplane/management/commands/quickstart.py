@@ -18,6 +18,7 @@ from controlplane.askclient import Answer, AskError, ask
 from controlplane.deployments import importing
 from controlplane.deployments import services as deployments
 from controlplane.quickstart_file import NoQuickstartError, Quickstart
+from controlplane.tenants import key_services
 from controlplane.tenants import services as tenants
 
 ADMIN_EMAIL = "admin@corral.local"
@@ -83,7 +84,7 @@ class Command(BaseCommand):
         self._step(f"deployment {name} ready (scaled to zero; the first request wakes it)")
         key_is_new = known is None
         if known is None:
-            _, api_key = tenants.create_api_key(
+            _, api_key = key_services.create_api_key(
                 organization_id=organization.id, project_id=project.id, name="quickstart", created_by=admin
             )
         else:

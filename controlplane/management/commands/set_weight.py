@@ -10,7 +10,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from controlplane import ids
 from controlplane.errors import CorralError
-from controlplane.tenants import services
+from controlplane.tenants import limit_services
 from controlplane.tenants.models import Organization, Project
 
 
@@ -38,7 +38,7 @@ class Command(BaseCommand):
             project_id = project.id
         try:
             key_id = None if options["key"] is None else ids.from_text(ids.Prefix.API_KEY, options["key"])
-            services.set_weight(
+            limit_services.set_weight(
                 organization_id=organization.id,
                 weight=options["weight"],
                 project_id=project_id,

@@ -3,8 +3,10 @@
 AIMD with a prediction guard, one replica at a time; what does not fit waits in our queue, not in the engine's. Slots
 grow by a fixed step while requests want them and the predicted 95th percentile of the gaps, the KV cache and the
 engine's own queue stay below their marks (grow.py); they shrink when a mark is broken in most of several beats
-(shrink.py), and not again before the running requests have come down to them. Called by autoscaler/watch/slots.py with
-every heartbeat. Pure: the time comes with the observation, the memory goes in and comes out.
+(shrink.py), and not again before the running requests have come down to them. A queue inside the engine that dissolves
+by itself meanwhile was that of many which began at once: what runs is given its slots back. Called by
+autoscaler/watch/slots.py with every heartbeat. Pure: the time comes with the observation, the memory goes in and comes
+out.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Final
 
 from controlplane.policy.slots.grow import grow
 from controlplane.policy.slots.promise import aim_ms, note_alone
-from controlplane.policy.slots.shrink import relieve, slow_down
+from controlplane.policy.slots.shrink import relent, relieve, slow_down
 from controlplane.policy.slots.types import Answer, Beat, SlotMemory, SlotObservation, SlotTarget
 from controlplane.policy.slots.window import Window, newest, typical_ms
 
@@ -32,27 +34,30 @@ def next_slots(memory: SlotMemory, observation: SlotObservation, target: SlotTar
     No measurement, no change: an idle replica keeps its slots, and so does one that does not report steps.
     """
     if observation.slots != memory.slots:  # set by somebody else: judge anew
-        memory = replace(memory, slots=observation.slots, beats=(), shrink=None)
+        memory = replace(memory, slots=observation.slots, beats=(), above=(), shrink=None)
     slots = target.clamp(observation.slots)
     if observation.slots != slots:
         why = f"{observation.slots} slots are outside {target.floor} to {target.ceiling}"
         return slots, replace(memory, slots=slots, beats=()), why
     n_tokens = sum(n for _, n in observation.gaps)
     if observation.n_steps <= 0 or n_tokens <= 0:
-        return memory.slots, replace(memory, beats=()), "nothing was measured: slots stay"
+        return memory.slots, replace(memory, beats=(), above=()), "nothing was measured: slots stay"
     memory = _note(memory, observation, n_tokens)
     n_running = max(float(observation.used), n_tokens / observation.n_steps - 0.5)
     if n_running > memory.slots:
-        why = f"{n_running:.0f} still run: judged when they have come down to {memory.slots}"
+        above = (*memory.above, memory.beats[-1])[-MAX_BEATS:]
         # A shrink is as old as its effect.
-        return memory.slots, replace(memory, beats=(), shrunk_at_s=observation.at_s), why
+        memory = replace(memory, beats=(), above=above, shrunk_at_s=observation.at_s)
+        why = f"{n_running:.0f} still run: judged when they have come down to {memory.slots}"
+        return relent(memory, observation, target) or (memory.slots, memory, why)
+    memory = replace(memory, above=())
     memory = note_alone(memory, observation.at_s, target)
     aim = replace(target, itl_ms=aim_ms(memory, target))
     window = Window.of(newest(memory.beats), memory.slots, aim)
     said = (memory, window, observation, aim)
     slots, memory, reason = relieve(*said) or slow_down(*said) or grow(*said)
     if memory.alone_ms:
-        reason += f"; {target.itl_ms:g} is out of reach, one alone takes {memory.alone_ms:.0f}"
+        reason += f"; {target.itl_ms:g} ms is out of reach: one alone takes {memory.alone_ms:.0f} ms"
     return slots, memory, reason
 
 

@@ -16,7 +16,15 @@ from controlplane.policy.slots.types import (
     SlotObservation,
     SlotTarget,
 )
-from controlplane.policy.slots.window import CALM, JUDGED_BEATS, KV_CALM, Window, queue_mark
+from controlplane.policy.slots.window import (
+    CALM,
+    JUDGED_BEATS,
+    JUDGED_STEPS,
+    KV_CALM,
+    Window,
+    newest,
+    queue_mark,
+)
 
 SHRINK_MOST: Final = 0.5  # of one decision
 SHRINK_FACTOR: Final = 0.75  # of what the promise allows, where keeping clear of it would cost still more
@@ -43,6 +51,26 @@ def relieve(memory: SlotMemory, window: Window, seen: SlotObservation, target: S
         f"KV cache {window.kv_used_ratio:.0%} used, {window.batch:.1f} run"
     )
     return slots, _after_shrink(memory, slots, seen, None), why
+
+
+def relent(memory: SlotMemory, seen: SlotObservation, target: SlotTarget) -> Answer | None:
+    """All that run keep their slots where they were crowded only while they began: a replica that takes another's
+    requests over computes their prompts at once, and what would shrink for that is not given to newcomers for as long
+    as the longest of them runs.
+    """
+    beats = newest(memory.above)
+    if memory.shrink is not None or len(beats) < JUDGED_BEATS or sum(b.n_steps for b in beats) < JUDGED_STEPS:
+        return None
+    window = Window.of(beats, seen.used, target)
+    if max(b.engine_queue for b in beats) > queue_mark(seen.used) or window.n_preempted:
+        return None
+    if window.kv_used_ratio > KV_CALM or (target.itl_ms and window.p95_ms > CALM * target.itl_ms):
+        return None
+    slots = target.clamp(seen.used)
+    if slots <= memory.slots:
+        return None
+    why = f"back from {memory.slots} to {slots}: they run, none waits in the engine, {window.said(target)}"
+    return slots, replace(memory, slots=slots, above=(), grown_at_s=seen.at_s), why
 
 
 def slow_down(memory: SlotMemory, window: Window, seen: SlotObservation, target: SlotTarget) -> Answer | None:

@@ -84,6 +84,7 @@ class SlotMemory:
 
     slots: int
     beats: tuple[Beat, ...] = ()
+    above: tuple[Beat, ...] = ()  # while more run than the slots that a shrink left
     fit: StepFit = _NO_FIT
     grown_at_s: float = NEVER_S
     shrunk_at_s: float = NEVER_S

@@ -92,9 +92,8 @@ class Window:
         return self.p95_ms / max(self.typical_ms, 1e-3)
 
     def said(self, target: SlotTarget) -> str:
-        return (
-            f"95 % of gaps within {self.p95_ms:.1f} ms (target {target.itl_ms:g}) at {self.batch:.1f} running"
-        )
+        p95, aim = _short(self.p95_ms), _short(target.itl_ms)
+        return f"95 % of gaps within {p95} ms (target {aim}) at {self.batch:.1f} running"
 
 
 def newest(beats: tuple[Beat, ...]) -> tuple[Beat, ...]:
@@ -128,3 +127,7 @@ def _merged(beats: Sequence[Beat]) -> Gaps:
         for ms, n in beat.gaps:
             merged[ms] = merged.get(ms, 0) + n
     return tuple(sorted(merged.items()))
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"

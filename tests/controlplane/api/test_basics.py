@@ -10,7 +10,7 @@ import pytest
 from django.db import OperationalError
 from django.test import Client
 
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, IdempotentWrite, Project, Role
 from tests.controlplane.api.caller import Api, token_of
@@ -41,7 +41,7 @@ def test_without_a_good_token_nothing_is_told(world: World, authorization: str) 
 
 
 def test_an_api_key_of_v1_is_no_management_token(world: World) -> None:
-    _, key = services.create_api_key(
+    _, key = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     response = Api(key).get("/projects")

@@ -13,8 +13,8 @@ from controlplane.api.app import api as rest
 from controlplane.lifecycle import erasure, exports
 from controlplane.lifecycle.models import Export
 from controlplane.operations.models import Operation
+from controlplane.tenants import key_services, services
 from controlplane.tenants import service_accounts as accounts
-from controlplane.tenants import services
 from controlplane.tenants.models import Role
 from controlplane.tenants.rights import PERMISSIONS, Permission
 from tests.booked import book_usage
@@ -207,7 +207,7 @@ class Acme:
         from controlplane.webhooks import services as webhooks
 
         organization_id = world.organization.id
-        key, _ = services.create_api_key(
+        key, _ = key_services.create_api_key(
             organization_id=organization_id, project_id=world.project.id, name="program"
         )
         account = accounts.create_service_account(

@@ -10,7 +10,7 @@ from django.db import connection, transaction
 
 from controlplane.audit.models import Entry
 from controlplane.deployments import services as deployments
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import IdempotentWrite, Role
 from tests.controlplane.api.caller import Api, token_of
@@ -131,7 +131,7 @@ def test_a_plan_tells_its_own_entries_only(api: Api, world: World) -> None:
 
 
 def test_keys_that_stop_working_are_named(api: Api, world: World) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     path = f"/keys/key_{key.id.hex}"
@@ -146,7 +146,7 @@ def test_keys_that_stop_working_are_named(api: Api, world: World) -> None:
 
 
 def test_what_a_key_may_no_longer_do_is_named(api: Api, world: World) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     path = f"/keys/key_{key.id.hex}"

@@ -12,7 +12,7 @@ from django.db import DatabaseError, connection
 
 from controlplane.audit import sealing
 from controlplane.audit.models import Entry, Seal
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Project, Role
 from infra.local.postgres import EmbeddedPostgres
@@ -29,7 +29,7 @@ def log_of(world: World) -> list[Entry]:
 @pytest.mark.django_db
 def test_services_bulk_updates_and_raw_sql_are_in_it(world: World) -> None:
     n = len(log_of(world))
-    key, plaintext = services.create_api_key(
+    key, plaintext = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     with tenant(world.organization.id):
@@ -50,7 +50,7 @@ def test_services_bulk_updates_and_raw_sql_are_in_it(world: World) -> None:
 
 @pytest.mark.django_db
 def test_what_the_house_notes_all_the_time_is_not(world: World) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     n = len(log_of(world))

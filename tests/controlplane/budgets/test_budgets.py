@@ -14,6 +14,7 @@ from controlplane.budgets import selectors, services
 from controlplane.budgets.models import Budget
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
 from controlplane.policy.periods import Period
+from controlplane.tenants import key_services
 from controlplane.tenants import services as tenants
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey
@@ -24,7 +25,7 @@ from tests.world import World
 
 
 def make_key(world: World, name: str = "program") -> ApiKey:
-    return tenants.create_api_key(
+    return key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name=name
     )[0]
 

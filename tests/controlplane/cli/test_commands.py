@@ -14,7 +14,7 @@ import yaml
 
 from controlplane.cli.main import COMMANDS
 from controlplane.cli.output import ago, money
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from tests.booked import book_usage
 from tests.controlplane.cli.conftest import URL, Corral
 from tests.world import World, make_deployment, make_replica
@@ -129,7 +129,7 @@ def test_logs_tell_requests_and_decisions_in_order(corral: Corral, world: World)
 
 
 def test_usage_is_summed_under_names(corral: Corral, world: World) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     for _ in range(2):

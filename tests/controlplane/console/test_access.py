@@ -4,7 +4,7 @@ import pytest
 from django.test import Client
 
 from controlplane.deployments.models import Deployment
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey
 from tests.controlplane.console.conftest import signed_in
@@ -15,7 +15,7 @@ PAGES = ["/", "/live", "/deployments", "/keys", "/playground", "/people", "/budg
 
 @pytest.fixture
 def key(world: World) -> ApiKey:
-    found, _ = services.create_api_key(
+    found, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="ci", created_by=world.alice
     )
     return found

@@ -42,7 +42,7 @@ def test_a_change_is_told_with_who_made_it_and_what_it_was(owner: Client, world:
 
 def test_links_of_the_chain_are_counted(owner: Client, world: World) -> None:
     before = text_of(owner, "/audit")
-    assert "0 sealed in a hash chain" in before and "about to be" in before
+    assert "0 sealed in a hash chain" in before
     with acting_as("corral_operator"):
         entry = Entry.objects.filter(organization=world.organization).first()
         assert entry is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.key_scopes import KeyScopes
 from controlplane.tenants.limits import Limits
@@ -18,7 +18,7 @@ from tests.world import World
 
 @pytest.fixture
 def key(world: World) -> ApiKey:
-    return services.create_api_key(
+    return key_services.create_api_key(
         organization_id=world.organization.id,
         project_id=world.project.id,
         name="backend",
@@ -75,7 +75,7 @@ def test_a_mistake_is_told_at_its_field_and_changes_nothing(
 
 
 def test_saving_does_not_open_a_key_that_was_shut(owner: Client, key: ApiKey, world: World) -> None:
-    services.set_api_key_scopes(
+    key_services.set_api_key_scopes(
         organization_id=world.organization.id, key_id=key.id, scopes=KeyScopes(models=())
     )
     assert "0 models" in owner.get(f"/keys/{key}").content.decode()

@@ -22,7 +22,7 @@ from controlplane.identity import domains, invitations, providers
 from controlplane.identity.models import ProviderKind
 from controlplane.policy.periods import Period
 from controlplane.scim import tokens as scim_tokens
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import ApiKey, Role
@@ -223,7 +223,7 @@ class Acme:
     def __init__(self, world: World) -> None:
         organization_id = world.organization.id
         self.deployment = make_deployment(world, "acme-secret-model")
-        self.key, self.plaintext = services.create_api_key(
+        self.key, self.plaintext = key_services.create_api_key(
             organization_id=organization_id, project_id=world.project.id, name="acme-secret-key"
         )
         services.update_organization(organization_id=organization_id, name="Acme Secret Works")

@@ -9,7 +9,7 @@ from django.utils import timezone
 from controlplane.console.views.playground import KEY_NAME, is_playground_key
 from controlplane.deployments.models import Deployment, Phase
 from controlplane.errors import ConflictError
-from controlplane.tenants import api_keys, services
+from controlplane.tenants import api_keys, key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey
 from tests.world import World, make_deployment
@@ -93,7 +93,7 @@ def test_the_list_of_keys_flags_live_ones_and_drops_dead_ones(
 
 
 def test_a_key_of_that_name_with_a_longer_life_is_not_one(world: World) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name=KEY_NAME
     )
     assert not is_playground_key(key)

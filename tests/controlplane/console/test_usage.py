@@ -10,7 +10,7 @@ from django.test import Client
 from django.utils import timezone
 
 from controlplane.console import usage
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Organization
 from tests.world import World
@@ -80,7 +80,7 @@ def test_another_tenants_usage_is_nowhere(stranger: Client, world: World, usage_
 
 
 def test_filters_narrow_the_list_and_the_export(owner: Client, world: World, usage_event) -> None:
-    key, _ = services.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="ci"
     )
     by_key = usage_event(key_id=key.id)

@@ -16,9 +16,9 @@ from billing.prices import create_price_version
 from controlplane.deployments import selectors, services, sharing
 from controlplane.deployments.models import Deployment, Grant
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
-from controlplane.gateway.auth import context_of
 from controlplane.gateway.directory import KeyRecord
-from controlplane.tenants import invalidation
+from controlplane.gateway.keycontext import context_of
+from controlplane.tenants import invalidation, key_services
 from controlplane.tenants import services as tenants
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Organization
@@ -55,7 +55,7 @@ def record_of(organization: Organization, project_slug: str = "main") -> Any:
     project = tenants.ensure_project(
         organization_id=organization.id, name=project_slug.title(), slug=project_slug
     )
-    key, _ = tenants.create_api_key(organization_id=organization.id, project_id=project.id, name="k")
+    key, _ = key_services.create_api_key(organization_id=organization.id, project_id=project.id, name="k")
     return look_up(key.lookup)
 
 

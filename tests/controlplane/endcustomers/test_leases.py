@@ -23,7 +23,7 @@ from controlplane.endcustomers.leases import SETTLES, give_back
 from controlplane.endcustomers.models import EndCustomerLease
 from controlplane.gateway import endlimits
 from controlplane.gateway.directory import DirectoryUnavailable, PgDirectory
-from controlplane.tenants import services as tenants
+from controlplane.tenants import key_services
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import CellLease
 from infra.local.postgres import EmbeddedPostgres
@@ -73,7 +73,7 @@ class Side(CellSide):
         return self.keys.limits("end", self.scope[0])
 
     def begin(self, world: World) -> None:
-        key, _ = tenants.create_api_key(
+        key, _ = key_services.create_api_key(
             organization_id=world.organization.id, project_id=world.project.id, name=self.name
         )
         self.world, self.key = world, key

@@ -12,8 +12,9 @@ from django.db import IntegrityError, connection, transaction
 
 from controlplane.endcustomers import services
 from controlplane.endcustomers.models import EndCustomerLimits
-from controlplane.gateway.auth import context_of
 from controlplane.gateway.directory import KeyRecord, LeaseRow
+from controlplane.gateway.keycontext import context_of
+from controlplane.tenants import key_services
 from controlplane.tenants import services as tenants
 from controlplane.tenants.context import tenant
 from controlplane.tenants.end_customers import pseudonym
@@ -31,7 +32,7 @@ def api(world: World) -> Api:
 
 
 def record(world: World) -> KeyRecord:
-    key, _ = tenants.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
     with connection.cursor() as cursor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from controlplane.gateway.auth import context_of
 from controlplane.gateway.directory import AdapterRow, KeyRecord
 from controlplane.gateway.dispatch import _salt
+from controlplane.gateway.keycontext import context_of
 from controlplane.policy.periods import Period
 from controlplane.tenants import api_keys
 from tests.controlplane.gateway.harness import (

@@ -13,7 +13,7 @@ from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.directory import DirectoryUnavailable, PgDirectory
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.feed import ChangeFeed
-from controlplane.tenants import api_keys, services
+from controlplane.tenants import api_keys, key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import ApiKey
@@ -45,7 +45,7 @@ def pepper() -> bytes:
 
 @sync_to_async
 def new_key(world: World, limits: Limits | None = None) -> tuple[object, str]:
-    return services.create_api_key(
+    return key_services.create_api_key(
         organization_id=world.organization.id,
         project_id=world.project.id,
         name="ci",
@@ -124,7 +124,7 @@ async def test_revoke_in_the_console_reaches_the_cache_without_redis(
     await feed.poll()
     header = b"Bearer " + plaintext.encode()
     await cache.authenticate(header, None)
-    await sync_to_async(services.revoke_api_key)(
+    await sync_to_async(key_services.revoke_api_key)(
         organization_id=committed.organization.id,
         key_id=row.id,  # type: ignore[attr-defined]
     )

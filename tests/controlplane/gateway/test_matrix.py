@@ -23,8 +23,8 @@ from asgiref.sync import sync_to_async
 import controlplane.gateway
 from controlplane.gateway import app as surface
 from controlplane.gateway.directory import PgDirectory
+from controlplane.tenants import key_services, services
 from controlplane.tenants import service_accounts as accounts
-from controlplane.tenants import services
 from controlplane.tenants.models import Role
 from tests.controlplane.gateway.harness import KEYS, Job, Machine, _now_ms, running
 from tests.database import acting_as
@@ -206,7 +206,7 @@ def make_callers(world: World) -> Callers:
     closed_project = services.create_project(organization_id=closed.id, name="Main", slug="main")
 
     def key(organization_id: Any, project_id: Any) -> tuple[Any, str]:
-        return services.create_api_key(organization_id=organization_id, project_id=project_id, name="k")
+        return key_services.create_api_key(organization_id=organization_id, project_id=project_id, name="k")
 
     own, owner = key(acme, world.project.id)
     _, teammate = key(acme, aside.id)
@@ -218,7 +218,7 @@ def make_callers(world: World) -> Callers:
     _, partner = key(friend.id, friend_project.id)
     _, suspended = key(closed.id, closed_project.id)
     gone, revoked = key(acme, world.project.id)
-    services.revoke_api_key(organization_id=acme, key_id=gone.id)
+    key_services.revoke_api_key(organization_id=acme, key_id=gone.id)
     services.suspend_organization(organization_id=closed.id, suspended=True)
     account = accounts.create_service_account(organization_id=acme, name="robot", role=Role.OWNER)
     _, token = accounts.create_token(organization_id=acme, account_id=account.id, name="t")

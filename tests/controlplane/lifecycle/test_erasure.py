@@ -28,8 +28,8 @@ from controlplane.lifecycle.models import Erasure
 from controlplane.lifecycle.scrub import scrub
 from controlplane.scim import groups, tokens, users
 from controlplane.scim.users import Facts
+from controlplane.tenants import key_services, services
 from controlplane.tenants import service_accounts as accounts
-from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Member, Organization, Role, User
 from infra.local.postgres import EmbeddedPostgres
@@ -59,7 +59,7 @@ def stuffed() -> tuple[World, dict[str, Any]]:
     services.add_member(organization_id=world.other_organization.id, user=world.bob, role=Role.VIEWER)
     project = services.create_project(organization_id=acme, name=f"{MARK} project", slug=f"{MARK}-project")
     deployment = make_deployment(world, f"{MARK}-chat", engine_profile={"engine": "toy"})
-    key, plaintext = services.create_api_key(
+    key, plaintext = key_services.create_api_key(
         organization_id=acme, project_id=project.id, name=f"{MARK} key", created_by=own
     )
     account = accounts.create_service_account(organization_id=acme, name=f"{MARK} robot", role=Role.OWNER)

@@ -19,7 +19,7 @@ from controlplane.lifecycle import belongings, exports
 from controlplane.lifecycle.models import Export, ExportPart
 from controlplane.operations import advance
 from controlplane.operations.models import Operation
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Organization, Role, User
 from tests.booked import book_usage
@@ -34,7 +34,7 @@ def key(world: World) -> tuple[ApiKey, str]:
     make_deployment(world, "acme-chat")
     book_usage(world, model="acme-chat")
     services.create_project(organization_id=world.other_organization.id, name="Theirs alone", slug="theirs")
-    return services.create_api_key(
+    return key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="acme-key"
     )
 

@@ -23,7 +23,7 @@ from controlplane.gateway.errors import ApiError
 from controlplane.gateway.feed import ChangeFeed
 from controlplane.lifecycle import suspension
 from controlplane.lifecycle.models import Suspension
-from controlplane.tenants import services
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import Organization, Role
 from tests.controlplane.api.caller import Api, token_of
@@ -114,10 +114,10 @@ async def test_gateways_refuse_within_a_second_without_redis(transactional_db: N
                 deployment_id=shared.id,
                 grantee_id=world.other_organization.id,
             )
-        _, own = services.create_api_key(
+        _, own = key_services.create_api_key(
             organization_id=world.organization.id, project_id=world.project.id, name="k"
         )
-        _, partners = services.create_api_key(
+        _, partners = key_services.create_api_key(
             organization_id=world.other_organization.id, project_id=world.other_project.id, name="k"
         )
         return world, own, partners

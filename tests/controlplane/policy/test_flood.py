@@ -64,7 +64,7 @@ class Flood:
         flow = Flow(0, name, name, name)
         self.n += 1
         request = Request(f"q{self.n}", flow, now_ms, n_prompt, 40, slot_ms=terms.slot_ms)
-        ahead_ms = self.queue.ahead_ms(flow)
+        ahead_ms = self.queue.flows.ahead_ms(flow)
         most_own_ms = terms.most_own_ms if self.guarded else -1
         verdict, bound = "late", list[Binding]()
         if not terms.is_hopeless:

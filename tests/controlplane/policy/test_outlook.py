@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.policy.fairness import BESIDE, FairQueue
+from controlplane.policy.fairness import FairQueue
 from controlplane.policy.flows import ANY_MS, TOKEN, Flow, Request
 from controlplane.policy.outlook import (
     FLOOR,
@@ -25,6 +25,7 @@ from controlplane.policy.outlook import (
 from controlplane.policy.pace import Pace
 from controlplane.policy.perfbias import Bias
 from controlplane.policy.promises import CLASSES, Promise
+from controlplane.policy.waitingflows import BESIDE
 
 INTERACTIVE, STANDARD, BATCH, FLEX = CLASSES
 _bias = st.builds(lambda p50, spread: Bias(p50, p50 + spread, 100), st.floats(-2, 2), st.floats(0.01, 2))
@@ -138,6 +139,19 @@ def test_a_pace_is_learned_from_what_was_seen() -> None:
     assert pace.slot_s(1_000, 100) == pytest.approx(1.2 + 8, rel=0.1)
 
 
+@pytest.mark.parametrize("n_seen", [MIN_SEEN, 3 * MIN_SEEN, 500])
+@pytest.mark.parametrize("n_tokens", [20, 250, 800])
+def test_prompts_of_one_length_that_were_fast_refuse_no_burst_of_them(n_tokens: int, n_seen: int) -> None:
+    gate = Gate()
+    for _ in range(n_seen):
+        gate.pace.saw_first(n_tokens, 0.002)
+        gate.pace.saw_answer(n_tokens, 64, 0.005)
+    assert gate.pace.first_s(n_tokens) < 0.1, "a presumption is no reason to expect what was never seen"
+    burst = gate.terms("org", INTERACTIVE, n_tokens, 64, slots=16, n_prefill=15 * n_tokens)
+    assert not burst.is_hopeless
+    assert burst.most_ahead_ms > 0
+
+
 def test_prompts_of_one_length_do_not_tilt_the_line() -> None:
     pace = Pace(0.05, 2e-4)
     for _ in range(300):
@@ -218,25 +232,25 @@ def test_what_goes_before_follows_the_counters() -> None:
     queue = FairQueue()
     queued(queue, "long", 1, 1_000, 500)
     queued(queue, "short", 30, 100, 200)
-    assert queue.ahead_ms(Flow(0, "long", "plong", "klong")) == 500 + 10 * 200
-    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 0, "it starts at the least counter"
+    assert queue.flows.ahead_ms(Flow(0, "long", "plong", "klong")) == 500 + 10 * 200
+    assert queue.flows.ahead_ms(Flow(0, "new", "pnew", "knew")) == 0, "it starts at the least counter"
     queue.enrol("r", 1, 100)
     assert queue.requests["long0"].replica == "r"  # the first to come; 1,000 tokens ahead now
     queue.settle("long0", 200, n_prompt=1_000, n_cached=0, n_output=0)
-    assert queue.ahead_ms(Flow(0, "long", "plong", "klong")) == 9 * 200
+    assert queue.flows.ahead_ms(Flow(0, "long", "plong", "klong")) == 9 * 200
 
 
 def test_the_window_counts_for_those_beside() -> None:
     queue = FairQueue(window=500 * TOKEN)
     queued(queue, "short", 30, 100, 200)
-    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 5 * 200
+    assert queue.flows.ahead_ms(Flow(0, "new", "pnew", "knew")) == 5 * 200
 
 
 def test_many_flows_beside_are_taken_like_the_last_of_those_looked_at() -> None:
     queue = FairQueue(window=50 * TOKEN)
     for i in range(3 * BESIDE):
         queued(queue, f"o{i:02d}", 1, 100, 200)
-    assert queue.ahead_ms(Flow(0, "new", "pnew", "knew")) == 3 * BESIDE * 100
+    assert queue.flows.ahead_ms(Flow(0, "new", "pnew", "knew")) == 3 * BESIDE * 100
 
 
 @pytest.mark.parametrize(
@@ -301,7 +315,7 @@ class Served:
                 n_prompt, n_output = rng.randrange(50, 500), max(2, int(rng.expovariate(1 / 40)))
                 terms = gate.terms("o", self.target, n_prompt, 40, slots=self.slots, predicts=self.predicts)
                 flow = Flow(0, "o", "p", f"k{rng.randrange(3)}")
-                ahead_ms = queue.ahead_ms(flow)
+                ahead_ms = queue.flows.ahead_ms(flow)
                 request = Request(name, flow, now_ms, n_prompt, 40, slot_ms=terms.slot_ms)
                 verdict, bound = queue.admit(request, now_ms, ["r"], most_ahead_ms=terms.most_ahead_ms)
                 if verdict in ("late", "full"):

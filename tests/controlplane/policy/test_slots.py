@@ -143,7 +143,7 @@ def test_a_promise_out_of_reach_is_not_paid_for_with_all_slots() -> None:
     replica = SimulatedReplica(200, 1, TARGET, slots=64, noise=0.02, stream_s=1)
     history = replica.run(60)
     assert history[-1] == 64  # 264 ms, and one alone takes 201
-    assert "100 is out of reach, one alone takes 20" in replica.reasons[-1]
+    assert "100 ms is out of reach: one alone takes 20" in replica.reasons[-1]
     steep = SimulatedReplica(101, 20, TARGET, slots=64, noise=0.02, stream_s=1)
     steep.run(60)
     assert 2 <= steep.slots <= 4  # 180 ms at most
@@ -247,6 +247,46 @@ def test_no_second_shrink_before_the_first_has_taken_effect() -> None:
         seen = an_observation(beat / 2, slots=slots, used=64, gaps=((202.0, 500),), n_steps=8)
         slots, memory, reason = next_slots(memory, seen, TARGET)
     assert slots == 32
+    assert "64 still run" in reason
+
+
+def handed_over(**afterwards: object) -> tuple[list[int], str]:
+    """Slots, beat by beat, of a replica with 80 that takes over 64 long requests: 25 wait in its engine for the first
+    three seconds. `afterwards`: what each beat then says. With the last reason."""
+    target = SlotTarget(itl_ms=100.0, ceiling=80)
+    memory, slots, history, reason = SlotMemory(80), 80, [], ""
+    for beat in range(100):
+        seen: dict[str, object] = {"gaps": ((20.0, 39 * 25),), "n_steps": 25, "engine_queue": 25.0}
+        if beat >= 6:
+            seen = {"gaps": ((20.0, 64 * 25),), "n_steps": 25} | afterwards
+        used = max(64, min(slots, 66))
+        slots, memory, reason = next_slots(
+            memory, an_observation(beat / 2, slots=slots, used=used, n_queued=5, **seen), target
+        )
+        history.append(slots)
+    return history, reason
+
+
+def test_requests_taken_over_at_once_leave_slots_for_others_while_they_run() -> None:
+    history, _ = handed_over()
+    assert min(history) == 40, "shrunk for the queue in the engine"
+    assert history[12] == 64, "which was over, and all of them ran well"
+    assert history[-1] == 80
+
+
+@pytest.mark.parametrize(
+    "still",
+    [
+        {"engine_queue": 25.0},
+        {"n_preempted": 1},
+        {"kv_used_ratio": 0.9},
+        {"gaps": ((95.0, 64 * 25),)},
+    ],
+    ids=["queue", "preempted", "kv", "gaps"],
+)
+def test_what_is_still_crowded_or_slow_comes_down_first(still: dict[str, object]) -> None:
+    history, reason = handed_over(**still)
+    assert history[-1] == 40
     assert "64 still run" in reason
 
 

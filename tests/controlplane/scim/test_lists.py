@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 from django.db import transaction
 
-from tests.controlplane.scim.caller import Directory
+from tests.controlplane.scim.caller import GROUP, USER, Directory
 
 ANN, CAT = "ann@example.org", "cat@example.org"
 
@@ -84,6 +84,20 @@ def test_groups_by_filter_as_entra_and_okta_ask(directory: Directory) -> None:
     assert all("members" not in each for each in without)
     only = directory.get("/Groups?attributes=displayName").body["Resources"][0]
     assert only.keys() == {"schemas", "id", "displayName"}
+    for name in (
+        "members",
+        f"{GROUP}:members",
+        f"{GROUP}:members.value",
+    ):  # RFC 7644, 3.10: with its schema, too
+        first = directory.get(f"/Groups?attributes={name}").body["Resources"][0]
+        assert {each["value"] for each in first["members"]} == {ann, cat}, name
+
+
+def test_text_may_spell_a_character_that_it_must_not_contain(directory: Directory) -> None:
+    ann = directory.add_user(ANN, displayName=r"C:\u0000")
+    assert directory.get(f"/Users/{ann}").body["displayName"] == r"C:\u0000"
+    nul = directory.call("POST", "/Users", {"schemas": [USER], "userName": CAT, "displayName": "C:\u0000"})
+    assert (nul.status_code, nul.body["scimType"]) == (400, "invalidValue")
 
 
 def test_a_search_by_post_is_the_same_as_a_list(directory: Directory) -> None:

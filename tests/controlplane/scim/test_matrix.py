@@ -9,7 +9,7 @@ from django.db import transaction
 
 from controlplane.api.scim.urls import urlpatterns
 from controlplane.scim import tokens
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.models import Role
 from controlplane.tenants.rights import PERMISSIONS, Permission
 from tests.controlplane.scim.caller import Directory, token_of
@@ -159,7 +159,7 @@ def test_nobody_else_gets_in(world: World, acme: Acme, directory: Directory, kin
     elif kind == "management":
         caller.token = management_token(organization_id, Role.OWNER)
     elif kind == "inference":
-        caller.token = services.create_api_key(
+        caller.token = key_services.create_api_key(
             organization_id=organization_id, project_id=world.project.id, name="k"
         )[1]
     else:

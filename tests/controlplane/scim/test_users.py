@@ -9,7 +9,7 @@ from django.test import Client
 
 from controlplane.identity import domains
 from controlplane.identity.models import Domain
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, Member, Role, User
 from tests.controlplane.scim.caller import USER, Directory, role_of
@@ -229,7 +229,7 @@ def test_keys_of_leavers_are_revoked_where_that_was_chosen(
 
     policies.set_policy(organization_id=world.organization.id, revoke_keys_of_leavers=is_chosen)
     theirs, others = (
-        services.create_api_key(
+        key_services.create_api_key(
             organization_id=world.organization.id, project_id=world.project.id, name="k", created_by=user
         )[0]
         for user in (world.bob, world.alice)

@@ -14,11 +14,11 @@ from billing.prices import create_price_version
 from controlplane.deployments import services as deployments
 from controlplane.deployments.models import Deployment
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
-from controlplane.gateway.auth import context_of
 from controlplane.gateway.directory import KeyRecord
+from controlplane.gateway.keycontext import context_of
 from controlplane.slo import services
 from controlplane.slo.models import SloRule
-from controlplane.tenants import services as tenants
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from tests.database import acting_as
 from tests.world import World, make_deployment
@@ -37,10 +37,10 @@ def rule(world: World, slo_class: str = "standard", **values: object) -> SloRule
 
 
 def test_a_gateway_learns_rules_classes_and_prices_with_the_key(world: World, deployment: Deployment) -> None:
-    key, _ = tenants.create_api_key(
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
-    other, _ = tenants.create_api_key(
+    other, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="other"
     )
     rule(world, ttft_ms=4_000, api_key_id=key.id, is_default=True)

@@ -13,7 +13,7 @@ from django.db import connection, transaction
 from controlplane.deployments import sharing
 from controlplane.deployments.models import Phase
 from controlplane.deployments.status import record_phase
-from controlplane.tenants import invalidation, services
+from controlplane.tenants import invalidation, key_services, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey
 from controlplane.tenants.tasks import prune_changes
@@ -46,7 +46,7 @@ def another_session(pg_server: EmbeddedPostgres) -> Iterator[psycopg.Connection]
 
 
 def new_key(world: World) -> ApiKey:
-    return services.create_api_key(
+    return key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="ci"
     )[0]
 

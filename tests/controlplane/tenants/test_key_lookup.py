@@ -11,7 +11,7 @@ from django.db import connection
 
 from controlplane.deployments import services as deployments
 from controlplane.deployments.models import Deployment
-from controlplane.tenants import services
+from controlplane.tenants import key_services, services
 from controlplane.tenants.limits import Limits
 from infra.local.postgres import EmbeddedPostgres
 from tests.world import World, make_deployment
@@ -26,7 +26,7 @@ def look_up(lookup: str) -> Any:
 
 @pytest.fixture
 def key(world: World):
-    made, _ = services.create_api_key(
+    made, _ = key_services.create_api_key(
         organization_id=world.organization.id,
         project_id=world.project.id,
         name="ci",
@@ -107,7 +107,7 @@ def test_an_unknown_key_is_null(world: World) -> None:
 
 
 def test_revoked_and_suspended_are_told_with_their_time(world: World, key) -> None:
-    services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
+    key_services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
     services.suspend_organization(organization_id=world.organization.id, suspended=True)
     found = look_up(key.lookup)
     assert found["key"]["revoked_at_ms"] > 1_700_000_000_000

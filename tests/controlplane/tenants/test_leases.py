@@ -17,12 +17,12 @@ from django.test import override_settings
 
 from controlplane.budgets import services as budgets
 from controlplane.gateway import endlimits, windows
-from controlplane.gateway.auth import KeyContext, context_of
 from controlplane.gateway.directory import KeyRecord
+from controlplane.gateway.keycontext import KeyContext, context_of
 from controlplane.policy.flows import ANY_MS
 from controlplane.policy.periods import Period
 from controlplane.policy.shares import WHOLE_PPM
-from controlplane.tenants import services
+from controlplane.tenants import key_services, limit_services
 from controlplane.tenants.leases import LIFE, Leases
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import ApiKey, CellLease
@@ -121,8 +121,8 @@ def cells(redis_url: str, second_redis: EmbeddedRedis) -> Iterator[tuple[CellSid
 
 
 def _key(world: World, **limits: int) -> ApiKey:
-    services.set_organization_limits(organization_id=world.organization.id, limits=Limits(**limits))
-    key, _ = services.create_api_key(
+    limit_services.set_organization_limits(organization_id=world.organization.id, limits=Limits(**limits))
+    key, _ = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
     return key

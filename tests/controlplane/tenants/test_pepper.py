@@ -16,7 +16,7 @@ from controlplane.gateway.auth import KeyCache
 from controlplane.gateway.directory import PgDirectory
 from controlplane.gateway.errors import ApiError
 from controlplane.gateway.feed import ChangeFeed
-from controlplane.tenants import api_keys, services
+from controlplane.tenants import api_keys, key_services
 from controlplane.tenants import service_accounts as accounts
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, ManagementToken, Role
@@ -64,7 +64,7 @@ async def test_gateways_of_both_phases_serve_a_key_side_by_side(
     """One has still to learn that the upcoming pepper is the present one, the other has: whatever is stored, both know
     the key; at last only the new is needed."""
     world = await sync_to_async(build_world)()
-    _, key = await sync_to_async(services.create_api_key)(
+    _, key = await sync_to_async(key_services.create_api_key)(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
     directory = PgDirectory(pg_server.dsn("app"))
@@ -112,7 +112,7 @@ async def test_an_imported_key_moves_with_its_lookup_part_and_can_be_revoked_at_
     sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     def arrange() -> ApiKey:
-        row, _ = services.create_api_key(**which, project_id=world.project.id, name="k")
+        row, _ = key_services.create_api_key(**which, project_id=world.project.id, name="k")
         with tenant(world.organization.id):
             ApiKey.objects.update(
                 lookup=api_keys.foreign_lookup(OLD, sha256),
@@ -151,7 +151,7 @@ async def test_an_imported_key_moves_with_its_lookup_part_and_can_be_revoked_at_
         for cache in (before, after, KeyCache(directory, NEW)):
             assert (await cache.authenticate(header, None)).project == world.project.id.hex
         assert await moved(), "who has still to learn of it leaves it alone"
-        await sync_to_async(services.revoke_api_key)(**which, key_id=row.id)
+        await sync_to_async(key_services.revoke_api_key)(**which, key_id=row.id)
         await feed.poll()
         with pytest.raises(ApiError, match="revoked_api_key"):
             await before.authenticate(header, None)
@@ -164,7 +164,7 @@ async def test_what_was_changed_meanwhile_is_not_written_over(
     transactional_db: None, pg_server: EmbeddedPostgres
 ) -> None:
     world = await sync_to_async(build_world)()
-    row, _ = await sync_to_async(services.create_api_key)(
+    row, _ = await sync_to_async(key_services.create_api_key)(
         organization_id=world.organization.id, project_id=world.project.id, name="k"
     )
     stored = bytes(row.digest)

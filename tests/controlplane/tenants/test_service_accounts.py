@@ -8,8 +8,8 @@ import pytest
 from django.utils import timezone
 
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
+from controlplane.tenants import key_services
 from controlplane.tenants import service_accounts as accounts
-from controlplane.tenants import services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.models import ApiKey, ManagementToken, Role, ServiceAccount
 from controlplane.tenants.rights import PERMISSIONS, Permission
@@ -43,7 +43,7 @@ def test_a_token_differs_in_its_last_character_or_kind_finds_nobody(world: World
     assert accounts.find_caller(plaintext[:-1] + other) is None
     assert accounts.find_caller(plaintext.replace("mt-crl", "sk-crl")) is None
     assert accounts.find_caller("") is None
-    _, api_key = services.create_api_key(
+    _, api_key = key_services.create_api_key(
         organization_id=world.organization.id, project_id=world.project.id, name="program"
     )
     assert accounts.find_caller(api_key) is None

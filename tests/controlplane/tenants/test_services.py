@@ -6,7 +6,7 @@ import pytest
 from django.utils import timezone
 
 from controlplane.errors import ConflictError, InvalidInputError, NotFoundError
-from controlplane.tenants import api_keys, rights, selectors, services
+from controlplane.tenants import api_keys, key_services, limit_services, rights, selectors, services
 from controlplane.tenants.context import tenant
 from controlplane.tenants.limits import Limits
 from controlplane.tenants.models import Role, User
@@ -14,7 +14,7 @@ from tests.world import PASSWORD, World
 
 
 def new_key(world: World, **values):
-    return services.create_api_key(
+    return key_services.create_api_key(
         **{
             "organization_id": world.organization.id,
             "project_id": world.project.id,
@@ -43,7 +43,7 @@ def test_a_stranger_can_neither_see_nor_revoke_a_key(world: World) -> None:
     with tenant(stranger):
         assert selectors.api_keys(organization_id=stranger) == []
     with pytest.raises(NotFoundError):
-        services.revoke_api_key(organization_id=stranger, key_id=key.id)
+        key_services.revoke_api_key(organization_id=stranger, key_id=key.id)
     with tenant(world.organization.id):
         assert selectors.api_key(organization_id=world.organization.id, key_id=key.id).revoked_at is None
 
@@ -55,8 +55,8 @@ def test_a_key_for_a_project_of_another_tenant_is_not_made(world: World) -> None
 
 def test_revoking_twice_keeps_the_first_time(world: World) -> None:
     key, _ = new_key(world)
-    first = services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
-    again = services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
+    first = key_services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
+    again = key_services.revoke_api_key(organization_id=world.organization.id, key_id=key.id)
     assert first.revoked_at == again.revoked_at
     assert not again.is_active(timezone.now())
 
@@ -83,10 +83,10 @@ def test_a_limit_out_of_range_is_named(world: World, limits: Limits, field: str)
 
 def test_limits_are_replaced_whole(world: World) -> None:
     key, _ = new_key(world, limits=Limits(rpm=10, budget_nano=5))
-    services.set_api_key_limits(
+    limit_services.set_api_key_limits(
         organization_id=world.organization.id, key_id=key.id, limits=Limits(max_concurrency=3)
     )
-    services.set_project_limits(
+    limit_services.set_project_limits(
         organization_id=world.organization.id, project_id=world.project.id, limits=Limits(rpm=7)
     )
     with tenant(world.organization.id):
@@ -180,18 +180,18 @@ def test_roles_may_what_the_table_says() -> None:
 def test_weights_are_set_at_each_level_and_bad_ones_named(world: World) -> None:
     key, _ = new_key(world, weight=50)
     organization = world.organization.id
-    services.set_weight(organization_id=organization, weight=200)
-    services.set_weight(organization_id=organization, project_id=world.project.id, weight=300)
+    limit_services.set_weight(organization_id=organization, weight=200)
+    limit_services.set_weight(organization_id=organization, project_id=world.project.id, weight=300)
     with tenant(organization):
         assert selectors.organization(organization_id=organization).weight == 200
         assert selectors.project(organization_id=organization, project_id=world.project.id).weight == 300
         assert selectors.api_key(organization_id=organization, key_id=key.id).weight == 50
-    services.set_weight(organization_id=organization, key_id=key.id, weight=1)
+    limit_services.set_weight(organization_id=organization, key_id=key.id, weight=1)
     with tenant(organization):
         assert selectors.api_key(organization_id=organization, key_id=key.id).weight == 1
     for weight in (0, -1, 10_001):
         with pytest.raises(InvalidInputError, match="1 to 10000") as refused:
-            services.set_weight(organization_id=organization, weight=weight)
+            limit_services.set_weight(organization_id=organization, weight=weight)
         assert refused.value.field == "weight"
         with pytest.raises(InvalidInputError, match="1 to 10000"):
             new_key(world, weight=weight)
@@ -200,4 +200,4 @@ def test_weights_are_set_at_each_level_and_bad_ones_named(world: World) -> None:
 def test_a_stranger_cannot_change_a_weight(world: World) -> None:
     key, _ = new_key(world)
     with pytest.raises(NotFoundError):
-        services.set_weight(organization_id=world.other_organization.id, key_id=key.id, weight=9_999)
+        limit_services.set_weight(organization_id=world.other_organization.id, key_id=key.id, weight=9_999)

@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from controlplane.errors import InvalidInputError
 from controlplane.outbound import allowed_networks
-from controlplane.tenants import services as tenants
+from controlplane.tenants import key_services
 from controlplane.tenants.context import tenant
 from controlplane.webhooks import sending, services
 from controlplane.webhooks.catalogue import CATALOGUE
@@ -83,7 +83,7 @@ def endpoint(world: World, receiver: Receiver, *events: str) -> tuple[Endpoint, 
 
 
 def make_key(world: World, name: str = "program") -> None:
-    tenants.create_api_key(organization_id=world.organization.id, project_id=world.project.id, name=name)
+    key_services.create_api_key(organization_id=world.organization.id, project_id=world.project.id, name=name)
 
 
 def send_due() -> int:
@@ -377,7 +377,7 @@ def test_a_key_that_expires_within_a_week_is_told_of_once(world: World, receiver
 
     endpoint(world, receiver, "key.expiring")
     for name, days in (("soon", 5), ("later", 9)):
-        tenants.create_api_key(
+        key_services.create_api_key(
             organization_id=world.organization.id, project_id=world.project.id, name=name,
             expires_at=timezone.now() + timedelta(days=days),
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""A client that comes back: attached, replayed or continued through any gateway process, charged once."""
