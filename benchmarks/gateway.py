@@ -28,6 +28,7 @@ from benchmarks.stack import OFF_PATH, ON_PATH, ROOT, BenchStack, bench_stack
 from benchmarks.stats import quantile, summary
 from controlplane.gateway.config import GatewayConfig
 from infra.local.redis import MAX_MEMORY_MB
+from infra.local.stackconfig import StackConfig
 from workers.config import ServeTuning
 from workers.keys import RETENTION_MS, USAGE_STREAM_MAX
 
@@ -40,6 +41,7 @@ DEPLOYMENTS = (
     (SLOW, 250, 32_768, "batch"),
 )
 CONTEXT_TOKENS = 32_768
+N_GATEWAYS = StackConfig.n_gateways
 RUN_LIMIT_S = 300
 PROMPT_CHARS = 1000
 N_TOKENS = 64
@@ -108,11 +110,15 @@ GOALS = (
 
 
 def measure(
-    *, repeats: int = 7, only: str | None = None, progress: Callable[[str], None] = lambda text: None
+    *,
+    repeats: int = 7,
+    only: str | None = None,
+    gateways: int = N_GATEWAYS,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """All scenarios; returns the report that `--json` prints."""
+    """All scenarios, with so many gateway processes; returns the report that `--json` prints."""
     progress("starting a private stack with the toy engine")
-    with bench_stack("toy") as stack:
+    with bench_stack("toy", env_of=lambda var: {"CORRAL_GATEWAYS": str(gateways)}) as stack:
         api_key = _prepare(stack, progress)
         # Scenarios take turns, so that a slow minute of the machine falls on all of them.
         runs: dict[str, list[dict[str, Any]]] = {s.name: [] for s in SCENARIOS if not only or only in s.name}
@@ -124,7 +130,7 @@ def measure(
     report: dict[str, Any] = {
         "switched_on": list(SWITCHED_ON),
         "assumptions": {
-            "engine": "toy", "gateway_processes": 2, "prompt_chars": PROMPT_CHARS,
+            "engine": "toy", "gateway_processes": gateways, "prompt_chars": PROMPT_CHARS,
             "tokens_per_answer": N_TOKENS, "streams_1000_tokens_per_s": 4,
             "paced_tokens_per_s": 100, "repeats": repeats,
             "cpu": "user + system time of whole process trees, load generator not counted",
@@ -222,7 +228,8 @@ def _run(stack: BenchStack, scenario: Scenario, api_key: str) -> dict[str, Any]:
         tally, (processes, before, after) = _load(stack, scenario, api_key, RUN_LIMIT_S)
     ok = tally["statuses"].get("200", 0)
     if ok != scenario.n_requests or tally["errors"]:
-        raise RuntimeError(f"{scenario.name}: {tally['statuses']} {tally['errors'][:3]}")
+        told = [*tally["errors"], *tally["refusals"]][:3]
+        raise RuntimeError(f"{scenario.name}: {tally['statuses']} {told}")
     _wait_until_booked(stack, n_before + ok)
     booked = cpu.snapshot(processes)
     return {

@@ -2,8 +2,8 @@
 
 Run as a process of its own (`python -m benchmarks.loadgen < plan.json`), so that its CPU is not counted with the
 gateway's. Talks to loopback addresses only, ends by itself: the plan bounds requests and seconds. Prints one JSON
-object: counts by status, latencies, and for streams time to first event, number of SSE events, and tokens where the
-answers tell their usage.
+object: counts by status, latencies, tokens where the answers tell their usage, what the first refusals said, and for
+streams time to first event and number of SSE events.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class Tally:
     n_bytes: int = 0
     wall_s: float = 0.0
     errors: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)  # what the first plain answers that are no 200 said
 
 
 _N_COMPLETION = re.compile(rb'"completion_tokens":(\d+)')
 _TEXT = re.compile(rb'"content":"[^"]')  # the chunk that names the role has none
-_TAIL_BYTES = 1024  # the usage event, [DONE] and the last chunk's end fit
+_TAIL_BYTES = 1024  # the usage event, [DONE] and the last chunk's end fit; of a plain answer all of an error
+_MAX_REFUSALS = 5
 
 
 class _Connection(asyncio.Protocol):
@@ -118,6 +120,7 @@ class _Connection(asyncio.Protocol):
                     self._finish()
         else:
             self._length -= len(data)
+            self.tail = data[-_TAIL_BYTES:]
             if self._length <= 0:
                 self._finish()
 
@@ -160,6 +163,8 @@ async def run(plan: Plan) -> Tally:
         if not counted:
             return
         tally.statuses[str(status)] = tally.statuses.get(str(status), 0) + 1
+        if status != 200 and len(tally.refusals) < _MAX_REFUSALS:
+            tally.refusals.append(f"{status} {connection.tail.decode(errors='replace')}")
         tally.latency_ms.append((time.perf_counter() - started_s) * 1000)
         tally.n_events += connection.n_events
         tally.n_tokens += connection.n_tokens()

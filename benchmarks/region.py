@@ -86,6 +86,7 @@ def region_for(var: Path) -> Iterator[Region]:
             "CORRAL_PROVIDER": "aws",
             "CORRAL_MAX_MACHINES": "4",
             "CORRAL_MACHINE_KEEP_WARM_S": f"{KEEP_WARM_S:g}",
+            "CORRAL_WARM_LADDER": "0",  # which would keep one for minutes, where boots were slow: a busy computer
             "CORRAL_STOPPED_NANO_PER_H": "0",  # nothing stays in reserve: what is left at the end is an orphan
             "CORRAL_MACHINE_PASSWORD_S": f"{PASSWORD_S:g}",
             "CORRAL_AWS_REGION": REGION,

@@ -64,9 +64,16 @@ class BenchStack:
 
     def heartbeats(self) -> list[Heartbeat]:
         """The last beat of every replica."""
+        return self._beats("*:hb:*")
+
+    def agent_beats(self) -> list[Heartbeat]:
+        """The last beat of every machine's agent."""
+        return self._beats("*:hb")
+
+    def _beats(self, pattern: str) -> list[Heartbeat]:
         saved = read_json(self.var / SAVED) or {}
         with redis.Redis.from_url(str(saved["CORRAL_REDIS_URL"]), socket_timeout=5) as client:
-            found = client.mget(list(client.scan_iter("*:hb:*", count=1000)) or ["-"])
+            found = client.mget(list(client.scan_iter(pattern, count=1000)) or ["-"])
         return [msgspec.json.decode(raw, type=Heartbeat) for raw in found if raw]
 
     def manage(self, *args: str, timeout_s: float = 120) -> str:

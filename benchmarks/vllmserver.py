@@ -23,8 +23,8 @@ from benchmarks.stack import signal_all
 from infra.local.ports import free_port
 from workers.engine import vllm_args
 from workers.engine.base import EngineProfile
-from workers.engine.vllm import replica_environment
 from workers.engine.vllm_args import engine_args
+from workers.engine.vllm_process import replica_environment
 
 START_LIMIT_S = 180.0
 

@@ -58,9 +58,9 @@ DRILLS: dict[str, Drill] = {
         recovery_limit_s=5.0,
     ),
     "hang-engine": Drill(
-        "stops the engine core without ending it: the watchdog must notice within max(5 s, 4 x the predicted step)",
+        "stops the engine core without ending it: the watchdog must notice within max(4 s, 4 x the predicted step)",
         machine.hang_engine,
-        recovery_limit_s=9.0,
+        recovery_limit_s=5.0,
     ),
     "kill-machine": Drill(
         "SIGKILL to everything on the machine at once, so that nobody reports it: heartbeats stand still, the machine "
@@ -84,6 +84,15 @@ DRILLS: dict[str, Drill] = {
         n_tokens=1600,
         n_tokens_vllm=1500,
         short_share=0.375,
+        limit_s=300.0,
+    ),
+    "quarantine": Drill(
+        "`manage.py quarantine` of the machine: a replacement serves before the drain, short requests finish (every "
+        "fourth), the rest is handed over, the machine ends",
+        machine.quarantine,
+        n_tokens=3000,
+        n_tokens_vllm=1500,
+        short_share=0.2,
         limit_s=300.0,
     ),
     "duplicate": Drill(

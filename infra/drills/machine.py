@@ -168,10 +168,30 @@ def spot_event(scene: Scene, strike: Strike) -> None:
     _leave(scene, strike, centrally=True)
 
 
+def quarantine(scene: Scene, strike: Strike) -> None:
+    """An operator distrusts the machine: it leaves like one under notice, and who asks for it finds it no more."""
+    replica = scene.serving()
+    name = f"mch_{replica.machine}"
+    told = scene.manage("quarantine", name, "--reason", "a drill")
+    strike.done(f"`manage.py quarantine {name[:12]}`: {told['state']}, {told['reason']}")
+    strike.require(told["state"] == "draining", f"the command left the machine {told['state']}")
+    _see_off(scene, strike, replica)
+
+    def is_off_the_list() -> bool:
+        return name not in [row["machine"] for row in scene.manage("quarantine")]
+
+    scene.wait(is_off_the_list, "the machine is off the list", _NOTICED_WITHIN_S)
+
+
 def _leave(scene: Scene, strike: Strike, *, centrally: bool) -> None:
     replica = scene.serving()
     teller = scene.announce(replica.machine, NOTICE_S, centrally=centrally)
     strike.done(f"notice to machine {replica.machine[:8]} by {teller}: taken away in {NOTICE_S:g} s")
+    _see_off(scene, strike, replica)
+
+
+def _see_off(scene: Scene, strike: Strike, replica: ServingReplica) -> None:
+    """Its replacement serves before it drains, and it is gone when its time is up."""
     ends_at_s = time.monotonic() + NOTICE_S
     scene.wait(lambda: scene.replica_state(replica) != "ready", "the replica was told to drain", NOTICE_S)
     drained_at_s = time.monotonic()

@@ -100,6 +100,8 @@ class Scene:
         self.unseen: Target | None = None
         # Takes the stack over to another version; answers notes. Given by whoever has that version.
         self.upgrade: Callable[[], dict[str, str]] = _no_upgrade
+        # A management command with --json, run against this stack by the operator; its answer. Given by the command.
+        self.manage: Callable[..., Any] = _no_command
         # After secrets were changed: the addresses that count now. Set by whoever has connections of its own.
         self.on_renewal: Callable[[], None] = lambda: None
 
@@ -309,6 +311,10 @@ class Scene:
 
 def _no_upgrade() -> dict[str, str]:
     raise DrillError("this drill makes a stack of its own: `manage.py drill rolling-upgrade`")
+
+
+def _no_command(*args: str) -> Any:
+    raise DrillError(f"nobody is here who may run `manage.py {args[0]}`")
 
 
 def _status_of(

@@ -29,6 +29,15 @@ _SECRETS = (
     "CORRAL_KEY_PEPPER_NEXT",
     "CORRAL_DIGEST_SECRET",
 )
+# Of a process, and of the shell that started the stack: with passwords, or about no stack at all.
+_OWN = (
+    "CORRAL_DB_ROLE",
+    "CORRAL_LOG_LEVEL",
+    "CORRAL_EMAIL_URL",
+    "CORRAL_API_KEY",
+    "CORRAL_API_TOKEN",
+    "CORRAL_API_URL",
+)
 _COMMON = (
     "CORRAL_REDIS_URL",
     "CORRAL_PG_DSN_APP",
@@ -74,6 +83,16 @@ def stack_environment(
         "CORRAL_PG_DSN_OPERATOR": pg_dsns["operator"],
         "CORRAL_PG_POOLER": config.pg_pooler,
         **secret_variables(config.var),
+    }
+
+
+def given(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the stack's processes inherit of ours (CORRAL_MAX_MACHINES, CORRAL_PROVIDER, …): a command run by hand from
+    another shell must go by the same. No secret, and nothing that is each process's or the shell's own.
+    """
+    left_out = (*_SECRETS, *_OWN)
+    return {
+        name: value for name, value in environ.items() if name.startswith("CORRAL_") and name not in left_out
     }
 
 

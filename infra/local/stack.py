@@ -129,7 +129,7 @@ def stack_specs(
     stack = environment.stack_environment(
         config, ports=ports, engine=engine, pg_dsns=pg_dsns, redis_url=redis_url
     )
-    environment.save(var, stack)
+    environment.save(var, environment.given(os.environ) | stack)
     servers = tuple(spec.name for spec in specs)
 
     def python(name: str, kind: str, argv: list[str], **fields: Any) -> ProcessSpec:

@@ -26,20 +26,31 @@ def test_tokens_are_counted_however_the_answer_is_cut(cut: int, monkeypatch: pyt
         assert tally.n_events == 3 * 32
 
 
+def test_what_the_first_refusals_said_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    raw = b"HTTP/1.1 503 no\r\ncontent-length: 9\r\n\r\nbusy, why"
+    tally = asyncio.run(_sent(raw, 10_000, n_requests=9))
+    assert tally.statuses == {"503": 9}
+    assert tally.refusals == ["503 busy, why"] * 5
+
+
 async def _against(body: bytes, cut: int) -> Tally:
+    return await _sent(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body, cut, n_requests=3)
+
+
+async def _sent(raw: bytes, cut: int, n_requests: int) -> Tally:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):  # the client has gone
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 await reader.readexactly(length)
-                raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body
                 for at in range(0, len(raw), cut):
                     writer.write(raw[at : at + cut])
                     await asyncio.sleep(0)
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    plan = Plan("127.0.0.1", port, "/", {}, ["{}"], n_connections=1, n_requests=3, stream=True, limit_s=10)
+    plan = Plan("127.0.0.1", port, "/", {}, ["{}"], n_connections=1, n_requests=n_requests, limit_s=10)
     try:
         return await loadgen.run(plan)
     finally:

@@ -10,6 +10,7 @@ from infra.local.environment import (
     PROCESSES,
     adopt,
     external_dsns,
+    given,
     process_environment,
     save,
     stack_environment,
@@ -80,6 +81,24 @@ def test_command_run_by_hand_gets_the_environment_of_its_stack(tmp_path: Path, s
     migrating = {"CORRAL_VAR": str(tmp_path)}
     adopt(["manage.py", "migrate"], migrating)
     assert migrating["CORRAL_DB_ROLE"] == "owner"
+
+
+def test_and_the_settings_that_its_stack_was_started_with(tmp_path: Path, stack: dict[str, str]) -> None:
+    at_start = {"CORRAL_MAX_MACHINES": "3", "CORRAL_CELL": "other", "CORRAL_DB_ROLE": "app", "PATH": "/bin"}
+    at_start |= {
+        "CORRAL_SECRET_KEY": "of another stack",
+        "CORRAL_DATABASE_URL": "postgresql://admin:hush@h/d",
+        "CORRAL_EMAIL_URL": "smtp://us:hush@h",
+        "CORRAL_API_TOKEN": "hush",
+    }
+    save(tmp_path, given(at_start) | stack)
+    environ = {"CORRAL_VAR": str(tmp_path)}
+    adopt(["manage.py", "quarantine"], environ)
+    assert environ["CORRAL_MAX_MACHINES"] == "3", "or it would go by another pool than the control worker"
+    assert (environ["CORRAL_CELL"], environ["CORRAL_DB_ROLE"]) == (stack["CORRAL_CELL"], "operator")
+    assert environ["CORRAL_SECRET_KEY"] == stack["CORRAL_SECRET_KEY"]
+    assert "CORRAL_DATABASE_URL" not in environ and "PATH" not in environ
+    assert "hush" not in (tmp_path / "environment.json").read_text()
 
 
 @pytest.mark.parametrize("argv", [["manage.py"], ["manage.py", "up"], ["manage.py", "down"]])
