@@ -211,7 +211,7 @@ def scaling(operator_db: None, redis_url: str) -> Scaling:
 def eventually() -> Callable[..., None]:
     """Polls a condition until a deadline, and says what did not come true."""
 
-    def wait(condition: Callable[[], object], what: str, within_s: float = 15.0) -> None:
+    def wait(condition: Callable[[], object], what: str, within_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < deadline_s, f"not within {within_s:g} s: {what}"

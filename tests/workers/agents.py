@@ -198,7 +198,7 @@ class AgentProcess:
         payload = self.cell.r.get(self.keys.heartbeat(replica))
         return None if payload is None else msgspec.json.decode(payload, type=Heartbeat)
 
-    def await_phase(self, replica: str, *phases: ReplicaPhase, deadline_s: float = 20.0) -> ReplicaStatus:
+    def await_phase(self, replica: str, *phases: ReplicaPhase, deadline_s: float = 60.0) -> ReplicaStatus:
         """Until `actual` says so, which it must before any other final phase."""
 
         def arrived() -> bool:

@@ -94,9 +94,8 @@ def test_what_is_hopeless_goes_nowhere_else(cell: Cell) -> None:
     taken = admit(cell, 3, most_ahead_ms=-2, candidates=("r1",))
     assert (taken[0], taken[2]) == (b"bound", b"u1")
     assert admit(cell, 4, most_ahead_ms=-2, candidates=("r1",))[0] == b"late"  # it is full, too
-    assert (
-        admit(cell, 5, most_ahead_ms=-1, candidates=("r1",))[2] == b"r1"
-    )  # a free slot is given all the same
+    # A free slot is given all the same.
+    assert admit(cell, 5, most_ahead_ms=-1, candidates=("r1",))[2] == b"r1"
 
 
 def test_where_nobody_else_is_it_takes_all_and_still_wakes_the_others(cell: Cell) -> None:

@@ -37,7 +37,7 @@ class Scene:
         self.task = asyncio.create_task(self.rest.run())
 
     async def until(self, asleep: bool) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while self.engine.asleep is not asleep or self.rest.is_asleep is not asleep:
                 await asyncio.sleep(0)
 
@@ -75,7 +75,7 @@ async def test_a_request_bound_before_wakes_it_and_it_sleeps_again_after() -> No
     scene = Scene()
     scene.rest.order(True)
     await scene.until(asleep=True)
-    async with asyncio.timeout(5), scene.rest:
+    async with asyncio.timeout(30), scene.rest:
         assert not scene.engine.asleep
     await scene.until(asleep=True)
     assert scene.said == [True, False, True]
@@ -97,7 +97,7 @@ async def test_a_request_that_comes_while_it_falls_asleep_waits_until_it_is_awak
     await asyncio.sleep(0)
     assert not asked.done()
     scene.engine.gate.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await asked is False
     await scene.until(asleep=True)
     await scene.close()
@@ -121,7 +121,7 @@ async def test_a_guest_that_leaves_before_it_is_awake_does_not_keep_it_awake() -
         await asked
     scene.engine.gate.set()
     await scene.until(asleep=True)
-    async with asyncio.timeout(5), scene.rest:
+    async with asyncio.timeout(30), scene.rest:
         assert not scene.engine.asleep
     await scene.until(asleep=True)
     await scene.close()
@@ -133,7 +133,7 @@ async def test_an_engine_that_cannot_wake_is_heard_of() -> None:
     await scene.until(asleep=True)
     scene.engine.dies = True
     scene.rest.order(False)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         with pytest.raises(EngineDead, match="does not wake"):
             await scene.task
 
@@ -142,6 +142,6 @@ async def test_an_engine_that_does_not_come_back_from_falling_asleep_is_dead() -
     scene = Scene(patience_s=0.01)
     scene.engine.gate.clear()
     scene.rest.order(True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         with pytest.raises(EngineDead, match="sleep: not done in"):
             await scene.task

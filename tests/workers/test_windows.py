@@ -357,9 +357,8 @@ def test_another_time_zone_is_read_from_the_ledger_again(client: redis.Redis) ->
         world.settle(it, 30)
         world.move(30 * 60_000)
     assert world.counter(budget)["spent"] == 60
-    budget.zone = (
-        "UTC"  # its day began an hour after the first and before the second... both lie in the day before
-    )
+    # Its day began an hour after the first and before the second... both lie in the day before.
+    budget.zone = "UTC"
     world.move(60 * 60_000)
     world.admit("k1", 1, 1)
     assert world.counter(budget)["spent"] == sum(world.booked(budget).values()) == 0
@@ -382,9 +381,8 @@ def test_the_ledger_trues_up_what_the_counter_missed_and_nothing_that_is_held(cl
     world.settle(it, 30)
     counter = world.counter(budget)
     assert (counter["spent"], counter["held"]) == (45, 0)
-    assert (
-        world.cell.run(scripts.TRUE_UP, KEYS.prefix, budget.id, start + 1, 0, 1_000) == 0
-    )  # of another window
+    # Of another window.
+    assert world.cell.run(scripts.TRUE_UP, KEYS.prefix, budget.id, start + 1, 0, 1_000) == 0
 
 
 def test_seeding_twice_changes_nothing(client: redis.Redis) -> None:

@@ -69,6 +69,13 @@ class Command(BaseCommand):
             "--repeats", type=int, default=1, metavar="N", help="runs, each on a new deployment"
         )
         parser.add_argument(
+            "--within-s",
+            type=float,
+            metavar="S",
+            help="median silence that passes, with the toy engine, on a machine slower than two free cores "
+            "(default: the drill's)",
+        )
+        parser.add_argument(
             "--region",
             action="store_true",
             help="in a private stack that buys its machines in a simulated EC2 region (development packages)",
@@ -93,6 +100,15 @@ class Command(BaseCommand):
         ):
             if not 1 <= value <= high:
                 raise CommandError(f"{name} {value}: give 1 to {high}", returncode=2)
+        within_s = options["within_s"]
+        if within_s is not None:
+            if not drill.recovery_limit_s:
+                raise CommandError(
+                    f"--within-s: {options['name']} is not judged by its silence", returncode=2
+                )
+            if not 0 < within_s <= 600:
+                raise CommandError(f"--within-s {within_s:g}: give up to 600 seconds", returncode=2)
+            drill = replace(drill, recovery_limit_s=within_s)
         try:
             if options["name"] == "rolling-upgrade":
                 report = self._upgrade(drill, options, n_tokens)
@@ -135,11 +151,8 @@ class Command(BaseCommand):
         with simulated.region_stack() as (stack, region):
             self._step("its first question was answered by a machine bought for it")
             region.weather()
-            given = [
-                f"--{k}={options[k]}"
-                for k in ("streams", "engine", "model", "tokens", "repeats")
-                if options[k]
-            ]
+            names = ("streams", "engine", "model", "tokens", "repeats", "within-s")
+            given = [f"--{name}={value}" for name in names if (value := options[name.replace("-", "_")])]
             done = subprocess.run(
                 [sys.executable, "manage.py", "drill", options["name"], *given, "--json"],
                 cwd=ROOT, env={**stack.env, **region.environ}, stdout=subprocess.PIPE, text=True, check=False,

@@ -62,7 +62,7 @@ DEPLOYMENT = "d" * 32
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}]}
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """The first true value of `condition` (may be a coroutine function)."""
     deadline = time.monotonic() + timeout_s
     while True:

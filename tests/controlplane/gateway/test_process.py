@@ -52,7 +52,7 @@ def gateways(env: dict[str, str], n: int) -> Iterator[list[subprocess.Popen[byte
             process.wait()
 
 
-def wait_for(condition, timeout_s: float = 20.0):
+def wait_for(condition, timeout_s: float = 60.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

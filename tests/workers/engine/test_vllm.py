@@ -17,7 +17,7 @@ from workers.agent.zygote_client import Zygote
 from workers.agent.zygote_protocol import ChildExit, ForkSpec
 from workers.modelcache.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SCENARIOS = "tests.workers.engine.vllm_scenarios"
 
@@ -52,7 +52,7 @@ class Lab:
         argument: dict[str, object] = {"model_dir": str(model_dir), "file": str(self.directory / "results")}
         spec = ForkSpec(entry=f"{SCENARIOS}:{entry}", tag=entry, argument=argument, log=str(log))
         pid = await zygote.fork(spec)
-        async with asyncio.timeout(200):
+        async with asyncio.timeout(800):
             async for ended in zygote.exits():
                 if ended.pid == pid:
                     break

@@ -18,6 +18,8 @@ const STAGES = {
   running: "Running",
 };
 
+const REDRAW_MS = 40; // tokens may come faster than a page can be laid out
+
 const chat = { messages: [], key: null, abort: null };
 
 if (root) start();
@@ -72,7 +74,7 @@ async function ask(text) {
   chat.messages.push({ role: "user", content: text });
   bubble("user").textContent = text;
   const answer = bubble("assistant");
-  const run = { started: performance.now(), firstAt: null, n: 0, text: "", usage: null, reason: "" };
+  const run = { started: performance.now(), firstAt: null, n: 0, text: "", unseen: "", redraw: 0, usage: null, reason: "" };
   chat.abort = new AbortController();
   busy(true);
   stage("Sending");
@@ -83,9 +85,11 @@ async function ask(text) {
       if (event.data === "[DONE]") break;
       take(JSON.parse(event.data), run, answer);
     }
+    reveal(run, answer);
     if (!run.reason) throw new Failure("The stream ended early. What has arrived is above.");
     note(answer, summary(run));
   } catch (error) {
+    reveal(run, answer);
     if (error.name === "AbortError") note(answer, `Stopped after ${run.n} token${run.n === 1 ? "" : "s"}`);
     else fail(answer, error);
   } finally {
@@ -169,8 +173,8 @@ function take(chunk, run, answer) {
     run.n += 1;
     run.lastAt = performance.now();
     run.text += choice.delta.content;
-    append(answer, choice.delta.content);
-    if (run.n % 8 === 1) show(run);
+    run.unseen += choice.delta.content;
+    run.redraw ||= setTimeout(reveal, REDRAW_MS, run, answer);
   }
   if (choice?.finish_reason) run.reason = chunk.corral?.finish ?? choice.finish_reason;
   if (chunk.usage) run.usage = chunk.usage;
@@ -219,11 +223,17 @@ function bubble(role) {
   return text;
 }
 
-function append(answer, text) {
+/* Put what has come since the last time on the page: one layout for all of it. */
+function reveal(run, answer) {
+  clearTimeout(run.redraw);
+  run.redraw = 0;
+  if (!run.unseen) return;
   const thread = byId("thread");
   const atEnd = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
-  answer.append(text);
+  answer.append(run.unseen);
+  run.unseen = "";
   if (atEnd) thread.scrollTop = thread.scrollHeight;
+  show(run);
 }
 
 function note(answer, text) {

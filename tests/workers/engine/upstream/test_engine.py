@@ -323,7 +323,7 @@ async def test_a_client_that_leaves_closes_the_call_and_speaks_for_nothing() -> 
         deltas = engine.generate(ask())
         await anext(deltas)
         await deltas.aclose()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await there.calls[0].gone.wait()
         assert engine.offered(8) == 8
 
