@@ -238,7 +238,7 @@ def _insert(
     without a place; whether we made it.
     """
     place = None if stand_in is None else stand_in.reserve_place
-    for slot in _free_slots(cell_name, provider, config) if place is None else [None]:
+    for slot in free_slots(cell_name, provider, config) if place is None else [None]:
         try:
             with transaction.atomic():
                 names, most = _within_quotas(plan, provider, cell_name, deployment)
@@ -269,7 +269,8 @@ def _insert(
     return Machine.objects.filter(command_id=command_id).first(), False  # it may have taken the last place
 
 
-def _free_slots(cell_name: str, provider: Provider, config: AutoscalerConfig) -> list[int]:
+def free_slots(cell_name: str, provider: Provider, config: AutoscalerConfig) -> list[int]:
+    """Places of the pool that no machine held a moment ago, lowest first; a unique constraint decides who gets it."""
     taken = set(
         Machine.objects.filter(cell=cell_name, provider=provider.name)
         .exclude(state=MachineState.GONE)

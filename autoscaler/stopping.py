@@ -99,14 +99,8 @@ def resume(
     """Have a stopped machine started again; False if it is not stopped, the pool has no place, or its zone no room."""
     now = now or timezone.now()
     is_reserve = Machine.objects.filter(id=machine_id, reserve_place__isnull=False).exists()
-    taken = set(
-        Machine.objects.filter(cell=house.cell.keys.cell, provider=house.provider.name)
-        .exclude(state=MachineState.GONE)
-        .values_list("pool_slot", flat=True)
-    )
-    for slot in (None,) if is_reserve else range(house.config.max_machines):
-        if slot in taken and not is_reserve:
-            continue
+    free = launch.free_slots(house.cell.keys.cell, house.provider, house.config)
+    for slot in [None] if is_reserve else free:
         try:
             with transaction.atomic():
                 changed = Machine.objects.filter(id=machine_id, state=MachineState.STOPPED).update(

@@ -141,9 +141,8 @@ def _round(deployment: Deployment, house: House, lease: _Lease, now: datetime) -
     with transaction.atomic():
         lease.keep(to_json(decision.memory))
         waits_anew = decision.memory.awaited != memory.awaited
-        if (
-            decision.commands or phase_changed or waits_anew
-        ):  # a quiet tick that repeats the last one leaves no row
+        # A quiet tick that repeats the last one leaves no row.
+        if decision.commands or phase_changed or waits_anew:
             _store(deployment, now, observation, spec, memory, decision)
     if observation.quota and observation.quota in decision.reasons:
         reached = quotas.why_none(deployment, house.cell.keys.cell, house.config.provider, now)

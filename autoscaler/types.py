@@ -79,9 +79,8 @@ class MachineView:
     on_disk: bool = False
     sends: bool = False
     resumes: bool = False  # it was stopped, and is being started again
-    in_reserve: bool = (
-        False  # of the reserve of stopped machines, even while it serves: it takes no place of the pool
-    )
+    # Of the reserve of stopped machines, even while it serves: it takes no place of the pool.
+    in_reserve: bool = False
     nic_bytes: float = 0.0
     disk_bytes: float = 0.0
 

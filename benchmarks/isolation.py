@@ -36,9 +36,8 @@ AT_MOST, WITHIN = 1.2, 0.05
 # A step like a small model's on a GPU: memory-bound, so a sequence adds little, and prompts are computed in chunks that
 # lengthen it by at most an eighth.
 STEP_MS, SEQ_MS, PREFILL_MS_PER_1000, CHUNK = 20.0, 0.1, 20.0, 128
-PORTION = (
-    56  # of one prompt in a step: half of what 16 running sequences leave, as `manage.py profile` chooses
-)
+# Of one prompt in a step: half of what 16 running sequences leave, as `manage.py profile` chooses.
+PORTION = 56
 FIGURES = ("first_p50_ms", "first_p99_ms", "gap_p50_ms", "gap_p99_ms", "tokens_per_s")
 
 

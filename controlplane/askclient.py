@@ -71,9 +71,8 @@ def ask(
         if response.status_code != 200:
             raise AskError(_refusal(response.status_code, response.read()))
         for line in response.iter_lines():
-            if (
-                time.perf_counter() - started_s > timeout_s
-            ):  # comments keep the connection alive, not the hope
+            # Comments keep the connection alive, not the hope.
+            if time.perf_counter() - started_s > timeout_s:
                 raise AskError(f"no whole answer within {timeout_s:.0f} s")
             if line.startswith(":"):
                 on_stage(line[1:].strip())

@@ -49,9 +49,8 @@ class Environment:
     gateway_url: str = "http://127.0.0.1:8400"
     console_url: str = "http://127.0.0.1:8401"
     gateway_key_stale_s: int = 900  # how long gateways may go on with a key they cannot read again
-    api_rate_per_s: int = (
-        50  # calls of /api/v1 by one management token, in one web process; four times that at once
-    )
+    # Calls of /api/v1 by one management token, in one web process; four times that at once.
+    api_rate_per_s: int = 50
     control_metrics_port: int = 0  # where the control worker serves /metrics, on loopback; 0 = nowhere
     engine: str = "vllm"  # what the demo deployment runs on: vllm, or toy where vllm cannot run
     static_root: Path | None = None
@@ -360,9 +359,8 @@ ACCOUNT_ADAPTER = "controlplane.identity.adapters.AccountAdapter"
 ACCOUNT_USER_MODEL_USERNAME_FIELD = None
 ACCOUNT_LOGIN_METHODS = {"email"}
 ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
-ACCOUNT_EMAIL_VERIFICATION = (
-    "none"  # accounts are opened from an invitation's mail, or by who owns the domain
-)
+# Accounts are opened from an invitation's mail, or by who owns the domain.
+ACCOUNT_EMAIL_VERIFICATION = "none"
 ACCOUNT_EMAIL_UNKNOWN_ACCOUNTS = False
 ACCOUNT_EMAIL_SUBJECT_PREFIX = ""
 ACCOUNT_EMAIL_NOTIFICATIONS = True

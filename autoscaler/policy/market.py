@@ -94,7 +94,7 @@ def plan_launch(
     `view.n_wanted` counts the machines that are wanted, this one included. `spot` False: on-demand only.
     """
     orders, memory = buy(view, spec, memory)
-    reasons = []
+    told = []
     spot_names: list[str] = []
     if spot and view.offers:
         usable = {
@@ -109,9 +109,9 @@ def plan_launch(
         spot_names = first + [name for _, name in worth if name not in first]
         if worth:
             shown = ", ".join(f"{name} {usd:.4f} $/h" for usd, name in worth[:3])
-            reasons.append(f"spot by price and learned losses: {shown}")
+            told.append(f"spot by price and learned losses: {shown}")
         else:
-            reasons.append(
+            told.append(
                 f"no spot offer is usable below on-demand ({len(view.offers) - len(usable)} of {len(view.offers)} "
                 "refused or leaving)"
             )
@@ -120,7 +120,7 @@ def plan_launch(
         key=lambda o: (o.usd_per_h, o.name),
     )
     if free:
-        reasons.append(f"on-demand as cover: {free[0].name} {free[0].usd_per_h:.4f} $/h")
+        told.append(f"on-demand as cover: {free[0].name} {free[0].usd_per_h:.4f} $/h")
     # Cover keeps its place however many spot offers there are.
     n_cover = min(len(free), MAX_PLAN // 3 if spot_names else MAX_PLAN)
     names = (*spot_names[: MAX_PLAN - n_cover], *(o.name for o in free[:n_cover]))
@@ -129,14 +129,13 @@ def plan_launch(
     is_late = memory.lost_at_s is not None and view.now_s < memory.lost_at_s + spec.boot_s
     is_ordered = orders.launch_on_demand > 0 and (is_late or not orders.launch)
     from_reserve = is_ordered and view.n_stopped > 0
-    if from_reserve:
-        reasons.insert(0, f"from the reserve: {orders.reasons[-1]}")
+    why = (f"from the reserve: {orders.reasons[-1]}",) if from_reserve else ()
     if names:
-        return LaunchPlan(names, tuple(reasons), from_reserve=from_reserve), memory
+        return LaunchPlan(names, (*why, *told), from_reserve=from_reserve), memory
     waits = [o.refused_until_s for o in on_demand if o.refused_until_s is not None]
     waits += [o.refused_at_s + spec.retry_s for o in view.offers if spot and o.refused_at_s is not None]
-    reasons = [*reasons[: int(from_reserve)], "every offer refused lately"]
-    return LaunchPlan((), tuple(reasons), min(waits, default=None), from_reserve), memory
+    reasons = (*why, "every offer refused lately")
+    return LaunchPlan((), reasons, min(waits, default=None), from_reserve), memory
 
 
 def backoff_s(n_refusals: int) -> float:

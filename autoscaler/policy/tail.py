@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Final
 
-NEGLIGIBLE: Final = (
-    1e-10  # outcomes less likely count as shortage, so that many offers stay cheap to reckon with
-)
+# Outcomes less likely count as shortage, so that many offers stay cheap to reckon with.
+NEGLIGIBLE: Final = 1e-10
 
 MAX_KNOWN: Final = 5000  # losses of a group remembered
 

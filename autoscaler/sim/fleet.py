@@ -93,9 +93,8 @@ class Fleet:
         # Seconds with enough machines ready, in shortage, and machine seconds missing then.
         self.ok_s = self.short_s = self.missing_machine_s = self.wanted_machine_s = 0.0
         self._on_ready, self._on_leaving, self._on_gone = on_ready, on_leaving, on_gone
-        self._on_release = (
-            on_release  # whoever it tells calls `finish`; None: a machine given back is gone at once
-        )
+        # Whoever it tells calls `finish`; None: a machine given back is gone at once.
+        self._on_release = on_release
         self._refused: dict[str, float] = {}
         self._closing: dict[
             str, float

@@ -80,9 +80,8 @@ class World:
         self.replicas: dict[int, Replica] = {}
         self.gaps = Histogram()
         self.n_arrived = self.n_ended = self.n_requeued = self.n_put_aside = 0
-        self._n_replicas = self._n_hit_tokens = self._n_prompt_tokens = (
-            0  # the last two: of replicas that are gone
-        )
+        # The last two: of replicas that are gone.
+        self._n_replicas = self._n_hit_tokens = self._n_prompt_tokens = 0
         self._arrivals: Iterator[Job] = iter(())
         self._ready: list[Replica] = []
         queue.attach(self)

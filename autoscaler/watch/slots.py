@@ -80,9 +80,8 @@ class SlotKeeper:
         slots, memory, reason = next_slots(memory, seen, _target(replica, beat.slots))
         if slots != reading.slots:
             n_given = self.cell.resize(replica.id, was=reading.slots, slots=slots, why=reason)
-            if (
-                n_given < 0
-            ):  # drained or set anew since it was read: the next beat is judged by what it has then
+            # Drained or set anew since it was read: the next beat is judged by what it has then.
+            if n_given < 0:
                 return
             self._learned[_kind(replica)] = slots
             log.info(

@@ -162,9 +162,8 @@ class Rates:
         """Rate since the heartbeat before this one, None for the first; the same again changes nothing."""
         with self._lock:
             last = self._last.get(replica_id)
-            if (
-                last is None or at_ms < last[0] or n_total < last[1]
-            ):  # first seen, or its clock or process began anew
+            # First seen, or its clock or process began anew.
+            if last is None or at_ms < last[0] or n_total < last[1]:
                 entry: tuple[int, int, float | None] = (at_ms, n_total, None)
             elif at_ms == last[0]:
                 entry = last

@@ -20,9 +20,8 @@ from controlplane.tenants.models import Project
 
 log = structlog.get_logger("corral.endcustomers")
 
-MAX_LIMITED: Final = (
-    1_000  # customers of a project with limits of their own: gateways keep them with each key
-)
+# Customers of a project with limits of their own: gateways keep them with each key.
+MAX_LIMITED: Final = 1_000
 
 
 def set_limits(

@@ -77,9 +77,8 @@ class GatewayConfig:
     unknown_key_s: float = 5.0
     change_poll_s: float = 0.5
     pg_pool_size: int = 4
-    pg_pooled: bool = (
-        False  # CORRAL_PG_POOLER=transaction: a pooler in transaction mode stands before PostgreSQL
-    )
+    # CORRAL_PG_POOLER=transaction: a pooler in transaction mode stands before PostgreSQL.
+    pg_pooled: bool = False
 
     # Share of admissions that are kept with their reasons; refusals always are.
     decision_sample: float = 0.01

@@ -26,9 +26,8 @@ _PLAIN_PATH: Final = re.compile(rb"/[A-Za-z0-9/_.-]*\Z")
 class Exchange(RequestResponseCycle):
     """What lies behind the app's `send`. Belongs to one event loop."""
 
-    on_gone: Callable[[], object] | None = (
-        None  # called once, when the client leaves before its answer is complete
-    )
+    # Called once, when the client leaves before its answer is complete.
+    on_gone: Callable[[], object] | None = None
 
     def whole(self, status: int, headers: Headers, body: bytes) -> bool:
         """Send a whole response; `headers` without content-length. False where that takes ordinary messages: a response

@@ -39,9 +39,8 @@ _MAX_ROUNDS: Final = 8  # readings of one journal before the stall check takes o
 # The subscription may be back before the connection that reads journals; longer absences are the watch's.
 _RECONNECT_S: Final = 5.0
 _RESOLVE_INTERVAL_S: Final = 0.05  # between looks at one record because of frames from elsewhere
-_MAX_RESOLVES_PER_S: Final = (
-    1_000  # such looks that one machine can cause; a mass move of requests needs hundreds
-)
+# Such looks that one machine can cause; a mass move of requests needs hundreds.
+_MAX_RESOLVES_PER_S: Final = 1_000
 
 
 class Inbox:

@@ -11,9 +11,8 @@ from typing import Final
 
 from controlplane.policy.perfmodel import StepModel, pairs
 
-KV_SHARE: Final = (
-    0.9  # of the KV that running requests should fill at their mean size; the rest absorbs the tail
-)
+# Of the KV that running requests should fill at their mean size; the rest absorbs the tail.
+KV_SHARE: Final = 0.9
 _MAX_SLOTS: Final = 1024
 
 

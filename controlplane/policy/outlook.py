@@ -61,9 +61,8 @@ class Terms(NamedTuple):
     most_ahead_ms: int
     most_own_ms: int
     first_s: float
-    is_hopeless: bool = (
-        False  # what waits for its first word there already makes it late, wherever a slot is free
-    )
+    # What waits for its first word there already makes it late, wherever a slot is free.
+    is_hopeless: bool = False
 
 
 class Outlook(NamedTuple):

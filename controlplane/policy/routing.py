@@ -15,9 +15,8 @@ from typing import Final
 
 from controlplane.policy.affinity import PrefixMap
 
-MAX_CANDIDATES: Final = (
-    8  # each costs the admission script one HMGET; beyond them the queue finds any free slot
-)
+# Each costs the admission script one HMGET; beyond them the queue finds any free slot.
+MAX_CANDIDATES: Final = 8
 _KV_FULL: Final = 0.95
 _RECENT_FLOOR: Final = 100_000.0  # tokens on average, below which shares of recent work mean nothing
 _MAX_EXPONENT: Final = 50.0

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-WEIGHT: Final = (
-    4.0  # an own replica five times as costly to the next request is still preferred to one sold at cost
-)
+# An own replica five times as costly to the next request is still preferred to one sold at cost.
+WEIGHT: Final = 4.0
 MOST: Final = 16.0
 
 

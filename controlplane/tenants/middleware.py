@@ -47,9 +47,8 @@ class TenantMiddleware:
         request.membership = None
         request.memberships = ()
         request.missing, request.waiting = None, None
-        if (
-            current_tenant() is not None
-        ):  # a management token has chosen (api/middleware.py): cookies have no say
+        # A management token has chosen (api/middleware.py): cookies have no say.
+        if current_tenant() is not None:
             return self._get_response(request)
         user = request.user
         if isinstance(user, User):

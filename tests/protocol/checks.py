@@ -204,9 +204,8 @@ def _answer(world: World, view: View, answer: Answer) -> None:
         return
     if answer.code == "request_poison":
         record = world.record(answer.request)
-        if (
-            not record and answer.returns
-        ):  # told when it came back: the call that came back has no record of its own
+        # Told when it came back: the call that came back has no record of its own.
+        if not record and answer.returns:
             record = max(view.records().values(), key=lambda known: int(known.get(b"crashes", 0)), default={})
         elif b"next" in record:  # it left and came back: the one that continued it died, under its name
             record = world.record(record[b"next"].decode())

@@ -80,9 +80,8 @@ class SamplingSpec:
     logprobs: int | None = None  # number of alternatives per token; 0 = the chosen one only; None = off
     ignore_eos: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
-    json_schema: str | None = (
-        None  # JSON text of the schema that the whole output must follow; None = free text
-    )
+    # JSON text of the schema that the whole output must follow; None = free text.
+    json_schema: str | None = None
     calls: CallRule | None = None  # functions that the output may or must call; None = none
 
 
@@ -264,16 +263,14 @@ class EngineProfile:
     """How to run a model on a machine. Travels as JSON in the desired state; unknown knobs are refused."""
 
     engine: str = "vllm"
-    dtype: str = (
-        "float32"  # the only dtype in which a resumed greedy request was measured to continue identically
-    )
+    # The only dtype in which a resumed greedy request was measured to continue identically.
+    dtype: str = "float32"
     max_model_len: int = 2048
     max_num_seqs: int = 64
     kv_cache_bytes: int = 256 << 20
     max_num_batched_tokens: int | None = None  # None: the engine's default (toy: 2048)
-    long_prefill_token_threshold: int = (
-        0  # a step computes so much of one prompt at most; 0: all it has room for
-    )
+    # A step computes so much of one prompt at most; 0: all it has room for.
+    long_prefill_token_threshold: int = 0
     enforce_eager: bool = True  # skips compilation: seconds of start for some speed; on a GPU choose False
     tensor_parallel_size: int = 1
     block_size: int | None = None  # tokens per KV block; None: the engine's default (toy: 16)
@@ -288,9 +285,8 @@ class EngineProfile:
     enable_prefix_caching: bool = True
     attention_backend: str | None = None  # None: the engine chooses
     load_format: str = "auto"
-    sleep_level: int = (
-        0  # what its sleep keeps: 1 the weights in RAM, 2 nothing (read again); 0: it does not sleep
-    )
+    # What its sleep keeps: 1 the weights in RAM, 2 nothing (read again); 0: it does not sleep.
+    sleep_level: int = 0
     speculative_method: str = ""  # ngram or eagle; empty: off
     num_speculative_tokens: int = 0
     speculative_model: str = ""  # eagle: directory of the drafting head

@@ -35,9 +35,8 @@ RIVALS: Final[dict[str, dict[str, Callable[[], Buyer]]]] = {
 }
 HEEDING: Final = "any-zone:heeds_notice=1"
 WARM_S: Final = 1950.0  # not counted of a run with requests: whole ticks of the recording
-_FINE_S: Final = (
-    39.0  # the oracle's tick where demand moves by the quarter minute: a fifth of the recording's
-)
+# The oracle's tick where demand moves by the quarter minute: a fifth of the recording's.
+_FINE_S: Final = 39.0
 SPOT_ONLY: Final = "spot-only"
 
 

@@ -192,9 +192,8 @@ def _addressed(facts: Facts, step: Step) -> Facts:
             raise ScimError("invalidValue", 'emails: a list of {"value": address, "primary": true}')
         is_primary = sent.get("primary") is True or str(sent.get("primary")).lower() == "true"
         found.append(Email(value=address, type=kind if isinstance(kind, str) else None, primary=is_primary))
-    if (
-        step.op == "add"
-    ):  # beside the one there is, which goes on being it unless the new one is the primary one
+    # Beside the one there is, which goes on being it unless the new one is the primary one.
+    if step.op == "add":
         found = [each for each in found if each.primary or (each.type or "work").lower() == "work"]
     email = chosen_email(found)
     return replace(facts, email=email) if email else facts

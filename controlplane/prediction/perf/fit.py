@@ -74,9 +74,8 @@ def _terms(row: Observation) -> tuple[float, float, float, int, list[float], lis
     n = row.n_seqs
     if row.kind == "prefill":
         n, n_seqs, n_context, n_pairs = row.n_prompt, 0, 0, pairs(0, row.n_prompt)
-    elif (
-        row.kind == "serve"
-    ):  # as capacity.itl_s: a decoding step, and the prompts that come in while it decodes
+    elif row.kind == "serve":
+        # as capacity.itl_s: a decoding step, and the prompts that come in while it decodes
         n_context = round(row.n_seqs * (row.n_prompt + row.n_output / 2))
         prompts = row.n_seqs / row.n_output
         more_tokens, n_pairs = row.n_prompt * prompts, pairs(0, row.n_prompt) * prompts

@@ -39,9 +39,8 @@ class AwsConfig:
     # Nano-dollars per hour where the seed's price list is not what this account pays.
     on_demand_nano_per_h: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     queue_url: str = ""  # SQS queue that EventBridge writes spot notices to
-    identity_certificate: str = (
-        ""  # file: AWS's public RSA certificate for instance identity documents in this region
-    )
+    # File: AWS's public RSA certificate for instance identity documents in this region.
+    identity_certificate: str = ""
     tag_prefix: str = "corral"
     # Of each machine's agent: where siblings fetch model versions (`imds:port`), what versions take of the disk.
     model_share: str = ""

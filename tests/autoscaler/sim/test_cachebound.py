@@ -32,9 +32,8 @@ def test_bounds_of_a_history_done_by_hand() -> None:
     history = [arrival(1, 2), arrival(3), arrival(1, 2), arrival(3)]
     assert hits(history, infinite(history)) == 3
     assert hits(history, least_recent(history, 3)) == 3
-    assert (
-        hits(history, least_recent(history, 2)) == 1
-    )  # 3 pushed out 2, the pair's end; the pair then pushed out 3
+    # 3 pushed out 2, the pair's end; the pair then pushed out 3.
+    assert hits(history, least_recent(history, 2)) == 1
     assert hits(history, clairvoyant(history, 2)) == 2
     assert least_recent([arrival(7, extra=0)] * 2, 9) == (BLOCK - 1) / (
         2 * BLOCK

@@ -74,9 +74,8 @@ def test_narrower_weights_read_faster_and_keep_their_kv() -> None:
     wide, narrow = model("llama-3.1-8b"), model("llama-3.1-8b").with_dtype("fp8")
     assert roofline(narrow, gpu("l4")).weights_s == pytest.approx(roofline(wide, gpu("l4")).weights_s / 2)
     assert roofline(narrow, gpu("l4")).token_s < roofline(wide, gpu("l4")).token_s
-    assert (
-        roofline(narrow, gpu("a100_sxm")).token_s == roofline(wide, gpu("a100_sxm")).token_s
-    )  # no such units
+    # It has no such units.
+    assert roofline(narrow, gpu("a100_sxm")).token_s == roofline(wide, gpu("a100_sxm")).token_s
     assert narrow.kv_bytes_per_token == wide.kv_bytes_per_token
     with pytest.raises(ValueError, match="dtype"):
         wide.with_dtype("fp7")
