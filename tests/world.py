@@ -66,7 +66,7 @@ def build_world() -> World:
 
 def make_version(organization_id: UUID, *, digest: str = "a" * 64, **values: Any) -> ModelVersion:
     """A model version for the toy engine, up to 4096 tokens."""
-    from controlplane.deployments import services
+    from controlplane.deployments import versions
     from controlplane.deployments.models import ModelSource
 
     defaults: dict[str, Any] = {
@@ -76,9 +76,7 @@ def make_version(organization_id: UUID, *, digest: str = "a" * 64, **values: Any
         "size_bytes": 0,
         "max_model_len": 4096,
     }
-    return services.create_model_version(
-        organization_id=organization_id, digest=digest, **(defaults | values)
-    )
+    return versions.register(organization_id=organization_id, digest=digest, **(defaults | values))
 
 
 def make_deployment(world: World, name: str = "toy-chat", **values: Any) -> Deployment:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from controlplane.deployments import services
+from controlplane.deployments import versions
 from controlplane.deployments.models import ModelSource, ModelVersion
 from controlplane.errors import InvalidInputError
 from workers.modelcache.importers import ImportRefused, import_directory, import_gguf_package
@@ -41,7 +41,7 @@ def register(
     """
     kind, _, rest = source.partition(":")
     if kind == "toy":
-        return services.create_model_version(
+        return versions.register(
             organization_id=organization_id,
             digest=hashlib.sha256(b"corral toy engine").hexdigest(),
             name="toy",
@@ -72,7 +72,7 @@ def register(
     manifest = imported.manifest
     if manifest.max_model_len < 1:
         raise InvalidInputError(f"model={source!r}: its config.json states no context length", field="model")
-    return services.create_model_version(
+    return versions.register(
         organization_id=organization_id,
         digest=imported.digest,
         name=name,

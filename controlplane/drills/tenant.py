@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from autoscaler.models import LIVE_PHASES, Replica
-from controlplane.deployments import importing
+from controlplane.deployments import importing, versions
 from controlplane.deployments import services as deployments
 from controlplane.deployments.models import Deployment, ModelVersion
 from controlplane.errors import NotFoundError
@@ -75,7 +75,7 @@ def _published(version: ModelVersion, place: str) -> ModelVersion:
 
     store, where = importing.store(ENV.var), Place.parse(place)
     publish(store.path(version.digest), store.verify(version.digest), where, lambda name, size: None)
-    return deployments.move_model_version(
+    return versions.move(
         organization_id=version.organization_id, model_version_id=version.id, source_uri=where.uri
     )
 

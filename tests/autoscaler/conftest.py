@@ -180,11 +180,11 @@ def scaling(operator_db: None, redis_url: str) -> Scaling:
     from autoscaler.cell import Cell
     from autoscaler.config import AutoscalerConfig
     from autoscaler.tick import House
-    from controlplane.deployments import services
+    from controlplane.deployments import services, versions
     from controlplane.deployments.models import ModelSource
 
     world = build_world()
-    version = services.create_model_version(
+    version = versions.register(
         organization_id=world.organization.id,
         digest="ab" * 32,
         name="toy",

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from autoscaler import gpuwork, market
 from autoscaler.policy.sizes import Need
-from controlplane.deployments import services, usage
+from controlplane.deployments import usage, versions
 from controlplane.deployments.models import Deployment, ModelSource
 from infra.providers.base import Offering
 from tests.autoscaler.conftest import Scaling
@@ -32,7 +32,7 @@ def llama(scaling: Scaling) -> Deployment:
     """A model with its config.json, in a market of two GPUs."""
     scaling.provider.kinds = [L4, L40S]
     scaling.configure(accelerator="l4")
-    version = services.create_model_version(
+    version = versions.register(
         organization_id=scaling.world.organization.id,
         digest="cd" * 32,
         name="llama-3.2-1b",

@@ -37,7 +37,7 @@ def _holder(scaling: Scaling, n: int, digest: str = DIGEST, **row: Any) -> tuple
 
 def _from_a_bucket(scaling: Scaling, monkeypatch: pytest.MonkeyPatch) -> ModelVersion:
     """The deployment serves a version of an object store."""
-    from controlplane.deployments import services
+    from controlplane.deployments import versions
     from controlplane.deployments.models import ModelSource
 
     for name, value in (
@@ -46,7 +46,7 @@ def _from_a_bucket(scaling: Scaling, monkeypatch: pytest.MonkeyPatch) -> ModelVe
         ("AWS_DEFAULT_REGION", "r"),
     ):
         monkeypatch.setenv(name, value)
-    version = services.create_model_version(
+    version = versions.register(
         organization_id=scaling.world.organization.id,
         digest=DIGEST[::-1],
         name="weights",

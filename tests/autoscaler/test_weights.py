@@ -14,7 +14,7 @@ from autoscaler.cell import Cell
 from autoscaler.models import Decision, Machine, MachineState, Replica, StartTiming
 from autoscaler.policy.startup import Tier
 from controlplane import ids
-from controlplane.deployments import services
+from controlplane.deployments import versions
 from controlplane.deployments.models import ModelSource
 from tests.autoscaler.conftest import Scaling
 from workers.contract import ModelShelf
@@ -26,7 +26,7 @@ SIZE = 2_000_000_000
 def pair(scaling: Scaling) -> tuple[Scaling, Machine, Machine]:
     """Two machines that are ready, the first by every rule but one; the weights are two gigabytes."""
     scaling.configure(max_machines=2)
-    version = services.create_model_version(
+    version = versions.register(
         organization_id=scaling.world.organization.id,
         digest="cd" * 32,
         name="heavy",

@@ -27,7 +27,7 @@ from autoscaler.models import (
 )
 from autoscaler.tick import House
 from autoscaler.types import ScalerSpec
-from controlplane.deployments import services
+from controlplane.deployments import versions
 from controlplane.deployments.models import ModelSource
 from infra.objectstore import Place, publish
 from infra.providers.aws.provider import AwsProvider
@@ -184,7 +184,7 @@ def stored(cloud: Cloud, weights: bytes, source: Path) -> tuple[str, Place]:  # 
     place = Place("models", f"e2e-{os.urandom(4).hex()}")
     manifest = a_version(source, {"config.json": b"{}", "model.safetensors": weights})
     publish(source, manifest, place, lambda name, size: None)
-    version = services.create_model_version(
+    version = versions.register(
         organization_id=cloud.scaling.world.organization.id,
         digest=manifest.digest,
         name="stored",

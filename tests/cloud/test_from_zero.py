@@ -216,16 +216,14 @@ def test_weights_come_from_an_object_store_to_a_machine_that_never_had_them(
     tmp_path: Path,
     eventually: Callable[..., None],  # noqa: F811
 ) -> None:
-    from controlplane.deployments import importing, services
+    from controlplane.deployments import importing, versions
     from infra.objectstore import Place, publish
 
     organization = cloud.scaling.world.organization
     version = importing.register(organization_id=organization.id, source="tiny", var=tmp_path)
     store, place = importing.store(tmp_path), Place("models", "e2e")
     publish(store.path(version.digest), store.manifest(version.digest), place, lambda name, size: None)
-    services.move_model_version(
-        organization_id=organization.id, model_version_id=version.id, source_uri=place.uri
-    )
+    versions.move(organization_id=organization.id, model_version_id=version.id, source_uri=place.uri)
     profile = {"max_num_seqs": 4, "max_model_len": 256}
     cloud.scaling.change(model_version_id=version.id, engine_profile=profile)
     cloud.scaling.configure(engine="vllm")

@@ -14,7 +14,7 @@ from controlplane.api.middleware import ApiRequest
 from controlplane.api.operations import operation
 from controlplane.api.paging import Page, PageQuery, matching, page
 from controlplane.api.values import Body, DeploymentId, ModelVersionId, ProjectId
-from controlplane.deployments import selectors, services
+from controlplane.deployments import selectors, services, versions
 from controlplane.deployments.models import MAX_WINDOW_TOKENS, Admission, Deployment, ModelVersion, Phase
 from controlplane.deployments.profiles import MAX_REASON
 from controlplane.operations import services as operations
@@ -297,9 +297,7 @@ def get_model_version(request: ApiRequest, version_id: ModelVersionId) -> ModelV
 def retire_model_version(request: ApiRequest, version_id: ModelVersionId) -> ModelVersionOut:
     """Serve nothing new from a model version. Deployments that have it go on."""
     return version_out(
-        services.retire_model_version(
-            organization_id=request.caller.organization_id, model_version_id=version_id
-        )
+        versions.retire(organization_id=request.caller.organization_id, model_version_id=version_id)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from controlplane.deployments import importing, services
+from controlplane.deployments import importing, versions
 from controlplane.deployments.models import ModelVersion
 from infra.objectstore import ObjectStoreError, Place, publish
 from workers.modelcache.store import ModelStoreError
@@ -44,7 +44,7 @@ class Command(BaseCommand):
             sent = publish(store.path(version.digest), manifest, place, self._report(quiet=options["json"]))
         except (ModelStoreError, ObjectStoreError) as error:
             raise CommandError(str(error)) from None
-        services.move_model_version(
+        versions.move(
             organization_id=version.organization_id, model_version_id=version.id, source_uri=place.uri
         )
         if options["json"]:

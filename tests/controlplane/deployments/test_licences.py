@@ -47,7 +47,7 @@ def test_the_list_is_checked_at_the_start() -> None:
 
 @pytest.mark.django_db
 def test_a_version_under_another_licence_is_not_registered(settings: Any) -> None:
-    from controlplane.deployments import services
+    from controlplane.deployments import versions
     from controlplane.deployments.models import ModelSource, ModelVersion
     from controlplane.errors import InvalidInputError
     from tests.world import build_world
@@ -64,8 +64,8 @@ def test_a_version_under_another_licence_is_not_registered(settings: Any) -> Non
         "licence": "cc-by-nc-4.0",
     }
     with pytest.raises(InvalidInputError, match="commercial") as caught:
-        services.create_model_version(**version)
+        versions.register(**version)
     assert caught.value.field == "licence"
     assert not ModelVersion.objects.filter(digest="cd" * 32).exists()
     settings.ENV = replace(settings.ENV, model_licences=("cc-by-nc-4.0",))
-    assert services.create_model_version(**version).licence == "cc-by-nc-4.0"
+    assert versions.register(**version).licence == "cc-by-nc-4.0"
