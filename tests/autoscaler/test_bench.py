@@ -26,3 +26,10 @@ def test_sizes_and_the_purchase_plan_are_measured_and_printed() -> None:
 def test_more_deployments_than_replicas_are_refused() -> None:
     with pytest.raises(CommandError, match="--deployments and --replicas"):
         call_command("bench", "autoscaler", "--replicas", "5", "--deployments", "6")
+
+
+def test_an_option_that_the_benchmark_does_not_take_is_refused() -> None:
+    with pytest.raises(
+        CommandError, match="--only: autoscaler does not take it, only coldstart, engine, gateway"
+    ):
+        call_command("bench", "autoscaler", "--only", "plain")

@@ -1,8 +1,10 @@
 """`manage.py bench NAME`: the benchmarks behind every speed figure in the documentation."""
 
+import argparse
 import json
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ from benchmarks import (
     timing,
     truth,
 )
+
+_WIDTH = 105
+_INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": " " * 14}
 
 
 @dataclass(frozen=True)
@@ -158,59 +163,103 @@ BENCHES = {
 }
 
 
+# Options that not every benchmark takes, and what they are where nothing is said.
+DEFAULTS: dict[str, Any] = {
+    "only": None,
+    "gateways": gateway.N_GATEWAYS,
+    "replicas": 10_000,
+    "deployments": 1_000,
+    "engine": "toy",
+    "requests": None,
+    "traces": None,
+    "link_mb_s": 0.0,
+    "size_mib": 512,
+}
+
+
 class Command(BaseCommand):
-    help = "Benchmarks: " + "; ".join(f"{name} ({bench.help})" for name, bench in BENCHES.items())
+    help = textwrap.fill(
+        "Measures on private stacks of its own and ends them; progress goes to standard error. Prints the figures, and "
+        "the goals with whether they were reached. Give it a quiet machine.",
+        _WIDTH,
+    )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's own declaration
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("name", choices=sorted(BENCHES))
-        parser.add_argument(
-            "--repeats",
-            type=int,
-            help="runs per figure (default: 7; joint, limits and cells: 1, slots, isolation, delay and clients: 3)",
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = "benchmarks (runs per figure unless --repeats is given):\n" + "\n".join(
+            textwrap.fill(f"{name:<12}{bench.help} ({bench.repeats})", _WIDTH, **_INDENT)
+            for name, bench in sorted(BENCHES.items())
         )
-        parser.add_argument("--only", help="gateway, engine, coldstart: scenarios whose name contains this")
+        parser.add_argument(
+            "name", choices=sorted(BENCHES), metavar="NAME", help="one of the benchmarks below"
+        )
+        parser.add_argument("--repeats", type=int, metavar="N", help="runs per figure")
+        parser.add_argument(
+            "--only", metavar="TEXT", help=f"{_who('only')}: scenarios whose name contains this"
+        )
         parser.add_argument(
             "--gateways",
             type=int,
-            default=gateway.N_GATEWAYS,
             choices=range(1, 17),
             metavar="N",
-            help=f"gateway: gateway processes, 1 to 16 (default: {gateway.N_GATEWAYS}, as the local stack has)",
-        )
-        parser.add_argument("--replicas", type=int, default=10_000, help="autoscaler: replicas of the cell")
-        parser.add_argument(
-            "--deployments", type=int, default=1000, help="autoscaler: deployments of the cell"
+            help=f"{_who('gateways')}: processes, 1 to 16 (default: {gateway.N_GATEWAYS}, as in the local stack)",
         )
         parser.add_argument(
-            "--engine", choices=sorted(truth.CASES), default="toy", help="truth: which engine"
+            "--replicas", type=int, metavar="N", help=_help("replicas", "replicas of the cell")
         )
         parser.add_argument(
-            "--requests", type=Path, help="truth: a request file whose bursts and sizes to send"
+            "--deployments", type=int, metavar="N", help=_help("deployments", "deployments of the cell")
+        )
+        parser.add_argument("--engine", choices=sorted(truth.CASES), help=_help("engine", "which engine"))
+        parser.add_argument(
+            "--requests",
+            type=Path,
+            metavar="FILE",
+            help=f"{_who('requests')}: a request file whose bursts and sizes to send",
         )
         parser.add_argument(
-            "--traces", type=Path, help="modelcache: a directory with the trace itself, instead of the law"
+            "--traces",
+            type=Path,
+            metavar="DIR",
+            help=f"{_who('traces')}: a directory with the trace itself, instead of the law",
         )
         parser.add_argument(
             "--link-mb-s",
             type=float,
-            default=0.0,
-            help="modelload: over a link of this speed (default: as it comes)",
+            metavar="MB",
+            help=f"{_who('link_mb_s')}: over a link of this speed (default: as it comes)",
         )
-        parser.add_argument("--size-mib", type=int, default=512, help="modelload: how large a version")
-        parser.add_argument("--json", action="store_true")
+        parser.add_argument(
+            "--size-mib", type=int, metavar="MIB", help=_help("size_mib", "how large a version")
+        )
+        parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        bench = BENCHES[options["name"]]
+        name = options["name"]
+        bench = BENCHES[name]
         repeats = bench.repeats if options["repeats"] is None else options["repeats"]
         if not 1 <= repeats <= 100:
             raise CommandError(f"--repeats {repeats}: give 1 to 100")
-        if not 1 <= options["deployments"] <= options["replicas"] <= 100_000:
+        for option in DEFAULTS:
+            if options[option] is not None and option not in bench.options:
+                flag = "--" + option.replace("_", "-")
+                raise CommandError(f"{flag}: {name} does not take it, only {_who(option)}")
+        given = {o: DEFAULTS[o] if options[o] is None else options[o] for o in bench.options}
+        if "replicas" in given and not 1 <= given["deployments"] <= given["replicas"] <= 100_000:
             raise CommandError("--deployments and --replicas: 1 to 100000, a replica for each at least")
         # A run that is ended from outside ends its private stack, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        keywords = {name: options[name] for name in bench.options}
-        report = bench.measure(repeats=repeats, progress=self.stderr.write, **keywords)
+        report = bench.measure(repeats=repeats, progress=self.stderr.write, **given)
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else bench.as_text(report))
         if bench.strict and not all(goal["reached"] for goal in report["goals"]):
             raise SystemExit(1)
+
+
+def _who(option: str) -> str:
+    """The benchmarks that take it."""
+    return ", ".join(sorted(name for name, bench in BENCHES.items() if option in bench.options))
+
+
+def _help(option: str, what: str) -> str:
+    return f"{_who(option)}: {what} (default: {DEFAULTS[option]})"
