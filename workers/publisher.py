@@ -17,6 +17,7 @@ import asyncio
 import bisect
 import functools
 import logging
+import math
 import operator
 from collections import deque
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class Lane:
         self._gathering: dict[Output, None] = {}
         self._again: deque[_Batch] = deque()  # by number
         self._n_batches = self._n_in_flight = 0
-        self._sent_at_s = 0.0  # the last flush, on the loop's clock
+        self._sent_at_s = -math.inf  # the last flush, on the loop's clock
         self._scheduled = self._spacing = self._backing_off = False
         self._doubtful = False  # the last answer was a failure
         self._retry_s = _RETRY_S
@@ -268,9 +269,8 @@ class Publisher:
         """`on_refused(code)`: Redis answers, and will not take a flush; the replica is of no use any more."""
         self.client = client
         self.on_refused = on_refused
-        self.before_ends: Callable[[], None] = lambda: (
-            None
-        )  # called before a flush that ends requests is sent
+        # Called before a flush that ends requests is sent.
+        self.before_ends: Callable[[], None] = lambda: None
         self.tuning = tuning
         self.prefix = keys.prefix
         self.loop = asyncio.get_running_loop()

@@ -142,7 +142,7 @@ def test_a_request_buys_a_spot_machine_that_serves_and_is_given_back(
     [machine] = cloud.machines()
     assert machine.offering == f"spot/{ZONES[1]}/{TYPE}"
     assert machine.price_nano_per_h == 310_000_000
-    assert machine.state == MachineState.READY
+    eventually(lambda: cloud.machines()[0].state == MachineState.READY, "its agent has told the recorder")
     assert cloud.ec2.alive() == [machine.provider_ref]
     assert Offer.objects.get(name=f"spot/{ZONES[0]}/{TYPE}").n_refusals == 1
 
