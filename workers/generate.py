@@ -35,6 +35,12 @@ from workers.redis_client import Client
 
 log = logging.getLogger(__name__)
 
+_CANNOT_COUNT: Final = WireError(
+    501,
+    "count_unavailable",
+    "this model is answered by an endpoint elsewhere, which counts prompts only when it answers them: "
+    "send the message and read its usage",
+)
 # Before the first measurement: what the slowest engine we run (a 135M model on a busy CPU) certainly reaches.
 _PREFILL_PRIOR_PER_S: Final = 100.0
 
@@ -88,6 +94,8 @@ class Generations:
             run.n_prompt = len(prompt) if claim.n_done else 0
             return await self._ends.end(run, attempt, FinishReason.ABORT)
         if self._config.spec.upstream is not None:
+            if not envelope.sampling.max_tokens:
+                return await self._ends.refuse(run, attempt, _CANNOT_COUNT)
             run.is_foreign, run.counted_by = True, BY_ESTIMATE  # until the endpoint says more
         elif UNKNOWN_ID in prior:
             run.is_foreign = True

@@ -48,11 +48,13 @@ _GENERATE: Final[dict[str, Surface]] = {
     "/v1/chat/completions": Endpoint.CHAT,
     "/v1/completions": Endpoint.COMPLETIONS,
     "/v1/messages": Translated.MESSAGES,
+    "/v1/messages/count_tokens": Translated.COUNT,
 }
 _ROUTES: Final[dict[Surface | None, Route]] = {
     Endpoint.CHAT: Route.CHAT,
     Endpoint.COMPLETIONS: Route.COMPLETIONS,
     Translated.MESSAGES: Route.CHAT,
+    Translated.COUNT: Route.CHAT,
     None: Route.REQUESTS,
 }
 _MODEL_PREFIX: Final = "/v1/models/"
@@ -121,7 +123,7 @@ class GatewayApp:
         path, method = scope["path"], scope["method"]
         endpoint = _GENERATE.get(path)
         if endpoint is not None and method == "POST":
-            if endpoint is Translated.MESSAGES:
+            if isinstance(endpoint, Translated):
                 own = (*own, (b"request-id", own[0][1]))  # where its SDK looks for it
             await self._generate(endpoint, request_id, scope, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
@@ -311,7 +313,8 @@ class GatewayApp:
             metrics.ttft_s.add(ttft_s)
             if stream.have > 1:
                 metrics.itl_s.add((stream.last_at - stream.first_at) / (stream.have - 1))
-        if end is not None and (origin is None or origin.how is not Resumed.REPLAYED):
+        is_new = origin is None or origin.how is not Resumed.REPLAYED
+        if stream is not None and end is not None and is_new and not stream.is_count:
             n_charged, n_carried = (0, 0) if origin is None else (origin.n_carried_prompt, origin.n_carried)
             metrics.n_prompt += max(0, end.n_prompt - n_charged)
             metrics.n_cached += 0 if n_charged else end.n_cached
@@ -345,7 +348,7 @@ class GatewayApp:
 
 
 def _body_of(error: ApiError, endpoint: Surface | None) -> bytes:
-    return error_body(error) if endpoint is Translated.MESSAGES else error.body()
+    return error_body(error) if isinstance(endpoint, Translated) else error.body()
 
 
 def _model_object(name: str, deployment: Deployment) -> dict[str, object]:

@@ -17,7 +17,7 @@ from controlplane.gateway.directory import KeyDirectory
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, unavailable
 from controlplane.gateway.forecasts import Forecasts
-from controlplane.gateway.identity import Digests
+from controlplane.gateway.identity import ALL_CHARGED, Digests
 from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.opening import Opener
 from controlplane.gateway.placements import Placements
@@ -187,6 +187,9 @@ class Dispatcher:
         if origin is not None:
             envelope.continues = origin.request
             envelope.n_carried, envelope.n_carried_prompt = origin.n_carried, origin.n_carried_prompt
+        elif stream.is_count:
+            # Without a token to make a replica ends it once the prompt is counted; charged it is as if it had been.
+            envelope.n_carried_prompt, envelope.slo = ALL_CHARGED, None
         now_ms = time.time_ns() // 1_000_000
         try:
             verdict, stream.is_roomy = await self._ends.passes.admit(
@@ -256,6 +259,8 @@ class Dispatcher:
         """What routing wants to know; hashes of the prompt's beginnings where locality may decide and it is long
         enough."""
         n_prompt, deployment, organization = stream.hold.n_prompt, stream.deployment, stream.key.organization
+        if stream.is_count:  # it takes no work, and leaves nothing in a cache
+            return Ask(1, flow=organization)
         if not deployment.window or request.n_text_bytes < prefix.FIRST_BYTES:
             return Ask(n_prompt, adapter=deployment.adapter, flow=organization)
         text = request.prompt_bytes()

@@ -81,7 +81,7 @@ class Ends:
             self._observe(stream, n_prompt, n_completion)
             if end.attempts == 1:
                 self._forecasts.ended(stream, n_prompt, n_completion)
-        n_prompt = max(0, n_prompt - n_charged)
+        n_prompt = 0 if stream.is_count else max(0, n_prompt - n_charged)
         self._settle(stream, n_prompt, min(n_cached, n_prompt), max(0, n_completion - n_carried))
         if stream.abandoned:
             self.inbox.streams.pop(stream.number, None)

@@ -1,5 +1,5 @@
-"""POST /v1/chat/completions, /v1/completions, /v1/messages, and the way back to them: from bytes to an answer, whole or
-streamed.
+"""POST /v1/chat/completions, /v1/completions, /v1/messages (and its count_tokens), and the way back to them: from bytes
+to an answer, whole or streamed.
 
 Called by the app with an authenticated key. Headers wait for the replica's first word, so that its refusal
 still gets a proper status; only a client that waits for a replica gets its headers early, with comments that
@@ -20,8 +20,8 @@ from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire
 from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.identity import Asked
 from controlplane.gateway.keycontext import Deployment, KeyContext
-from controlplane.gateway.messages import parse_messages
-from controlplane.gateway.messagewriter import MessageWriter, message
+from controlplane.gateway.messages import parse_count, parse_messages
+from controlplane.gateway.messagewriter import MessageWriter, count, message
 from controlplane.gateway.opening import Opener
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.shadows import Shadows
@@ -92,7 +92,10 @@ class Generator:
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
-        if isinstance(endpoint, Translated):
+        if endpoint is Translated.COUNT:
+            request, body = parse_count(body)
+            asked = None  # there is nothing to come back for
+        elif endpoint is Translated.MESSAGES:
             request, body = parse_messages(body)
         else:
             request = schemas.parse(endpoint, body)
@@ -165,7 +168,7 @@ class Generator:
             if stream.queued:
                 self._board.leave(stream)
             self._ends.close(stream)
-            if stream.deployment.shadows:
+            if stream.deployment.shadows and not stream.is_count:
                 self._shadows.offer(stream, request, body)
 
     @staticmethod
@@ -176,7 +179,10 @@ class Generator:
             await stream.wait(loop)
         end = _checked_end(stream)
         outcome.status = 200
-        body = message(stream, end) if stream.endpoint is Translated.MESSAGES else answer(stream, end)
+        if stream.endpoint is Translated.MESSAGES:
+            body = count(end) if stream.is_count else message(stream, end)
+        else:
+            body = answer(stream, end)
         await respond(send, 200, body, (JSON, *headers))
 
     async def _stream(

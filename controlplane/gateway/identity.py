@@ -26,6 +26,8 @@ TAIL_TEXT: Final = 1  # text held back until the end
 TAIL_FINISH: Final = 2
 TAIL_USAGE: Final = 3
 
+ALL_CHARGED: Final = 2**31 - 1  # prompt tokens, more than any context has: of a prompt that is only counted
+
 _EVENT_ID = re.compile(rb"([0-9a-f]{32})\.(\d{1,9})(?:\.([123]))?\Z")
 _REQUEST_ID = re.compile(r"req_([0-9a-f]{32})\Z")
 _KEY = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")
@@ -166,6 +168,8 @@ class Digests:
 
     def note(self, request: GenerationRequest, body: bytes, *, keyed: bool) -> str:
         """The note of a request of its own."""
+        if request.max_tokens == 0:
+            return Note(request.endpoint, False, False, False, n_carried_prompt=ALL_CHARGED).encode()
         calls = letter_of(request.calls)
         letters = _letters(request.endpoint, request.stream, request.include_usage, keyed, calls)
         return letters + self.body(request.endpoint, body) if keyed or request.stream else letters

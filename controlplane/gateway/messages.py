@@ -1,4 +1,5 @@
-"""Bodies of /v1/messages, the API that Anthropic's SDK speaks: checked, and made the chat that replicas read.
+"""Bodies of /v1/messages and its count_tokens, the API that Anthropic's SDK speaks: checked, and made the chat that
+replicas read.
 
 Called by the generation handler in place of schemas.parse. What it returns is an ordinary chat request with an ordinary
 chat's body, so that admission, replicas, shadows and endpoints elsewhere need to know nothing of it; only what the
@@ -74,31 +75,58 @@ class Thinking(msgspec.Struct):
     type: str
 
 
-class MessagesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class CountBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What the prompt is made of."""
+
     model: Annotated[str, Meta(min_length=1, max_length=200)]
-    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)]
     messages: list[Turn]
     system: str | list[Block] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Choice | None = None
+    thinking: Thinking | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class MessagesBody(CountBody, forbid_unknown_fields=True, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)]
     stream: bool | None = None
     stop_sequences: list[str] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Choice | None = None
     metadata: Metadata | None = None
-    thinking: Thinking | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    cache_control: dict[str, Any] | None = None
 
 
 _decode = msgspec.json.Decoder(MessagesBody).decode
+_decode_count = msgspec.json.Decoder(CountBody).decode
 
 
 def parse_messages(body: bytes) -> tuple[GenerationRequest, bytes]:
     """(the checked request, its body as a chat). ApiError (400) naming the field at fault."""
     asked: MessagesBody = decoded(_decode, body)
-    chat = _encode(_chat(asked))
+    how = {
+        "max_tokens": asked.max_tokens,
+        "stream": asked.stream,
+        "stop": asked.stop_sequences or None,
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+        "top_k": asked.top_k or None,  # 0 there and none here are the same
+        "user": asked.metadata.user_id if asked.metadata else None,
+    }
+    return _parsed(_prompt(asked) | how)
+
+
+def parse_count(body: bytes) -> tuple[GenerationRequest, bytes]:
+    """The same of a message whose prompt is only counted: no token may follow."""
+    asked: CountBody = decoded(_decode_count, body)
+    request, chat = _parsed(_prompt(asked))
+    request.max_tokens = 0
+    return request, chat
+
+
+def _parsed(values: dict[str, Any]) -> tuple[GenerationRequest, bytes]:
+    chat = _encode({name: value for name, value in values.items() if value is not None})
     try:
         request = parse(Endpoint.CHAT, chat)
     except ApiError as error:
@@ -107,29 +135,21 @@ def parse_messages(body: bytes) -> tuple[GenerationRequest, bytes]:
     return request, chat
 
 
-def _chat(asked: MessagesBody) -> dict[str, Any]:
+def _prompt(asked: CountBody) -> dict[str, Any]:
     if asked.thinking is not None and asked.thinking.type != "disabled":
         raise bad_request(
             'thinking is not supported by this server: leave it out or send {"type": "disabled"}',
             "thinking",
             "unsupported_parameter",
         )
-    values = {
+    return {
         "model": asked.model,
         "messages": _turns(asked),
-        "max_tokens": asked.max_tokens,
-        "stream": asked.stream,
-        "stop": asked.stop_sequences or None,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": asked.top_k or None,  # 0 there and none here are the same
-        "user": asked.metadata.user_id if asked.metadata else None,
         **_tools(asked.tools or [], asked.tool_choice),
     }
-    return {name: value for name, value in values.items() if value is not None}
 
 
-def _turns(asked: MessagesBody) -> list[dict[str, Any]]:
+def _turns(asked: CountBody) -> list[dict[str, Any]]:
     if not asked.messages:
         raise bad_request("messages is empty; send at least one message", "messages", "empty_messages")
     if asked.messages[-1].role != "user":

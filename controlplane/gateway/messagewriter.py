@@ -64,6 +64,11 @@ def message(stream: Stream, end: End) -> bytes:
     return _encode({**_head(stream), "content": content, **ended})
 
 
+def count(end: End) -> bytes:
+    """The body that says how many tokens a prompt has."""
+    return _encode({"input_tokens": end.n_prompt})
+
+
 class MessageWriter:
     """Renders the events of one stream. As sse.ChunkWriter."""
 

@@ -72,7 +72,9 @@ class Opener:
                 deployment.context_tokens,
             ),
         )
-        if origin is not None:
+        if request.max_tokens == 0:
+            hold = admission.NOTHING
+        elif origin is not None:
             hold = admission.rest(hold, origin.n_carried_prompt, origin.n_carried, deployment.rates)
         stream = Stream(
             self.next_number(),

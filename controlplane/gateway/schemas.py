@@ -28,7 +28,8 @@ MAX_TOKEN_ID: Final = 2**31 - 1
 
 
 class GenerationRequest(msgspec.Struct, gc=False):
-    """A checked body: all that the gateway needs of it. `max_tokens` None = as much as the context leaves."""
+    """A checked body: all that the gateway needs of it. `max_tokens` None = as much as the context leaves, 0 = it asks
+    how long its prompt is."""
 
     endpoint: Surface
     model: str

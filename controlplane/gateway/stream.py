@@ -246,6 +246,11 @@ class Stream:
         return self.end is not None or self.failure is not None
 
     @property
+    def is_count(self) -> bool:
+        """Its prompt is counted, and nothing is generated or charged."""
+        return not self.hold.n_output
+
+    @property
     def n_new(self) -> int:
         """Tokens that have arrived of this request's own."""
         return self.have if self.origin is None else self.have - self.origin.n_carried

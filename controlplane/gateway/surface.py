@@ -12,9 +12,10 @@ from workers.contract import Endpoint
 
 
 class Translated(StrEnum):
-    """MESSAGES is Anthropic's, and a chat to replicas (messages.py)."""
+    """Anthropic's, and a chat to replicas (messages.py). COUNT: of a message that is not answered."""
 
     MESSAGES = "messages"
+    COUNT = "count_tokens"
 
 
 Surface = Endpoint | Translated

@@ -34,6 +34,10 @@ class Hold(NamedTuple):  # one a request: a frozen dataclass takes four times as
     share: int
 
 
+# Of a prompt that is only counted: bounded by requests a minute and at once, not by tokens or money.
+NOTHING: Final = Hold(0, 0, 0, 0, 0.0, 0.0, 0)
+
+
 def hold(
     n_prompt: int,
     max_tokens: int | None,

@@ -77,6 +77,19 @@ async def test_completion_endpoint_takes_text_and_token_ids(cell: Cell, tmp_path
         assert texts[0] and len(set(texts)) == 1
 
 
+async def test_what_may_have_no_token_ends_when_its_prompt_is_counted(cell: Cell, tmp_path: Path) -> None:
+    """As gateways ask for the tokens of a prompt. Replicas of earlier versions do the same."""
+    async with serving(cell, tmp_path) as front:
+        request = cell.admit("badi hoga", max_tokens=0, n_carried_prompt=2**31 - 1)
+        await front.deliver(request)
+        end = cell.end(request)
+        n_prompt = len(front.engine.tokenize_chat([{"role": "user", "content": "badi hoga"}]))
+        assert (end.reason, end.n_prompt, end.n_completion) == (FinishReason.LENGTH, n_prompt, 0)
+        [usage] = cell.usage()
+        assert (usage.n_prompt, usage.n_completion, usage.status) == (0, 0, 200)
+        assert front.engine.stats().n_steps == 0
+
+
 @pytest.mark.parametrize("inline_bytes", [1_000_000, 0], ids=["on the loop", "in a thread"])
 async def test_prompt_over_the_context_is_refused_and_free(
     cell: Cell, tmp_path: Path, inline_bytes: int

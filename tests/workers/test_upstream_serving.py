@@ -45,6 +45,17 @@ async def test_an_answer_is_journaled_and_metered_as_any_other(cell: Cell, tmp_p
         assert "".join(entry.text for entry in cell.journal(request)) == "badi hoga dete fike"
 
 
+async def test_a_prompt_is_not_counted_for_an_endpoint_that_only_answers(cell: Cell, tmp_path: Path) -> None:
+    async with endpoint(well) as there, serving(cell, tmp_path, upstream=there.spec()) as front:
+        request = cell.admit(max_tokens=0)
+        await front.deliver(request)
+        error = cell.end(request).error
+        assert (error.status, error.code) == (501, "count_unavailable")
+        assert there.calls == []
+        [usage] = cell.usage()
+        assert (usage.n_prompt, usage.n_completion, usage.status) == (0, 0, 501)
+
+
 async def test_what_an_endpoint_says_of_the_prompt_is_bounded(cell: Cell, tmp_path: Path) -> None:
     async def boasts(call: Call) -> None:
         await call.words("badi", n_prompt=1_000_000)

@@ -96,6 +96,18 @@ ROWS: dict[str, tuple[Row, ...]] = {
             partner=200,
         ),
     ),
+    "/v1/messages/count_tokens": (
+        Row("POST", "/v1/messages/count_tokens", 200, 404, 200, CHAT),
+        Row(
+            "POST",
+            "/v1/messages/count_tokens",
+            404,
+            404,
+            404,
+            {**CHAT, "model": "acme/" + MODEL},
+            partner=200,
+        ),
+    ),
     "/v1/models": (
         Row("GET", "/v1/models", 200, 200, 200, partner=200),
         Row("HEAD", "/v1/models", 200, 200, 200, partner=200),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
 
 from tests.protocol import checks
 from tests.protocol.clock import Process
 from tests.protocol.rows.looking import LONG, SHORT, attempts, running, shown
 from tests.protocol.world import World
+from workers.engine import toy_text
 from workers.scripts import FLUSH
 
 # -- a gateway dies
@@ -170,3 +173,46 @@ def test_what_a_client_left_is_not_served_again_when_its_worker_dies(w: World) -
         )
 
     w.run(story())
+
+
+# -- a prompt is counted
+
+
+def test_a_prompt_is_counted_by_whoever_lives_and_costs_nothing(w: World) -> None:
+    async def story() -> None:
+        await w.ready()
+        prompts = [f"question {i}" for i in range(6)]
+        counting = [asyncio.ensure_future(counted(w, prompt)) for prompt in prompts]
+        await asyncio.sleep(0.001)
+        w.live_fronts()[0].process.kill()
+        n_tokens = [len(toy_text.tokenize_chat([{"role": "user", "content": p}])) for p in prompts]
+        assert await asyncio.gather(*counting) == n_tokens
+        await w.rest()
+        assert [(r.n_completion, r.cost_nano) for r in w.ledger.rows.values()] == [(0, 0)] * len(prompts)
+
+    w.run(story())
+
+
+async def counted(w: World, prompt: str) -> int:
+    """What one of the gateways says of it."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}]}
+    parts = [json.dumps(body).encode()]
+    said: list[bytes] = []
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.Event().wait()  # the client stays
+        return {"type": "http.request", "body": parts.pop(), "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(message.get("body", b""))
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/messages/count_tokens",
+        "headers": [(b"x-api-key", w.key.encode())],
+    }
+    door = w.rng.choice(w.doors)
+    await door.process.spawn(door.gateway.app(scope, receive, send))
+    return int(json.loads(b"".join(said))["input_tokens"])
