@@ -91,6 +91,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     worker_hijack_root_logger=False,
     timezone="UTC",
+    beat_scheduler="controlplane.beat:PunctualScheduler",
     beat_schedule_filename=str(settings.ENV.var / "beat-schedule"),
     beat_schedule={
         name: {"task": name, "schedule": every_s, "options": {"expires": max(every_s, 5.0)}}
