@@ -18,6 +18,7 @@ import uuid_utils
 
 from billing.money import request_cost
 from controlplane.gateway import copyterms
+from controlplane.gateway.bodies import ChatBody
 from controlplane.gateway.directory import ShadowRow
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
@@ -169,6 +170,8 @@ class Shadows:
         await self._look(deployment.id)
         request = own.request
         request.end_customer = request.slo_class = request.tier = request.body.user = None
+        if isinstance(request.body, ChatBody):
+            request.body.safety_identifier = None
         stream = self._opener.open(uuid_utils.uuid7().hex, key, deployment, request)
         try:
             await self._dispatcher.admit(stream, request, own.body)
