@@ -34,11 +34,11 @@ from controlplane.gateway.http import (
 )
 from controlplane.gateway.identity import asked, parse_request_id
 from controlplane.gateway.keycontext import Deployment, KeyContext
-from controlplane.gateway.messagewriter import error_body
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requestlog import RequestLine, RequestLog, timestamp
 from controlplane.gateway.stream import Resumed
 from controlplane.gateway.surface import Surface, Translated
+from controlplane.gateway.writers import error_body
 from controlplane.tenants.key_scopes import Route
 from workers.contract import Endpoint
 
@@ -49,12 +49,14 @@ _GENERATE: Final[dict[str, Surface]] = {
     "/v1/completions": Endpoint.COMPLETIONS,
     "/v1/messages": Translated.MESSAGES,
     "/v1/messages/count_tokens": Translated.COUNT,
+    "/v1/responses": Translated.RESPONSES,
 }
 _ROUTES: Final[dict[Surface | None, Route]] = {
     Endpoint.CHAT: Route.CHAT,
     Endpoint.COMPLETIONS: Route.COMPLETIONS,
     Translated.MESSAGES: Route.CHAT,
     Translated.COUNT: Route.CHAT,
+    Translated.RESPONSES: Route.CHAT,
     None: Route.REQUESTS,
 }
 _MODEL_PREFIX: Final = "/v1/models/"
@@ -123,8 +125,8 @@ class GatewayApp:
         path, method = scope["path"], scope["method"]
         endpoint = _GENERATE.get(path)
         if endpoint is not None and method == "POST":
-            if isinstance(endpoint, Translated):
-                own = (*own, (b"request-id", own[0][1]))  # where its SDK looks for it
+            if isinstance(endpoint, Translated) and endpoint is not Translated.RESPONSES:
+                own = (*own, (b"request-id", own[0][1]))  # where Anthropic's SDK looks for it
             await self._generate(endpoint, request_id, scope, headers, receive, send, own)
         elif method == "OPTIONS" and headers.origin is not None and self._allowed(path):
             await self._preflight(send, own)
@@ -187,7 +189,7 @@ class GatewayApp:
                 self._decisions.refused(outcome.key, request_id, error, outcome.stream, endpoint)
             if error.status == 413:
                 headers_413 = (JSON, *own, *error.response_headers())
-                await respond_and_drain(send, receive, 413, _body_of(error, endpoint), headers_413)
+                await respond_and_drain(send, receive, 413, error_body(error, endpoint), headers_413)
             else:
                 await self._refuse(send, error, own, endpoint)
         except ClientGone:
@@ -297,7 +299,7 @@ class GatewayApp:
         head_only: bool = False,
     ) -> None:
         headers = (JSON, *own, *error.response_headers())
-        await respond(send, error.status, _body_of(error, endpoint), headers, head_only=head_only)
+        await respond(send, error.status, error_body(error, endpoint), headers, head_only=head_only)
 
     def _record(self, endpoint: Surface | None, request_id: str, outcome: Outcome, duration_s: float) -> None:
         metrics = self._metrics
@@ -345,10 +347,6 @@ class GatewayApp:
             line.finish, line.attempts = end.reason.value, end.attempts
             line.n_prompt, line.n_cached, line.n_completion = end.n_prompt, end.n_cached, end.n_completion
         self._log.write(line)
-
-
-def _body_of(error: ApiError, endpoint: Surface | None) -> bytes:
-    return error_body(error) if isinstance(endpoint, Translated) else error.body()
 
 
 def _model_object(name: str, deployment: Deployment) -> dict[str, object]:

@@ -1,5 +1,5 @@
-"""POST /v1/chat/completions, /v1/completions, /v1/messages (and its count_tokens), and the way back to them: from bytes
-to an answer, whole or streamed.
+"""POST /v1/chat/completions, /v1/completions, /v1/messages (and its count_tokens), /v1/responses, and the way back to
+them: from bytes to an answer, whole or streamed.
 
 Called by the app with an authenticated key. Headers wait for the replica's first word, so that its refusal
 still gets a proper status; only a client that waits for a replica gets its headers early, with comments that
@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
+from typing import Any, Final
 
-from controlplane.gateway import exchange, schemas
+from controlplane.gateway import exchange, schemas, writers
 from controlplane.gateway.dispatch import Dispatcher
 from controlplane.gateway.ends import Ends
 from controlplane.gateway.errors import ApiError, ClientGone, Headers, from_wire, unavailable
@@ -21,11 +22,10 @@ from controlplane.gateway.http import JSON, Receive, Send, respond
 from controlplane.gateway.identity import Asked
 from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.messages import parse_count, parse_messages
-from controlplane.gateway.messagewriter import MessageWriter, count, message
 from controlplane.gateway.opening import Opener
+from controlplane.gateway.responses import parse_responses
 from controlplane.gateway.resume import Resumer
 from controlplane.gateway.shadows import Shadows
-from controlplane.gateway.sse import ChunkWriter, answer
 from controlplane.gateway.stages import StageBoard, comment_of
 from controlplane.gateway.stream import Origin, Stream
 from controlplane.gateway.surface import Surface, Translated
@@ -37,6 +37,11 @@ _SSE_HEADERS: Headers = (
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),  # or nginx would hold tokens back
 )
+_TRANSLATE: Final = {
+    Translated.MESSAGES: parse_messages,
+    Translated.COUNT: parse_count,
+    Translated.RESPONSES: parse_responses,
+}
 _MAX_NAMED = 20  # models named in a 404
 # Where uvicorn's own protocol runs the app a watch costs a task. Most plain answers are complete before; a client that
 # leaves sooner is noticed now.
@@ -92,11 +97,10 @@ class Generator:
         Raises ApiError before the first byte (the caller renders it; a later failure is told in the stream),
         and ClientGone when nobody is left to answer.
         """
-        if endpoint is Translated.COUNT:
-            request, body = parse_count(body)
-            asked = None  # there is nothing to come back for
-        elif endpoint is Translated.MESSAGES:
-            request, body = parse_messages(body)
+        if isinstance(endpoint, Translated):
+            request, body = _TRANSLATE[endpoint](body)
+            if endpoint is Translated.COUNT:
+                asked = None  # there is nothing to come back for
         else:
             request = schemas.parse(endpoint, body)
         deployment = find_deployment(key, request.model)
@@ -137,6 +141,7 @@ class Generator:
     ) -> None:
         """From an open stream to its close; `request` is None where it was admitted before."""
         outcome.stream = stream
+        echo = None if request is None else request.echo
         if stream.origin is not None:
             headers = _resumed_headers(headers, stream.origin)
         watch: asyncio.TimerHandle | None = None
@@ -157,9 +162,9 @@ class Generator:
             if stream.queued:
                 self._board.wait(stream)
             if stream.streaming:
-                await self._stream(stream, include_usage, send, headers, outcome, loop)
+                await self._stream(stream, include_usage, echo, send, headers, outcome, loop)
             else:
-                await self._answer(stream, send, headers, outcome, loop)
+                await self._answer(stream, echo, send, headers, outcome, loop)
         finally:
             if watch is not None:
                 watch.cancel()
@@ -173,22 +178,24 @@ class Generator:
 
     @staticmethod
     async def _answer(
-        stream: Stream, send: Send, headers: Headers, outcome: Outcome, loop: asyncio.AbstractEventLoop
+        stream: Stream,
+        echo: dict[str, Any] | None,
+        send: Send,
+        headers: Headers,
+        outcome: Outcome,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         while not stream.over:
             await stream.wait(loop)
         end = _checked_end(stream)
         outcome.status = 200
-        if stream.endpoint is Translated.MESSAGES:
-            body = count(end) if stream.is_count else message(stream, end)
-        else:
-            body = answer(stream, end)
-        await respond(send, 200, body, (JSON, *headers))
+        await respond(send, 200, writers.whole(stream, end, echo), (JSON, *headers))
 
     async def _stream(
         self,
         stream: Stream,
         include_usage: bool,
+        echo: dict[str, Any] | None,
         send: Send,
         headers: Headers,
         outcome: Outcome,
@@ -200,11 +207,7 @@ class Generator:
             _checked_end(stream)  # a failure before the first byte gets a proper status
         outcome.status = 200
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *headers]})
-        writer: ChunkWriter | MessageWriter = (
-            MessageWriter(stream)
-            if stream.endpoint is Translated.MESSAGES
-            else ChunkWriter(stream, include_usage=include_usage)
-        )
+        writer = writers.writer_of(stream, include_usage=include_usage, echo=echo)
         direct = exchange.of(send)
         while True:
             out = writer.pieces(stream.take()) if stream.pieces else b""

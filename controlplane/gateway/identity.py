@@ -36,6 +36,7 @@ _ENDPOINT_LETTERS: dict[Surface, str] = {
     Endpoint.CHAT: "c",
     Endpoint.COMPLETIONS: "t",
     Translated.MESSAGES: "m",
+    Translated.RESPONSES: "r",
 }
 _ENDPOINTS = {letter: endpoint for endpoint, letter in _ENDPOINT_LETTERS.items()}
 

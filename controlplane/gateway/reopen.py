@@ -67,7 +67,7 @@ class Reopener:
         stream.keep = found.note.keyed
         stream.queued = found.verdict == "queued"
         self._supersede(found)
-        if stream.n_seen > found.n_tokens and not is_greedy:
+        if event is not None and event.n_tokens > found.n_tokens and not is_greedy:
             # Redis is back without the end of its log: sampled anew, the tokens would not fit what the client has.
             stream.fail(unavailable("answer_lost", "a part of the answer was lost: send the request again"))
             return stream

@@ -48,6 +48,7 @@ class GenerationRequest(msgspec.Struct, gc=False):
     token_ids: list[int] | None = None  # the prompt, where it came so: its length is no estimate then
     calls: CallRule | None = None  # functions that the answer may or must call
     tools: bytes = b""  # they, as JSON
+    echo: dict[str, Any] | None = None  # members of a response that repeat what was asked
 
     def prompt_bytes(self) -> bytes:
         """The prompt's text for finding its beginnings again; not what the model reads."""

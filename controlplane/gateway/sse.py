@@ -68,7 +68,7 @@ def answer(stream: Stream, end: End) -> bytes:
     else:
         choice["text"] = "".join(piece.text for piece in pieces)
     body = _head(stream, _ANSWER_OBJECT) | {"choices": [choice], "usage": usage(end)}
-    return _encode(body | _extension(end))
+    return _encode(body | extension(end))
 
 
 class ChunkWriter:
@@ -124,7 +124,7 @@ class ChunkWriter:
         out = [] if self.begun else self._opening()
         seen = self._seen_tail()
         if seen < TAIL_FINISH:
-            out.append(self._event({"choices": [choice], **nothing, **_extension(end)}, TAIL_FINISH))
+            out.append(self._event({"choices": [choice], **nothing, **extension(end)}, TAIL_FINISH))
         if self._include_usage and seen < TAIL_USAGE:
             out.append(self._event({"choices": [], "usage": usage(end)}, TAIL_USAGE))
         return "".join(out).encode() + DONE
@@ -232,7 +232,7 @@ def _head(stream: Stream, objects: dict[Surface, str]) -> dict[str, Any]:
     }
 
 
-def _extension(end: End) -> dict[str, Any]:
+def extension(end: End) -> dict[str, Any]:
     """What OpenAI has no word for, only where there is something to say."""
     notes: dict[str, Any] = {}
     if end.reason is FinishReason.BUDGET:

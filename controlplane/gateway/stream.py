@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from controlplane.gateway.errors import ApiError, ClientGone, Headers
 from controlplane.gateway.keycontext import Deployment, KeyContext
 from controlplane.gateway.logprobs import tokens_of
-from controlplane.gateway.surface import Surface
+from controlplane.gateway.surface import Surface, Translated
 from controlplane.gateway.toolcalls import NOTHING, CallReader, Said
 from controlplane.policy.admission import Hold
 from controlplane.policy.coming import NONE
@@ -194,7 +194,8 @@ class Stream:
         self.idempotency = ""  # digest of its key
         self.keep = False  # a client that leaves may come back for it: it runs on
         self.origin = origin
-        self.n_seen = -1 if origin is None else origin.n_seen
+        # Tokens of it that need not be told again. Events of a response repeat what came before them: all is read.
+        self.n_seen = -1 if origin is None or endpoint is Translated.RESPONSES else origin.n_seen
         self.n_chars_seen = 0  # of completion text, where token probabilities are asked for
 
         # Where it runs. Frames are taken from `live_machine` only: None while that is being found out, while

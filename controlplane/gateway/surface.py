@@ -12,10 +12,12 @@ from workers.contract import Endpoint
 
 
 class Translated(StrEnum):
-    """Anthropic's, and a chat to replicas (messages.py). COUNT: of a message that is not answered."""
+    """Chats to replicas. MESSAGES is Anthropic's (messages.py), COUNT one of them that is not answered; RESPONSES is
+    OpenAI's second way to ask (responses.py)."""
 
     MESSAGES = "messages"
     COUNT = "count_tokens"
+    RESPONSES = "responses"
 
 
 Surface = Endpoint | Translated

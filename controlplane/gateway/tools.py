@@ -78,17 +78,21 @@ def check_history(message: Message, at: str) -> int:
     n_bytes = 0
     for k, call in enumerate(message.tool_calls or ()):
         arguments = call.function.arguments
-        try:
-            if arguments:
-                _decode(arguments)
-        except (msgspec.DecodeError, RecursionError):
-            where = f"{at}.tool_calls[{k}].function.arguments"
-            raise bad_request(
-                f"{where} is no JSON object; send the call as the model made it, or leave a call out that was cut off",
-                where,
-            ) from None
+        check_arguments(arguments, f"{at}.tool_calls[{k}].function.arguments")
         n_bytes += len(call.function.name) + len(arguments.encode("utf-8", "surrogatepass"))
     return n_bytes
+
+
+def check_arguments(arguments: str, at: str) -> None:
+    """Of a call in the history: JSON text of an object, or nothing. ApiError (400) on the field `at`."""
+    try:
+        if arguments:
+            _decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        raise bad_request(
+            f"{at} is no JSON object; send the call as the model made it, or leave a call out that was cut off",
+            at,
+        ) from None
 
 
 def _schemas(tools: list[Tool]) -> dict[str, str]:

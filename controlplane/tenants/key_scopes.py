@@ -39,7 +39,7 @@ class Route(StrEnum):
 
 
 _PATHS: Final = {
-    Route.CHAT: "POST /v1/chat/completions, /v1/messages and its count_tokens",
+    Route.CHAT: "POST /v1/chat/completions, /v1/messages (and its count_tokens) and /v1/responses",
     Route.COMPLETIONS: "POST /v1/completions",
     Route.MODELS: "GET /v1/models",
     Route.REQUESTS: "GET /v1/requests/…/events",

@@ -87,6 +87,21 @@ async def test_a_key_is_refused_where_its_routes_do_not_lead(
     assert gw.log.lines[-1].status in (200, 403)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {**CHAT, "max_tokens": 4}),
+        ("/v1/responses", {"model": "tiny", "input": "Hello"}),
+    ],
+)
+async def test_what_is_a_chat_in_other_words_is_in_the_scope_of_chats(
+    gw: Running, machine: Machine, path: str, body: dict[str, Any]
+) -> None:
+    for routes, status in ((Route.CHAT,), 200), ((Route.COMPLETIONS, Route.MODELS, Route.REQUESTS), 403):
+        auth = bound(gw, routes=tuple(route.value for route in routes))
+        assert (await gw.http.post(path, json=body, headers=auth)).status_code == status
+
+
 def test_every_path_of_the_gateway_belongs_to_a_route() -> None:
     """A new endpoint without a route could be called by every bound key."""
     assert set(_ROUTES) == {*SURFACES, None}

@@ -37,6 +37,7 @@ MODEL = "acme-secret-model"
 WORDS = "the-answer-is-secret"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a-secret-prompt"}]}
 SHARED = {**CHAT, "model": f"acme/{MODEL}"}
+ASKED = {"model": MODEL, "input": "a-secret-prompt"}
 TEXT = {"model": MODEL, "prompt": "a-secret-prompt"}
 
 
@@ -107,6 +108,11 @@ ROWS: dict[str, tuple[Row, ...]] = {
             {**CHAT, "model": "acme/" + MODEL},
             partner=200,
         ),
+    ),
+    "/v1/responses": (
+        Row("POST", "/v1/responses", 200, 404, 200, ASKED),
+        Row("POST", "/v1/responses", 409, 404, 404, {**ASKED, "stream": True}, SAME_EVENT),
+        Row("POST", "/v1/responses", 404, 404, 404, {**ASKED, "model": "acme/" + MODEL}, partner=200),
     ),
     "/v1/models": (
         Row("GET", "/v1/models", 200, 200, 200, partner=200),

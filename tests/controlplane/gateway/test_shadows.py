@@ -121,6 +121,19 @@ async def test_an_answer_is_copied_after_it_is_out_and_compared(
         )
 
 
+async def test_a_response_is_copied_as_the_chat_that_it_is_without_whom_it_is_for(
+    gw: Running, machine: Machine, shadow: Machine
+) -> None:
+    watch(gw)
+    told = Told(gw)
+    asked = {"model": "tiny", "input": "Hello", "temperature": 0, "safety_identifier": "someone"}
+    assert (await gw.post(asked, path="/v1/responses")).status_code == 200
+    await told.until(1)
+    own, copy = machine.jobs[0].envelope, shadow.jobs[0].envelope
+    assert (told.results[0].is_same, copy.payload, copy.endpoint) == (True, own.payload, own.endpoint)
+    assert own.end_customer and not copy.end_customer
+
+
 async def test_other_texts_are_told_apart_and_only_greedy_ones_judged(
     gw: Running, machine: Machine, shadow: Machine
 ) -> None:
