@@ -60,7 +60,7 @@ class HeldFunction(NamedTuple):
 
 
 class CallRule(msgspec.Struct, frozen=True, array_like=True):
-    """Functions that an answer may or must call, written in the one form of workers/engine/tool_form.py.
+    """Functions that an answer may or must call; in the journal they have the form of workers/engine/tool_form.py.
 
     `functions`: those that are held to their schema; none: the model writes calls as it likes. must: the answer is
     calls and nothing else. many: more than one is allowed.

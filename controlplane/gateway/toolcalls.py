@@ -17,6 +17,7 @@ from workers.engine.tool_form import CLOSE, OPEN
 
 MAX_CALLS: Final = 128  # of one answer; what follows is read over
 MAX_HEAD: Final = 1_024  # characters up to the arguments
+LEAST_TAG: Final = 6  # characters of a tag that an answer is not expected to end with: `<tool_`
 MAX_WHOLE: Final = 64 * 1024  # of a call in another order, which is read at its end
 
 _HEAD = re.compile(
@@ -202,11 +203,12 @@ class CallReader:
     def _finish(self) -> None:
         held, self._held = self._held, ""
         if self._in is _In.TEXT:
-            # Nothing, or the first characters of the next call.
-            cut_off = self.n_calls and OPEN.startswith(held.strip())
+            # Nothing, or the first characters of a call: after one any of them, before one as many as nothing else has.
+            begun = held.strip()
+            cut_off = OPEN.startswith(begun) and (self.n_calls or len(begun) >= LEAST_TAG)
             if not cut_off:
                 self._say(held)
-        elif self._in in (_In.HEAD, _In.WHOLE) and not self._complete(held):
+        elif self._in in (_In.HEAD, _In.WHOLE) and not self._complete(held) and not _is_cut_off(held):
             self._say(OPEN + held)
 
     def _complete(self, text: str) -> bool:
@@ -263,6 +265,17 @@ class CallReader:
     def _is_over(self) -> bool:
         """Whether the call that was begun last is one too many."""
         return self.n_calls > (1 if self._only_one else MAX_CALLS)
+
+
+def _is_cut_off(held: str) -> bool:
+    """Whether what came after an opening tag is a call as far as it goes: then it is none of the answer's text."""
+    try:
+        _decode(held.strip())
+    except msgspec.ValidationError:
+        return False
+    except (msgspec.DecodeError, RecursionError) as error:
+        return "truncated" in str(error)
+    return False
 
 
 def whole(said: list[Said]) -> tuple[str, list[tuple[str, str]]]:

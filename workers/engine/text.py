@@ -1,9 +1,9 @@
 """From token ids to the text a client may see: incremental decoding and stop strings, exact across attempts.
 
-Both engines use it. Text may be held back (half of a UTF-8 character, the possible start of a stop string);
-what is held back depends on the token ids alone, so a resumed attempt that replays the prior ids arrives at
-exactly the text already emitted and continues from there. That is why the engines' own stop handling is not
-used: it starts from nothing on every attempt.
+Both engines use it. Text may be held back (half of a UTF-8 character, the possible start of a stop string, or of a
+call that native_calls.py rewrites); what is held back depends on the token ids alone, so a resumed attempt that replays
+the prior ids arrives at exactly the text already emitted and continues from there. That is why the engines' own stop
+handling is not used: it starts from nothing on every attempt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from workers.engine.native_calls import NativeCalls
 
 # Prompt ids that prime the decoder, so that it knows whether the first output token begins a word.
 _N_PRIMING: Final = 32
@@ -51,7 +53,7 @@ class Detokenizer:
     none.
     """
 
-    __slots__ = ("_matcher", "_shown", "_stream", "_tokenizer")
+    __slots__ = ("_calls", "_matcher", "_shown", "_stream", "_tokenizer")
 
     def __init__(
         self,
@@ -59,14 +61,16 @@ class Detokenizer:
         prompt_token_ids: list[int],
         stops: tuple[str, ...],
         shown: dict[int, str] | None = None,
+        calls: NativeCalls | None = None,
     ) -> None:
-        """`shown`: special tokens that have a text all the same."""
+        """`shown`: special tokens that have a text all the same. `calls`: rewrites those in the text."""
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=prompt_token_ids[-_N_PRIMING:], skip_special_tokens=True)
         self._matcher = StopMatcher(stops)
         self._shown = shown or {}
+        self._calls = calls
 
     @property
     def stopped(self) -> bool:
@@ -81,10 +85,12 @@ class Detokenizer:
             if piece:
                 out.append(self._matcher.push(piece))
                 if self._matcher.stopped:
-                    return n, "".join(out)
+                    text = "".join(out)
+                    return n, text if self._calls is None else self._calls.read(text, final=True)
         if final:
             out.append(self._matcher.push("", final=True))
-        return len(token_ids), "".join(out)
+        text = "".join(out)
+        return len(token_ids), text if self._calls is None else self._calls.read(text, final=final)
 
     def _step(self, token_id: int) -> str | None:
         if token_id in self._shown:

@@ -1,10 +1,11 @@
-"""The one form in which calls of functions are written, whatever the model: `<tool_call>` around a JSON object with
-`name` and `arguments`, as Hermes and Qwen models were trained on it.
+"""The one form in which calls of functions stand in the journal, whatever the model: `<tool_call>` around a JSON object
+with `name` and `arguments`, as Hermes and Qwen models were trained on it.
 
-Used where a prompt is made (vllm.py), where an answer is held to functions (tool_grammar.py, toy_calls.py), where an
-endpoint's own calls are written down (upstream) and by the gateway that reads them back (toolcalls.py). A model whose
-template speaks the form is told of the functions by its template; any other is told by a system message from here, with
-calls and results as plain turns. Pure; standard library only.
+Used where a prompt is made (vllm.py), where an answer is held to functions (tool_grammar.py, toy_calls.py), where other
+forms are rewritten (native_calls.py, for an endpoint's own calls upstream) and by the gateway that reads them back
+(toolcalls.py). A model whose template speaks the form, or one of native_form.py, is told of the functions by its
+template; any other is told by a system message from here, with calls and results as plain turns. Pure; standard library
+only.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from workers.contract import Endpoint, FinishReason
-from workers.engine import forking, tool_form
+from workers.engine import forking, native_form, tool_form
 from workers.engine.base import (
     AdapterRefused,
     Delta,
@@ -49,6 +49,8 @@ from workers.engine.base import (
     context_exceeded,
 )
 from workers.engine.chat import check_messages
+from workers.engine.native_calls import NativeCalls, names_of
+from workers.engine.native_form import Form
 from workers.engine.stats_board import StatsBoard
 from workers.engine.steps import Steps
 from workers.engine.text import Detokenizer
@@ -111,7 +113,9 @@ class VllmEngine:
         self._tokenizer: Tokenizer = self._hf._tokenizer  # the Rust one; only "fast" tokenizers have it
         self._eos = _eos_ids(self._llm)
         self._speaks_calls = _speaks_calls(self._hf)
-        self._tags = _special_tags(self._hf)
+        # How the model writes calls, where that is not as the house does; its template has words for functions then.
+        self._form = None if self._speaks_calls else native_form.form_of(self._render)
+        self._tags = _special_tags(self._hf, self._form)
         self._stopped = False
         self._loras: dict[str, Any] = {}  # adapter -> vLLM's LoRARequest
         self._n_loaded = 0  # ever: a number is never used again, whatever vLLM may remember of it
@@ -135,7 +139,7 @@ class VllmEngine:
     ) -> list[int]:
         """Thread-safe. The template runs in transformers' sandbox; its refusals become EngineInputError."""
         checked = check_messages(messages)
-        if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in checked):
+        if tools or any("tool_calls" in message or message["role"] == "tool" for message in checked):
             checked, tools = self._told(checked, tools)
         if not self._hf.chat_template:
             raise EngineInputError(
@@ -144,22 +148,34 @@ class VllmEngine:
                 "this model has no chat template; use the completions endpoint",
             )
         try:
-            text = self._hf.apply_chat_template(
-                checked, tools=tools, tokenize=False, add_generation_prompt=True
-            )
+            text = self._render(checked, tools=tools)
         except Exception as error:  # jinja's own and whatever the template's expressions raise
             raise EngineInputError(
                 "invalid_messages", "messages", f"the model's chat template refused the messages: {error}"
             ) from None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        text: str = self._hf.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
     def _told(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """Functions, calls and results as the template takes them, or in words where it has none for them."""
-        if not self._speaks_calls:
+        if not self._speaks_calls and self._form is None:
             return tool_form.as_words(messages, tools), None
         try:
+            if self._form is not None:
+                return native_form.turns_for(self._form, messages), tools
             return tool_form.parsed_arguments(messages), tools
         except ValueError:
             raise EngineInputError(
@@ -270,8 +286,13 @@ class VllmEngine:
                 "the answer was interrupted and cannot go on with penalties "
                 "beside speculative decoding: send it again",
             )
-        tags = self._tags if sampling.calls is not None else None
-        text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop, tags)
+        tags, calls = None, None
+        if sampling.calls is not None:
+            tags = self._tags
+            if self._form is not None:
+                names = names_of(request.body, sampling.calls)
+                calls = NativeCalls(self._form, names, is_marked=bool(tags))
+        text_of = Detokenizer(self._tokenizer, request.prompt_token_ids, sampling.stop, tags, calls)
         n_left = min(sampling.max_tokens, self._max_model_len - n_prompt) - len(prior)
         if prior:
             # Earlier attempts emitted this text; whatever they held back comes with our first delta.
@@ -323,7 +344,7 @@ class VllmEngine:
         lora = self._loras[request.adapter] if request.adapter else None
         try:
             params = sampling_params(
-                request.sampling, n_left, request.prior_token_ids, special_tags=bool(self._tags)
+                request.sampling, n_left, request.prior_token_ids, form=self._form, tags=self._tags
             )
             async with aclosing(
                 self._llm.generate(prompt, params, request.id, lora_request=lora, priority=request.priority)
@@ -392,12 +413,13 @@ def _speaks_calls(hf: Any) -> bool:
         return False
 
 
-def _special_tags(hf: Any) -> dict[int, str]:
+def _special_tags(hf: Any, form: Form | None) -> dict[int, str]:
     """The tags of calls where they are special tokens, which are left out of texts otherwise."""
+    tags = (tool_form.OPEN, tool_form.CLOSE) if form is None else native_form.MARKS
     return {
         token: added.content
         for token, added in hf.added_tokens_decoder.items()
-        if added.special and added.content in (tool_form.OPEN, tool_form.CLOSE)
+        if added.special and added.content in tags
     }
 
 

@@ -6,15 +6,23 @@ not: they are made by text.py. Nothing here touches the engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from workers.engine.base import EngineInputError, EngineRequest, SamplingSpec
+from workers.engine.native_form import Form
 from workers.engine.tool_grammar import fault_of, grammar_of
 
 
 def sampling_params(
-    sampling: SamplingSpec, max_tokens: int, prior_token_ids: list[int], *, special_tags: bool = False
+    sampling: SamplingSpec,
+    max_tokens: int,
+    prior_token_ids: list[int],
+    *,
+    form: Form | None = None,
+    tags: Mapping[int, str] | None = None,
 ) -> Any:
+    """`form`: the model's own for calls, None: the house's. `tags`: of those, what special tokens say."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -27,7 +35,7 @@ def sampling_params(
         presence = frequency = 0.0
     structured = None
     if sampling.calls is not None and sampling.calls.functions:
-        grammar = grammar_of(sampling.calls, sampling.json_schema, special=special_tags)
+        grammar = grammar_of(sampling.calls, sampling.json_schema, form, tags or {})
         structured = StructuredOutputsParams(grammar=grammar)
     elif sampling.json_schema is not None:
         structured = StructuredOutputsParams(json=sampling.json_schema)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.gateway.toolcalls import MAX_CALLS, MAX_HEAD, MAX_WHOLE, CallReader, whole
+from controlplane.gateway.toolcalls import LEAST_TAG, MAX_CALLS, MAX_HEAD, MAX_WHOLE, CallReader, whole
 from workers.engine.tool_form import CLOSE, OPEN, written
 
 A = ("a", '{"x": 1}')
@@ -27,9 +27,17 @@ def read(*portions: str, only_one: bool = False) -> tuple[str, list[tuple[str, s
         (written(*A) + "\n" + written(*B), "", [A, B]),
         ("Let me see.\n\n" + written(*A) + "\n", "Let me see.", [A]),
         (written(*A) + "\nThat is all.", "\nThat is all.", [A]),
-        # Cut off: in its arguments it is a call, before them it is text.
+        # Cut off: in its arguments it is a call, before them nothing of it is shown, unless it was none.
         (written(*B)[:60], "", [("get_weather", B[1][:11])]),
-        ('<tool_call>\n{"name": "get_', '<tool_call>\n{"name": "get_', []),
+        ('Look.\n<tool_call>\n{"name": "get_', "Look.", []),
+        ('<tool_call>{"arguments": {"x": 1}, "na', "", []),
+        (written(*A) + "\n<tool_call>\n{", "", [A]),
+        ("Look. <tool_call>", "Look.", []),
+        ("Look. <tool_", "Look.", []),
+        ("Look. <tool", "Look. <tool", []),
+        ("<tool_call>{'name': 'get_", "<tool_call>{'name': 'get_", []),
+        ('<tool_call>{"name": 5', '<tool_call>{"name": 5', []),
+        ("<tool_call> is a tag", "<tool_call> is a tag", []),
         # The next call's first characters are no text; without a call before them they are.
         (written(*A) + "\n<tool_c", "", [A]),
         (written(*A) + "\n<b", "\n<b", [A]),
@@ -111,3 +119,18 @@ def test_the_same_calls_however_the_text_is_cut(text: str, data: st.DataObject) 
     portions = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert read(*portions) == read(text)
     assert read(*portions, only_one=True) == read(text, only_one=True)
+
+
+@pytest.mark.parametrize("lead", ["", "Look.\n", written(*A) + "\n"])
+def test_wherever_a_call_is_cut_off_its_tag_is_not_shown(lead: str) -> None:
+    text = lead + written(*B)
+    for at in range(len(lead), len(text)):
+        content, calls = read(text[:at])
+        begun = content.strip().removeprefix("Look.").strip()
+        assert OPEN.startswith(begun) and len(begun) < LEAST_TAG, content
+        assert all(name in (A[0], B[0]) for name, _ in calls)
+
+
+@given(st.text().filter(lambda text: "<tool_" not in text))
+def test_text_without_a_tag_is_passed_through_whole(text: str) -> None:
+    assert read(text) == (text, [])

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workers.engine.native_calls import NativeCalls
+from workers.engine.native_form import TOOL_CALLS, Form
 from workers.engine.text import Detokenizer, StopMatcher
+from workers.engine.tool_form import written
 from workers.modelcache.tiny import make_tiny_model
 
 letters = st.text(alphabet="abc", max_size=40)
@@ -121,3 +124,30 @@ def test_special_tokens_that_are_asked_for_have_their_text(tokenizer) -> None:
     ids = [*tokenizer.encode("a").ids, tag, *tokenizer.encode(" b").ids]
     detokenizer = Detokenizer(tokenizer, [5], (), {tag: "<|tool|>"})
     assert detokenizer.push(ids, final=True) == (len(ids), "a<|tool|> b")
+
+
+def test_calls_in_a_models_own_form_come_as_the_houses_wherever_an_attempt_ends(tokenizer) -> None:
+    tag = tokenizer.token_to_id("<|tool|>")  # stands for the model's mark
+    text = ' [{"name": "f", "arguments": {"city": "東京 🙂"}}, {"name": "g", "arguments": {}}]'
+    ids = [*tokenizer.encode("See:").ids, tag, *tokenizer.encode(text).ids]
+
+    def reading() -> Detokenizer:
+        calls = NativeCalls(Form.MISTRAL_LIST, (), is_marked=True)
+        return Detokenizer(tokenizer, [5], (), {tag: TOOL_CALLS}, calls)
+
+    wanted = "See:" + written("f", '{"city": "東京 🙂"}') + "\n" + written("g", "{}")
+    assert reading().push(ids, final=True) == (len(ids), wanted)
+    for cut in range(1, len(ids)):
+        first, second = reading(), reading()
+        emitted = "".join(first.push([i])[1] for i in ids[:cut])
+        assert wanted.startswith(emitted)
+        second.push(ids[:cut])
+        assert emitted + second.push(ids[cut:], final=True)[1] == wanted, cut
+
+
+def test_a_stop_string_ends_a_call_that_was_begun(tokenizer) -> None:
+    calls = NativeCalls(Form.LLAMA, ("f",), is_marked=True)
+    detokenizer = Detokenizer(tokenizer, [5], ("END",), None, calls)
+    detokenizer.push(tokenizer.encode('{"name": "f", ').ids)
+    assert detokenizer.push(tokenizer.encode('"paEND').ids)[1] == ""
+    assert detokenizer.stopped

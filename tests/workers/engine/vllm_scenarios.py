@@ -26,6 +26,7 @@ from tests.workers.engine.reading import read
 from workers.contract import CallRule, Endpoint, FinishReason, HeldFunction
 from workers.engine.base import EngineDead, EngineInputError, EngineProfile, EngineRequest, SamplingSpec
 from workers.engine.forking import UnsafeForkError
+from workers.engine.native_form import Form, form_of
 from workers.engine.steps import gaps_of, quantile_ms
 from workers.engine.tool_form import OPEN, speaks, written
 from workers.engine.vllm import VllmEngine
@@ -464,6 +465,59 @@ async def check_tools_calls_and_results_are_in_the_prompt(engine: VllmEngine) ->
     finally:
         del engine._hf.apply_chat_template
         engine._speaks_calls = False
+
+
+LLAMAS = (
+    "{% for m in messages %}{% if m.tool_calls %}<assistant>"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "{% else %}<{{ m.role }}>{% if loop.first and tools %}{{ tools | tojson }}{% endif %}{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+async def check_calls_in_a_models_own_form_are_the_houses_also_when_continued_anywhere(
+    engine: VllmEngine,
+) -> None:
+    """A template that speaks Llama's form: functions are told by it, and calls are held to it and rewritten."""
+    own = engine._hf.apply_chat_template
+    try:
+        engine._hf.apply_chat_template = partial(own, chat_template=LLAMAS)
+        engine._form = form_of(engine._render)
+        assert engine._form is Form.LLAMA
+        ids = engine.tokenize_chat([{"role": "user", "content": "How is it?"}], TOOLS)
+        assert '"name": "clock"' in engine._hf.decode(ids)
+        rule = CallRule((WEATHER,), must=True, many=False)
+        spec = SamplingSpec(max_tokens=120, temperature=0.0, calls=rule)
+        request = EngineRequest("own", ids, spec, body=json.dumps({"tools": TOOLS}).encode())
+        answer = await read(engine, request)
+        assert answer.finish is FinishReason.STOP
+        said = engine._hf.decode(answer.token_ids, skip_special_tokens=True)
+        assert said.startswith('{"name": "weather", "parameters": {"city": "'), said
+        ((name, arguments),) = calls_in(answer.text)
+        assert (name, list(arguments)) == ("weather", ["city", "n"])
+        assert answer.text == written("weather", said.partition('"parameters": ')[2].removesuffix("}"))
+        for n in range(1, len(answer.token_ids), 5):
+            begun = "".join(await texts_until(engine, request, n))
+            prior = answer.token_ids[:n]
+            rest = await read(engine, replace(request, id=f"own{n}", prior_token_ids=prior))
+            assert prior + rest.token_ids == answer.token_ids, n
+            assert begun + rest.text == answer.text, n
+    finally:
+        del engine._hf.apply_chat_template
+        engine._form = None
+
+
+async def texts_until(engine: VllmEngine, request: EngineRequest, n: int) -> list[str]:
+    """What an attempt has said by its token `n`, one at a time."""
+    texts: list[str] = []
+    n_read = 0
+    async with aclosing(engine.generate(replace(request, id=f"begun{n}", single_tokens=True))) as deltas:
+        async for delta in deltas:
+            texts.append(delta.text)
+            n_read += len(delta.token_ids)
+            if n_read >= n:
+                break
+    return texts
 
 
 async def check_stats_tell_work_from_idleness(engine: VllmEngine) -> None:
