@@ -70,10 +70,12 @@ class Watch:
         n_checks = 0
         for stream in list(self._ends.inbox.streams.values()):
             if stream.abandoned:
-                if now >= stream.deadline and stream.keep and not stream.over:
+                # That its client left, or was told of a failure, is no end of what runs: that is still to be settled.
+                is_over = stream.over if stream.keep else stream.end is not None
+                if now >= stream.deadline and not is_over and stream.keep:
                     self.n_timeouts += 1
                     self._ends.give_up(stream)
-                elif stream.over or now >= stream.deadline:
+                elif is_over or now >= stream.deadline:
                     self._ends.inbox.streams.pop(stream.number, None)
             elif stream.over or not stream.admitted:
                 continue  # its handler is on it

@@ -1,6 +1,7 @@
 """A client that leaves: its request ends in the queue or on the replica, and what was produced is settled."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -40,6 +41,38 @@ async def test_running_request_is_aborted_and_billed_by_what_it_produced(
     assert limits[b"held"] == b"0"
     assert int(await gw.redis.hget(KEYS.replica("r1"), "used")) == 0
     await until(lambda: gw.log.lines and gw.log.lines[-1].code == "client_gone")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_end_that_comes_after_the_watch_has_looked_is_settled(
+    gw: Running, machine: Machine, streaming: bool
+) -> None:
+    """An engine step is long enough for that. Here nobody makes up for it, as intake does a second later."""
+    may_end = asyncio.Event()
+
+    async def end_late(job: Job) -> None:
+        while not job.cancelled.is_set():
+            await job.emit("x ")
+            await asyncio.sleep(0.005)
+        await may_end.wait()
+        await job.finish(reason=FinishReason.ABORT)
+
+    machine.behaviour = end_late
+    sending = asyncio.ensure_future(gw.post({**CHAT, "stream": streaming}))
+    await until(lambda: machine.jobs and machine.jobs[0].offset >= 3)
+    sending.cancel()
+    await until(machine.jobs[0].cancelled.is_set)
+    (stream,) = gw.gateway.inbox.streams.values()
+    assert stream.abandoned
+    gw.gateway.watch.look(time.monotonic())
+    may_end.set()
+    await until(lambda: stream.settled)
+
+    async def settled() -> bool:
+        return (await gw.record(machine.jobs[0].id))[b"state"] == b"done"
+
+    await until(settled)
+    await until(lambda: not gw.gateway.inbox.streams)
 
 
 async def test_waiting_request_leaves_the_queue_and_costs_nothing(gw: Running) -> None:
