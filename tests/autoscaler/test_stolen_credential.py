@@ -229,7 +229,8 @@ def test_no_channel_of_others_can_be_heard_or_spoken_on(thief: Thief, scaling: S
     tried += [["PSUBSCRIBE", pattern] for pattern in wide]
     answers = thief.run(tried, fresh=True)
     assert {tuple(c): a for c, a in zip(tried, answers, strict=True) if a != "refused"} == {}
-    assert thief.run([["PUBLISH", own.event_channel, "x"]]) == ["0"]
+    (n_listeners,) = thief.run([["PUBLISH", own.event_channel, "x"]])
+    assert n_listeners.isdigit(), "its own; a watcher of another test may still be listening"
 
 
 def test_the_credential_is_dead_when_its_machine_is_given_back(thief: Thief, scaling: Scaling) -> None:
